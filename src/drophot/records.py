@@ -1,0 +1,180 @@
+"""What a run found, and with which configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """The result of one run of the five steps.
+
+    Accuracies are on the test set, in [0, 1], each after the last epoch of its step, never the
+    best one. Two records are equal if all but the seconds are; `pandas.DataFrame(records)` gives a
+    row for each.
+    """
+
+    model: str
+    """The network's name."""
+    mode: str
+    """What was kept: "high", "low" or "random"."""
+    keep_ratio: float
+    """The share of training samples asked for."""
+    kept: int
+    """The number of training samples kept, `K`."""
+    prune_ratio: float
+    """The share of prunable weights asked to be removed."""
+    seed: int
+    """The seed of initialisation, order and ties."""
+    trained_accuracy: float
+    """After training on the coreset, before pruning."""
+    pruned_accuracy: float
+    """Right after pruning."""
+    finetuned_accuracy: float
+    """After fine-tuning on the full training set: the curve's last entry."""
+    finetune_curve: tuple[float, ...]
+    """After each fine-tuning epoch."""
+    sparsity: float
+    """The share of prunable weights that is zero after fine-tuning, counted in the weights."""
+    seconds: dict[str, float] = field(compare=False)
+    """Wall-clock seconds of each step; a step that was not needed is missing."""
+    device: str
+    """Where it ran."""
+    versions: dict[str, str]
+    """Of drophot, torch, NumPy and Python."""
+    fingerprint: str
+    """Of everything that was asked for, the seed and the ratios included: see `fingerprint`."""
+
+
+def fingerprint(configuration: Mapping[str, Any]) -> str:
+    """A short name for a configuration: equal if and only if the configurations are.
+
+    Args:
+        configuration: Anything JSON can hold, by name; the order of the names does not matter.
+
+    Returns:
+        16 hexadecimal digits: the start of the SHA-256 of the canonical JSON.
+
+    Raises:
+        TypeError: If a value is not one that JSON can hold.
+
+    Example:
+        >>> fingerprint({"seed": 0, "ratio": 0.5}) == fingerprint({"ratio": 0.5, "seed": 0})
+        True
+    """
+    text = json.dumps(configuration, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe(thing: Any) -> str:
+    """A callable as text, the same in every process, for a fingerprint.
+
+    Args:
+        thing: A function, a class, a `functools.partial` or an object that can be called.
+
+    Returns:
+        Its qualified name, and a partial's arguments.
+
+    Example:
+        >>> describe(partial(sorted, reverse=True))
+        'builtins.sorted(reverse=True)'
+    """
+    if isinstance(thing, partial):
+        arguments = [repr(argument) for argument in thing.args]
+        arguments += [f"{name}={value!r}" for name, value in sorted(thing.keywords.items())]
+        return f"{describe(thing.func)}({', '.join(arguments)})"
+    kind = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def factory_name(factory: Any, made: object) -> str:
+    """What to call a model in a table: its factory's name, or where that has none its class's.
+
+    Args:
+        factory: What made it.
+        made: The model.
+
+    Returns:
+        The name.
+    """
+    while isinstance(factory, partial):
+        factory = factory.func
+    name = getattr(factory, "__name__", "<lambda>")
+    return type(made).__name__ if name == "<lambda>" else name
+
+
+def device_name(device: torch.device) -> str:
+    """What a record calls a device.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Its type, and a GPU's product name.
+    """
+    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result can depend on.
+
+    Returns:
+        Of drophot, torch, NumPy and Python.
+    """
+    from drophot import __version__  # here, since the package is still loading at the top
+
+    return {
+        "drophot": __version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write(records: Iterable[Record], path: Path | str) -> None:
+    """Append records to a file of JSON lines.
+
+    Args:
+        records: What to write.
+        path: The file; made if it is not there.
+    """
+    with Path(path).open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(asdict(record)) + "\n")
+
+
+def read(path: Path | str) -> list[Record]:
+    """Read the records of a file of JSON lines.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The records, in the file's order.
+
+    Raises:
+        ValueError: If a line is not a record.
+    """
+    records = []
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                values = json.loads(line)
+                values["finetune_curve"] = tuple(values["finetune_curve"])
+                records.append(Record(**values))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"`{path}` should hold a record in each line. Found another thing in line "
+                    f"{number}: {error}; fields are {', '.join(f.name for f in fields(Record))}."
+                ) from error
+    return records
