@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -266,9 +267,9 @@ class ForgettingTracker:
     def _record(self, index: Tensor, correct: Tensor, targets: Tensor | None) -> None:
         if len(index) == 0:
             return
-        if self._follows:
+        if self._follows and self._history.device != correct.device:
             self._move(correct.device)
-            self._follows = False
+        self._follows = False
         device = self._history.device
         correct = correct.to(device, non_blocking=True)
         index = index.to(device, torch.int64, non_blocking=True)
@@ -299,8 +300,8 @@ class ForgettingTracker:
         self._history.index_add_(0, place, self._steps[2 * before + correct])
 
     def _move(self, device: torch.device) -> None:
-        # Outside inference mode, whose tensors no later training step could update.
-        with torch.inference_mode(mode=False):
+        # Not as tensors of inference mode, which no later training step could update.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._history = self._history.to(device)
             self._targets = self._targets.to(device)
             self._fault = self._fault.to(device)

@@ -1,0 +1,72 @@
+"""The definitions, written as plainly as they read; slow, and compared with the library."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from math import floor
+
+import numpy as np
+
+
+def forgetting(
+    num_samples: int, presentations: Iterable[tuple[int, bool]]
+) -> tuple[list[int], list[bool], list[int]]:
+    """Toneva et al.'s definition over a sequence of (sample, right?): counts, learned, presented."""
+    history: dict[int, list[bool]] = defaultdict(list)
+    for sample, right in presentations:
+        history[sample].append(right)
+    counts = [
+        sum(before and not now for before, now in zip(h, h[1:], strict=False))
+        for h in (history[sample] for sample in range(num_samples))
+    ]
+    learned = [any(history[sample]) for sample in range(num_samples)]
+    return counts, learned, [len(history[sample]) for sample in range(num_samples)]
+
+
+def splitmix64(value: int, seed: int, stream: int = 0) -> int:
+    """The tie-breaking hash, in Python's own integers."""
+    word = 2**64
+
+    def mix(z: int) -> int:
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % word
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % word
+        return z ^ (z >> 31)
+
+    start = mix((mix(seed % word) + stream) % word)
+    return mix((start + (value + 1) * 0x9E3779B97F4A7C15) % word)
+
+
+def select(
+    scores: Sequence[float],
+    size: int,
+    mode: str,
+    seed: int,
+    positions: Sequence[int] | None = None,
+) -> list[int]:
+    """Sort everything by (score, hash), take one end."""
+    everything = range(len(scores)) if positions is None else positions
+    if mode == "random":
+        return sorted(sorted(everything, key=lambda i: splitmix64(i, seed, 1))[:size])
+    order = sorted(everything, key=lambda i: (scores[i], splitmix64(i, seed)))
+    return sorted(order[:size] if mode == "low" else order[len(order) - size :])
+
+
+def largest_remainders(counts: Sequence[int], size: int, seed: int) -> list[int]:
+    """Hamilton's method in exact fractions; equal remainders by hash of the class's rank."""
+    total = sum(counts)
+    exact = [Fraction(count * size, total) for count in counts]
+    shares = [floor(share) for share in exact]
+    order = sorted(range(len(counts)), key=lambda c: (-(exact[c] - shares[c]), splitmix64(c, seed)))
+    for c in order[: size - sum(shares)]:
+        shares[c] += 1
+    return shares
+
+
+def pruned(weights: Sequence[np.ndarray], ratio: float) -> tuple[float, int, int]:
+    """By sorting all magnitudes: the edge, how many lie below it, how many equal it."""
+    magnitudes = np.sort(np.abs(np.concatenate([w.ravel() for w in weights]).astype(np.float64)))
+    remove = floor(ratio * len(magnitudes) + 0.5)
+    if remove == 0:
+        return 0.0, 0, int((magnitudes == 0).sum())
+    edge = magnitudes[remove - 1]
+    return float(edge), int((magnitudes < edge).sum()), int((magnitudes == edge).sum())
