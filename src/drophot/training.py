@@ -183,7 +183,8 @@ def in_memory(dataset: Dataset[Any], device: torch.device | str) -> Dataset[Any]
     """
     tensors = _tensors(dataset)
     if tensors is None:
-        tensors = _decode(dataset, torch.device(device))
+        with _random.kept():
+            tensors = _decode(dataset, torch.device(device))
     if tensors is None:
         return dataset
     return TensorDataset(*(tensor.to(device) for tensor in tensors))
@@ -210,19 +211,18 @@ def _decode(dataset: Any, device: torch.device) -> tuple[Tensor, ...] | None:
         return None
     tensors = tuple(torch.empty((size, *t.shape[1:]), dtype=t.dtype) for t in first)
     fetch = getattr(dataset, "__getitems__", None)
-    with _random.kept():
-        before = _random.state()
-        for start in range(0, size, _CHUNK):
-            positions = list(range(start, min(start + _CHUNK, size)))
-            samples = fetch(positions) if fetch else [dataset[i] for i in positions]
-            for tensor, column in zip(tensors, default_collate(samples), strict=True):
-                tensor[start : start + len(positions)] = column
-            if _random.state() != before:
-                break
-        again = default_collate([dataset[0]])
-        same = all(torch.equal(a[:1], b) for a, b in zip(tensors, again, strict=True))
-        if same and _random.state() == before:
-            return tensors
+    before = _random.state()
+    for start in range(0, size, _CHUNK):
+        positions = list(range(start, min(start + _CHUNK, size)))
+        samples = fetch(positions) if fetch else [dataset[i] for i in positions]
+        for tensor, column in zip(tensors, default_collate(samples), strict=True):
+            tensor[start : start + len(positions)] = column
+        if _random.state() != before:
+            break
+    again = default_collate([dataset[0]])
+    same = all(torch.equal(a[:1], b) for a, b in zip(tensors, again, strict=True))
+    if same and _random.state() == before:
+        return tensors
     logger.info("samples differ from one reading to the next: read anew each epoch")
     return None
 

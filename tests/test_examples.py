@@ -1,0 +1,125 @@
+"""The examples, run as a person runs them, on little data."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+def run(name: str, *arguments: str, folder: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def rows(output: str) -> list[list[str]]:
+    found = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in output.splitlines()
+        if line.startswith("| ")
+    ]
+    return found[2:]
+
+
+def test_the_four_examples_are_there() -> None:
+    assert EXAMPLES == ["lenet_mnist.py", "quickstart.py", "resnet_cifar.py", "your_own_loop.py"]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_example_has_help_and_a_device(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    output = run(name, "--help", folder=tmp_path)
+    assert "--device" in output
+    assert len(output) > 400
+
+
+def test_quickstart(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    output = run("quickstart.py", "--seeds", "2", "--epochs", "3", folder=tmp_path)
+    assert re.search(r"about \d+ seconds", output.splitlines()[0])
+    found = rows(output)
+    assert [row[1] for row in found] == ["high", "low", "random", "everything"]
+    assert [row[3] for row in found] == ["287", "287", "287", "1,437"]
+    assert {row[5] for row in found} == {"2"}
+    assert {row[9] for row in found} == {"80.00"}
+    assert all(float(row[8].split()[0]) > 80 for row in found), "it has learned"
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
+
+
+def test_your_own_loop(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    output = run("your_own_loop.py", "--epochs", "5", folder=tmp_path)
+    assert re.search(r"zeros\D+0\.80", output)
+    assert float(re.findall(r"fine-tuned\D+([\d.]+)", output)[0]) > 90
+
+
+def test_lenet_mnist_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
+    pytest.importorskip("torchvision")
+    output = run(
+        "lenet_mnist.py",
+        *("--data-root", str(mnist_root), "--models", "fcnet", "--epochs", "1", "--jobs", "2"),
+        folder=tmp_path,
+    )
+    assert re.search(r"about \d+ minutes", output.splitlines()[0])
+    found = rows(output)
+    assert [row[1] for row in found] == ["high", "low", "random", "everything"]
+    assert [row[3] for row in found] == ["18,000", "18,000", "18,000", "60,000"]
+    assert all(float(row[8]) > 90 for row in found)
+    assert (tmp_path / "lenet_mnist.jsonl").read_text().count("\n") == 4
+    assert (tmp_path / "lenet_mnist.png").stat().st_size > 10_000
+
+
+def test_resnet_cifar_on_an_image_folder(tmp_path: Path) -> None:
+    """Small images made here, in folders named after their classes, as PNG files."""
+    pytest.importorskip("torchvision")
+    import numpy as np
+    from PIL import Image
+
+    chance = np.random.default_rng(0)
+    for part, size in (("train", 12), ("test", 4)):
+        for label, colour in enumerate(("red", "green", "blue")):
+            folder = tmp_path / "images" / part / colour
+            folder.mkdir(parents=True)
+            for i in range(size):
+                pixels = chance.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    output = run(
+        "resnet_cifar.py",
+        *("--data", "folder", "--data-root", str(tmp_path / "images"), "--model", "resnet18"),
+        *("--epochs", "2", "--data-ratio", "0.5", "--batch-size", "6"),
+        folder=tmp_path,
+    )
+    found = rows(output)
+    assert [row[1] for row in found] == ["high", "low", "random", "everything"]
+    assert [row[3] for row in found] == ["18", "18", "18", "36"]
+    assert {row[9] for row in found} == {"80.00"}
+
+
+def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    for name in ("lenet_mnist.py", "resnet_cifar.py"):
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / name), "--data-root", "nowhere"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+        )
+        assert result.returncode != 0
+        assert "nowhere" in result.stderr
+        assert "--download" in result.stderr
+        assert "Traceback" not in result.stderr

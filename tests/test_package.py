@@ -1,0 +1,165 @@
+"""The house: what an import costs, which way imports point, what README promises."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import drophot
+
+SOURCE = ROOT / "src" / "drophot"
+
+# Data flows down this list; a module imports from those above it only.
+HOUSE = [
+    "_random",
+    "_untouched",
+    "indexing",
+    "forgetting",
+    "coreset",
+    "_radix",
+    "_summary",
+    "prune",
+    "training",
+    "records",
+    "_probe",
+    "pipeline",
+    "report",
+    "models",
+]
+# Plain tensors pass between these three; they do not know each other.
+STRANGERS = {"forgetting", "coreset", "prune"}
+
+COST = """
+import sys
+import torch, numpy, typing_extensions
+before = {name.partition(".")[0] for name in sys.modules}
+import drophot
+{more}
+after = {name.partition(".")[0] for name in sys.modules}
+print(*sorted(after - before - set(sys.stdlib_module_names) - {"drophot"}))
+"""
+
+
+def python(code: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    ).stdout.strip()
+
+
+def test_importing_drophot_costs_torch_numpy_and_typing_extensions_only() -> None:
+    assert python(COST.replace("{more}", "")) == ""
+
+
+def test_the_test_of_the_import_can_fail() -> None:
+    assert "hypothesis" in python(COST.replace("{more}", "import hypothesis")).split()
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of drophot that a file imports when it is loaded itself."""
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+    }
+    found: set[str] = set()
+    for node in nodes:
+        if id(node) in inside or node.module is None:
+            continue
+        if node.module == "drophot":
+            found |= {alias.name for alias in node.names}
+        elif node.module.startswith("drophot."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def wrong_way(imports: dict[str, set[str]]) -> list[str]:
+    return [
+        f"{name} imports {other}"
+        for name, others in imports.items()
+        for other in sorted(others)
+        if HOUSE.index(other) >= HOUSE.index(name) or {name, other} <= STRANGERS
+    ]
+
+
+def test_imports_point_up_the_house() -> None:
+    files = {path.stem: path for path in SOURCE.glob("*.py") if path.stem != "__init__"}
+    assert files.keys() == set(HOUSE), "every module has its place"
+    imports = {name: imported(path) for name, path in files.items()}
+    assert imports["pipeline"] >= {"training", "coreset", "prune", "forgetting", "records"}
+    assert wrong_way(imports) == []
+
+
+def test_the_test_of_the_imports_can_fail() -> None:
+    assert wrong_way({"prune": {"training"}}) == ["prune imports training"]
+    assert wrong_way({"prune": {"coreset"}}) == ["prune imports coreset"]
+    assert wrong_way({"prune": {"prune"}}) == ["prune imports prune"]
+    assert wrong_way({"prune": {"_radix"}}) == []
+
+
+def test_no_file_is_longer_than_one_idea() -> None:
+    for path in SOURCE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+def test_public_names_are_there_and_documented() -> None:
+    assert sorted(drophot.__all__) == drophot.__all__
+    for name in drophot.__all__:
+        assert getattr(drophot, name).__doc__, name
+
+
+def test_the_package_is_typed_and_its_version_stands_in_one_place() -> None:
+    assert (SOURCE / "py.typed").exists()
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", drophot.__version__)
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert drophot.__version__ not in pyproject
+    assert f"[{drophot.__version__.removesuffix('.dev0')}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_library_is_silent() -> None:
+    assert python("import logging, drophot; logging.getLogger('drophot').warning('x')") == ""
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.S)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/forgetting.md"])
+def test_the_python_blocks_of_a_page_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    found = blocks(name, "python")
+    assert found
+    for block in found:
+        exec(compile(block, name, "exec"), names)  # blocks of a page build on each other
+
+
+def test_readme_has_the_two_commands_and_ci_runs_the_second() -> None:
+    commands = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
+    assert sum(c.startswith("python3 -m venv") and "quickstart.py" in c for c in commands) == 1
+    tests = [c for c in commands if c.startswith("python3 -m venv") and c.endswith("-m pytest")]
+    assert len(tests) == 1
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "README.md" in script
+    line = subprocess.run(
+        ["bash", "-c", re.findall(r"tests=\$\((.*)\)", script)[0]],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    ).stdout.strip()
+    assert line == tests[0]

@@ -1,0 +1,144 @@
+import dataclasses
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drophot import Record
+from drophot.records import describe, factory_name, fingerprint, read, versions, write
+
+share = st.floats(0, 1)
+text = st.text(max_size=20)
+records = st.builds(
+    Record,
+    model=text,
+    mode=st.sampled_from(["high", "low", "random"]),
+    keep_ratio=share,
+    kept=st.integers(1, 10**9),
+    prune_ratio=share,
+    seed=st.integers(0, 2**40),
+    trained_accuracy=share,
+    pruned_accuracy=share,
+    finetuned_accuracy=share,
+    finetune_curve=st.lists(share, max_size=10).map(tuple),
+    sparsity=share,
+    seconds=st.dictionaries(text, st.floats(0, 1e6)),
+    device=text,
+    versions=st.dictionaries(text, text),
+    fingerprint=text,
+)
+
+
+@given(st.lists(records, max_size=4))
+def test_writing_and_reading_is_the_identity(found: list[Record]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.jsonl"
+        write(found[:1], path)
+        write(found[1:], str(path))
+        again = read(path)
+    assert again == found
+    assert [r.seconds for r in again] == [r.seconds for r in found]
+
+
+def one(**changes: Any) -> Record:
+    values: dict[str, Any] = {
+        "model": "lenet",
+        "mode": "high",
+        "keep_ratio": 0.1,
+        "kept": 6000,
+        "prune_ratio": 0.8,
+        "seed": 0,
+        "trained_accuracy": 0.9,
+        "pruned_accuracy": 0.5,
+        "finetuned_accuracy": 0.95,
+        "finetune_curve": (0.93, 0.95),
+        "sparsity": 0.8,
+        "seconds": {"train": 1.5},
+        "device": "cpu",
+        "versions": {"torch": "2"},
+        "fingerprint": "0" * 16,
+    }
+    return Record(**(values | changes))
+
+
+def test_a_record_is_frozen_and_equal_but_for_its_seconds() -> None:
+    record = one()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        record.seed = 1  # type: ignore[misc]
+    assert record == one(seconds={"train": 99.0})
+    assert record != one(pruned_accuracy=0.51)
+
+
+def test_records_make_a_data_frame() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([one(), one(seed=1)])
+    assert frame["seed"].tolist() == [0, 1]
+    assert frame["keep_ratio"].tolist() == [0.1, 0.1]
+    assert set(frame.columns) == {field.name for field in dataclasses.fields(Record)}
+
+
+@pytest.mark.parametrize("bad", ["{", "[]", "{}", '{"model": "x"}', "3"])
+def test_a_foreign_line_is_named(bad: str, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    write([one()], path)
+    with path.open("a") as file:
+        file.write(bad + "\n")
+    with pytest.raises(ValueError, match=r"records.jsonl` .* line 2"):
+        read(path)
+    extra = tmp_path / "extra.jsonl"
+    extra.write_text(json.dumps({**dataclasses.asdict(one()), "flavour": 1}) + "\n")
+    with pytest.raises(ValueError, match="flavour"):
+        read(extra)
+
+
+json_values = st.recursive(
+    st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), text),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.dictionaries(text, json_values, max_size=4), st.dictionaries(text, json_values))
+def test_fingerprints_are_equal_if_and_only_if_configurations_are(one: Any, other: Any) -> None:
+    assert fingerprint(dict(reversed(one.items()))) == fingerprint(one)
+    assert (fingerprint(one) == fingerprint(other)) == (
+        json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+    )
+
+
+def test_a_fingerprint_is_the_same_in_another_process() -> None:
+    code = "from drophot.records import fingerprint; print(fingerprint({'b': 1, 'a': [0.1]}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == fingerprint({"a": [0.1], "b": 1})
+
+
+def test_callables_are_described_without_addresses() -> None:
+    class Callable:
+        def __call__(self) -> None: ...
+
+    adam = partial(torch.optim.Adam, lr=0.1, betas=(0.9, 0.99))
+    assert describe(adam) == "torch.optim.adam.Adam(betas=(0.9, 0.99), lr=0.1)"
+    assert describe(describe) == "drophot.records.describe"
+    assert describe(Callable()).endswith("Callable")
+    assert "0x" not in describe(lambda: 0) + describe(Callable())
+
+
+def test_a_models_name_is_its_factorys_or_its_class() -> None:
+    model = torch.nn.Linear(1, 1)
+    assert factory_name(partial(partial(describe, 1), 2), model) == "describe"
+    assert factory_name(torch.nn.Linear, model) == "Linear"
+    assert factory_name(lambda: model, model) == "Linear"
+
+
+def test_versions_are_those_installed() -> None:
+    assert versions()["torch"] == torch.__version__
+    assert set(versions()) == {"drophot", "torch", "numpy", "python"}

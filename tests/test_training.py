@@ -1,0 +1,318 @@
+import logging
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from drophot import IndexedDataset, evaluate, fit
+from drophot.training import batches, in_memory
+
+CPU = torch.device("cpu")
+
+
+class Listed(Dataset):
+    """Samples read one by one, as from files; counts the readings."""
+
+    def __init__(self, size: int = 10) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(size, 3, generator=generator)
+        self.readings = 0
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        self.readings += 1
+        return self.inputs[i], int(self.inputs[i].sum() > 0)
+
+
+class Augmented(Listed):
+    """Random as transforms are, from whichever generator they use."""
+
+    def __init__(self, source: str, size: int = 10) -> None:
+        super().__init__(size)
+        self.source = source
+        self.own = np.random.default_rng(0)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        inputs, target = super().__getitem__(i)
+        draw = {
+            "torch": lambda: torch.rand(()).item(),
+            "numpy": lambda: np.random.rand(),  # noqa: NPY002
+            "python": random.random,
+            "its own": self.own.random,
+        }[self.source]
+        return inputs + draw(), target
+
+
+def model_of(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
+
+
+def trained(dataset: Any, **options: Any) -> list[Tensor]:
+    model = model_of()
+    torch.manual_seed(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    fit(model, dataset, 3, optimizer=optimizer, batch_size=4, **options)
+    return [value.clone() for value in model.state_dict().values()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --- fit and evaluate --------------------------------------------------------------------------
+
+
+def test_fit_is_the_plain_loop() -> None:
+    data = Listed(10)
+    model = model_of()
+    torch.manual_seed(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    order = torch.Generator().manual_seed(7)
+    for _ in range(3):
+        permutation = torch.randperm(10, generator=order).tolist()
+        for start in range(0, 10, 4):
+            samples = [data[i] for i in permutation[start : start + 4]]
+            inputs = torch.stack([x for x, _ in samples])
+            targets = torch.tensor([y for _, y in samples])
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    assert same(trained(data, seed=7), list(model.state_dict().values()))
+
+
+def test_one_seed_gives_one_result_and_another_another() -> None:
+    assert same(trained(Listed(), seed=3), trained(Listed(), seed=3))
+    assert not same(trained(Listed(), seed=3), trained(Listed(), seed=4))
+
+
+def test_data_in_memory_and_data_read_anew_give_the_same_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quick = trained(Listed(), seed=3)
+    monkeypatch.setattr("drophot.training._memory", lambda device: 0)
+    data = Listed()
+    assert same(trained(data, seed=3), quick)
+    assert data.readings > 30, "it was indeed read in every epoch"
+
+
+def test_every_sample_is_seen_once_an_epoch_with_its_index() -> None:
+    data = IndexedDataset(Listed(10))
+    seen: list[tuple[int, ...]] = []
+    epochs: list[int] = []
+
+    def on_batch(index: Tensor, logits: Tensor, targets: Tensor) -> None:
+        assert logits.shape == (len(index), 2)
+        assert not logits.requires_grad
+        assert targets.tolist() == [data[i][1] for i in index.tolist()]
+        seen.append(tuple(index.tolist()))
+
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fit(
+        model,
+        Subset(data, [9, 1, 4, 5, 7]),
+        2,
+        optimizer=optimizer,
+        batch_size=3,
+        on_batch=on_batch,
+        on_epoch=epochs.append,
+    )
+    assert [len(batch) for batch in seen] == [3, 2, 3, 2], "the last batch holds what is left"
+    first, second = seen[0] + seen[1], seen[2] + seen[3]
+    assert sorted(first) == sorted(second) == [1, 4, 5, 7, 9]
+    assert first != second
+    assert epochs == [0, 1]
+    assert model.training
+
+
+def test_fit_leaves_a_model_that_on_epoch_evaluates_in_training_mode() -> None:
+    model = model_of()
+    modes = []
+
+    def on_batch(*_: Any) -> None:
+        modes.append(model.training)
+
+    def on_epoch(_: int) -> None:
+        model.eval()  # a user who does not put it back
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data = IndexedDataset(Listed())
+    fit(model, data, 2, optimizer=optimizer, on_batch=on_batch, on_epoch=on_epoch)
+    assert modes == [True, True]
+
+
+def test_no_epochs_change_nothing() -> None:
+    model = model_of()
+    before = [p.clone() for p in model.parameters()]
+    fit(model, Listed(), 0, optimizer=torch.optim.SGD(model.parameters(), lr=1))
+    assert same(list(model.parameters()), before)
+
+
+@given(st.integers(1, 3000), st.integers(0, 10))
+def test_evaluate_counts_what_is_right(size: int, shift: int) -> None:
+    inputs = torch.eye(11)[torch.arange(size) % 11]
+    targets = (torch.arange(size) % 11 != shift).long() * (torch.arange(size) % 11)
+    right = int((inputs.argmax(1) == targets).sum())
+    assert evaluate(nn.Identity(), TensorDataset(inputs, targets)) == right / size
+
+
+def test_evaluate_leaves_no_trace() -> None:
+    model = model_of().train()
+    state = torch.get_rng_state()
+    assert 0 <= evaluate(model, Augmented("torch")) <= 1
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    inputs = Listed(2000)
+    by_hand = model.eval()(inputs.inputs).argmax(1) == (inputs.inputs.sum(1) > 0)
+    assert evaluate(model, inputs) == int(by_hand.sum()) / 2000
+
+
+# --- in memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 10, 1024, 2500])
+def test_decoding_gives_the_samples(size: int) -> None:
+    data = Listed(size)
+    tensors = in_memory(data, "cpu")
+    assert isinstance(tensors, TensorDataset)
+    assert torch.equal(tensors.tensors[0], data.inputs)
+    assert torch.equal(tensors.tensors[1], (data.inputs.sum(1) > 0).long())
+    assert tensors.tensors[1].dtype == torch.int64
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "python", "its own"])
+def test_random_augmentation_is_never_frozen(source: str, caplog: pytest.LogCaptureFixture) -> None:
+    data = Augmented(source, 50)
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    with caplog.at_level(logging.INFO, logger="drophot"):
+        assert in_memory(data, "cpu") is data
+    assert "read anew each epoch" in caplog.text
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
+    seen = []
+    model = model_of()
+    fit(
+        model,
+        IndexedDataset(data),
+        2,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0),
+        on_batch=lambda index, logits, _: seen.append(logits[index.argsort()]),
+    )
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_augmentation_that_starts_late_is_found_too() -> None:
+    class Late(Listed):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            inputs, target = super().__getitem__(i)
+            return (inputs + torch.rand(()) if i == 1500 else inputs), target
+
+    assert not isinstance(in_memory(Late(2000), "cpu"), TensorDataset)
+
+
+def test_data_too_large_for_the_memory_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Listed(10)
+    needed = 10 * (3 * 4 + 8)
+    monkeypatch.setattr("drophot.training._memory", lambda device: 2 * needed - 1)
+    with caplog.at_level(logging.INFO, logger="drophot"):
+        assert in_memory(data, "cpu") is data
+    assert "do not fit in memory" in caplog.text
+    monkeypatch.setattr("drophot.training._memory", lambda device: 2 * needed)
+    assert isinstance(in_memory(data, "cpu"), TensorDataset)
+
+
+def test_tensors_are_not_read_sample_by_sample_nor_copied() -> None:
+    base = TensorDataset(torch.randn(10, 3), torch.arange(10) % 2)
+    found = in_memory(base, "cpu")
+    assert isinstance(found, TensorDataset)
+    assert found.tensors[0].data_ptr() == base.tensors[0].data_ptr()
+    wrapped = in_memory(Subset(IndexedDataset(base), [7, 2, 2]), "cpu")
+    assert isinstance(wrapped, TensorDataset)
+    assert wrapped.tensors[2].tolist() == [7, 2, 2]
+    assert torch.equal(wrapped.tensors[0], base.tensors[0][[7, 2, 2]])
+    positions = in_memory(IndexedDataset(Subset(base, [7, 2])), "cpu")
+    assert isinstance(positions, TensorDataset)
+    assert positions.tensors[2].tolist() == [0, 1]
+
+
+def test_batched_reading_is_used() -> None:
+    class Batched(Listed):
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            self.batched = True
+            return [self[i] for i in indices]
+
+    data = Batched(5)
+    in_memory(data, "cpu")
+    assert data.batched
+
+
+@given(st.integers(1, 40), st.integers(1, 50))
+def test_batches_cover_everything_in_order_or_in_the_same_disorder(
+    size: int, batch_size: int
+) -> None:
+    base = TensorDataset(torch.arange(size).float(), torch.arange(size))
+    unlike = Subset(list(base), range(size))  # the same samples, read one by one
+    plain = [batch[1] for batch in batches(base, batch_size, CPU)]
+    assert torch.cat(plain).tolist() == list(range(size))
+    assert all(len(batch) == batch_size for batch in plain[:-1])
+    for one, other in zip(
+        batches(base, batch_size, CPU, shuffle=torch.Generator().manual_seed(0)),
+        batches(unlike, batch_size, CPU, shuffle=torch.Generator().manual_seed(0)),
+        strict=True,
+    ):
+        assert torch.equal(one[1], other[1])
+
+
+# --- wrong use ---------------------------------------------------------------------------------
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        yield torch.zeros(3), 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        ([], ValueError, "`dataset` should have at least one sample. Found none"),
+        (Stream(), TypeError, "Found Stream without a length"),
+        ([("image", 0)], TypeError, r"Found \(str, int\); .*ToTensor"),
+        ([torch.zeros(3)], TypeError, "Found Tensor"),
+        ([{"x": torch.zeros(3)}], TypeError, "Found dict"),
+        ([(torch.zeros(3), "cat")], TypeError, r"Found \(Tensor, str\)"),
+        ([(torch.zeros(3), 0, 0, 0)], TypeError, r"Found \(Tensor, int, int, int\)"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_named(
+    dataset: Any, error: type[Exception], message: str
+) -> None:
+    model = model_of()
+    with pytest.raises(error, match=message):
+        fit(model, dataset, 1, optimizer=torch.optim.SGD(model.parameters(), lr=1))
+    with pytest.raises(error, match=message):
+        evaluate(model, dataset)
+
+
+def test_wrong_numbers_are_named() -> None:
+    model = model_of()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="`epochs` should not be negative. Found -1"):
+        fit(model, Listed(), -1, optimizer=optimizer)
+    with pytest.raises(ValueError, match="`batch_size` should be at least 1. Found 0"):
+        fit(model, Listed(), 1, optimizer=optimizer, batch_size=0)
+    with pytest.raises(ValueError, match="samples of 2; wrap the dataset in IndexedDataset"):
+        fit(model, Listed(), 1, optimizer=optimizer, on_batch=lambda *_: None)
+    assert same(list(model.parameters()), before)
