@@ -16,6 +16,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -23,6 +24,7 @@ from torchvision.datasets import MNIST
 from tqdm.auto import tqdm
 
 from drophot import DropHot, Record, records
+from drophot.coreset import Mode
 from drophot.models import fcnet, lenet
 from drophot.report import plot_steps, table
 from drophot.training import in_memory
@@ -52,7 +54,7 @@ def main() -> None:
     except RuntimeError as error:
         parser.error(f"no MNIST in {options.data_root} ({error}); give --download")
 
-    cells = [("high", options.data_ratio), ("low", options.data_ratio)]
+    cells: list[tuple[Mode, float]] = [("high", options.data_ratio), ("low", options.data_ratio)]
     cells += [("random", options.data_ratio), ("high", 1.0)]
     share = 1 + sum(1 + ratio for _, ratio in cells)  # of the full set, in each of the epochs
     work = sum(SECONDS[name] * share * options.epochs for name in options.models) / options.jobs
@@ -85,8 +87,8 @@ def main() -> None:
     print(table(found))
     lines, figure = options.out.with_suffix(".jsonl"), options.out.with_suffix(".png")
     records.write(found, lines)
-    drawing = plot_steps(found).get_figure()
-    assert drawing is not None
+    drawing = Figure(layout="constrained")
+    plot_steps(found, ax=drawing.subplots())
     drawing.savefig(figure, dpi=150)
     print(f"\n{perf_counter() - start:.0f} seconds. Records: {lines}. Figure: {figure}")
 
@@ -95,7 +97,7 @@ def score(name: str, options: Namespace) -> Tensor:
     return pipeline(name, "high", options.data_ratio, options).score()
 
 
-def cell(name: str, mode: str, ratio: float, scores: Tensor, options: Namespace) -> Record:
+def cell(name: str, mode: Mode, ratio: float, scores: Tensor, options: Namespace) -> Record:
     run = pipeline(name, mode, ratio, options)
     run.scores = scores
     run.select()
@@ -104,7 +106,7 @@ def cell(name: str, mode: str, ratio: float, scores: Tensor, options: Namespace)
     return run.finetune()
 
 
-def pipeline(name: str, mode: str, ratio: float, options: Namespace) -> DropHot:
+def pipeline(name: str, mode: Mode, ratio: float, options: Namespace) -> DropHot:
     torch.set_num_threads(1)
     train_set, test_set = data(options.data_root, options.device)
     return DropHot(
@@ -112,7 +114,7 @@ def pipeline(name: str, mode: str, ratio: float, options: Namespace) -> DropHot:
         train_set,
         test_set,
         data_ratio=ratio,
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
         prune_ratio=options.prune_ratio,
         score_epochs=options.epochs,
         train_epochs=options.epochs,

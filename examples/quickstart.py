@@ -13,11 +13,13 @@ from statistics import mean
 from time import perf_counter
 
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from drophot import DropHot
+from drophot.coreset import Mode
 from drophot.models import fcnet
 from drophot.report import plot_steps, table
 
@@ -41,7 +43,7 @@ def main() -> None:
     train_set = TensorDataset(images[train], targets[train])
     test_set = TensorDataset(images[test], targets[test])
 
-    cells = [("high", options.data_ratio), ("low", options.data_ratio)]
+    cells: list[tuple[Mode, float]] = [("high", options.data_ratio), ("low", options.data_ratio)]
     cells += [("random", options.data_ratio), ("high", 1.0)]
     print(
         f"{len(train_set)} training and {len(test_set)} test samples, {options.seeds} seeds, "
@@ -80,8 +82,8 @@ def main() -> None:
     print(f"\n{mean(forgotten):.1%} of the training samples were forgotten at least once.")
     print("Test accuracy in %, mean ± standard deviation over seeds, last epoch:\n")
     print(table(records))
-    figure = plot_steps(records).get_figure()
-    assert figure is not None
+    figure = Figure(layout="constrained")
+    plot_steps(records, ax=figure.subplots())
     figure.savefig(options.figure, dpi=150)
     print(f"\n{perf_counter() - start:.0f} seconds. Figure: {options.figure}")
 

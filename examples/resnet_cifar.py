@@ -2,9 +2,9 @@
 
 A network is trained for 10 epochs on all images and their forgetting events are counted; then new
 ones are trained on the most forgotten samples, on the least forgotten, on a random subset of the
-same size and on everything, pruned layer by layer, and fine-tuned for 10 epochs on the full training
-set with the removed weights held at zero. Adam, learning rate 1e-3, batches of 64, no augmentation,
-inputs in [-1, 1], test accuracy of the last epoch.
+same size and on everything, pruned layer by layer, and fine-tuned for 10 epochs on the full
+training set with the removed weights held at zero. Adam, learning rate 1e-3, batches of 64, no
+augmentation, inputs in [-1, 1], test accuracy of the last epoch.
 
 A folder holds train/CLASS/*.jpg and test/CLASS/*.jpg (or .png), all of one size.
 """
@@ -16,11 +16,13 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
 from drophot import DropHot, records
+from drophot.coreset import Mode
 from drophot.models import resnet18, resnet50
 from drophot.report import plot_steps, table
 from drophot.training import in_memory
@@ -50,14 +52,14 @@ def main() -> None:
     except (FileNotFoundError, RuntimeError) as error:
         parser.error(f"no {options.data} in {options.data_root} ({error}); CIFAR: --download")
 
-    cells = [("high", options.data_ratio), ("low", options.data_ratio)]
+    cells: list[tuple[Mode, float]] = [("high", options.data_ratio), ("low", options.data_ratio)]
     cells += [("random", options.data_ratio), ("high", 1.0)]
     epochs = options.epochs * (1 + sum(1 + ratio for _, ratio in cells))
     images = len(raw_train)  # type: ignore[arg-type]
     minutes = epochs * images * SECONDS[options.model] / 1000 / 60
     print(
-        f"{len(cells)} runs, {epochs:.0f} epochs of {images:,} images: about {minutes:.0f} minutes on "
-        f"two cores of a CPU for images of 32x32, a small part of that on a GPU."
+        f"{len(cells)} runs, {epochs:.0f} epochs of {images:,} images: about {minutes:.0f} minutes "
+        f"on two cores of a CPU for images of 32x32, a small part of that on a GPU."
     )
     start = perf_counter()
     train_set, test_set = (in_memory(raw, options.device) for raw in (raw_train, raw_test))
@@ -68,7 +70,7 @@ def main() -> None:
             train_set,
             test_set,
             data_ratio=ratio,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             prune_ratio=options.prune_ratio,
             score_epochs=options.epochs,
             train_epochs=options.epochs,
@@ -91,8 +93,8 @@ def main() -> None:
     print(table(found))
     lines, figure = options.out.with_suffix(".jsonl"), options.out.with_suffix(".png")
     records.write(found, lines)
-    drawing = plot_steps(found).get_figure()
-    assert drawing is not None
+    drawing = Figure(layout="constrained")
+    plot_steps(found, ax=drawing.subplots())
     drawing.savefig(figure, dpi=150)
     print(f"\n{perf_counter() - start:.0f} seconds. Records: {lines}. Figure: {figure}")
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from math import floor
 
 import numpy as np
@@ -11,12 +12,12 @@ import numpy as np
 def forgetting(
     num_samples: int, presentations: Iterable[tuple[int, bool]]
 ) -> tuple[list[int], list[bool], list[int]]:
-    """Toneva et al.'s definition over a sequence of (sample, right?): counts, learned, presented."""
+    """Toneva et al.'s definition, of (sample, right?) in turn: counts, learned, presented."""
     history: dict[int, list[bool]] = defaultdict(list)
     for sample, right in presentations:
         history[sample].append(right)
     counts = [
-        sum(before and not now for before, now in zip(h, h[1:], strict=False))
+        sum(before and not now for before, now in pairwise(h))
         for h in (history[sample] for sample in range(num_samples))
     ]
     learned = [any(history[sample]) for sample in range(num_samples)]

@@ -47,7 +47,7 @@ def test_indices_are_exact_ascending_unique_int64_on_the_cpu(
     assert indices.device.type == "cpu"
     assert len(indices) == max(1, int(ratio * len(scores) + 0.5))
     assert (indices.diff() > 0).all()
-    assert 0 <= indices[0]
+    assert indices[0] >= 0
     assert indices[-1] < len(scores)
 
 

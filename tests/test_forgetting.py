@@ -148,7 +148,7 @@ def test_scores_of_runs_add_up_and_never_learned_is_above_every_count() -> None:
 # --- observe -----------------------------------------------------------------------------------
 
 
-def small_network() -> nn.Module:
+def small_network() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
 

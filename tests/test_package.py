@@ -17,11 +17,12 @@ SOURCE = ROOT / "src" / "drophot"
 # Data flows down this list; a module imports from those above it only.
 HOUSE = [
     "_random",
+    "_progress",
     "_untouched",
     "indexing",
     "forgetting",
-    "coreset",
     "_radix",
+    "coreset",
     "_summary",
     "prune",
     "training",

@@ -313,6 +313,13 @@ def test_steps_out_of_order_say_what_is_missing() -> None:
         run.select()
 
 
+def test_a_coreset_without_a_class_is_warned_about() -> None:
+    run = drop_hot(data_ratio=0.1)
+    run.scores = (TRAIN.tensors[1] == 1).long()
+    with pytest.warns(UserWarning, match=r"leave no sample of classes \[0, 2\]"):
+        run.select()
+
+
 def test_training_anew_takes_the_old_masks_away() -> None:
     run = drop_hot(mode="random")
     run.run()

@@ -429,8 +429,8 @@ def test_masks_survive_saving_and_are_refused_elsewhere() -> None:
     assert all(torch.equal(taken[name], masks[name]) for name in masks)
     assert torch.equal(other[4].weight, model[4].weight)
 
+    wrong = {("weight" if n == "4.weight" else n): m for n, m in masks.items()}
     with pytest.raises(ValueError, match=r"difference in \['4.weight', 'weight'\]"):
-        wrong = {("weight" if n == "4.weight" else n): m for n, m in masks.items()}
         taken.load_state_dict(wrong)
     with pytest.raises(ValueError, match=r"shape \(3, 16\)\. Found torch.bool, \(16, 3\)"):
         taken.load_state_dict({**masks, "6.weight": masks["6.weight"].t()})

@@ -34,9 +34,9 @@ def test_a_row_for_each_group_of_seeds() -> None:
         "zeros held",
     ]
     assert all(set(cell) <= {"-", ":"} and len(cell) >= 3 for cell in rule)
+    spread = ["92.00 ± 2.83", "50.00 ± 0.00", "95.00 ± 0.00"]
     assert rows == [
-        ["lenet", "high", "10%", "6,000", "80%", "2", "92.00 ± 2.83", "50.00 ± 0.00"]
-        + ["95.00 ± 0.00", "80.00"],
+        ["lenet", "high", "10%", "6,000", "80%", "2", *spread, "80.00"],
         ["lenet", "everything", "100%", "60,000", "80%", "1", "90.00", "50.00", "95.00", "80.00"],
     ]
 

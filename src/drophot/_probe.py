@@ -14,24 +14,24 @@ from torch.utils.data import Dataset, TensorDataset
 from drophot.training import first_sample
 
 
-def check_count(name: str, value: Any, least: int) -> None:
+def check_counts(least: int, **counts: Any) -> None:
     """Refuse what is no integer of at least `least`.
 
     Args:
-        name: What the caller calls it.
-        value: The value.
-        least: The least that it may be.
+        least: The least that each may be.
+        **counts: The values, by their names.
 
     Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is less.
+        TypeError: If one is not an integer.
+        ValueError: If one is less.
     """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"`{name}` should be an integer. Found {value!r}.") from None
-    if number < least:
-        raise ValueError(f"`{name}` should be at least {least}. Found {value}.")
+    for name, value in counts.items():
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(f"`{name}` should be an integer. Found {value!r}.") from None
+        if number < least:
+            raise ValueError(f"`{name}` should be at least {least}. Found {value}.")
 
 
 def build(
@@ -177,3 +177,19 @@ def check_sizes(
                 f"`batch_size` should not leave a last batch of one sample, on which this model "
                 f"cannot train. Found {batch_size}, and {what}; change `batch_size`. ({error})"
             ) from error
+
+
+def empty_classes(train_set: Dataset[Any], indices: Tensor) -> list[int]:
+    """The classes that occur in the training set and not in a coreset.
+
+    Args:
+        train_set: What `in_memory` gave.
+        indices: The coreset, `(K,)`.
+
+    Returns:
+        The classes; none if the training set is not in memory.
+    """
+    if not isinstance(train_set, TensorDataset):
+        return []
+    targets = train_set.tensors[1].cpu()
+    return sorted(set(targets.unique().tolist()) - set(targets[indices].unique().tolist()))

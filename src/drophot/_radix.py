@@ -1,62 +1,66 @@
-"""Which magnitude divides the smallest `k` of many weights from the rest, exactly."""
+"""What stands at a rank among very many numbers, exactly, without sorting or copying them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 20  # weights looked at in one go: they stay in the cache, and memory stays small
+_BLOCK = 1 << 20  # numbers looked at in one go: they stay in the cache, and memory stays small
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Edge(NamedTuple):
-    """Magnitudes below `key` are removed, and `removed` of the `tied` ones that equal it."""
+class Place(NamedTuple):
+    """The key that stands at a rank; of the `tied` ones that equal it `before` come up to there."""
 
-    dtype: torch.dtype  # the magnitudes are compared in this one
     key: int
-    removed: int
+    before: int
     tied: int
 
 
-def edge(weights: Mapping[str, Tensor], remove: int) -> Edge:
-    """Find the edge below which `remove` of all weights lie.
+class Edge(NamedTuple):
+    """Magnitudes below `place.key` go, and `place.before` of those that equal it."""
 
-    A non-negative float's bits, read as an integer, are in the order of the floats. A histogram of
-    their first 16 tells in which of 65,536 ranges the edge is, and the next 16 divide that one:
-    two passes for float32, one for the half precisions, whatever the distribution, and no copy of
-    the weights.
+    dtype: torch.dtype  # the magnitudes are compared in this one
+    place: Place
+
+
+def nth(values: Tensor, rank: int) -> Tensor:
+    """The number that stands at a rank in ascending order.
 
     Args:
-        weights: Float tensors by name.
+        values: Floats of 32 bits or more without NaN, or integers; one dimension.
+        rank: From 0.
+
+    Returns:
+        The number, of the values' dtype, without dimensions.
+    """
+    if values.is_floating_point():
+        place = _place([values], _ordered, values.dtype.itemsize, rank + 1)
+        key = torch.tensor(place.key, dtype=_INTEGERS[values.dtype.itemsize])
+        return _turn(key).view(values.dtype)
+    low, high = (int(value) for value in values.aminmax())
+    width = next(w for w in _INTEGERS if -(1 << (8 * w - 1)) <= low and high < 1 << (8 * w - 1))
+    place = _place([values], lambda block: block.to(_INTEGERS[width]), width, rank + 1)
+    return torch.tensor(place.key, dtype=values.dtype)
+
+
+def edge(weights: Sequence[Tensor], remove: int) -> Edge:
+    """Find the magnitude below which `remove` of all weights lie.
+
+    Args:
+        weights: Finite float tensors of 16 bits or more.
         remove: How many of their elements are to go.
 
     Returns:
         The edge. All zeros are on the removed side of it, even if they are more.
-
-    Raises:
-        ValueError: If a weight is not finite.
     """
-    dtype = reduce(torch.promote_types, (weight.dtype for weight in weights.values()))
-    top = 16 * ((dtype.itemsize * 8 - 1) // 16)
-    prefix, rank, tied = 0, remove, 0
-    for shift in range(top, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for weight in weights.values():
-            counts += _histogram(weight, dtype, shift, prefix if shift < top else None)
-        if shift == top:
-            infinity = int(_keys(torch.tensor(float("inf"), dtype=dtype)))
-            if counts[infinity >> shift :].any():
-                raise ValueError(_not_finite(weights))
-        upto = counts.cumsum(0)
-        digit = int(torch.searchsorted(upto, rank))
-        tied = int(counts[digit])
-        rank -= int(upto[digit]) - tied
-        prefix = prefix << 16 | digit
-    return Edge(dtype, prefix, tied if prefix == 0 else rank, tied)
+    dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
+    place = _place(weights, lambda block: _magnitude(block.to(dtype)), dtype.itemsize, remove)
+    return Edge(dtype, place._replace(before=place.tied) if place.key == 0 else place)
 
 
 def cutter(edge: Edge) -> Callable[[Tensor], Tensor]:
@@ -72,6 +76,7 @@ def cutter(edge: Edge) -> Callable[[Tensor], Tensor]:
         Takes a weight, sets what lies below the edge to zero, in place, and gives the mask of what
         is kept: bool, of the weight's shape, contiguous.
     """
+    key, removed, tied = edge.place
     met = 0  # ties so far
 
     def cut(weight: Tensor) -> Tensor:
@@ -80,12 +85,12 @@ def cutter(edge: Edge) -> Callable[[Tensor], Tensor]:
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         flat = weight.reshape(-1)
         for block, keep in zip(flat.split(_BLOCK), mask.view(-1).split(_BLOCK), strict=True):
-            keys = _keys(block.to(edge.dtype))
-            torch.gt(keys, edge.key, out=keep)
-            if edge.removed < edge.tied:
-                ties = (keys == edge.key).nonzero()[:, 0]
-                number = torch.arange(met, met + len(ties), device=ties.device) * edge.removed
-                keep[ties] = (number + edge.removed) // edge.tied == number // edge.tied
+            keys = _magnitude(block.to(edge.dtype))
+            torch.gt(keys, key, out=keep)
+            if removed < tied:
+                ties = (keys == key).nonzero()[:, 0]
+                number = torch.arange(met, met + len(ties), device=ties.device) * removed
+                keep[ties] = (number + removed) // tied == number // tied
                 met += len(ties)
             block.masked_fill_(~keep, 0)
         if not weight.is_contiguous():
@@ -95,33 +100,57 @@ def cutter(edge: Edge) -> Callable[[Tensor], Tensor]:
     return cut
 
 
-def _histogram(weight: Tensor, dtype: torch.dtype, shift: int, prefix: int | None) -> Tensor:
-    """How many magnitudes have each value of the 16 bits at `shift`, given those above."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64, device=weight.device)
-    for block in _blocks(weight):
-        keys = _keys(block.to(dtype))
-        if prefix is not None:
-            keys = keys[keys >> (shift + 16) == prefix]
-        counts += torch.bincount((keys >> shift) & 0xFFFF, minlength=1 << 16)
+def _place(
+    tensors: Iterable[Tensor], to_keys: Callable[[Tensor], Tensor], width: int, rank: int
+) -> Place:
+    """The key at a rank (from 1) among signed integers of `width` bytes."""
+    # A histogram of their first 16 bits tells in which of 65,536 ranges it is, and the next 16
+    # divide that one: two passes for 32 bits, whatever the distribution, without a copy.
+    top = 8 * width - 16
+    prefix = tied = 0
+    for shift in range(top, -1, -16):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for tensor in tensors:
+            counts += _histogram(tensor, to_keys, shift, prefix if shift < top else None)
+        upto = counts.cumsum(0)
+        digit = int(torch.searchsorted(upto, max(rank, 1)))
+        tied = int(counts[digit])
+        rank -= int(upto[digit]) - tied
+        # The first digit counts from the most negative integer.
+        prefix = digit - (1 << 15) if shift == top else prefix << 16 | digit
+    return Place(prefix, max(rank, 0), tied)
+
+
+def _histogram(
+    tensor: Tensor, to_keys: Callable[[Tensor], Tensor], shift: int, prefix: int | None
+) -> Tensor:
+    """How many keys have each value of the 16 bits at `shift`, given those above."""
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device=tensor.device)
+    for block in _blocks(tensor):
+        keys = to_keys(block)
+        if prefix is None:
+            digits = (keys >> shift).int() + (1 << 15)
+        else:
+            digits = (keys[keys >> (shift + 16) == prefix] >> shift) & 0xFFFF
+        counts += torch.bincount(digits, minlength=1 << 16)
     return counts.cpu()
 
 
-def _blocks(weight: Tensor) -> Iterator[Tensor]:
-    yield from weight.detach().reshape(-1).split(_BLOCK)
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.detach().reshape(-1).split(_BLOCK)
 
 
-def _keys(block: Tensor) -> Tensor:
+def _magnitude(block: Tensor) -> Tensor:
     """The bits without the sign: integers in the order of the magnitudes."""
     integer = _INTEGERS[block.dtype.itemsize]
     return block.view(integer) & torch.iinfo(integer).max
 
 
-def _not_finite(weights: Mapping[str, Tensor]) -> str:
-    for name, weight in weights.items():
-        bad = sum(int((~block.isfinite()).sum()) for block in _blocks(weight))
-        if bad:
-            return (
-                f"`model` should have finite weights only. Found {bad} that are NaN or infinite "
-                f"in `{name}`; a network that diverged has nothing to rank."
-            )
-    raise AssertionError("unreachable")
+def _ordered(block: Tensor) -> Tensor:
+    """Integers in the order of the floats, -0 and 0 equal."""
+    return _turn((block + 0.0).view(_INTEGERS[block.dtype.itemsize]))
+
+
+def _turn(bits: Tensor) -> Tensor:
+    """Negative floats' bits in reverse order; its own inverse."""
+    return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)

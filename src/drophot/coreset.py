@@ -11,6 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from drophot import _radix
+
 Mode = Literal["high", "low", "random"]
 
 
@@ -162,19 +164,20 @@ def _choose(
 
 def _nth(scores: Tensor, rank: int) -> Tensor:
     """The score that stands at `rank` (from 0) in ascending order."""
-    if scores.is_cuda:
-        # topk is torch's parallel radix selection; unsorted, it does nothing more.
-        from_below = 2 * rank < len(scores)
-        size = rank + 1 if from_below else len(scores) - rank
-        top = scores.topk(size, largest=not from_below, sorted=False).values
-        return top.amax() if from_below else top.amin()
-    return torch.as_tensor(np.partition(scores.cpu().numpy(), rank)[rank])
+    if not scores.is_cuda:
+        return _radix.nth(scores, rank)
+    # topk is torch's parallel radix selection; unsorted, it does nothing more.
+    from_below = 2 * rank < len(scores)
+    size = rank + 1 if from_below else len(scores) - rank
+    top = scores.topk(size, largest=not from_below, sorted=False).values
+    return top.amax() if from_below else top.amin()
 
 
 def _smallest(keys: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
+    """Where the `size` smallest keys stand; they are all different."""
     if size == len(keys):
         return np.arange(size)
-    return np.argpartition(keys, size)[:size]
+    return np.flatnonzero(keys < np.partition(keys, size)[size])
 
 
 def _hash(values: NDArray[np.int64], seed: int, stream: int = 0) -> NDArray[np.uint64]:
@@ -210,8 +213,8 @@ def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
     if values.is_floating_point():
         if values.dtype.itemsize < 4:
             values = values.float()  # exact, and a dtype that NumPy knows
-        nan = values.isnan()
-        if nan.any():
+        if values.amax().isnan():
+            nan = values.isnan()
             raise ValueError(
                 f"`scores` should hold no NaN. Found {int(nan.sum())}, the first at position "
                 f"{int(nan.nonzero()[0, 0])}; score or drop those samples first."

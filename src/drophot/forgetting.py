@@ -279,7 +279,7 @@ class ForgettingTracker:
         known = None
         if targets is not None:
             targets = targets.to(device, torch.int32, non_blocking=True)
-            seen = self._targets[place]
+            seen = self._targets.index_select(0, place)
             known = torch.where(seen < 0, targets, seen)
             wrong = wrong | (known != targets)
         fault = torch.where(wrong, index, _NO_FAULT).amin()
@@ -294,10 +294,10 @@ class ForgettingTracker:
         # whether it was right last time. Each adds its step to the history; the steps of repeats
         # add up to the same as one after the other.
         place, order = place.sort(stable=True)
-        correct = correct[order].long()
-        before = self._history[place] & 1
+        correct = correct.index_select(0, order).long()
+        before = self._history.index_select(0, place) & 1
         before[1:] = torch.where(place[1:] == place[:-1], correct[:-1], before[1:])
-        self._history.index_add_(0, place, self._steps[2 * before + correct])
+        self._history.index_add_(0, place, self._steps.index_select(0, 2 * before + correct))
 
     def _move(self, device: torch.device) -> None:
         # Not as tensors of inference mode, which no later training step could update.

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import Dataset, Subset
 
-from drophot import _probe, _random, coreset, prune, training
+from drophot import _probe, _progress, _random, coreset, prune, training
 from drophot.coreset import Mode, select
 from drophot.forgetting import ForgettingTracker
 from drophot.indexing import IndexedDataset
@@ -28,25 +29,6 @@ from drophot.records import (
 )
 
 Forgetting = Literal["paper", "toneva"]
-
-
-class Fit(Protocol):
-    """A training loop for `DropHot`: what :func:`drophot.training.fit` is."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        dataset: Dataset[Any],
-        epochs: int,
-        *,
-        optimizer: Optimizer,
-        batch_size: int,
-        seed: int,
-        on_batch: Callable[[Tensor, Tensor, Tensor], object] | None,
-        on_epoch: Callable[[int], object] | None,
-    ) -> object:
-        """Train `model` on `dataset` and call back: see :func:`drophot.training.fit`."""
-        ...
 
 
 class DropHot:
@@ -67,10 +49,9 @@ class DropHot:
     is left as it was.
 
     References:
-        Gupta et al., Drop it Like it's Hot: Network Pruning with Data Selection, section 4.
-        Defaults are the authors': Adam with learning rate 1e-3, batches of 64, 10 epochs for each
-        training, pruning layer by layer. Unlike the authors' code, scores follow their samples
-        and pruned weights stay zero.
+        Gupta et al., Drop it Like it's Hot: Network Pruning with Data Selection, section 4, with
+        the authors' defaults: Adam, learning rate 1e-3, batches of 64, 10 epochs a training,
+        pruning layer by layer.
 
     Args:
         model: A factory: called without arguments it gives a new model, inputs `(B, …)` to logits
@@ -123,18 +104,12 @@ class DropHot:
         (1.0, 0.5, 16)
     """
 
-    tracker: ForgettingTracker | None = None
-    """Step 1's tracker: its `counts`, `learned` and `presentations`."""
-    scores: Tensor | None = None
-    """Step 1's scores `(N,)`."""
-    indices: Tensor | None = None
-    """Step 2's coreset: positions in the training set, `(K,)`."""
-    model: nn.Module | None = None
-    """The model of steps 3 to 5."""
+    tracker: ForgettingTracker | None = None  # of step 1
+    scores: Tensor | None = None  # (N,)
+    indices: Tensor | None = None  # (K,)
+    model: nn.Module | None = None  # of steps 3 to 5
     masks: Masks | None = None
-    """Step 4's masks."""
     record: Record | None = None
-    """Step 5's record."""
 
     def __init__(
         self,
@@ -154,7 +129,7 @@ class DropHot:
         batch_size: int = 64,
         seed: int = 0,
         device: torch.device | str | None = None,
-        fit: Fit = training.fit,
+        fit: training.Fit = training.fit,
         progress: bool = False,
     ) -> None:
         coreset.check_ratio("data_ratio", data_ratio)
@@ -163,13 +138,12 @@ class DropHot:
         prune.check_scope("scope", scope)
         if forgetting not in get_args(Forgetting):
             raise ValueError(f'`forgetting` should be "paper" or "toneva". Found {forgetting!r}.')
-        _probe.check_count("score_epochs", score_epochs, 1)
-        _probe.check_count("train_epochs", train_epochs, 0)
-        _probe.check_count("finetune_epochs", finetune_epochs, 0)
-        _probe.check_count("batch_size", batch_size, 1)
-        _probe.check_count("seed", seed, 0)
+        _probe.check_counts(1, score_epochs=score_epochs, batch_size=batch_size)
+        _probe.check_counts(
+            0, train_epochs=train_epochs, finetune_epochs=finetune_epochs, seed=seed
+        )
         if progress:
-            _tqdm()
+            _progress.check()
         self.factory = model
         self.data_ratio = float(data_ratio)
         self.mode: Mode = mode
@@ -261,8 +235,7 @@ class DropHot:
                 on_batch=tracker.update if toneva else None,
                 on_epoch=None if toneva else observe,
             )
-            if not bool((tracker.presentations > 0).all()):
-                missed = int((tracker.presentations == 0).sum())
+            if missed := int((tracker.presentations == 0).sum()):
                 raise RuntimeError(
                     f"`fit` should call on_batch for every batch and on_epoch after every epoch. "
                     f"Found {missed} of {self._total} samples that were never presented."
@@ -272,6 +245,9 @@ class DropHot:
 
     def select(self) -> Tensor:
         """Step 2: keep `data_ratio` of the training samples by their scores.
+
+        A coreset that holds no sample of some class is warned about: high scores can be all in a
+        few classes.
 
         Returns:
             The kept samples' positions `(K,)`, which stay on `indices` too.
@@ -292,6 +268,12 @@ class DropHot:
             )
         with self._step("select", 0):
             self.indices = select(scores, self.data_ratio, self.mode, seed=self.seed)
+        if empty := _probe.empty_classes(self.train_set, self.indices):
+            warnings.warn(
+                f"`data_ratio={self.data_ratio}` and `mode={self.mode!r}` leave no sample of "
+                f"classes {empty}, which the model will not learn in `train`; raise data_ratio.",
+                stacklevel=2,
+            )
         return self.indices
 
     def train(self) -> nn.Module:
@@ -384,20 +366,15 @@ class DropHot:
         on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
         on_epoch: Callable[[int], object] | None = None,
     ) -> None:
-        bar = (
-            _tqdm()(total=epochs, desc=self._doing, unit="epoch", leave=False)
-            if self.progress
-            else None
-        )
-
-        def after(epoch: int) -> None:
-            if on_epoch is not None:
-                on_epoch(epoch)
-            if bar is not None:
-                bar.update()
-
         optimizer = self.optimizer(model.parameters())
-        with nullcontext() if masks is None else masks.hold(optimizer), bar or nullcontext():
+        held = nullcontext() if masks is None else masks.hold(optimizer)
+        with held, _progress.bar(self.progress, epochs, self._doing) as update:
+
+            def after(epoch: int) -> None:
+                if on_epoch is not None:
+                    on_epoch(epoch)
+                update()
+
             self.fit(
                 model,
                 dataset,
@@ -422,13 +399,3 @@ class DropHot:
         finally:
             torch.backends.cudnn.deterministic = deterministic
         self.seconds[name] = perf_counter() - start
-
-
-def _tqdm() -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError(
-            'Progress bars come from tqdm: pip install "drophot[progress]"'
-        ) from error
-    return tqdm

@@ -81,12 +81,13 @@ def magnitude_prune(
     check_scope("scope", scope)
     weights = _prunable(model, skip)
     groups = [list(weights)] if scope == "global" else [[name] for name in weights]
-    # All edges first: they find what is wrong before anything is changed.
+    for name, weight in weights.items():
+        _check_finite(name, weight)
     edges = []
     for group in groups:
         total = sum(weights[name].numel() for name in group)
         remove = floor(ratio * total + 0.5)
-        edges.append(_radix.edge({name: weights[name] for name in group}, remove))
+        edges.append(_radix.edge([weights[name] for name in group], remove))
     masks = {}
     for group, edge in zip(groups, edges, strict=True):
         cut = _radix.cutter(edge)
@@ -314,9 +315,11 @@ def _prunable(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Parameter
             if weight is None or id(weight) in left_out or id(weight) in seen:
                 continue
             _check_weight(name, weight)
+            if weight.numel() == 0:
+                continue
             seen.add(id(weight))
             found[name] = weight
-    if not sum(weight.numel() for weight in found.values()):
+    if not found:
         raise ValueError(
             f"`model` should have weights to prune, in Linear, Conv or MultiheadAttention layers. "
             f"Found none in {type(model).__name__}"
@@ -366,6 +369,16 @@ def _check_weight(name: str, weight: nn.Parameter) -> None:
         raise ValueError(
             f"`model` should have dense weights. Found `{name}` of {weight.layout}; call "
             f"to_dense() on it first."
+        )
+
+
+def _check_finite(name: str, weight: nn.Parameter) -> None:
+    least, most = weight.detach().aminmax()  # the quickest look at all of them; NaN comes through
+    if not (least.isfinite() and most.isfinite()):
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(
+            f"`model` should have finite weights only. Found {bad} that are NaN or infinite in "
+            f"`{name}`; a network that diverged has nothing to rank."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -154,6 +154,25 @@ def batches(
     )
     for batch in loader:
         yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+
+
+class Fit(Protocol):
+    """A training loop that can stand in for `fit` in :class:`drophot.DropHot`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        dataset: Dataset[Any],
+        epochs: int,
+        *,
+        optimizer: Optimizer,
+        batch_size: int,
+        seed: int,
+        on_batch: Callable[[Tensor, Tensor, Tensor], object] | None,
+        on_epoch: Callable[[int], object] | None,
+    ) -> object:
+        """Train `model` on `dataset`, and call `on_batch` and `on_epoch`, as `fit` does."""
+        ...
 
 
 def in_memory(dataset: Dataset[Any], device: torch.device | str) -> Dataset[Any]:
