@@ -110,11 +110,6 @@ def test_the_test_of_the_imports_can_fail() -> None:
     assert wrong_way({"prune": {"_radix"}}) == []
 
 
-def test_no_file_is_longer_than_one_idea() -> None:
-    for path in SOURCE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 400, path.name
-
-
 def test_public_names_are_there_and_documented() -> None:
     assert sorted(drophot.__all__) == drophot.__all__
     for name in drophot.__all__:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.utils.data import Dataset, TensorDataset
 
-from drophot import DropHot, Masks, Record, evaluate, fit, select
+from drophot import DropHot, IndexedDataset, Masks, Record, evaluate, fit, select
 from drophot.models import fcnet
 
 
@@ -413,6 +413,8 @@ shared = small()
             "`train_set`",
         ),
         ({"test_set": []}, ValueError, "`test_set` should have at least one sample"),
+        ({"train_set": IndexedDataset(TRAIN)}, ValueError, "`train_set` .* Found 3 .* added here"),
+        ({"test_set": IndexedDataset(TEST)}, ValueError, "`test_set` .* Found 3 parts"),
         ({"train_set": Stream()}, TypeError, "`train_set` .* without a length"),
         ({"test_set": [("x", 0)]}, TypeError, r"`test_set` .* Found \(str, int\)"),
         (

@@ -53,11 +53,18 @@ def build(
 
     Raises:
         TypeError: If a factory is none.
-        ValueError: If a data set is empty, the inputs differ in shape, or the model cannot take
-            them or gives no logits.
+        ValueError: If a data set is empty or has an index already, the inputs differ in shape, or
+            the model cannot take them or gives no logits.
     """
-    inputs = torch.as_tensor(first_sample("train_set", train_set)[0])[None]
-    other = torch.as_tensor(first_sample("test_set", test_set)[0])[None]
+    samples = []
+    for name, dataset in (("train_set", train_set), ("test_set", test_set)):
+        samples.append(first_sample(name, dataset))
+        if len(samples[-1]) != 2:
+            raise ValueError(
+                f"`{name}` should give samples (input, target). Found {len(samples[-1])} parts; "
+                f"give the data set itself, not in an IndexedDataset: the index is added here."
+            )
+    inputs, other = (torch.as_tensor(sample[0])[None] for sample in samples)
     if inputs.shape != other.shape or inputs.dtype != other.dtype:
         raise ValueError(
             f"`test_set` should have inputs like `train_set`, {tuple(inputs.shape[1:])} of "

@@ -194,9 +194,7 @@ class DropHot:
         }
 
     def run(self) -> Record:
-        """Take the five steps, from the start.
-
-        Step 1 is left out where nothing depends on it: `mode="random"` or `data_ratio=1`.
+        """Take the steps from the start; the first only where `mode` and `data_ratio` need it.
 
         Returns:
             The record, which stays on `record` too.
