@@ -173,6 +173,15 @@ def test_mixed_dtypes_are_ranked_together() -> None:
     ]
 
 
+def test_the_widest_dtype_decides_wherever_it_stands() -> None:
+    """0.5 and the double just above it are one number in bfloat16, and in float32."""
+    model = linears([0.5, 2.0]).to(torch.bfloat16)
+    model.append(nn.Linear(2, 1).double())
+    model[1].weight.data.copy_(torch.tensor([[0.5 + 1e-12, 0.5 - 1e-12]], dtype=torch.float64))
+    masks = magnitude_prune(model, 0.5)
+    assert [m[0].tolist() for m in masks.values()] == [[False, True], [True, False]]
+
+
 def test_shared_weights_count_once() -> None:
     model = nn.ModuleDict({"a": nn.Linear(10, 10), "b": nn.Linear(10, 10), "c": nn.Linear(10, 10)})
     model["b"].weight = model["a"].weight
