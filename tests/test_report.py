@@ -41,6 +41,12 @@ def test_a_row_for_each_group_of_seeds() -> None:
     ]
 
 
+@pytest.mark.parametrize("change", [{"mode": "low"}, {"keep_ratio": 0.2}, {"prune_ratio": 0.4}])
+def test_what_differs_in_more_than_the_seed_is_not_averaged(change: dict[str, Any]) -> None:
+    assert len(cells(table([one(), one(seed=1, **change)]))) == 4
+    assert len(cells(table([one(), one(seed=1)]))) == 3
+
+
 def test_columns_line_up() -> None:
     lines = table(RUNS).splitlines()
     assert len({len(line) for line in lines}) == 1
