@@ -87,7 +87,7 @@ def main() -> None:
     print(table(found))
     lines, figure = options.out.with_suffix(".jsonl"), options.out.with_suffix(".png")
     records.write(found, lines)
-    drawing = Figure(layout="constrained")
+    drawing = Figure(figsize=(8, 4), layout="constrained")
     plot_steps(found, ax=drawing.subplots())
     drawing.savefig(figure, dpi=150)
     print(f"\n{perf_counter() - start:.0f} seconds. Records: {lines}. Figure: {figure}")

@@ -82,7 +82,7 @@ def main() -> None:
     print(f"\n{mean(forgotten):.1%} of the training samples were forgotten at least once.")
     print("Test accuracy in %, mean ± standard deviation over seeds, last epoch:\n")
     print(table(records))
-    figure = Figure(layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     plot_steps(records, ax=figure.subplots())
     figure.savefig(options.figure, dpi=150)
     print(f"\n{perf_counter() - start:.0f} seconds. Figure: {options.figure}")

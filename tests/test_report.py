@@ -70,7 +70,7 @@ def test_a_figure_of_the_three_steps(tmp_path: Path) -> None:
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [
         "lenet: high, 10% kept, 2 seeds",
-        "lenet: everything, 100% kept",
+        "lenet: everything",
     ]
     axes.get_figure().savefig(tmp_path / "figure.png")  # type: ignore[union-attr]
     assert (tmp_path / "figure.png").stat().st_size > 5000

@@ -101,7 +101,6 @@ class ForgettingTracker:
             ValueError: If a shape is wrong; on a CPU also if an index is out of range or a
                 sample's target is not the one it had before. Nothing is counted then.
         """
-        _check_vector("index", index, None)
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             raise TypeError(f"`logits` should be a float tensor. Found {_kind(logits)}.")
         if logits.dim() != 2 or logits.shape[1] < 2:
@@ -110,8 +109,8 @@ class ForgettingTracker:
                 f"{tuple(logits.shape)}; for any other kind of output judge it yourself and call "
                 f"`update_correct`."
             )
-        _check_vector("targets", targets, len(logits), "logits")
         _check_vector("index", index, len(logits), "logits")
+        _check_vector("targets", targets, len(logits), "logits")
         with torch.no_grad():
             top = logits.max(dim=1)
             targets = targets.to(logits.device, non_blocking=True)
@@ -339,14 +338,14 @@ def _steps(device: torch.device) -> Tensor:
     )
 
 
-def _check_vector(name: str, value: Any, length: int | None, other: str = "") -> None:
+def _check_vector(name: str, value: Any, length: int, other: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"`{name}` should be a tensor of integers. Found {_kind(value)}.")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"`{name}` should be a tensor of integers. Found {value.dtype}.")
     if value.dim() != 1:
         raise ValueError(f"`{name}` should have shape (B,). Found {tuple(value.shape)}.")
-    if length is not None and len(value) != length:
+    if len(value) != length:
         raise ValueError(
             f"`{name}` should have one entry for each row of `{other}`, {length}. Found "
             f"{len(value)}."

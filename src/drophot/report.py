@@ -17,6 +17,19 @@ _STEPS = {
     "finetuned_accuracy": "after fine-tuning",
 }
 
+# Okabe and Ito's colours for all kinds of colour vision, and markers and line styles besides, so
+# that a figure reads without its colours.
+_LOOKS = [
+    ("o", "-", "#0072B2"),
+    ("s", "--", "#D55E00"),
+    ("^", ":", "#009E73"),
+    ("D", "-.", "#000000"),
+    ("v", "-", "#56B4E9"),
+    ("P", "--", "#E69F00"),
+    ("X", ":", "#CC79A7"),
+    ("*", "-.", "#999999"),
+]
+
 
 def table(records: Iterable[Record]) -> str:
     """Accuracies before and after pruning and after fine-tuning, in %, as a Markdown table.
@@ -87,12 +100,10 @@ def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
                 'Figures come from matplotlib: pip install "drophot[plot]"'
             ) from error
         ax = Figure(layout="constrained").subplots()
-    # Markers and line styles too, so that the figure reads without its colours.
-    looks = [("o", "-"), ("s", "--"), ("^", ":"), ("D", "-."), ("v", "-"), ("P", "--")]
     middle = (len(groups) - 1) / 2
     for number, group in enumerate(groups):
         values = [[100 * getattr(record, step) for record in group] for step in _STEPS]
-        marker, style = looks[number % len(looks)]
+        marker, style, colour = _LOOKS[number % len(_LOOKS)]
         ax.errorbar(
             [step + 0.06 * (number - middle) for step in range(len(_STEPS))],
             [mean(value) for value in values],
@@ -100,12 +111,13 @@ def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
             label=_label(group),
             marker=marker,
             linestyle=style,
-            capsize=3,
+            color=colour,
+            capsize=3 if len(group) > 1 else 0,
         )
     ax.set_xticks(range(len(_STEPS)), list(_STEPS.values()))
     ax.set_ylabel("test accuracy (%)")
     ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
@@ -125,8 +137,9 @@ def _what(record: Record) -> str:
 
 def _label(group: Sequence[Record]) -> str:
     first = group[0]
+    share = "" if first.keep_ratio == 1 else f", {first.keep_ratio:.0%} kept"
     seeds = f", {len(group)} seeds" if len(group) > 1 else ""
-    return f"{first.model}: {_what(first)}, {first.keep_ratio:.0%} kept{seeds}"
+    return f"{first.model}: {_what(first)}{share}{seeds}"
 
 
 def _spread(values: Sequence[float]) -> str:
