@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, help="MODEL drophot|torch: one measurement, as JSON")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*options.measure, options.ratio)))
+        name, side = options.measure
+        print(json.dumps(measure(name, side, options.ratio)))
         return
 
     sides = [options.only] if options.only else ["drophot", "torch"]
