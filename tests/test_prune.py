@@ -520,6 +520,22 @@ def test_a_compiled_model_trains_with_held_masks() -> None:
     ]
 
 
+def test_masks_hold_under_ddp() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = network()
+        masks = magnitude_prune(model, 0.5)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        optimizer = AdamW(wrapped.parameters(), weight_decay=0.1)
+        with masks.hold(optimizer):
+            steps(wrapped, optimizer, 3)
+        assert Masks.from_zeros(model).sparsity == 0.5
+        assert list(Masks.from_zeros(wrapped)) == [f"module.{name}" for name in masks]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # --- wrong use ---------------------------------------------------------------------------------
 
 
