@@ -520,9 +520,9 @@ def test_a_compiled_model_trains_with_held_masks() -> None:
     ]
 
 
-def test_masks_hold_under_ddp() -> None:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+def test_masks_hold_under_ddp(tmp_path: Any) -> None:
+    meeting = f"file://{tmp_path}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     try:
         model = network()
         masks = magnitude_prune(model, 0.5)
