@@ -100,10 +100,7 @@ def score(name: str, options: Namespace) -> Tensor:
 def cell(name: str, mode: Mode, ratio: float, scores: Tensor, options: Namespace) -> Record:
     run = pipeline(name, mode, ratio, options)
     run.scores = scores
-    run.select()
-    run.train()
-    run.prune()
-    return run.finetune()
+    return run.run()
 
 
 def pipeline(name: str, mode: Mode, ratio: float, options: Namespace) -> DropHot:

@@ -73,10 +73,7 @@ def main() -> None:
                     scores = run.score()
                     forgotten.append(float((scores > 0).float().mean()))
                 run.scores = scores  # the seed's other runs need not count again
-                run.select()
-                run.train()
-                run.prune()
-                records.append(run.finetune())
+                records.append(run.run())
                 bar.update()
 
     print(f"\n{mean(forgotten):.1%} of the training samples were forgotten at least once.")

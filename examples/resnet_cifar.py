@@ -84,10 +84,7 @@ def main() -> None:
             scores = run.score()
             print(f"{float((scores > 0).float().mean()):.1%} were forgotten at least once.")
         run.scores = scores  # the other runs need not count again
-        run.select()
-        run.train()
-        run.prune()
-        found.append(run.finetune())
+        found.append(run.run())
 
     print("\nTest accuracy in %, last epoch:\n")
     print(table(found))

@@ -152,6 +152,17 @@ def test_any_dtype_gives_the_same(dtype: torch.dtype) -> None:
     assert torch.equal(select(torch.stack([scores, scores], 1)[:, 0], 0.37), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64, np.int8, np.float16])
+def test_arrays_of_any_kind_and_layout_give_the_same(dtype: Any) -> None:
+    scores = np.random.default_rng(0).integers(0, 9, 200)
+    expected = select(scores, 0.37)
+    array = scores.astype(dtype)
+    fixed = array.copy()
+    fixed.flags.writeable = False
+    for other in (array, fixed, array[::-1].copy()[::-1], np.stack([array, array], 1)[:, 0]):
+        assert torch.equal(select(other, 0.37), expected)
+
+
 def test_bools_and_infinities_have_an_order() -> None:
     assert select(torch.tensor([True, False, True]), 2 / 3).tolist() == [0, 2]
     infinity = float("inf")

@@ -168,6 +168,20 @@ def test_scores_follow_their_definition(forgetting: Any) -> None:
     assert run.tracker.counts.tolist() == counts
 
 
+def test_run_takes_scores_and_the_record_takes_indices_that_are_there() -> None:
+    run = drop_hot()
+    run.scores = given = torch.arange(120)
+    record = run.run()
+    assert run.scores is given
+    assert run.indices is not None
+    assert run.indices.tolist() == list(range(60, 120))
+    assert "score" not in record.seconds
+    run.indices = torch.arange(50)
+    run.train()
+    run.prune()
+    assert run.finetune().kept == 50
+
+
 def test_the_coreset_is_made_of_the_samples_that_were_scored() -> None:
     """One sample's index from the data set through the scores into the coreset."""
     seen: list[int] = []

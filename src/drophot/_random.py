@@ -44,7 +44,10 @@ def kept(device: torch.device | None = None, *, seed: int | None = None) -> Iter
     if seed is not None:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed moves every GPU's on too
+        if _is_gpu(device):
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
     try:
         yield
     finally:

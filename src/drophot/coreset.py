@@ -203,7 +203,10 @@ def _shares(counts: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64
 
 
 def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
-    values = scores.detach() if isinstance(scores, Tensor) else torch.as_tensor(np.asarray(scores))
+    if isinstance(scores, Tensor):
+        values = scores.detach()
+    else:  # torch takes no reversed views and warns of read-only ones; NumPy copies those alone
+        values = torch.as_tensor(np.require(scores, requirements=["C", "W"]))
     if values.is_complex():
         raise TypeError(f"`scores` should be real numbers. Found {values.dtype}.")
     if values.dim() != 1 or len(values) == 0:
@@ -212,14 +215,17 @@ def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
         )
     if values.is_floating_point():
         if values.dtype.itemsize < 4:
-            values = values.float()  # exact, and a dtype that NumPy knows
+            values = values.float()  # exact
         if values.amax().isnan():
             nan = values.isnan()
             raise ValueError(
                 f"`scores` should hold no NaN. Found {int(nan.sum())}, the first at position "
                 f"{int(nan.nonzero()[0, 0])}; score or drop those samples first."
             )
-    return values.byte() if values.dtype == torch.bool else values
+        return values
+    # Unsigned integers of more than 8 bits can do next to nothing in torch.
+    small = values.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    return values if small else values.long()
 
 
 def _check_targets(targets: Tensor | ArrayLike, length: int) -> NDArray[np.int64]:

@@ -42,7 +42,7 @@ class DropHot:
 
     `run` takes them all. Called one by one each leaves its result on the object: `tracker` and
     `scores`, `indices`, `model`, `masks`, `record`. What is there can be replaced between the
-    steps: `run.scores = my_scores` before `select()`, and step 1 is not needed.
+    steps: after `run.scores = my_scores` neither `select` nor `run` needs step 1.
 
     One seed gives one record on one machine. Models that differ in mode or ratio start from the
     same weights for the same seed, so that they can be compared in pairs. The global random state
@@ -194,16 +194,13 @@ class DropHot:
         }
 
     def run(self) -> Record:
-        """Take the steps from the start; the first only where `mode` and `data_ratio` need it.
+        """Take the steps; the first only where scores are needed and there are none yet.
 
         Returns:
             The record, which stays on `record` too.
         """
-        self.seconds = {}
-        if self.mode != "random" and self._kept < self._total:
+        if self.scores is None and self._needs_scores():
             self.score()
-        else:
-            self.tracker = self.scores = None
         self.select()
         self.train()
         self.prune()
@@ -256,7 +253,7 @@ class DropHot:
         """
         scores = self.scores
         if scores is None:
-            if self.mode != "random" and self._kept < self._total:
+            if self._needs_scores():
                 raise RuntimeError("`select` needs scores. Found none; call score() or set scores.")
             scores = torch.zeros(self._total)
         if len(scores) != self._total:
@@ -318,7 +315,7 @@ class DropHot:
         Raises:
             RuntimeError: If no model was pruned yet.
         """
-        if self.model is None or self.masks is None:
+        if self.model is None or self.masks is None or self.indices is None:
             raise RuntimeError("`finetune` needs masks. Found none; call prune() first.")
         model = self.model
         curve: list[float] = []
@@ -339,7 +336,7 @@ class DropHot:
             model=factory_name(self.factory, model),
             mode=self.mode,
             keep_ratio=self.data_ratio,
-            kept=self._kept,
+            kept=len(self.indices),
             prune_ratio=self.prune_ratio,
             seed=self.seed,
             trained_accuracy=self._trained_accuracy,
@@ -353,6 +350,9 @@ class DropHot:
             fingerprint=fingerprint(self._configuration),
         )
         return self.record
+
+    def _needs_scores(self) -> bool:
+        return self.mode != "random" and self._kept < self._total
 
     def _fit(
         self,

@@ -68,6 +68,8 @@ def fit(
     """
     if epochs < 0:
         raise ValueError(f"`epochs` should not be negative. Found {epochs}.")
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` should be at least 1. Found {batch_size}.")
     device = next(model.parameters()).device
     data = in_memory(dataset, device)
     width = len(first_sample("dataset", data))
@@ -125,19 +127,14 @@ def batches(
 
     Args:
         dataset: What `in_memory` gave, tensors or not.
-        batch_size: Samples a batch; the last one holds what is left.
+        batch_size: Samples a batch, at least 1; the last one holds what is left.
         device: Where the batches are wanted.
         shuffle: Draws the order; `None` keeps that of the dataset. The order does not depend on
             whether the dataset is in memory.
 
     Yields:
         Tuples of tensors, as the samples' tuples, each with a first dimension of `B`.
-
-    Raises:
-        ValueError: If `batch_size` is less than 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` should be at least 1. Found {batch_size}.")
     size = len(dataset)  # type: ignore[arg-type]
     order = None if shuffle is None else torch.randperm(size, generator=shuffle)
     if isinstance(dataset, TensorDataset):
@@ -200,10 +197,9 @@ def in_memory(dataset: Dataset[Any], device: torch.device | str) -> Dataset[Any]
         (tensor([[0., 0.],
                 [1., 1.]]), tensor([0, 1]))
     """
-    tensors = _tensors(dataset)
-    if tensors is None:
-        with _random.kept():
-            tensors = _decode(dataset, torch.device(device))
+    with _random.kept():
+        first = default_collate([first_sample("dataset", dataset)])
+        tensors = _tensors(dataset) or _decode(dataset, first, torch.device(device))
     if tensors is None:
         return dataset
     return TensorDataset(*(tensor.to(device) for tensor in tensors))
@@ -222,8 +218,7 @@ def _tensors(dataset: Any) -> tuple[Tensor, ...] | None:
     return None
 
 
-def _decode(dataset: Any, device: torch.device) -> tuple[Tensor, ...] | None:
-    first = default_collate([first_sample("dataset", dataset)])
+def _decode(dataset: Any, first: Any, device: torch.device) -> tuple[Tensor, ...] | None:
     size = len(dataset)
     if size * sum(tensor[0].nbytes for tensor in first) > _memory(device) / 2:
         logger.info("%d samples do not fit in memory: read anew each epoch", size)
