@@ -1,6 +1,8 @@
 """What all tests share: one thread each, and the real data where it is."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -11,6 +13,35 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 torch.set_num_threads(1)  # the networks here are so small that threads wait for each other
+
+
+def start(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def run(*arguments: str | Path, folder: Path) -> str:
+    """Python, as a process of its own; what it prints."""
+    result = start(*arguments, folder=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def torchrun(processes: int, script: str | Path, *arguments: str, folder: Path) -> str:
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
+    result = start(*launch, script, *arguments, folder=folder)
+    # With torch 2.15 a DDP model leaves gloo's threads behind, which on a busy machine may die as
+    # Python ends (one run of 45), whatever the script does: once more, then it counts.
+    if "terminate called without an active exception" in result.stderr:
+        result = start(*launch, script, *arguments, folder=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 # No time limits, since machines differ; the same examples each time where nobody can look.

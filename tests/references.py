@@ -24,6 +24,35 @@ def forgetting(
     return counts, learned, [len(history[sample]) for sample in range(num_samples)]
 
 
+def margin(logits: np.ndarray, target: int) -> float:
+    """Pleiss et al.: the target's logit minus the largest other one."""
+    return float(logits[target] - max(z for k, z in enumerate(logits) if k != target))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers = np.exp(logits - logits.max())
+    return powers / powers.sum()
+
+
+def el2n(logits: np.ndarray, target: int) -> float:
+    """Paul et al.: the norm of the error vector, softmax minus one-hot."""
+    return float(np.linalg.norm(softmax(logits) - np.eye(len(logits))[target]))
+
+
+def dynamics(presentations: Iterable[tuple[np.ndarray, int]]) -> dict[str, float]:
+    """Of one sample's (logits, target) in turn, in float64: the means over its presentations."""
+    shown = [(logits.astype(np.float64), target) for logits, target in presentations]
+    confidences = np.array([softmax(logits)[target] for logits, target in shown])
+    return {
+        "aum": float(np.mean([margin(logits, target) for logits, target in shown])),
+        "el2n": float(np.mean([el2n(logits, target) for logits, target in shown])),
+        # Swayamdipta et al.: mean and standard deviation over epochs, the latter divided by E.
+        "confidence": float(np.mean(confidences)),
+        "variability": float(np.sqrt(np.mean((confidences - np.mean(confidences)) ** 2))),
+        "loss": float(np.mean([-np.log(c) for c in confidences])),
+    }
+
+
 def splitmix64(value: int, seed: int, stream: int = 0) -> int:
     """The tie-breaking hash, in Python's own integers."""
     word = 2**64

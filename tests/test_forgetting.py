@@ -218,6 +218,15 @@ def test_a_restart_goes_on_as_if_nothing_had_happened(first: Any, second: Any) -
     assert torch.equal(after.learned, whole.learned)
 
 
+def test_loading_a_state_leaves_an_old_fault_behind() -> None:
+    tracker, good = ForgettingTracker(4), ForgettingTracker(4)
+    unchecked = torch.compile(tracker.update, fullgraph=True, backend="eager")
+    unchecked(torch.tensor([0, 9]), torch.zeros(2, 3), torch.tensor([0, 0]))
+    good.update(torch.tensor([1]), torch.zeros(1, 3), torch.tensor([0]))
+    tracker.load_state_dict(good.state_dict())
+    assert tracker.presentations.tolist() == [0, 1, 0, 0]
+
+
 def test_the_target_check_survives_a_restart() -> None:
     tracker = ForgettingTracker(2)
     tracker.update(torch.tensor([1]), torch.zeros(1, 3), torch.tensor([2]))
@@ -253,7 +262,10 @@ def test_reset_is_as_new() -> None:
     ("change", "message"),
     [
         ({"version": 2}, "Found version 2"),
-        ({"history": torch.zeros(3, dtype=torch.int64)}, r"2 samples. Found \(3,\)"),
+        (
+            {"history": torch.zeros(3, dtype=torch.int64)},
+            r"2 samples, history of shape \(2,\). Found \(3,\)",
+        ),
         ({"history": torch.zeros(2)}, "torch.float32"),
         ({"targets": None}, "NoneType"),
     ],
@@ -424,7 +436,7 @@ GOOD: dict[str, Any] = {
         ({"logits": torch.zeros(2, 1)}, ValueError, r"Found \(2, 1\).*`update_correct`"),
         ({"logits": torch.zeros(2, 3, 4, 4)}, ValueError, "`update_correct`"),
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "`logits` .*torch.int64"),
-        ({"logits": {"logits": 0}}, TypeError, "`logits` .* Found dict"),
+        ({"logits": {"logits": 0}}, TypeError, "`logits` .* Found a dict"),
         ({"targets": torch.tensor([0])}, ValueError, "`targets` .* 2. Found 1"),
         ({"targets": torch.zeros(2)}, TypeError, "`targets` .* Found torch.float32"),
         ({"targets": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"`targets` .*\(2, 3\)"),

@@ -20,7 +20,12 @@ HOUSE = [
     "_progress",
     "_untouched",
     "indexing",
+    "_history",
+    "_ranks",
+    "_watch",
+    "_state",
     "forgetting",
+    "dynamics",
     "_radix",
     "coreset",
     "_summary",
@@ -103,6 +108,24 @@ def test_imports_point_up_the_house() -> None:
     assert wrong_way(imports) == []
 
 
+def test_integrations_stand_apart() -> None:
+    """They import from the house, the house nothing from them, and they not from each other."""
+    for path in (SOURCE / "integrations").glob("*.py"):
+        assert imported(path) <= set(HOUSE), path
+    for path in SOURCE.glob("*.py"):
+        assert "integrations" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("name", ["lightning", "transformers"])
+def test_an_extra_that_is_not_installed_is_an_error_with_the_line_for_pip(name: str) -> None:
+    found = python(
+        f"import sys; sys.modules[{name!r}] = None\n"
+        f"try:\n    import drophot.integrations.{name}\n"
+        f"except ImportError as error:\n    print(error)"
+    )
+    assert f'pip install "drophot[{name}]"' in found
+
+
 def test_the_test_of_the_imports_can_fail() -> None:
     assert wrong_way({"prune": {"training"}}) == ["prune imports training"]
     assert wrong_way({"prune": {"coreset"}}) == ["prune imports coreset"]
@@ -128,16 +151,24 @@ def test_the_library_is_silent() -> None:
     assert python("import logging, drophot; logging.getLogger('drophot').warning('x')") == ""
 
 
+PAGES = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "changelog.md"]
+
+
 def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / name).read_text(), re.S)
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/forgetting.md"])
+@pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}" for page in PAGES)])
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # advice on small data
+@pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.")  # its use of torch
 def test_the_python_blocks_of_a_page_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    page = Path(name).stem
+    if page in ("lightning", "transformers", "accelerate"):
+        pytest.importorskip(page, reason=f"`{page}` is not installed")
     monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"__name__": page}
     found = blocks(name, "python")
     assert found
     for block in found:

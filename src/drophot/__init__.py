@@ -3,6 +3,7 @@
 import logging
 
 from drophot.coreset import select
+from drophot.dynamics import DynamicsTracker
 from drophot.forgetting import ForgettingTracker
 from drophot.indexing import IndexedDataset
 from drophot.pipeline import DropHot
@@ -14,6 +15,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "DropHot",
+    "DynamicsTracker",
     "ForgettingTracker",
     "IndexedDataset",
     "Masks",

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from drophot import _history, _watch
+from drophot._state import State, bring, join_histories
 from drophot._untouched import untouched
+from drophot._watch import describe
 
-# One sample's history is one int64, so that a batch costs one gather and one addition:
-# presentations (20 bits), presentations that were right (21), events (21), right last time (1).
-# Events and rights never exceed presentations; presentations that outgrow their field turn the
-# sign bit on, which every read checks.
-_EVENT, _RIGHT, _PRESENTED = 1 << 1, 1 << 22, 1 << 43
-_FIELD = (1 << 21) - 1
-_NO_FAULT = torch.iinfo(torch.int64).max
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+NeverLearned = Literal["hardest", "zero"]
 
 
 class ForgettingTracker:
@@ -41,7 +41,7 @@ class ForgettingTracker:
     Wrong use is an error. What only the values can tell (an index out of range, or a sample whose
     target differs from the one seen before) is raised at once on a CPU; on a GPU, where looking
     would make the step wait, it is gathered on the device and raised when `counts`, `learned`,
-    `presentations`, `scores` or `state_dict` is asked for.
+    `presentations`, `scores` or `state_dict` is asked for, and by `sync`.
 
     References:
         Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network
@@ -76,11 +76,10 @@ class ForgettingTracker:
                 f"`num_samples` should be at least 1. Found {num_samples}; give the length of "
                 f"the dataset."
             )
+        self._awaited: _watch.Presented | None = None  # from a watched loader to an attached model
         self._follows = device is None
-        self._history = torch.zeros(self.num_samples, dtype=torch.int64, device=device)
-        self._targets = torch.full((self.num_samples,), -1, dtype=torch.int32, device=device)
-        self._fault = torch.tensor(_NO_FAULT, device=device)
-        self._steps = _steps(self._history.device)
+        self._state = self._new_state(device)
+        self._steps = _history.steps(self._state.device)
 
     def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Present a batch: judge it by its logits.
@@ -101,21 +100,11 @@ class ForgettingTracker:
             ValueError: If a shape is wrong; on a CPU also if an index is out of range or a
                 sample's target is not the one it had before. Nothing is counted then.
         """
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            raise TypeError(f"`logits` should be a float tensor. Found {_kind(logits)}.")
-        if logits.dim() != 2 or logits.shape[1] < 2:
-            raise ValueError(
-                f"`logits` should have shape (B, C) with C at least 2. Found "
-                f"{tuple(logits.shape)}; for any other kind of output judge it yourself and call "
-                f"`update_correct`."
-            )
-        _check_vector("index", index, len(logits), "logits")
-        _check_vector("targets", targets, len(logits), "logits")
+        self._check_batch(index, logits, targets)
+        if len(index) == 0:
+            return
         with torch.no_grad():
-            top = logits.max(dim=1)
-            targets = targets.to(logits.device, non_blocking=True)
-            correct = (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
-            self._record(index, correct, targets)
+            self._judge(index, logits, bring(targets, logits.device))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Present a batch that the caller has judged: multi-label, sequences, anything.
@@ -133,10 +122,12 @@ class ForgettingTracker:
                 counted then.
         """
         if not isinstance(correct, Tensor) or correct.dtype != torch.bool:
-            raise TypeError(f"`correct` should be a bool tensor. Found {_kind(correct)}.")
+            raise TypeError(f"`correct` should be a bool tensor. Found {describe(correct)}.")
         if correct.dim() != 1:
             raise ValueError(f"`correct` should have shape (B,). Found {tuple(correct.shape)}.")
         _check_vector("index", index, len(correct), "correct")
+        if len(index) == 0:
+            return
         with torch.no_grad():
             self._record(index, correct, None)
 
@@ -162,7 +153,7 @@ class ForgettingTracker:
                 if not isinstance(batch, tuple | list) or len(batch) != 3:
                     raise TypeError(
                         f"`loader` should give batches (inputs, targets, index). Found "
-                        f"{_kind(batch)}; wrap the dataset in IndexedDataset, or call `update` "
+                        f"{describe(batch)}; wrap the dataset in IndexedDataset, or call `update` "
                         f"with the logits of your own evaluation pass."
                     )
                 inputs, targets, index = batch
@@ -170,25 +161,83 @@ class ForgettingTracker:
         if batch is None:
             raise ValueError("`loader` should give at least one batch. Found none.")
 
+    def watch(
+        self, loader: Iterable[Any], targets: Callable[[Any], Tensor] | None = None
+    ) -> _watch.Watched:
+        """The same loader, for a loop that knows nothing of indices; goes with `attach`.
+
+        Batches come without their index: `(x, y)`, or a dict without `"index"`. The tracker keeps
+        index and targets until an attached model gives the logits of the batch. So this is the
+        outermost wrapper: nothing that reads ahead, such as a prefetcher, may stand between it
+        and the loop.
+
+        Args:
+            loader: Gives batches `(inputs, targets, index)` or dicts with the key `"index"`, as a
+                DataLoader over an :class:`drophot.IndexedDataset` does.
+            targets: Gets the targets `(B,)` from a batch without its index. `None` takes the
+                second of a pair, or a dict's one entry of `targets`, `target`, `labels`, `label`.
+
+        Returns:
+            An iterable, to be iterated once an epoch. `len` and attributes are the loader's. It
+            raises a TypeError where a batch has no index or its targets cannot be recognised, and
+            warns after a pass of which no batch was counted.
+
+        Example:
+            >>> from torch.utils.data import DataLoader
+            >>> from drophot import IndexedDataset
+            >>> model, data = nn.Linear(2, 3), [(torch.randn(2), i % 3) for i in range(9)]
+            >>> tracker = ForgettingTracker(len(data))
+            >>> with tracker.attach(model):
+            ...     for x, y in tracker.watch(DataLoader(IndexedDataset(data), batch_size=4)):
+            ...         loss = nn.functional.cross_entropy(model(x), y)
+            >>> tracker.presentations
+            tensor([1, 1, 1, 1, 1, 1, 1, 1, 1])
+        """
+        return _watch.Watched(self, loader, targets)
+
+    def attach(
+        self, model: nn.Module, logits: Callable[[Any], Tensor] | None = None
+    ) -> RemovableHandle:
+        """Read the logits on their way out of a model, for the batches of `watch`.
+
+        The first forward in training mode on a batch is its presentation. Other forwards on the
+        same batch, and whatever the model does in evaluation mode, are not counted. Copies and
+        pickles of the model are not tracked.
+
+        Args:
+            model: The model that the loop calls; compiled, wrapped by DDP or plain.
+            logits: Gets the logits `(B, C)` from what the model returns. `None` where it returns
+                them.
+
+        Returns:
+            A handle: `handle.remove()` ends it, and so does leaving `with tracker.attach(model):`.
+
+        Raises:
+            TypeError: If `model` is not a module; from the model's call if its output is not a
+                tensor and `logits` does not say how to get one.
+            ValueError: From the model's call, if its output has not a row for each sample of the
+                batch, and as in `update`.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` should be a torch.nn.Module. Found {describe(model)}.")
+        return model.register_forward_hook(_watch.Hook(self, logits))
+
     @property
     def counts(self) -> Tensor:
         """Forgetting events of each sample, int64, shape `(N,)`."""
-        self._check_faults()
-        return (self._history >> 1) & _FIELD
+        return _history.events(self._state.read()["history"])
 
     @property
     def learned(self) -> Tensor:
         """Whether each sample was right at least once, bool, shape `(N,)`."""
-        self._check_faults()
-        return (self._history >> 22) & _FIELD > 0
+        return _history.learned(self._state.read()["history"])
 
     @property
     def presentations(self) -> Tensor:
         """How often each sample was presented, int64, shape `(N,)`."""
-        self._check_faults()
-        return self._history >> 43
+        return _history.presentations(self._state.read()["history"])
 
-    def scores(self, never_learned: Literal["hardest", "zero"] = "hardest") -> Tensor:
+    def scores(self, never_learned: NeverLearned = "hardest") -> Tensor:
         """The forgetting score of each sample: higher is harder.
 
         Scores of several runs add up. A sample that was never presented scores 0: see
@@ -213,134 +262,126 @@ class ForgettingTracker:
             return self.counts
         return torch.where(self.learned, self.counts, self.presentations)
 
+    def sync(self, group: ProcessGroup | None = None) -> None:
+        """Merge what the ranks have seen; called on each of them, once an epoch.
+
+        Afterwards the tracker of every rank is equal to that of one process that saw everything
+        since the last `sync`: the batches of rank 0, then those of rank 1, and so on. That is the
+        order in which `DistributedSampler` repeats samples to pad the last batch. In one process
+        this does nothing, so that the same script runs with and without torchrun.
+
+        It takes one gather of the rows of samples that were presented since the last `sync`, 20
+        bytes each (40 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
+        the ranks agree. From then on the tracker also keeps what all of them started from, 8 bytes
+        a sample (28).
+
+        Args:
+            group: The ranks that take part; `None` means all.
+
+        Raises:
+            ValueError: On every rank, if any of them was given wrong indices, if two saw a sample
+                with different targets, or if their trackers differ in kind, size or what they
+                loaded. Nothing is merged then.
+                Also if this rank is not in `group`, and in one process for wrong indices.
+            RuntimeError: If a state was loaded before the process group was set up.
+        """
+        self._state.sync(group)
+
     def reset(self) -> None:
         """Forget everything, as if newly made."""
-        self._history.zero_()
-        self._targets.fill_(-1)
-        self._fault.fill_(_NO_FAULT)
+        self._state.reset()
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state as a copy: tensors and an integer, for `torch.save`.
 
         Returns:
             What `load_state_dict` takes; `torch.load(weights_only=True)` reads it.
+
+        Raises:
+            RuntimeError: If there are several ranks and this one has seen samples since the last
+                `sync`: a checkpoint would lack what the others have seen.
+            ValueError: If a batch came with wrong indices.
         """
-        self._check_faults()
-        return {"version": 1, "history": self._history.clone(), "targets": self._targets.clone()}
+        return self._state.dump()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state, on this tracker's device.
+        """Go on from a saved state, on this tracker's device; with several ranks, on each of them.
 
         Args:
             state_dict: What `state_dict` gave for the same number of samples.
 
         Raises:
-            ValueError: If it is of another version, another size, or no such state.
+            ValueError: If it is of another version, kind or size, or no such state. Nothing is
+                changed then.
         """
-        version = state_dict.get("version")
-        if version != 1:
-            raise ValueError(
-                f"`state_dict` should be of version 1. Found version {version!r}; it was not "
-                f"written by this version of ForgettingTracker."
-            )
-        for name, mine in (("history", self._history), ("targets", self._targets)):
-            found = state_dict.get(name)
-            if not isinstance(found, Tensor) or found.dtype != mine.dtype:
-                raise ValueError(
-                    f'`state_dict["{name}"]` should be a tensor of {mine.dtype}. Found '
-                    f"{_kind(found)}."
-                )
-            if found.shape != mine.shape:
-                raise ValueError(
-                    f"`state_dict` should hold {self.num_samples} samples. Found "
-                    f"{tuple(found.shape)}; make the tracker with the number of samples that it "
-                    f"had when saved."
-                )
-        self._history.copy_(state_dict["history"])
-        self._targets.copy_(state_dict["targets"])
-        self._fault.fill_(_NO_FAULT)
+        self._state.load(state_dict, type(self).__name__)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.num_samples}, device='{self._history.device}')"
+        return f"{type(self).__name__}({self.num_samples}, device='{self._state.device}')"
 
-    def _record(self, index: Tensor, correct: Tensor, targets: Tensor | None) -> None:
-        if len(index) == 0:
-            return
-        if self._follows and self._history.device != correct.device:
-            self._move(correct.device)
+    def _new_state(self, device: torch.device | str | None) -> State:
+        return State(self.num_samples, {"history": (torch.int64, ())}, join_histories, device)
+
+    def _check_batch(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
+        if not isinstance(logits, Tensor) or not logits.is_floating_point():
+            raise TypeError(f"`logits` should be a float tensor. Found {describe(logits)}.")
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise ValueError(
+                f"`logits` should have shape (B, C) with C at least 2. Found "
+                f"{tuple(logits.shape)}; for any other kind of output judge it yourself and call "
+                f"`update_correct`."
+            )
+        _check_vector("index", index, len(logits), "logits")
+        _check_vector("targets", targets, len(logits), "logits")
+
+    def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> _Rows:
+        top = logits.max(dim=1)
+        correct = (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
+        return self._record(index, correct, targets)
+
+    def _record(self, index: Tensor, correct: Tensor, targets: Tensor | None) -> _Rows:
+        state = self._state
+        if self._follows and state.device != correct.device:
+            state.move(correct.device)
+            self._steps = _history.steps(state.device)
         self._follows = False
-        device = self._history.device
-        correct = correct.to(device, non_blocking=True)
-        index = index.to(device, torch.int64, non_blocking=True)
+        device = state.device
+        correct = bring(correct, device)
+        index = bring(index, device, torch.int64)
 
         place = index.clamp(0, self.num_samples - 1)
-        wrong = place != index
-        known = None
-        if targets is not None:
-            targets = targets.to(device, torch.int32, non_blocking=True)
-            seen = self._targets.index_select(0, place)
-            known = torch.where(seen < 0, targets, seen)
-            wrong = wrong | (known != targets)
-        fault = torch.where(wrong, index, _NO_FAULT).amin()
-        if device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check(int(fault))
+        if targets is None:
+            state.expect(index, (place, index))
         else:
-            self._fault.copy_(torch.minimum(self._fault, fault))
-        if known is not None:
-            self._targets.index_copy_(0, place, known)
+            targets = bring(targets, device, torch.int32)
+            seen = state.targets.index_select(0, place)
+            known = torch.where(seen < 0, targets, seen)
+            state.expect(index, (place, index), (known, targets))
+            state.targets.index_copy_(0, place, known)
 
-        # Sorted, a sample's repeats in the batch stand side by side, and the one before tells
-        # whether it was right last time. Each adds its step to the history; the steps of repeats
-        # add up to the same as one after the other.
         place, order = place.sort(stable=True)
-        correct = correct.index_select(0, order).long()
-        before = self._history.index_select(0, place) & 1
-        before[1:] = torch.where(place[1:] == place[:-1], correct[:-1], before[1:])
-        self._history.index_add_(0, place, self._steps.index_select(0, 2 * before + correct))
-
-    def _move(self, device: torch.device) -> None:
-        # Not as tensors of inference mode, which no later training step could update.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            self._history = self._history.to(device)
-            self._targets = self._targets.to(device)
-            self._fault = self._fault.to(device)
-            self._steps = self._steps.to(device)
-
-    def _check_faults(self) -> None:
-        self._check(int(self._fault))
-        if bool((self._history < 0).any()):
-            raise ValueError(
-                f"A sample should be presented at most {(1 << 20) - 1} times. Found more; call "
-                f"`reset` before that and add the scores up."
-            )
-
-    def _check(self, fault: int) -> None:
-        if fault == _NO_FAULT:
-            return
-        if not 0 <= fault < self.num_samples:
-            raise ValueError(
-                f"`index` should be in [0, {self.num_samples}). Found {fault}; indices come from "
-                f"IndexedDataset, and `num_samples` is the length of that dataset."
-            )
-        raise ValueError(
-            f"`targets` should be the same for a sample each time. Found sample {fault} with "
-            f"target {int(self._targets[fault])} at first and another one later: indices do not "
-            f"follow their samples; take them from IndexedDataset, not from the position in a "
-            f"shuffled loader."
-        )
+        again = place[1:] == place[:-1]
+        if state.looks and not again.any():
+            again = None  # the usual batch, with less to do
+        correct = correct.index_select(0, order)
+        _history.present(state.columns["history"], place, correct, again, self._steps)
+        return _Rows(place, order, again)
 
 
-def _steps(device: torch.device) -> Tensor:
-    """What a presentation adds to a history, by `2 * right_before + right_now`."""
-    return torch.tensor(
-        [_PRESENTED, _PRESENTED + _RIGHT + 1, _PRESENTED + _EVENT - 1, _PRESENTED + _RIGHT],
-        device=device,
-    )
+class _Rows(NamedTuple):
+    """Where a batch went: the samples, ascending, and each one's row in the batch.
+
+    `again` says of all but the first whether it is the same sample as the one before, if any is.
+    """
+
+    place: Tensor
+    order: Tensor
+    again: Tensor | None
 
 
 def _check_vector(name: str, value: Any, length: int, other: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` should be a tensor of integers. Found {_kind(value)}.")
+        raise TypeError(f"`{name}` should be a tensor of integers. Found {describe(value)}.")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"`{name}` should be a tensor of integers. Found {value.dtype}.")
     if value.dim() != 1:
@@ -350,11 +391,3 @@ def _check_vector(name: str, value: Any, length: int, other: str) -> None:
             f"`{name}` should have one entry for each row of `{other}`, {length}. Found "
             f"{len(value)}."
         )
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return type(value).__name__

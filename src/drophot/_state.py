@@ -1,0 +1,341 @@
+"""What a tracker knows of each sample: columns of tensors, checked, merged between ranks, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from drophot import _history, _ranks
+from drophot._watch import describe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+Columns = dict[str, Tensor]
+NO_FAULT = torch.iinfo(torch.int64).max
+NO_CLASS = 1 << 62  # added to a sample whose target is no class
+
+
+def bring(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device, without waiting for it where that is safe.
+
+    A copy to a GPU is in order with what comes after it there. One to the CPU is not: whoever reads
+    it before it has arrived reads what was in that memory before.
+
+    Args:
+        value: The tensor.
+        device: Where to.
+        dtype: And as what.
+
+    Returns:
+        The tensor there.
+    """
+    return value.to(device, dtype or value.dtype, non_blocking=device.type != "cpu")
+
+
+def join_histories(before: Columns, base: Columns, after: Columns) -> Columns:
+    """What one rank saw put after what others saw, where the columns are histories alone.
+
+    Args:
+        before: Columns that it comes after.
+        base: Columns that all ranks started from.
+        after: Columns of the rank.
+
+    Returns:
+        Columns of one process that saw both.
+    """
+    history = _history.join(before["history"], base["history"], after["history"])
+    return {"history": history}
+
+
+class State:
+    """A column for each statistic, the targets, and the first fault that nobody has looked at.
+
+    With several ranks it also keeps what all of them started from, the `base`: the state as it was
+    after the last `sync` or when it was loaded.
+
+    Args:
+        num_samples: `N`.
+        columns: The dtype of each column and what follows `N` in its shape. All begin as zeros,
+            and one is the `"history"`.
+        join: As `join_histories`, for these columns.
+        device: Where they live.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        columns: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        join: Callable[[Columns, Columns, Columns], Columns],
+        device: torch.device | str | None,
+    ) -> None:
+        self.num_samples = num_samples
+        self.columns = {
+            name: torch.zeros(num_samples, *shape, dtype=dtype, device=device)
+            for name, (dtype, shape) in columns.items()
+        }
+        self.base: Columns | None = None  # all zeros
+        self.loaded_alone = False
+        self.targets = torch.full((num_samples,), -1, dtype=torch.int32, device=device)
+        self.fault = torch.tensor(NO_FAULT, device=device)
+        self._join = join
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.targets.device
+
+    def move(self, device: torch.device) -> None:
+        """Bring everything to another device.
+
+        Args:
+            device: The device.
+        """
+        # Not as tensors of inference mode, which no later training step could update.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self.columns = {name: column.to(device) for name, column in self.columns.items()}
+            if self.base is not None:
+                self.base = {name: column.to(device) for name, column in self.base.items()}
+            self.targets, self.fault = self.targets.to(device), self.fault.to(device)
+
+    def read(self) -> Columns:
+        """All columns, if nothing is wrong.
+
+        Returns:
+            The columns themselves, not copies.
+
+        Raises:
+            ValueError: If a fault was noted, or a sample presented too often.
+        """
+        self.check(int(self.fault))
+        if bool((self.columns["history"] < 0).any()):
+            raise ValueError(
+                f"A sample should be presented at most {_history.MOST_PRESENTATIONS} times. Found "
+                f"more; call `reset` before that and add the scores up."
+            )
+        return self.columns
+
+    @property
+    def looks(self) -> bool:
+        """Whether looking at a value costs nothing: on a CPU, outside a compiled step."""
+        return self.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def expect(self, index: Tensor, *pairs: tuple[Tensor, Tensor], plus: int = 0) -> None:
+        """Expect equal pairs; otherwise raise, or keep the fault for whoever reads.
+
+        Args:
+            index: The samples, shape `(B,)`.
+            *pairs: What should be equal, shape `(B,)`, on one device.
+            plus: Added to the sample at fault: `NO_CLASS`, where that is the fault.
+
+        Raises:
+            ValueError: If a pair differs, where looking costs nothing.
+        """
+        if self.looks and all(torch.equal(found, wanted) for found, wanted in pairs):
+            return
+        wrong = reduce(torch.logical_or, (found != wanted for found, wanted in pairs))
+        index = bring(index, wrong.device, torch.int64) + plus
+        # Not `where`, which brings a number to the device and waits for it.
+        fault = index.masked_fill(~wrong, NO_FAULT).amin()
+        if self.looks:
+            self.check(int(fault))
+        else:
+            self.fault.copy_(torch.minimum(self.fault, fault))
+
+    def check(self, fault: int) -> None:
+        """Say what is wrong.
+
+        Args:
+            fault: The sample at fault, plus `NO_CLASS` if its target is no class, or `NO_FAULT`.
+
+        Raises:
+            ValueError: If there is a fault.
+        """
+        if fault == NO_FAULT:
+            return
+        if fault >= NO_CLASS:
+            raise ValueError(
+                f"`targets` should be classes, from 0 to C - 1 for logits of shape (B, C). Found "
+                f"another value for sample {fault - NO_CLASS}."
+            )
+        if not 0 <= fault < self.num_samples:
+            raise ValueError(
+                f"`index` should be in [0, {self.num_samples}). Found {fault}; indices come from "
+                f"IndexedDataset, and `num_samples` is the length of that dataset."
+            )
+        raise ValueError(_mismatch(fault, int(self.targets[fault]), "another one"))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        for column in self.columns.values():
+            column.zero_()
+        self.base, self.loaded_alone = None, False
+        self.targets.fill_(-1)
+        self.fault.fill_(NO_FAULT)
+
+    def dump(self) -> dict[str, Any]:
+        """What `load` takes: copies of all columns, and a version.
+
+        Returns:
+            Tensors and an integer.
+
+        Raises:
+            RuntimeError: If other ranks have seen what is not merged yet.
+            ValueError: As in `read`.
+        """
+        columns = self.read()
+        if (ranks := _ranks.count()) > 1 and (fresh := len(self._fresh())):
+            raise RuntimeError(
+                f"`sync` should be called on every rank before `state_dict`. Found {fresh} samples "
+                f"that this one of {ranks} ranks was shown since the last time."
+            )
+        saved = {name: column.clone() for name, column in columns.items()}
+        _settle(saved)
+        return {"version": 1, **saved, "targets": self.targets.clone()}
+
+    def load(self, saved: Mapping[str, Any], kind: str) -> None:
+        """Take over what `dump` gave.
+
+        Args:
+            saved: That.
+            kind: The tracker's class, for errors.
+
+        Raises:
+            ValueError: If it is of another version, kind or size.
+        """
+        mine = self.columns | {"targets": self.targets}
+        if (version := saved.get("version")) != 1:
+            raise ValueError(
+                f"`state_dict` should be of version 1. Found version {version!r}; it was not "
+                f"written by this version of {kind}."
+            )
+        if (found := saved.keys() - {"version"}) != mine.keys():
+            raise ValueError(
+                f"`state_dict` should be that of a {kind}, with {', '.join(sorted(mine))}. Found "
+                f"{', '.join(sorted(found))}; load it into a tracker of the kind that wrote it."
+            )
+        for name, column in mine.items():
+            value = saved[name]
+            if not isinstance(value, Tensor) or value.dtype != column.dtype:
+                raise ValueError(
+                    f'`state_dict["{name}"]` should be a tensor of {column.dtype}. Found '
+                    f"{describe(value)}."
+                )
+            if value.shape != column.shape:
+                raise ValueError(
+                    f"`state_dict` should hold {self.num_samples} samples, {name} of shape "
+                    f"{tuple(column.shape)}. Found {tuple(value.shape)}; make the tracker with the "
+                    f"number of samples that it had when saved."
+                )
+        self.reset()
+        for name, column in mine.items():
+            column.copy_(saved[name])
+        self.loaded_alone = _ranks.count() == 1
+        self._start_from_here()
+
+    def sync(self, group: ProcessGroup | None) -> None:
+        """Put what the ranks have seen one after the other, in the order of the ranks.
+
+        Args:
+            group: The ranks that take part.
+
+        Raises:
+            RuntimeError: If the state was loaded before there were ranks.
+            ValueError: On all ranks, if one has a fault or two do not agree; or if this rank is
+                not in the group.
+        """
+        if (ranks := _ranks.count(group)) < 1:
+            raise ValueError(
+                "`group` should contain this rank. Found one that does not; call `sync` on the "
+                "ranks of the group only."
+            )
+        if ranks > 1:
+            whole = self._of_all_ranks(group)
+            # In place: a captured graph goes on writing where it wrote before.
+            for name, column in (self.columns | {"targets": self.targets}).items():
+                column.copy_(whole[name])
+        else:
+            self.read()
+        self._start_from_here()
+
+    def _fresh(self) -> Tensor:
+        return (self.columns["history"] & _history.SEEN).nonzero()[:, 0]
+
+    def _start_from_here(self) -> None:
+        if _ranks.count() > 1:  # alone, nobody will ask what was new, nor need a second copy
+            _settle(self.columns)
+            self.base = {name: column.clone() for name, column in self.columns.items()}
+
+    def _of_all_ranks(self, group: ProcessGroup | None) -> Columns:
+        fresh = self._fresh()
+        base = self.base or {n: torch.zeros_like(column) for n, column in self.columns.items()}
+        numbers = {
+            "kind": len(self.columns),
+            "num_samples": self.num_samples,
+            "what they started from": int(base["history"].sum()),
+            "fault": int(self.fault),
+            "alone": int(self.loaded_alone),
+            "rows": len(fresh),
+        }
+        table = _ranks.numbers(list(numbers.values()), group, self.device)
+        of = dict(zip(numbers, table.T.tolist(), strict=True))
+        self.check(numbers["fault"])
+        for name in ("kind", "num_samples", "what they started from"):
+            if len(set(of[name])) > 1:
+                raise ValueError(
+                    f"The trackers of all ranks should agree before `sync`. Found, for {name}, "
+                    f"{of[name]}; make them alike, and load the same state on every rank."
+                )
+        if any(of["alone"]):
+            raise RuntimeError(
+                "A state should be loaded after `init_process_group`, so that the tracker knows "
+                "what all ranks started from. Found one loaded before; nothing was merged."
+            )
+        if wrong := [rank for rank, fault in enumerate(of["fault"]) if fault != NO_FAULT]:
+            raise ValueError(
+                f"Every rank should be given right indices. Found wrong ones on {wrong}, whose "
+                f"own error says which; nothing was merged."
+            )
+        # Copies, so that an error below leaves everything as it was.
+        whole, targets = {n: column.clone() for n, column in base.items()}, self.targets.clone()
+        if not any(of["rows"]):
+            return whole | {"targets": targets}
+        mine = _select(self.columns | {"targets": targets}, fresh) | {"index": fresh}
+        for rows in _ranks.tables(mine, of["rows"], group, self.device):
+            index = rows.pop("index")
+            theirs, known = rows.pop("targets"), targets.index_select(0, index)
+            clash = ((known >= 0) & (theirs >= 0) & (known != theirs)).nonzero()[:, 0]
+            if len(clash):
+                first = (int(column[clash[0]]) for column in (index, known, theirs))
+                raise ValueError(_mismatch(*first))
+            targets.index_copy_(0, index, torch.where(known < 0, theirs, known))
+            # A sample that no rank before has seen is taken over as it is, bit for bit.
+            before, start = (_select(part, index) for part in (whole, base))
+            again = before["history"] & _history.SEEN > 0
+            for name, joined in self._join(before, start, rows).items():
+                column = rows[name]
+                shape = (-1, *(1,) * (column.dim() - 1))
+                whole[name].index_copy_(0, index, torch.where(again.view(shape), joined, column))
+        return whole | {"targets": targets}
+
+
+def _settle(columns: Columns) -> None:
+    """From here on every sample's next presentation is the first one since."""
+    columns["history"].bitwise_and_(~(_history.SEEN | _history.FIRST))
+
+
+def _select(columns: Columns, index: Tensor) -> Columns:
+    return {name: column.index_select(0, index) for name, column in columns.items()}
+
+
+def _mismatch(sample: int, first: int, later: int | str) -> str:
+    return (
+        f"`targets` should be the same for a sample each time. Found sample {sample} with target "
+        f"{first} at first and {later} later: indices do not follow their samples; take them from "
+        f"IndexedDataset, not from the position in a shuffled loader."
+    )

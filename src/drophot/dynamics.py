@@ -1,0 +1,241 @@
+"""Training dynamics: margin, error, confidence and loss of every sample, from the same logits."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drophot import _history
+from drophot._state import NO_CLASS, Columns, State, bring, join_histories
+from drophot.forgetting import ForgettingTracker, NeverLearned
+
+Statistic = Literal["forgetting", "aum", "el2n", "confidence", "variability", "loss"]
+
+_AUM, _EL2N, _CONFIDENCE, _LOSS = range(4)
+
+
+class DynamicsTracker(ForgettingTracker):
+    r"""Forgetting events, and with them AUM, EL2N, confidence, variability and loss.
+
+    Each is taken over the presentations of a sample, from the logits :math:`z`, the probabilities
+    :math:`p = \mathrm{softmax}(z)` and the target :math:`y`:
+
+    ============== ====================================================== ======================
+    statistic      of a sample                                            the hard ones score
+    ============== ====================================================== ======================
+    `aum`          mean of :math:`z_y - \max_{k \ne y} z_k`               low
+    `el2n`         mean of :math:`\lVert p - \mathrm{onehot}(y) \rVert_2` high
+    `confidence`   mean of :math:`p_y`                                    low
+    `variability`  standard deviation of :math:`p_y` (divided by n)       high: ambiguous
+    `loss`         mean of :math:`-\log p_y`                              high
+    ============== ====================================================== ======================
+
+    All are kept in float32, whatever the logits' precision, as running means and (Welford's) sums
+    of squares, so that thousands of presentations lose no digits. The state is 32 bytes a sample.
+
+    Everything else is as in :class:`drophot.ForgettingTracker`: `update`, `observe`, `watch` and
+    `attach`, `sync`, the state. Which presentations are meant is the caller's choice here too; the
+    papers judge the training batches as they pass.
+
+    References:
+        AUM: Pleiss et al., Identifying Mislabeled Data using the Area Under the Margin Ranking,
+        NeurIPS 2020, https://arxiv.org/abs/2001.10528. EL2N: Paul et al., Deep Learning on a Data
+        Diet, NeurIPS 2021, https://arxiv.org/abs/2107.07075, at one epoch; here its mean over all
+        that were presented. Confidence and variability: Swayamdipta et al., Dataset Cartography,
+        EMNLP 2020, https://arxiv.org/abs/2009.10795.
+
+    Args:
+        num_samples: `N`, the length of the dataset whose indices will come.
+        device: Where the state lives. `None` means where the first batch's logits are.
+
+    Raises:
+        TypeError: If `num_samples` is not an integer.
+        ValueError: If `num_samples` is less than 1.
+
+    Example:
+        >>> tracker = DynamicsTracker(num_samples=2)
+        >>> for margin in (1.0, 3.0):
+        ...     logits = torch.tensor([[margin, 0.0], [margin, 0.0]])
+        ...     tracker.update(torch.tensor([0, 1]), logits, torch.tensor([0, 1]))
+        >>> tracker.scores("aum")
+        tensor([ 2., -2.])
+        >>> tracker.scores("forgetting")
+        tensor([0, 2])
+        >>> tracker.columns()["confidence"].round(3).tolist()
+        [0.8420000076293945, 0.15800000727176666]
+    """
+
+    def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Present a batch: judge it by its logits.
+
+        Args:
+            index: The samples' indices in the dataset, integers, shape `(B,)`.
+            logits: The model's outputs, shape `(B, C)` with `C` at least 2, any float dtype, with
+                or without gradient; not probabilities. A NaN makes its sample's statistics NaN.
+            targets: The true classes, integers from 0 to `C - 1`, shape `(B,)`.
+
+        Raises:
+            TypeError: As in :meth:`drophot.ForgettingTracker.update`.
+            ValueError: As there, and on a CPU if a target is not a class.
+        """
+        self._check_batch(index, logits, targets)
+        if len(index) == 0:
+            return
+        with torch.no_grad():
+            targets = bring(targets, logits.device, torch.int64)
+            classes = targets.clamp(0, logits.shape[1] - 1)
+            self._state.expect(index, (classes, targets), plus=NO_CLASS)
+            values = _values(logits.float(), classes[:, None])
+            rows = self._judge(index, logits, targets)
+            values = bring(values, rows.place.device).index_select(0, rows.order)
+            self._add(rows.place, rows.again, values)
+
+    def update_correct(self, index: Tensor, correct: Tensor) -> None:
+        """Not here: the statistics need logits.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "`update_correct` should be called on a ForgettingTracker. Found a DynamicsTracker, "
+            "whose statistics need the logits: call `update`."
+        )
+
+    def scores(  # pyright: ignore[reportIncompatibleMethodOverride] # by name: "aum" comes first
+        self,
+        statistic: Statistic | NeverLearned = "forgetting",
+        *,
+        never_learned: NeverLearned = "hardest",
+    ) -> Tensor:
+        """One number for each sample; the class's table says which end is the hard one.
+
+        Args:
+            statistic: Which. `"forgetting"` is :meth:`drophot.ForgettingTracker.scores`, and so are
+                that method's own words, `"hardest"` and `"zero"`.
+            never_learned: For `"forgetting"`, what a sample scores that was never right.
+
+        Returns:
+            Scores, shape `(N,)`, on the tracker's device: float32, NaN for a sample that was never
+            presented; for `"forgetting"` int64, and 0.
+
+        Raises:
+            ValueError: If a word is none of those above, or a batch came with wrong indices.
+        """
+        if statistic == "forgetting":
+            return super().scores(never_learned)
+        if statistic == "hardest" or statistic == "zero":
+            return super().scores(statistic)
+        if statistic not in get_args(Statistic):
+            raise ValueError(
+                f"`statistic` should be one of {', '.join(map(repr, get_args(Statistic)))}. Found "
+                f"{statistic!r}."
+            )
+        return self._statistics()[statistic]
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Everything at once, for a table: `pandas.DataFrame(tracker.columns())`.
+
+        Returns:
+            NumPy arrays of shape `(N,)`: `index`; `target`, -1 for a sample that was never
+            presented; `presentations`; `learned`; `forgetting`, the events alone; and `aum`,
+            `el2n`, `confidence`, `variability`, `loss` as in `scores`.
+
+        Raises:
+            ValueError: If a batch came with wrong indices.
+        """
+        columns = {
+            "index": torch.arange(self.num_samples),
+            "target": self._state.targets,
+            "presentations": self.presentations,
+            "learned": self.learned,
+            "forgetting": self.counts,
+            **self._statistics(),
+        }
+        return {name: column.cpu().numpy().copy() for name, column in columns.items()}
+
+    def _new_state(self, device: torch.device | str | None) -> State:
+        columns = {
+            "history": (torch.int64, ()),
+            "means": (torch.float32, (4,)),
+            "squares": (torch.float32, ()),
+        }
+        return State(self.num_samples, columns, _join, device)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        whole = self._state.read()
+        presented = _history.presentations(whole["history"])
+        means = torch.where(presented[:, None] > 0, whole["means"], torch.nan)
+        return {
+            "aum": means[:, _AUM],
+            "el2n": means[:, _EL2N],
+            "confidence": means[:, _CONFIDENCE],
+            "variability": (whole["squares"] / presented).sqrt(),
+            "loss": means[:, _LOSS],
+        }
+
+    def _add(self, place: Tensor, again: Tensor | None, values: Tensor) -> None:
+        """Take in values (B, 4) of the samples at `place`, ascending."""
+        columns = self._state.columns
+        size = values.new_ones(len(place))
+        squares = torch.zeros_like(size)
+        if again is not None:
+            # Samples that stand several times in the batch are a group each: first their own mean.
+            group = torch.zeros_like(place)
+            group[1:] = (~again).cumsum(0)
+            size = torch.zeros_like(size).index_add_(0, group, size).index_select(0, group)
+            sums = torch.zeros_like(values).index_add_(0, group, values)
+            mean = sums.index_select(0, group) / size[:, None]
+            apart = (values - mean)[:, _CONFIDENCE].square()
+            squares = squares.index_add_(0, group, apart).index_select(0, group)
+            values = mean
+        total = _history.presentations(columns["history"].index_select(0, place))
+        before = columns["means"].index_select(0, place), columns["squares"].index_select(0, place)
+        means, squares = _pool((total - size, *before), (size, values, squares))
+        # Repeats write the same numbers to the same place.
+        columns["means"].index_copy_(0, place, means)
+        columns["squares"].index_copy_(0, place, squares)
+
+
+def _values(logits: Tensor, targets: Tensor) -> Tensor:
+    """Margin, error, confidence and loss (B, 4), of logits (B, C) in float32 and targets (B, 1)."""
+    # The largest logit becomes 0, so that nothing overflows; p = exp(logits) / total.
+    logits = logits - logits.amax(1, keepdim=True)
+    own = logits.gather(1, targets)
+    others = logits.scatter(1, targets, -torch.inf)
+    margin = own - others.amax(1, keepdim=True)
+    others = others.exp()
+    rest = others.sum(1, keepdim=True)
+    # total - 1 and 1 - p_y without the 1, in which the digits of a sure sample would be lost.
+    beyond = rest + own.expm1()
+    total = beyond + 1
+    error = torch.linalg.vector_norm(others, dim=1, keepdim=True).hypot(rest) / total
+    return torch.cat([margin, error, own.exp() / total, beyond.log1p() - own], 1)
+
+
+def _pool(
+    before: tuple[Tensor, Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Means and squares of two parts together, each given as its sizes, means and squares."""
+    # Chan, Golub and LeVeque, 1979; with one new value it is Welford's update.
+    (n, mean, squares), (m, new_mean, new_squares) = before, after
+    share = m / (n + m)
+    apart = new_mean - mean
+    squares = squares + new_squares + apart[:, _CONFIDENCE].square() * n * share
+    return mean + apart * share[:, None], squares
+
+
+def _join(before: Columns, base: Columns, after: Columns) -> Columns:
+    """As `join_histories`; what the rank has is split into the base and what came to it."""
+    joined = join_histories(before, base, after)
+    n, n_base, total = (_history.presentations(p["history"]) for p in (before, base, after))
+    size = total - n_base
+    apart = (after["means"] - base["means"]) * (total / size)[:, None]
+    between = apart[:, _CONFIDENCE].square() * n_base * (size / total)
+    squares = (after["squares"] - base["squares"] - between).clamp(min=0)
+    means, squares = _pool(
+        (n, before["means"], before["squares"]), (size, base["means"] + apart, squares)
+    )
+    return joined | {"means": means, "squares": squares}
