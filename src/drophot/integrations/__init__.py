@@ -1,0 +1,1 @@
+"""The tracker where other people's trainers hold the loop; each module needs its own extra."""
