@@ -1,7 +1,14 @@
-"""What tracking costs: `update` beside the training step of ResNet-18 at 32x32, batch 128.
+"""What tracking costs: in a training step, beside its peers, and as the data set grows.
 
-Training steps with and without `update` take turns, and the medians are compared; `update` alone
-is timed beside Toneva et al.'s way, a Python loop over the samples with a list for each.
+All in one run, in turn, medians of many rounds, batches of 128 of 50,000 samples in 10 classes:
+
+- the training step of ResNet-18 at 32x32, plain and tracked;
+- `update` of both trackers, beside aum 1.0.2 (`pip install aum==1.0.2`), and beside Python loops
+  over the samples: one that does what Toneva et al. do (loss, correctness and margin of each sample
+  appended to its lists), and the leanest we could write (two numbers a sample); twenty in a row,
+  as benchmarks are run, and one after other work, when nothing is in the processor's caches, as in
+  a training;
+- `update` for data sets of 5e4 to 1e8 samples, and the memory of the state, to 1e9 by arithmetic.
 """
 
 import json
@@ -9,101 +16,195 @@ import statistics
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable
+from importlib import import_module
 from time import perf_counter
+from typing import Any
 
 import torch
 from common import save
 from torch import Tensor, nn
 
-from drophot import ForgettingTracker
+from drophot import DynamicsTracker, ForgettingTracker
 from drophot.models import resnet18
+
+SAMPLES, BATCH, CLASSES = 50_000, 128, 10
+TRACKERS = {"forgetting": ForgettingTracker, "dynamics": DynamicsTracker}
+Work = Callable[[], Any]
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--samples", type=int, default=50_000)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=120, help="training steps of each kind")
+    parser.add_argument("--rounds", type=int, default=600, help="updates of each kind")
+    parser.add_argument("--most", type=float, default=1e8, help="samples of the largest data set")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
-    model = resnet18().to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    inputs = torch.randn(options.batch_size, 3, 32, 32, device=device)
-    classes = torch.randint(10, (options.samples,))
-    tracker = ForgettingTracker(options.samples)
-    logits = torch.randn(options.batch_size, 10, device=device)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        index = torch.randperm(options.samples)[: options.batch_size]
-        return index, classes[index].to(device)
-
-    def step(track: bool) -> Callable[[], None]:
-        index, targets = batch()
-
-        def run() -> None:
-            outputs = model(inputs)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(outputs, targets).backward()
-            optimizer.step()
-            if track:
-                tracker.update(index, outputs, targets)
-
-        return run
-
-    def update() -> Callable[[], None]:
-        index, targets = batch()
-        return lambda: tracker.update(index, logits, targets)
-
-    history: dict[int, list[tuple[float, float]]] = defaultdict(list)
-
-    def loop() -> Callable[[], None]:
-        """The same by a Python loop: loss and correctness of each sample, appended to its list."""
-        index, targets = batch()
-
-        def run() -> None:
-            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-            right = logits.argmax(1) == targets
-            for position in range(len(index)):
-                history[int(index[position])].append((
-                    losses[position].item(),
-                    right[position].item(),
-                ))
-
-        return run
-
-    def seconds(work: Callable[[], None]) -> float:
-        start = perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return perf_counter() - start
-
-    def medians(
-        makes: dict[str, Callable[[], Callable[[], None]]], rounds: int
-    ) -> dict[str, float]:
-        times: dict[str, list[float]] = {name: [] for name in makes}
-        for _ in range(rounds):
-            for name, make in makes.items():  # in turn, so that a slower machine slows all
-                times[name].append(seconds(make()))
-        return {name: statistics.median(values[rounds // 5 :]) for name, values in times.items()}
-
-    steps = medians({"plain": lambda: step(False), "tracked": lambda: step(True)}, options.steps)
-    alone = medians({"update": update, "loop": loop}, 300)
-    tensors = [value for value in tracker.state_dict().values() if isinstance(value, Tensor)]
     figures = {
-        "batch_size": options.batch_size,
-        "step_ms": round(1e3 * steps["plain"], 2),
-        "tracked_step_ms": round(1e3 * steps["tracked"], 2),
-        "update_us": round(1e6 * alone["update"], 1),
-        "update_over_step": round(alone["update"] / steps["plain"], 5),
-        "python_loop_us": round(1e6 * alone["loop"], 1),
-        "times_faster_than_python_loop": round(alone["loop"] / alone["update"], 1),
-        "bytes_a_sample": sum(tensor.nbytes for tensor in tensors) / options.samples,
+        "batch": BATCH,
+        "training_step": training_steps(device, options.steps),
+        "update": updates(device, options.rounds),
+        "samples": sizes(device, options.rounds, int(options.most)),
     }
     print(json.dumps(figures, indent=2))
     save(f"tracker_{device.type}", device, figures)
+
+
+def training_steps(device: torch.device, rounds: int) -> dict[str, Any]:
+    model = resnet18().to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    inputs = torch.randn(BATCH, 3, 32, 32, device=device)
+    trackers = {name: kind(SAMPLES) for name, kind in TRACKERS.items()}
+    classes = torch.randint(CLASSES, (SAMPLES,))
+
+    def step(tracker: ForgettingTracker | None) -> Callable[[], Work]:
+        def make() -> Work:
+            index = torch.randperm(SAMPLES)[:BATCH]
+            targets = classes[index].to(device)
+
+            def run() -> None:
+                outputs = model(inputs)
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(outputs, targets).backward()
+                optimizer.step()
+                if tracker is not None:
+                    tracker.update(index, outputs, targets)
+
+            return run
+
+        return make
+
+    makes = {"plain": step(None)} | {name: step(tracker) for name, tracker in trackers.items()}
+    times = measured(makes, rounds, device)
+    found: dict[str, Any] = {
+        f"{name}_ms": round(1e3 * statistics.median(t), 2) for name, t in times.items()
+    }
+    for name in TRACKERS:  # of steps side by side, as a machine may change its pace meanwhile
+        ratios = [t / plain for t, plain in zip(times[name], times["plain"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        found[f"{name}_over_plain"] = round(middle, 4)
+        found[f"{name}_over_plain_quartiles"] = [round(low, 4), round(high, 4)]
+    return found
+
+
+def updates(device: torch.device, rounds: int) -> dict[str, Any]:
+    classes = torch.randint(CLASSES, (SAMPLES,))
+    logits = torch.randn(BATCH, CLASSES, device=device)
+    lean: dict[int, list[tuple[float, float]]] = defaultdict(list)
+    toneva: dict[int, tuple[list[float], ...]] = {}
+
+    def batch() -> tuple[Tensor, Tensor]:
+        index = torch.randperm(SAMPLES)[:BATCH]
+        return index, classes[index].to(device)
+
+    def lean_loop(index: Tensor, targets: Tensor) -> None:
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
+        right = (logits.argmax(1) == targets).tolist()
+        for sample, loss, correct in zip(index.tolist(), losses, right, strict=True):
+            lean[sample].append((loss, correct))
+
+    def toneva_loop(index: Tensor, targets: Tensor) -> None:
+        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+        right = logits.argmax(1) == targets
+        for row in range(len(index)):
+            ordered = logits[row].sort().values
+            other = ordered[-2] if right[row] else ordered[-1]
+            margin = logits[row, int(targets[row])].item() - other.item()
+            found = toneva.setdefault(int(index[row]), ([], [], []))
+            found[0].append(losses[row].item())
+            found[1].append(right[row].sum().item())
+            found[2].append(margin)
+
+    def of(work: Callable[[Tensor, Tensor], Any]) -> Callable[[], Work]:
+        def make() -> Work:
+            index, targets = batch()
+            return lambda: work(index, targets)
+
+        return make
+
+    trackers = {name: kind(SAMPLES, device=device) for name, kind in TRACKERS.items()}
+    makes = {
+        name: of(lambda index, targets, t=tracker: t.update(index, logits, targets))
+        for name, tracker in trackers.items()
+    }
+    makes["lean_loop"] = of(lean_loop)
+    makes["toneva_loop"] = of(toneva_loop)
+    try:
+        aum = import_module("aum")
+    except ImportError:
+        print("aum is not installed, and left out: pip install aum==1.0.2")
+    else:
+        peer = aum.AUMCalculator("aum")
+        makes["aum"] = of(lambda index, targets: peer.update(logits, targets, index.tolist()))
+    found = {}
+    for kind, row in (("in_a_row", 20), ("after_other_work", 1)):
+        times = medians(makes, rounds // row, device, row)
+        found[kind] = {
+            "us": {name: round(1e6 * seconds, 1) for name, seconds in times.items()},
+            "times_faster": {
+                name: {
+                    peer: round(times[peer] / times[name], 1)
+                    for peer in times
+                    if peer not in TRACKERS
+                }
+                for name in TRACKERS
+            },
+        }
+    return found
+
+
+def sizes(device: torch.device, rounds: int, most: int) -> dict[str, Any]:
+    """Of a state of so many samples: what a tensor of each column's shape and dtype takes."""
+    logits = torch.randn(BATCH, CLASSES, device=device)
+    found: dict[str, Any] = {}
+    for name, kind in TRACKERS.items():
+        row = [v for v in kind(1).state_dict().values() if isinstance(v, Tensor)]
+        rows: dict[str, Any] = {}
+        for samples in (50_000, 10**6, 10**7, 10**8, 10**9):
+            size = sum(
+                torch.empty(samples, *v.shape[1:], dtype=v.dtype, device="meta").nbytes for v in row
+            )
+            rows[f"{samples:.0e}"] = {"bytes_a_sample": size / samples, "GB": round(size / 1e9, 4)}
+            if samples > most:
+                continue
+            tracker = kind(samples, device=device)
+
+            def make(tracker: ForgettingTracker = tracker, samples: int = samples) -> Work:
+                index = torch.randint(samples, (BATCH,))
+                targets = (index % CLASSES).to(device)
+                return lambda: tracker.update(index, logits, targets)
+
+            seconds = medians({"update": make}, rounds, device)["update"]
+            kept = [v for v in tracker.state_dict().values() if isinstance(v, Tensor)]
+            assert sum(v.nbytes for v in kept) == size, "arithmetic agrees with what is there"
+            rows[f"{samples:.0e}"]["update_us"] = round(1e6 * seconds, 1)
+            del tracker, kept, make
+        found[name] = rows
+    return found
+
+
+def medians(*args: Any) -> dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in measured(*args).items()}
+
+
+def measured(
+    makes: dict[str, Callable[[], Work]], rounds: int, device: torch.device, row: int = 1
+) -> dict[str, list[float]]:
+    """Seconds; each in turn, so that a slower machine slows all, and so often in a row."""
+    times: dict[str, list[float]] = {name: [] for name in makes}
+    for _ in range(rounds):
+        for name, make in makes.items():
+            works = [make() for _ in range(row)]
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = perf_counter()
+            for work in works:
+                work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((perf_counter() - start) / row)
+    return {name: values[rounds // 5 :] for name, values in times.items()}
 
 
 if __name__ == "__main__":

@@ -1,28 +1,20 @@
 """The examples, run as a person runs them, on little data."""
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
-from conftest import ROOT
+from conftest import ROOT, torchrun
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def run(name: str, *arguments: str, folder: Path) -> str:
-    result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", str(ROOT / "examples" / name), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    script = ROOT / "examples" / name
+    return conftest.run("-W", "error::UserWarning", script, *arguments, folder=folder)
 
 
 def rows(output: str) -> list[list[str]]:
@@ -34,8 +26,15 @@ def rows(output: str) -> list[list[str]]:
     return found[2:]
 
 
-def test_the_four_examples_are_there() -> None:
-    assert EXAMPLES == ["lenet_mnist.py", "quickstart.py", "resnet_cifar.py", "your_own_loop.py"]
+def test_the_six_examples_are_there() -> None:
+    assert EXAMPLES == [
+        "ddp.py",
+        "find_mislabeled.py",
+        "lenet_mnist.py",
+        "quickstart.py",
+        "resnet_cifar.py",
+        "your_own_loop.py",
+    ]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -64,6 +63,29 @@ def test_your_own_loop(tmp_path: Path) -> None:
     output = run("your_own_loop.py", "--epochs", "5", folder=tmp_path)
     assert re.search(r"zeros\D+0\.80", output)
     assert float(re.findall(r"fine-tuned\D+([\d.]+)", output)[0]) > 90
+
+
+def test_ddp_in_two_processes_and_in_one(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    script = ROOT / "examples" / "ddp.py"
+    two = torchrun(2, script, "--epochs", "3", folder=tmp_path)
+    one = run("ddp.py", "--epochs", "3", folder=tmp_path)
+    assert two.startswith("2 processes, 3 epochs of 1,797 samples: 5,394 presentations")
+    assert one.startswith("1 processes, 3 epochs of 1,797 samples: 5,391 presentations")
+    assert "539 samples kept, the same on every process" in two
+
+
+def test_find_mislabeled_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
+    pytest.importorskip("torchvision")
+    pytest.importorskip("sklearn")
+    output = run("find_mislabeled.py", "--data-root", str(mnist_root), folder=tmp_path)
+    scores = dict(re.findall(r"^(.+?) {2,}(0\.\d{4})$", output, re.M))
+    assert len(scores) == 7
+    assert max(map(float, scores.values())) >= 0.98
+    assert float(scores["aum"]) >= 0.98
+    assert float(scores["el2n"]) >= 0.98
+    assert float(scores["forgetting counts"]) < 0.6, "which is why AUM is there"
+    assert (tmp_path / "find_mislabeled.png").stat().st_size > 10_000
 
 
 def test_lenet_mnist_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
@@ -111,7 +133,7 @@ def test_resnet_cifar_on_an_image_folder(tmp_path: Path) -> None:
 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    for name in ("lenet_mnist.py", "resnet_cifar.py"):
+    for name in ("lenet_mnist.py", "resnet_cifar.py", "find_mislabeled.py"):
         result = subprocess.run(
             [sys.executable, str(ROOT / "examples" / name), "--data-root", "nowhere"],
             capture_output=True,
