@@ -27,7 +27,7 @@ class Record:
     model: str
     """The network's name."""
     mode: str
-    """What was kept: "high", "low" or "random"."""
+    """What was kept: "high", "low" or "random"; "baseline" where that is everything."""
     keep_ratio: float
     """The share of training samples asked for."""
     kept: int
@@ -54,6 +54,12 @@ class Record:
     """Of drophot, torch, NumPy and Python."""
     fingerprint: str
     """Of everything that was asked for, the seed and the ratios included: see `fingerprint`."""
+    protocol: str = "paper"
+    """The paper's text, "paper", or "released", what its released code does instead."""
+    equal_steps: bool = False
+    """Whether the coreset got as many optimiser steps as the full training set would have."""
+    reinitialized: bool = False
+    """Whether what pruning left was fine-tuned from new random weights."""
 
 
 def fingerprint(configuration: Mapping[str, Any]) -> str:

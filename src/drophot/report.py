@@ -132,7 +132,7 @@ def _groups(records: Iterable[Record]) -> list[Sequence[Record]]:
 
 
 def _what(record: Record) -> str:
-    return "everything" if record.keep_ratio == 1 else record.mode
+    return record.mode
 
 
 def _label(group: Sequence[Record]) -> str:
