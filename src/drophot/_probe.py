@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,50 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
+from drophot import _progress, _random, coreset, prune, training
+from drophot.forgetting import ForgettingTracker
+from drophot.indexing import IndexedDataset
 from drophot.training import first_sample
+
+
+def check_settings(run: Any) -> tuple[float, float]:
+    """Refuse a setting that is out of range.
+
+    Args:
+        run: What holds the settings, as attributes by their names.
+
+    Returns:
+        The ratios of data and pruning as plain floats.
+
+    Raises:
+        TypeError: If one is of the wrong kind.
+        ValueError: If one is out of range, or two do not go together.
+        ImportError: If `progress` is asked for and tqdm is not installed.
+    """
+    coreset.check_ratio("data_ratio", run.data_ratio)
+    coreset.check_mode("mode", run.mode)
+    prune.check_ratio("prune_ratio", run.prune_ratio)
+    prune.check_scope("scope", run.scope)
+    for name, choices in (("forgetting", ("paper", "toneva")), ("protocol", ("paper", "released"))):
+        if (value := getattr(run, name)) not in choices:
+            raise ValueError(
+                f'`{name}` should be "{choices[0]}" or "{choices[1]}". Found {value!r}.'
+            )
+    if run.protocol == "released" and (run.forgetting, run.scope) != ("paper", "layer"):
+        raise ValueError(
+            f'`protocol="released"` should stand alone: it counts its own way and prunes layer by '
+            f"layer. Found forgetting={run.forgetting!r} and scope={run.scope!r}; leave them out."
+        )
+    for name in ("equal_steps", "reinitialize", "progress"):
+        if not isinstance(value := getattr(run, name), bool):
+            raise TypeError(f"`{name}` should be True or False. Found {value!r}.")
+    check_counts(1, score_epochs=run.score_epochs, batch_size=run.batch_size)
+    check_counts(
+        0, train_epochs=run.train_epochs, finetune_epochs=run.finetune_epochs, seed=run.seed
+    )
+    if run.progress:
+        _progress.check()
+    return float(run.data_ratio), float(run.prune_ratio)
 
 
 def check_counts(least: int, **counts: Any) -> None:
@@ -32,6 +76,46 @@ def check_counts(least: int, **counts: Any) -> None:
             raise TypeError(f"`{name}` should be an integer. Found {value!r}.") from None
         if number < least:
             raise ValueError(f"`{name}` should be at least {least}. Found {value}.")
+
+
+def prepare(
+    factory: Callable[[], nn.Module],
+    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+    train_set: Dataset[Any],
+    test_set: Dataset[Any],
+    *,
+    device: torch.device,
+    seed: int,
+) -> tuple[Dataset[Any], Dataset[Any], int, dict[str, Any]]:
+    """Try a model on the data, and put the data where it is wanted.
+
+    Args:
+        factory: Makes models.
+        optimizer: Makes optimisers.
+        train_set: Samples `(input, target)`.
+        test_set: Likewise.
+        device: Where to run.
+        seed: Of what the factory draws.
+
+    Returns:
+        The training set with its index and the test set, both in memory where that is right; the
+        number of classes that occur; what a configuration says of the data and the model.
+
+    Raises:
+        TypeError: If a factory is none.
+        ValueError: If the data and the model do not fit each other.
+    """
+    with _random.kept(device, seed=seed):
+        probe, classes = build(factory, optimizer, train_set, test_set)
+        train = training.in_memory(IndexedDataset(train_set), device)
+        test = training.in_memory(test_set, device)
+        occurring = check_targets("train_set", train, classes)
+        check_targets("test_set", test, classes)
+    shapes = {name: list(tensor.shape) for name, tensor in probe.state_dict().items()}
+    sizes: dict[str, Any] = {"parameters": shapes}
+    for name, data in (("train_set", train_set), ("test_set", test_set)):
+        sizes[name] = [type(data).__name__, len(data)]  # type: ignore[arg-type]
+    return train, test, occurring, sizes
 
 
 def build(
@@ -139,64 +223,87 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
     return len(targets.unique())
 
 
-def check_sizes(
-    model: nn.Module,
-    train_set: Dataset[Any],
-    size: int,
-    *,
-    data_ratio: float,
-    num_classes: int,
-    batch_size: int,
-) -> None:
+def check_sizes(run: Any, num_classes: int) -> None:
     """Refuse a coreset that leaves a class or a batch empty.
 
     Args:
-        model: A model to throw away.
-        train_set: All training samples.
-        size: `K`.
-        data_ratio: The share that gave it.
+        run: Has `factory`, `train_set`, `data_ratio`, `batch_size`, `seed` and `device`.
         num_classes: How many classes occur in the training set.
-        batch_size: Samples a step.
 
     Raises:
         ValueError: If fewer samples are kept than there are classes, or the last batch of an epoch
             is a single sample and the model cannot train on one.
     """
-    total = len(train_set)  # type: ignore[arg-type]
+    total = len(run.train_set)
+    size = coreset.kept(total, run.data_ratio)
     if size < num_classes:
         raise ValueError(
-            f"`data_ratio` should keep a sample of each class. Found {data_ratio}, which keeps "
+            f"`data_ratio` should keep a sample of each class. Found {run.data_ratio}, which keeps "
             f"{size} of {total} samples for {num_classes} classes; raise it to at least "
             f"{num_classes / total:.3g}."
         )
     for count, what in (
-        (size, f"`data_ratio={data_ratio}` keeps {size} samples"),
+        (size, f"`data_ratio={run.data_ratio}` keeps {size} samples"),
         (total, f"`train_set` has {total} samples"),
     ):
-        if (count % batch_size or batch_size) != 1:
+        if (count % run.batch_size or run.batch_size) != 1:
             continue
-        single = torch.as_tensor(first_sample("train_set", train_set)[0])[None]
-        model.train()
+        single = torch.as_tensor(first_sample("train_set", run.train_set)[0])[None]
         try:
-            model(single.cpu())
+            with _random.kept(run.device, seed=run.seed):
+                run.factory().train()(single.cpu())
         except ValueError as error:  # BatchNorm, of a single value
             raise ValueError(
                 f"`batch_size` should not leave a last batch of one sample, on which this model "
-                f"cannot train. Found {batch_size}, and {what}; change `batch_size`. ({error})"
+                f"cannot train. Found {run.batch_size}, and {what}; change `batch_size`. ({error})"
             ) from error
 
 
-def empty_classes(train_set: Dataset[Any], indices: Tensor) -> list[int]:
-    """The classes that occur in the training set and not in a coreset.
+def check_presented(tracker: ForgettingTracker) -> None:
+    """Refuse a training whose loop did not call back.
 
     Args:
-        train_set: What `in_memory` gave.
-        indices: The coreset, `(K,)`.
+        tracker: Was to see every sample.
 
-    Returns:
-        The classes; none if the training set is not in memory.
+    Raises:
+        RuntimeError: If it did not.
     """
-    if not isinstance(train_set, TensorDataset):
-        return []
-    targets = train_set.tensors[1].cpu()
-    return sorted(set(targets.unique().tolist()) - set(targets[indices].unique().tolist()))
+    if missed := int((tracker.presentations == 0).sum()):
+        raise RuntimeError(
+            f"`fit` should call on_batch for every batch and on_epoch after every epoch. Found "
+            f"{missed} of {len(tracker.presentations)} samples that were never presented."
+        )
+
+
+def check_called(calls: int, epochs: int) -> None:
+    """Refuse a fine-tuning whose loop did not call back.
+
+    Args:
+        calls: How often `on_epoch` was called.
+        epochs: How often it was to be called.
+
+    Raises:
+        RuntimeError: If these differ.
+    """
+    if calls != epochs:
+        raise RuntimeError(
+            f"`fit` should call on_epoch after every epoch, {epochs} times. Found {calls} calls."
+        )
+
+
+def warn_of_empty_classes(run: Any) -> None:
+    """Warn if a coreset holds no sample of some class that the training set has.
+
+    Args:
+        run: Has `train_set`, `indices`, `data_ratio` and `mode`.
+    """
+    if not isinstance(run.train_set, TensorDataset):
+        return
+    targets = run.train_set.tensors[1].cpu()
+    empty = sorted(set(targets.unique().tolist()) - set(targets[run.indices].unique().tolist()))
+    if empty:
+        warnings.warn(
+            f"`data_ratio={run.data_ratio}` and `mode={run.mode!r}` leave no sample of classes "
+            f"{empty}, which the model will not learn in `train`; raise data_ratio.",
+            stacklevel=3,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 
@@ -24,19 +24,30 @@ def check() -> Any:
 
 
 @contextmanager
-def bar(progress: bool, total: int, name: str) -> Iterator[Callable[[], object]]:
+def bar(
+    progress: bool, total: int, name: str, on_epoch: Callable[[int], object] | None = None
+) -> Iterator[Callable[[int], object]]:
     """Show how many epochs of a training are done.
 
     Args:
         progress: Whether to show it at all.
         total: All epochs.
         name: What is being done.
+        on_epoch: Called with the epoch's number first, after each epoch.
 
     Yields:
-        To be called after each epoch.
+        To be called with the epoch's number after each epoch.
     """
-    if not progress:
-        yield lambda: None
-        return
-    with check()(total=total, desc=name, unit="epoch", leave=False) as shown:
-        yield shown.update
+    with (
+        check()(total=total, desc=name, unit="epoch", leave=False)
+        if progress
+        else nullcontext() as shown
+    ):
+
+        def after(epoch: int) -> None:
+            if on_epoch is not None:
+                on_epoch(epoch)
+            if shown is not None:
+                shown.update()
+
+        yield after

@@ -35,13 +35,15 @@ def kept(device: torch.device | None = None, *, seed: int | None = None) -> Iter
 
     Args:
         device: A GPU whose generator is put back too.
-        seed: Starts the generators from here inside.
+        seed: Starts the generators from here inside, where a GPU's convolutions are deterministic.
 
     Yields:
         Nothing.
     """
     python, numpy, cpu, gpu = state(device)
+    deterministic = torch.backends.cudnn.deterministic
     if seed is not None:
+        torch.backends.cudnn.deterministic = True
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.default_generator.manual_seed(seed)  # torch.manual_seed moves every GPU's on too
@@ -51,6 +53,7 @@ def kept(device: torch.device | None = None, *, seed: int | None = None) -> Iter
     try:
         yield
     finally:
+        torch.backends.cudnn.deterministic = deterministic
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         torch.set_rng_state(torch.frombuffer(bytearray(cpu), dtype=torch.uint8))

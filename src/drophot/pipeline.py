@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from math import ceil, nan
 from time import perf_counter
-from typing import Any, Literal, get_args
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import Dataset, Subset
 
-from drophot import _probe, _progress, _random, coreset, prune, training
+from drophot import _probe, _progress, _random, coreset, records, released, training
 from drophot.coreset import Mode, select
 from drophot.forgetting import ForgettingTracker
-from drophot.indexing import IndexedDataset
 from drophot.prune import Masks, Scope, magnitude_prune
-from drophot.records import (
-    Record,
-    describe,
-    device_name,
-    factory_name,
-    fingerprint,
-    versions,
-)
+from drophot.records import Record
 
 Forgetting = Literal["paper", "toneva"]
+Protocol = Literal["paper", "released"]
+
+_CELL = ("data_ratio", "mode", "prune_ratio", "seed", "equal_steps", "reinitialize")
+_EPOCHS = ("score_epochs", "train_epochs", "finetune_epochs")
+_SETTINGS = (*_CELL, "forgetting", "scope", "protocol", *_EPOCHS, "batch_size")
 
 
 class DropHot:
@@ -44,18 +43,16 @@ class DropHot:
     `scores`, `indices`, `model`, `masks`, `record`. What is there can be replaced between the
     steps: after `run.scores = my_scores` neither `select` nor `run` needs step 1.
 
-    One seed gives one record on one machine. Models that differ in mode or ratio start from the
-    same weights for the same seed, so that they can be compared in pairs. The global random state
-    is left as it was.
+    One seed gives one record on one machine and leaves the global random state as it was. Models
+    that differ in mode or ratio start from the same weights for the same seed, to be compared in
+    pairs; with equal epochs the network of step 1 is the one that training on everything gives.
 
     References:
         Gupta et al., Drop it Like it's Hot: Network Pruning with Data Selection, section 4, with
-        the authors' defaults: Adam, learning rate 1e-3, batches of 64, 10 epochs a training,
-        pruning layer by layer.
+        its defaults: Adam, 1e-3, batches of 64, 10 epochs a training, pruning layer by layer.
 
     Args:
-        model: A factory: called without arguments it gives a new model, inputs `(B, …)` to logits
-            `(B, C)`.
+        model: A factory: called without arguments it gives a new model, inputs to logits `(B, C)`.
         train_set: Samples `(input, target)`, inputs as tensors of one shape, targets in `[0, C)`.
         test_set: The same for the accuracies.
         data_ratio: The share of training samples **kept**, in (0, 1].
@@ -67,6 +64,12 @@ class DropHot:
             hardest (Toneva et al. 2019).
         scope: `"layer"` removes the share from each layer, as the authors did; `"global"` ranks
             all weights together.
+        protocol: `"paper"` is the paper's text. `"released"` is what its released code does
+            instead, to trace the published numbers: see :mod:`drophot.released`.
+        equal_steps: Train on the coreset for as many optimiser steps as `train_epochs` of the full
+            training set take, so that less data does not mean less training.
+        reinitialize: Fine-tune what pruning left from new random weights: what the mask is worth
+            without the weights that it was found with.
         score_epochs: Epochs of step 1, on the full training set.
         train_epochs: Epochs of step 3, on the coreset.
         finetune_epochs: Epochs of step 5, on the full training set.
@@ -105,11 +108,15 @@ class DropHot:
     """
 
     tracker: ForgettingTracker | None = None  # of step 1
+    scorer: nn.Module | None = None  # the network of step 1
     scores: Tensor | None = None  # (N,)
     indices: Tensor | None = None  # (K,)
     model: nn.Module | None = None  # of steps 3 to 5
+    trained_accuracy: float = nan
     masks: Masks | None = None
+    pruned_accuracy: float = nan
     record: Record | None = None
+    seconds: Mapping[str, float] = MappingProxyType({})  # of each step
 
     def __init__(
         self,
@@ -122,6 +129,9 @@ class DropHot:
         prune_ratio: float,
         forgetting: Forgetting = "paper",
         scope: Scope = "layer",
+        protocol: Protocol = "paper",
+        equal_steps: bool = False,
+        reinitialize: bool = False,
         score_epochs: int = 10,
         train_epochs: int = 10,
         finetune_epochs: int = 10,
@@ -132,24 +142,15 @@ class DropHot:
         fit: training.Fit = training.fit,
         progress: bool = False,
     ) -> None:
-        coreset.check_ratio("data_ratio", data_ratio)
-        coreset.check_mode("mode", mode)
-        prune.check_ratio("prune_ratio", prune_ratio)
-        prune.check_scope("scope", scope)
-        if forgetting not in get_args(Forgetting):
-            raise ValueError(f'`forgetting` should be "paper" or "toneva". Found {forgetting!r}.')
-        _probe.check_counts(1, score_epochs=score_epochs, batch_size=batch_size)
-        _probe.check_counts(
-            0, train_epochs=train_epochs, finetune_epochs=finetune_epochs, seed=seed
-        )
-        if progress:
-            _progress.check()
         self.factory = model
-        self.data_ratio = float(data_ratio)
+        self.data_ratio = data_ratio
         self.mode: Mode = mode
-        self.prune_ratio = float(prune_ratio)
+        self.prune_ratio = prune_ratio
         self.forgetting: Forgetting = forgetting
         self.scope: Scope = scope
+        self.protocol: Protocol = protocol
+        self.equal_steps = equal_steps
+        self.reinitialize = reinitialize
         self.score_epochs = score_epochs
         self.train_epochs = train_epochs
         self.finetune_epochs = finetune_epochs
@@ -159,46 +160,46 @@ class DropHot:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.fit = fit
         self.progress = progress
-        self.seconds: dict[str, float] = {}
-        with _random.kept(self.device, seed=seed):
-            probe, classes = _probe.build(model, optimizer, train_set, test_set)
-            self.train_set = training.in_memory(IndexedDataset(train_set), self.device)
-            self.test_set = training.in_memory(test_set, self.device)
-            occurring = _probe.check_targets("train_set", self.train_set, classes)
-            _probe.check_targets("test_set", self.test_set, classes)
-            self._total = len(train_set)  # type: ignore[arg-type]
-            self._kept = coreset.kept(self._total, self.data_ratio)
-            _probe.check_sizes(
-                probe,
-                self.train_set,
-                self._kept,
-                data_ratio=self.data_ratio,
-                num_classes=occurring,
-                batch_size=batch_size,
-            )
-        self._configuration = {
-            "model": describe(model),
-            "parameters": {name: list(t.shape) for name, t in probe.state_dict().items()},
-            "train_set": [type(train_set).__name__, self._total],
-            "test_set": [type(test_set).__name__, len(test_set)],  # type: ignore[arg-type]
-            "data_ratio": self.data_ratio,
-            "mode": mode,
-            "prune_ratio": self.prune_ratio,
-            "forgetting": forgetting,
-            "scope": scope,
-            "epochs": [score_epochs, train_epochs, finetune_epochs],
-            "optimizer": describe(optimizer),
-            "batch_size": batch_size,
-            "seed": seed,
-            "fit": describe(fit),
-        }
+        self.data_ratio, self.prune_ratio = _probe.check_settings(self)
+        self.train_set, self.test_set, self._classes, sizes = _probe.prepare(
+            model, optimizer, train_set, test_set, device=self.device, seed=seed
+        )
+        _probe.check_sizes(self, self._classes)
+        self._total = len(train_set)  # type: ignore[arg-type]
+        self._fixed = {"model": records.describe(model), "optimizer": records.describe(optimizer)}
+        self._fixed |= {"fit": records.describe(fit), **sizes}
 
-    def run(self) -> Record:
-        """Take the steps; the first only where scores are needed and there are none yet.
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Everything that was asked for, as JSON can hold it: what a record's fingerprint is of."""
+        return self._fixed | {name: getattr(self, name) for name in _SETTINGS}
+
+    def replace(self, **settings: Any) -> DropHot:
+        """The same run with other settings and no results yet, on the same data in memory.
+
+        Args:
+            **settings: Any of `data_ratio`, `mode`, `prune_ratio`, `seed`, `equal_steps` and
+                `reinitialize`.
 
         Returns:
-            The record, which stays on `record` too.
+            A new object; this one is left as it is.
+
+        Raises:
+            TypeError: If a setting is not one of these, or of the wrong kind.
+            ValueError: If a value is out of range.
         """
+        if unknown := ", ".join(sorted(settings.keys() - set(_CELL))):
+            raise TypeError(f"`replace` should be given {', '.join(_CELL)}. Found {unknown}.")
+        other = copy.copy(self)
+        for name in DropHot.__annotations__:  # the results
+            vars(other).pop(name, None)
+        vars(other).update(settings)
+        other.data_ratio, other.prune_ratio = _probe.check_settings(other)
+        _probe.check_sizes(other, self._classes)
+        return other
+
+    def run(self) -> Record:
+        """Take the steps, the first only where scores are needed and there are none yet."""
         if self.scores is None and self._needs_scores():
             self.score()
         self.select()
@@ -215,34 +216,35 @@ class DropHot:
         Raises:
             RuntimeError: If a `fit` of the user's own did not call back.
         """
-        with self._step("score", 0):
+        toneva, by_position = self.forgetting == "toneva", self.protocol == "released"
+        with self._step("score"):
+            self.scorer = model = self.factory().to(self.device)
             self.tracker = tracker = ForgettingTracker(self._total, device=self.device)
-            model = self.factory().to(self.device)
+            counts = released.PositionCounts(self._total, seed=self.seed)
 
             def observe(_: int) -> None:
-                tracker.observe(model, training.batches(self.train_set, 1024, self.device))
+                observer = counts if by_position else tracker
+                observer.observe(model, training.batches(self.train_set, 1024, self.device))
 
-            toneva = self.forgetting == "toneva"
             self._fit(
                 model,
                 self.train_set,
                 self.score_epochs,
+                self.optimizer(model.parameters()),
                 on_batch=tracker.update if toneva else None,
                 on_epoch=None if toneva else observe,
             )
-            if missed := int((tracker.presentations == 0).sum()):
-                raise RuntimeError(
-                    f"`fit` should call on_batch for every batch and on_epoch after every epoch. "
-                    f"Found {missed} of {self._total} samples that were never presented."
-                )
-            self.scores = tracker.scores("hardest" if toneva else "zero")
+            if by_position:
+                self.tracker, self.scores = None, counts.scores
+            else:
+                _probe.check_presented(tracker)
+                self.scores = tracker.scores("hardest" if toneva else "zero")
         return self.scores
 
     def select(self) -> Tensor:
         """Step 2: keep `data_ratio` of the training samples by their scores.
 
-        A coreset that holds no sample of some class is warned about: high scores can be all in a
-        few classes.
+        A coreset without a sample of some class is warned about.
 
         Returns:
             The kept samples' positions `(K,)`, which stay on `indices` too.
@@ -252,23 +254,20 @@ class DropHot:
             ValueError: If `scores` was replaced by one of another length.
         """
         scores = self.scores
-        if scores is None:
-            if self._needs_scores():
-                raise RuntimeError("`select` needs scores. Found none; call score() or set scores.")
-            scores = torch.zeros(self._total)
+        if scores is None and self._needs_scores():
+            raise RuntimeError("`select` needs scores. Found none; call score() or set scores.")
+        scores = torch.zeros(self._total) if scores is None else scores
         if len(scores) != self._total:
             raise ValueError(
                 f"`scores` should have one entry for each training sample, "
                 f"{self._total}. Found {len(scores)}."
             )
-        with self._step("select", 0):
-            self.indices = select(scores, self.data_ratio, self.mode, seed=self.seed)
-        if empty := _probe.empty_classes(self.train_set, self.indices):
-            warnings.warn(
-                f"`data_ratio={self.data_ratio}` and `mode={self.mode!r}` leave no sample of "
-                f"classes {empty}, which the model will not learn in `train`; raise data_ratio.",
-                stacklevel=2,
-            )
+        with self._step("select"):
+            if self.protocol == "released" and self.mode != "random":
+                self.indices = released.select(scores, self.data_ratio, self.mode)
+            else:
+                self.indices = select(scores, self.data_ratio, self.mode, seed=self.seed)
+        _probe.warn_of_empty_classes(self)
         return self.indices
 
     def train(self) -> nn.Module:
@@ -282,11 +281,18 @@ class DropHot:
         """
         if self.indices is None:
             raise RuntimeError("`train` needs a coreset. Found none; call select() first.")
-        with self._step("train", 1):
+        with self._step("train"):
             model = self.factory().to(self.device)
-            kept = Subset(self.train_set, self.indices.tolist())
-            self._fit(model, kept, self.train_epochs)
-            self._trained_accuracy = training.evaluate(model, self.test_set)
+            optimizer = self.optimizer(model.parameters())
+            epochs, steps = self.train_epochs, 0
+            if self.equal_steps:
+                whole = epochs * ceil(self._total / self.batch_size)
+                epochs, steps = divmod(whole, ceil(len(self.indices) / self.batch_size))
+            self._fit(model, self._subset(self.indices), epochs, optimizer)
+            if steps:  # of an epoch that is not whole: as many full batches
+                part = torch.randperm(len(self.indices))[: steps * self.batch_size]
+                self._fit(model, self._subset(self.indices[part]), 1, optimizer)
+            self.trained_accuracy = training.evaluate(model, self.test_set)
         self.model, self.masks = model, None
         return model
 
@@ -301,9 +307,9 @@ class DropHot:
         """
         if self.model is None:
             raise RuntimeError("`prune` needs a model. Found none; call train() first.")
-        with self._step("prune", 1):
+        with self._step("prune"):
             self.masks = magnitude_prune(self.model, self.prune_ratio, scope=self.scope)
-            self._pruned_accuracy = training.evaluate(self.model, self.test_set)
+            self.pruned_accuracy = training.evaluate(self.model, self.test_set)
         return self.masks
 
     def finetune(self) -> Record:
@@ -319,60 +325,59 @@ class DropHot:
             raise RuntimeError("`finetune` needs masks. Found none; call prune() first.")
         model = self.model
         curve: list[float] = []
-        with self._step("finetune", 2):
-            self._fit(
-                model,
-                self.train_set,
-                self.finetune_epochs,
-                masks=self.masks,
-                on_epoch=lambda _: curve.append(training.evaluate(model, self.test_set)),
-            )
-            if len(curve) != self.finetune_epochs:
-                raise RuntimeError(
-                    f"`fit` should call on_epoch after every epoch, {self.finetune_epochs} times. "
-                    f"Found {len(curve)} calls."
+        with self._step("finetune", 1):
+            if self.reinitialize:
+                model.load_state_dict(self.factory().state_dict())
+                self.masks.apply()
+            optimizer = self.optimizer(model.parameters())
+            with nullcontext() if self.protocol == "released" else self.masks.hold(optimizer):
+                self._fit(
+                    model,
+                    self.train_set,
+                    self.finetune_epochs,
+                    optimizer,
+                    on_epoch=lambda _: curve.append(training.evaluate(model, self.test_set)),
                 )
+            _probe.check_called(len(curve), self.finetune_epochs)
         self.record = Record(
-            model=factory_name(self.factory, model),
-            mode=self.mode,
+            model=records.factory_name(self.factory, model),
+            mode="baseline" if len(self.indices) == self._total else self.mode,
             keep_ratio=self.data_ratio,
             kept=len(self.indices),
             prune_ratio=self.prune_ratio,
             seed=self.seed,
-            trained_accuracy=self._trained_accuracy,
-            pruned_accuracy=self._pruned_accuracy,
-            finetuned_accuracy=curve[-1] if curve else self._pruned_accuracy,
+            trained_accuracy=self.trained_accuracy,
+            pruned_accuracy=self.pruned_accuracy,
+            finetuned_accuracy=curve[-1] if curve else self.pruned_accuracy,
             finetune_curve=tuple(curve),
             sparsity=Masks.from_zeros(model).sparsity,
             seconds=dict(self.seconds),
-            device=device_name(self.device),
-            versions=versions(),
-            fingerprint=fingerprint(self._configuration),
+            device=records.device_name(self.device),
+            versions=records.versions(),
+            fingerprint=records.fingerprint(self.configuration),
+            protocol=self.protocol,
+            equal_steps=self.equal_steps,
+            reinitialized=self.reinitialize,
         )
         return self.record
 
     def _needs_scores(self) -> bool:
-        return self.mode != "random" and self._kept < self._total
+        return self.mode != "random" and coreset.kept(self._total, self.data_ratio) < self._total
+
+    def _subset(self, indices: Tensor) -> Dataset[Any]:
+        return Subset(self.train_set, indices.tolist())
 
     def _fit(
         self,
         model: nn.Module,
         dataset: Dataset[Any],
         epochs: int,
+        optimizer: Optimizer,
         *,
-        masks: Masks | None = None,
         on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
         on_epoch: Callable[[int], object] | None = None,
     ) -> None:
-        optimizer = self.optimizer(model.parameters())
-        held = nullcontext() if masks is None else masks.hold(optimizer)
-        with held, _progress.bar(self.progress, epochs, self._doing) as update:
-
-            def after(epoch: int) -> None:
-                if on_epoch is not None:
-                    on_epoch(epoch)
-                update()
-
+        with _progress.bar(self.progress, epochs, self._doing, on_epoch) as after:
             self.fit(
                 model,
                 dataset,
@@ -385,15 +390,10 @@ class DropHot:
             )
 
     @contextmanager
-    def _step(self, name: str, stage: int) -> Iterator[None]:
+    def _step(self, name: str, stage: int = 0) -> Iterator[None]:
         """A step: timed, and with random numbers of its own that depend on the seed alone."""
-        self._doing, self._draws = name, 3 * self.seed + stage
-        deterministic = torch.backends.cudnn.deterministic
-        torch.backends.cudnn.deterministic = True
+        self._doing, self._draws = name, 2 * self.seed + stage
         start = perf_counter()
-        try:
-            with _random.kept(self.device, seed=self._draws):
-                yield
-        finally:
-            torch.backends.cudnn.deterministic = deterministic
-        self.seconds[name] = perf_counter() - start
+        with _random.kept(self.device, seed=self._draws):
+            yield
+        self.seconds = {**self.seconds, name: perf_counter() - start}
