@@ -37,6 +37,7 @@ HOUSE = [
     "pipeline",
     "_store",
     "_stages",
+    "_executors",
     "grid",
     "stats",
     "_html",

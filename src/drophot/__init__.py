@@ -5,6 +5,7 @@ import logging
 from drophot.coreset import select
 from drophot.dynamics import DynamicsTracker
 from drophot.forgetting import ForgettingTracker
+from drophot.grid import Grid
 from drophot.indexing import IndexedDataset
 from drophot.pipeline import DropHot
 from drophot.prune import Masks, magnitude_prune, summary
@@ -17,6 +18,7 @@ __all__ = [
     "DropHot",
     "DynamicsTracker",
     "ForgettingTracker",
+    "Grid",
     "IndexedDataset",
     "Masks",
     "Record",

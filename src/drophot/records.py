@@ -147,6 +147,39 @@ def versions() -> dict[str, str]:
     }
 
 
+def to_line(record: Record) -> str:
+    """A record as a line of JSON, without the line's end.
+
+    Args:
+        record: The record.
+
+    Returns:
+        The line.
+    """
+    return json.dumps(asdict(record))
+
+
+def from_line(line: str) -> Record:
+    """The record of a line of JSON.
+
+    Args:
+        line: What `to_line` gave.
+
+    Returns:
+        The record.
+
+    Raises:
+        ValueError: If it is no record.
+    """
+    try:
+        values = json.loads(line)
+        values["finetune_curve"] = tuple(values["finetune_curve"])
+        return Record(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        names = ", ".join(f.name for f in fields(Record))
+        raise ValueError(f"Found no record: {error}; its fields are {names}.") from error
+
+
 def write(records: Iterable[Record], path: Path | str) -> None:
     """Append records to a file of JSON lines.
 
@@ -156,7 +189,7 @@ def write(records: Iterable[Record], path: Path | str) -> None:
     """
     with Path(path).open("a", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(asdict(record)) + "\n")
+            file.write(to_line(record) + "\n")
 
 
 def read(path: Path | str) -> list[Record]:
@@ -171,16 +204,13 @@ def read(path: Path | str) -> list[Record]:
     Raises:
         ValueError: If a line is not a record.
     """
-    records = []
+    found = []
     with Path(path).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                values = json.loads(line)
-                values["finetune_curve"] = tuple(values["finetune_curve"])
-                records.append(Record(**values))
-            except (ValueError, TypeError, KeyError) as error:
+                found.append(from_line(line))
+            except ValueError as error:
                 raise ValueError(
-                    f"`{path}` should hold a record in each line. Found another thing in line "
-                    f"{number}: {error}; fields are {', '.join(f.name for f in fields(Record))}."
+                    f"`{path}` should hold a record in each line. Line {number}: {error}"
                 ) from error
-    return records
+    return found

@@ -1,0 +1,118 @@
+"""The stages of a grid on whatever executor there is."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from torch.utils.data import TensorDataset
+
+from drophot._stages import Stage, compute
+from drophot._store import Store
+from drophot.pipeline import DropHot
+from drophot.records import Record, describe
+
+
+def check(executor: Any, pipeline: DropHot) -> None:
+    """Refuse what is no executor, and a pipeline that cannot be sent to its workers.
+
+    Args:
+        executor: What is to compute stages.
+        pipeline: Whose stages they are.
+
+    Raises:
+        TypeError: If it is none, or a part of the pipeline cannot be pickled.
+    """
+    if not callable(getattr(executor, "submit", None)):
+        raise TypeError(
+            f"`executor` should have submit(function, *arguments). Found "
+            f"{type(executor).__name__}; give a concurrent.futures.ProcessPoolExecutor, say."
+        )
+    dumps = pickle.dumps
+    if not type(executor).__module__.startswith("concurrent.futures"):
+        with suppress(ImportError):  # what Dask, loky, submitit and Ray send with
+            dumps = import_module("cloudpickle").dumps
+    things = {"model": pipeline.factory, "optimizer": pipeline.optimizer, "fit": pipeline.fit}
+    for name, data in (("train_set", pipeline.train_set), ("test_set", pipeline.test_set)):
+        if not isinstance(data, TensorDataset):  # tensors go by the store
+            things[name] = data
+    for name, thing in things.items():
+        try:
+            dumps(thing)
+        except Exception as error:
+            raise TypeError(
+                f"`{name}` should be one that can be sent to a worker. Found {describe(thing)}, "
+                f"which cannot be pickled ({error}); define it at the top of a module, or use "
+                f"functools.partial in place of a lambda."
+            ) from error
+
+
+def send(
+    executor: Any,
+    todo: Mapping[Stage, Stage | None],
+    task: tuple[DropHot, Store, int, str],
+    finished: Callable[[Stage, Record | None], None],
+) -> None:
+    """Compute stages on an executor, each as soon as what it needs is there.
+
+    Args:
+        executor: Computes them.
+        todo: The stages in order, and which of them each has to wait for.
+        task: What `compute` needs besides: the pipeline, the store, threads and the data's digest.
+        finished: Called with each stage that is done, and its record.
+
+    Raises:
+        Exception: Whatever a stage raised. Stages that had not begun are cancelled.
+    """
+    pipeline, store, threads, data = task
+    waiting, running = dict(todo), list[tuple[Any, Stage]]()
+    # So many at a time that no worker waits, and so few that what was begun comes first.
+    most = 2 * (workers(executor) or len(todo))
+    if getattr(executor, "cluster", None) == "local":  # submitit's starts all jobs at once
+        most = max(1, (os.cpu_count() or 1) // threads)
+    try:
+        while waiting or running:
+            pending = {stage for _, stage in running}
+            for stage, need in list(waiting.items()):
+                if len(running) < most and need not in waiting and need not in pending:
+                    del waiting[stage]
+                    future = executor.submit(compute, pipeline, store, stage, threads, data)
+                    running.append((future, stage))
+                    pending.add(stage)
+            # Where a future cannot say whether it is done, the first one is waited for.
+            done = [pair for pair in running if getattr(pair[0], "done", lambda: True)()]
+            for future, stage in done:
+                running.remove((future, stage))
+                try:
+                    record = future.result()
+                except BaseException as error:
+                    error.add_note(f"This happened in the stage {stage.name}.")
+                    raise
+                finished(stage, record)
+            if not done:
+                time.sleep(0.02)
+    except BaseException:
+        for future, _ in running:
+            getattr(future, "cancel", lambda: None)()
+        raise
+
+
+def workers(executor: Any) -> int | None:
+    """How many stages an executor computes side by side.
+
+    Args:
+        executor: Computes them.
+
+    Returns:
+        Their number, where it says so.
+    """
+    if (pool := getattr(executor, "_max_workers", None)) is not None:
+        return pool
+    if (client := getattr(executor, "_client", None)) is not None:  # Dask's
+        return len(client.nthreads())  # processes: each computes one stage at a time
+    return None

@@ -1,0 +1,230 @@
+"""The stages of a grid, as a worker computes them: score, train, finetune."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from drophot import _random, training
+from drophot._store import Store
+from drophot.pipeline import DropHot
+from drophot.records import Record, from_line, to_line
+
+# Random state and the number of threads are a process's own: its stages go one after the other.
+_one_at_a_time = Lock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What is computed once, and what it needs.
+
+    Cells that share it share these values; those that it does not depend on are left out.
+    """
+
+    kind: Literal["score", "train", "finetune"]
+    seed: int
+    mode: Any = "baseline"
+    data_ratio: float = 1.0
+    equal_steps: bool = False
+    prune_ratio: float = 0.0
+    reinitialize: bool = False
+
+    @property
+    def name(self) -> str:
+        """The stage's file."""
+        parts = [self.kind, f"seed{self.seed}"]
+        if self.kind != "score":
+            parts += [self.mode, f"keep{self.data_ratio}", *["equal"] * self.equal_steps]
+        if self.kind == "finetune":
+            parts += [f"prune{self.prune_ratio}", *["new"] * self.reinitialize]
+        return "-".join(parts) + (".json" if self.kind == "finetune" else ".pt")
+
+    def needs(self, pipeline: DropHot) -> Stage | None:
+        """The stage whose result this one goes on from.
+
+        Args:
+            pipeline: Whose stage it is.
+
+        Returns:
+            The stage, if there is one.
+        """
+        if self.kind == "score" or (self.kind == "train" and self.mode in ("random", "baseline")):
+            return None
+        scored = Stage(kind="score", seed=self.seed)
+        if self.kind == "train" or (self.mode == "baseline" and score_is_baseline(pipeline)):
+            return scored
+        return Stage(
+            kind="train",
+            seed=self.seed,
+            mode=self.mode,
+            data_ratio=self.data_ratio,
+            equal_steps=self.equal_steps,
+        )
+
+    def epochs(self, pipeline: DropHot) -> float:
+        """The passes over the full training set that it takes.
+
+        Args:
+            pipeline: Whose stage it is.
+
+        Returns:
+            Their number.
+        """
+        if self.kind == "score":
+            return pipeline.score_epochs
+        if self.kind == "finetune":
+            return pipeline.finetune_epochs
+        return pipeline.train_epochs * (1 if self.equal_steps else self.data_ratio)
+
+
+def score_is_baseline(pipeline: DropHot) -> bool:
+    """Whether the network that step 1 trains is the one that training on everything gives.
+
+    Args:
+        pipeline: The run.
+
+    Returns:
+        Whether its epochs are equal; the weights are then equal, bit for bit.
+    """
+    return pipeline.score_epochs == pipeline.train_epochs
+
+
+def compute(
+    pipeline: DropHot, store: Store, stage: Stage, threads: int, data: str
+) -> Record | None:
+    """Compute a stage and keep what it gives, unless another process was faster.
+
+    Args:
+        pipeline: The run, whose data in memory may be left at home.
+        store: Where results are.
+        stage: What to compute; what it needs is in the store.
+        threads: How many this process may use.
+        data: The digest of the data that was left at home.
+
+    Returns:
+        The record, of a fine-tuning.
+
+    Raises:
+        RuntimeError: If what the stage needs was damaged meanwhile.
+    """
+    with _one_at_a_time, limited_threads(threads):
+        found = store.load(stage.name)
+        if found is None:
+            if pipeline.train_set is None:
+                train_set, test_set = read_data(store.folder / "data.pt", data, pipeline.device)
+                vars(pipeline).update(train_set=train_set, test_set=test_set)
+            before: dict[str, Any] = {}
+            if (need := stage.needs(pipeline)) is not None:
+                content = store.load(need.name)
+                if content is None:
+                    raise RuntimeError(f"{need.name} was damaged meanwhile: run the grid again.")
+                before = torch.load(io.BytesIO(content), weights_only=True)
+            found = _COMPUTE[stage.kind](pipeline, stage, before)
+            store.save(stage.name, found)
+    return from_line(found.decode()) if stage.kind == "finetune" else None
+
+
+def _score(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
+    run = pipeline.replace(seed=stage.seed)
+    scores = run.score().cpu()
+    result: dict[str, Any] = {"scores": scores}
+    if score_is_baseline(pipeline) and run.scorer is not None:
+        accuracy = training.evaluate(run.scorer, run.test_set)
+        indices, seconds = torch.arange(len(scores)), {"train": run.seconds["score"]}
+        result |= _trained(run.scorer, indices, accuracy, seconds)
+    return _saved(result)
+
+
+def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
+    run = _run(pipeline, stage)
+    run.scores = before.get("scores")
+    indices = run.select()
+    model = run.train()
+    seconds = dict(run.seconds)
+    return _saved(_trained(model, indices, run.trained_accuracy, seconds))
+
+
+def _finetune(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
+    run = _run(pipeline, stage)
+    with _random.kept(run.device, seed=run.seed):
+        run.model = run.factory().to(run.device)
+    run.model.load_state_dict(before["state"])
+    run.indices, run.trained_accuracy = before["indices"], before["accuracy"]
+    run.seconds = before["seconds"]
+    run.prune()
+    return to_line(run.finetune()).encode()
+
+
+_COMPUTE = {"score": _score, "train": _train, "finetune": _finetune}
+
+
+def _run(pipeline: DropHot, stage: Stage) -> DropHot:
+    return pipeline.replace(
+        seed=stage.seed,
+        mode="random" if stage.mode == "baseline" else stage.mode,
+        data_ratio=stage.data_ratio,
+        equal_steps=stage.equal_steps,
+        prune_ratio=stage.prune_ratio,
+        reinitialize=stage.reinitialize,
+    )
+
+
+def _trained(
+    model: nn.Module, indices: Tensor, accuracy: float, seconds: dict[str, float]
+) -> dict[str, Any]:
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    return {"state": state, "indices": indices, "accuracy": accuracy, "seconds": seconds}
+
+
+def _saved(result: dict[str, Any]) -> bytes:
+    content = io.BytesIO()
+    torch.save(result, content)
+    return content.getvalue()
+
+
+@contextmanager
+def limited_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads of the CPU.
+
+    Args:
+        threads: Their number.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=1)
+def read_data(path: Path, digest: str, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
+    """The training and test set that were left at home, read once in a process.
+
+    Args:
+        path: Where they are.
+        digest: Which ones they are.
+        device: Where they are wanted.
+
+    Returns:
+        Both, on the device; on a CPU all processes of a machine share their memory.
+    """
+    content = torch.load(path, mmap=True, weights_only=True)
+    train, test = (
+        TensorDataset(*(tensor.to(device) for tensor in content[name]))
+        for name in ("train", "test")
+    )
+    return train, test

@@ -1,0 +1,393 @@
+"""The paper's grid: data ratios, modes, prune ratios and seeds, each shared stage computed once."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
+
+from drophot import _executors, _probe, _progress, _random, records, training
+from drophot._stages import Stage, compute, limited_threads, score_is_baseline
+from drophot._store import Store, digest, open_store, write_whole
+from drophot.coreset import Mode, kept
+from drophot.pipeline import DropHot
+from drophot.records import Record
+
+logger = logging.getLogger("drophot")
+
+Control = Literal["equal_steps", "reinitialize"]
+
+
+class Grid:
+    """Data ratios × modes × prune ratios × seeds over one :class:`drophot.DropHot`.
+
+    For each seed one network is trained on everything, which gives the scores and is the baseline;
+    then one on each coreset; and each of these is pruned to each ratio and fine-tuned on
+    everything. What cells share is computed once. The baseline is always there, with prune ratio 0
+    too: the dense network that was given the same extra epochs. Each record equals the one that
+    `pipeline.replace(...)` with the cell's settings and `run()` gives, on any executor.
+
+    Args:
+        pipeline: The run, with any ratios, mode and seed: those of the cells take their place.
+        data_ratios: The shares of training samples **kept**, each in (0, 1).
+        modes: Of `"low"`, `"high"` and `"random"`. The control for both ends is `"random"`, a
+            subset of the same size.
+        prune_ratios: The shares of weights **removed**, each in [0, 1).
+        seeds: One run of everything for each.
+        controls: More cells beside these. `"equal_steps"`: every coreset also trained for as many
+            optimiser steps as the full training set takes. `"reinitialize"`: every mask also
+            fine-tuned from new random weights.
+        threads: Of the CPU for each stage. One is fastest for small networks side by side; for a
+            large one alone take the number of cores. Results depend on it in their last bits,
+            which training makes larger, so that it belongs to a store's configuration.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If a list is empty or holds a value twice or one that is out of range.
+
+    Example:
+        >>> from functools import partial
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch.utils.data import TensorDataset
+        >>> from drophot.models import fcnet
+        >>> data = TensorDataset(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8))
+        >>> model = partial(fcnet, in_features=4, hidden=8, num_classes=4)
+        >>> run = DropHot(model, data, data, data_ratio=0.5, mode="high", prune_ratio=0.5)
+        >>> grid = Grid(run, data_ratios=[0.25, 0.5], prune_ratios=[0, 0.5], seeds=[0, 1])
+        >>> with TemporaryDirectory() as store:
+        ...     found = grid.run(store)
+        >>> len(found), found[0].mode, found[-1].mode
+        (28, 'baseline', 'random')
+    """
+
+    def __init__(
+        self,
+        pipeline: DropHot,
+        *,
+        data_ratios: Iterable[float],
+        modes: Iterable[Mode] = ("low", "high", "random"),
+        prune_ratios: Iterable[float],
+        seeds: Iterable[int],
+        controls: Iterable[Control] = (),
+        threads: int = 1,
+    ) -> None:
+        if not isinstance(pipeline, DropHot):
+            raise TypeError(
+                f"`pipeline` should be a DropHot. Found {type(pipeline).__name__}; give "
+                f"DropHot(model, train_set, test_set, data_ratio=..., mode=..., prune_ratio=...)."
+            )
+        for name in get_args(Control):
+            if getattr(pipeline, name):
+                raise ValueError(
+                    f"`pipeline` should leave its controls to the grid. Found {name}=True; give "
+                    f"controls=[{name!r}] here, which compares it with the run without."
+                )
+        self.data_ratios = [float(r) for r in _list("data_ratios", data_ratios, pipeline)]
+        self.modes = _list("modes", modes, pipeline)
+        self.prune_ratios = [float(r) for r in _list("prune_ratios", prune_ratios, pipeline)]
+        self.seeds = _list("seeds", seeds, pipeline)
+        self.controls = list(controls)
+        if unknown := set(self.controls) - set(get_args(Control)):
+            raise ValueError(
+                f'`controls` should be "equal_steps" or "reinitialize". Found {unknown.pop()!r}.'
+            )
+        if 1.0 in self.data_ratios:
+            raise ValueError(
+                "`data_ratios` should each be below 1. Found 1, which is the baseline, and that is "
+                "always there; leave it out."
+            )
+        _probe.check_counts(1, threads=threads)
+        self.threads = threads
+        self.pipeline = pipeline.replace()
+        self.pipeline.progress = False  # a grid has one bar
+
+    def run(self, store: Path | str, executor: Any = None, progress: bool = False) -> list[Record]:
+        """Compute what the store does not hold yet.
+
+        Killed at any instant, the same call goes on where it was. A store can be extended by
+        ratios, modes, seeds and controls; another pipeline is refused. `records.jsonl` in it can be
+        read while the grid runs, and :func:`drophot.report.html` makes a page of it.
+
+        Args:
+            store: A folder for the results, made if it is not there.
+            executor: What has `submit(function, *arguments)`, whose result has `.result()`: a
+                process pool, Dask's `Client.get_executor()`, joblib's loky, submitit. It is not
+                shut down. `None` computes here, one stage after the other.
+            progress: Shows the plan and a bar (`pip install "drophot[progress]"`).
+
+        Returns:
+            A record for each cell: by seed, the baseline first, then by data ratio, mode and prune
+            ratio.
+
+        Raises:
+            ValueError: If the store holds other things, or results of another configuration.
+            TypeError: If the executor is none, or the model's factory, the optimiser's, `fit` or a
+                data set cannot be sent to a worker.
+            ImportError: If `progress` is asked for and tqdm is not installed.
+            OSError: If the disk is full. What is in the store stays good.
+        """
+        bar = _progress.check() if progress else None
+        if executor is not None:
+            _executors.check(executor, self.pipeline)
+        cells = list(self._cells())
+        configuration, data = self._configuration()
+        opened = open_store(Path(store), configuration, {"cells": len(cells)})
+        order = {cell.name: number for number, cell in enumerate(cells)}
+        opened.tidy(order)
+        todo = self._missing(cells, opened)
+        plan = self._plan(cells, todo, executor)
+        logger.info("%s: %s", store, plan)
+        if bar is not None:
+            bar.write(f"{store}: {plan}")
+        pipeline = self.pipeline
+        if executor is not None and todo:
+            pipeline = self._without_data(opened, data)
+        total = sum(stage.epochs(pipeline) for stage in todo)
+        try:
+            with bar(total=round(total, 1), unit="epoch") if bar else nullcontext() as shown:
+
+                def finished(stage: Stage, record: Record | None) -> None:
+                    logger.info("%s: %s", store, stage.name)
+                    if record is not None:
+                        opened.append(record)
+                    if shown is not None:
+                        shown.update(stage.epochs(pipeline))
+
+                if executor is None:
+                    for stage in todo:
+                        finished(stage, compute(pipeline, opened, stage, self.threads, data))
+                else:
+                    task = (pipeline, opened, self.threads, data)
+                    _executors.send(executor, todo, task, finished)
+        except BaseException as error:
+            error.add_note(f"What was finished is in {store}; the same call goes on from there.")
+            raise
+        opened.tidy(order)
+        found = [opened.load(cell.name) for cell in cells]
+        return [records.from_line(content.decode()) for content in found if content is not None]
+
+    def plan(self, store: Path | str | None = None, executor: Any = None) -> Plan:
+        """What `run` would do, with an estimate of time and disk from a few measured steps.
+
+        Args:
+            store: What is in it already is not computed again.
+            executor: What would compute it.
+
+        Returns:
+            The plan; `print` shows it.
+
+        Raises:
+            ValueError: If the store holds other things, or results of another configuration.
+        """
+        cells = list(self._cells())
+        opened = None
+        if store is not None and Path(store).exists():
+            configuration, _ = self._configuration()
+            opened = open_store(Path(store), configuration, {"cells": len(cells)})
+        return self._plan(cells, self._missing(cells, opened), executor)
+
+    def _cells(self) -> Iterator[Stage]:
+        coresets = [("baseline", 1.0, False)]
+        equal = (False, True) if "equal_steps" in self.controls else (False,)
+        coresets += [(m, r, e) for r in self.data_ratios for m in self.modes for e in equal]
+        dense = [] if 0.0 in self.prune_ratios else [0.0]
+        for seed in self.seeds:
+            for mode, data_ratio, equal_steps in coresets:
+                for prune_ratio in (dense if mode == "baseline" else []) + self.prune_ratios:
+                    again = prune_ratio > 0 and "reinitialize" in self.controls
+                    for reinitialize in (False, True) if again else (False,):
+                        yield Stage(
+                            kind="finetune",
+                            seed=seed,
+                            mode=mode,
+                            data_ratio=data_ratio,
+                            equal_steps=equal_steps,
+                            prune_ratio=prune_ratio,
+                            reinitialize=reinitialize,
+                        )
+
+    def _missing(self, cells: Sequence[Stage], store: Store | None) -> dict[Stage, Stage | None]:
+        """What has to be computed, in order, and which of that each stage has to wait for."""
+        todo: dict[Stage, Stage | None] = {}
+        there: set[Stage] = set()
+
+        def missing(stage: Stage) -> bool:
+            if stage in todo:
+                return True
+            if stage in there:
+                return False
+            if store is not None and store.load(stage.name) is not None:
+                there.add(stage)
+                return False
+            need = stage.needs(self.pipeline)
+            todo[stage] = need if need is not None and missing(need) else None
+            return True
+
+        for cell in cells:
+            missing(cell)
+        return todo
+
+    def _configuration(self) -> tuple[dict[str, Any], str]:
+        """What all cells have in common, and the digest of the data."""
+        found = self.pipeline.configuration
+        for name in ("data_ratio", "mode", "prune_ratio", "seed", *get_args(Control)):
+            del found[name]
+        found["data"] = digest(self._tensors())
+        found["threads"] = self.threads
+        found["device"] = records.device_name(self.pipeline.device)
+        versions = records.versions()
+        found["versions"] = {name: versions[name] for name in ("drophot", "torch")}
+        return found, found["data"]
+
+    def _without_data(self, store: Store, data: str) -> DropHot:
+        """The pipeline for a worker: what is in memory is read there from the store."""
+        sets = {"train": self.pipeline.train_set, "test": self.pipeline.test_set}
+        if not all(isinstance(data, TensorDataset) for data in sets.values()):
+            return self.pipeline
+        content = io.BytesIO()
+        torch.save({n: [t.cpu() for t in s.tensors] for n, s in sets.items()}, content)  # type: ignore[attr-defined]
+        write_whole(store.folder / "data.pt", content.getvalue())
+        light = copy.copy(self.pipeline)
+        vars(light).update(train_set=None, test_set=None)
+        return light
+
+    def _plan(self, cells: Sequence[Stage], todo: Iterable[Stage], executor: Any) -> Plan:
+        stages = list(todo)
+        counts = Counter(stage.kind for stage in stages)
+        workers = 1 if executor is None else (_executors.workers(executor) or 1)
+        epochs = sum(stage.epochs(self.pipeline) for stage in stages)
+        seconds, size = self._cost(stages) if stages else (0.0, 0)
+        if executor is not None and stages:
+            size += sum(tensor.nbytes for tensor in self._tensors())
+        return Plan(
+            cells=len(cells),
+            scorings=counts["score"],
+            trainings=counts["train"],
+            finetunings=counts["finetune"],
+            epochs=epochs,
+            samples=len(self.pipeline.train_set),  # type: ignore[arg-type]
+            workers=workers,
+            seconds=seconds / workers,
+            bytes=size,
+        )
+
+    def _cost(self, stages: Iterable[Stage]) -> tuple[float, int]:
+        """Seconds on one worker, and bytes in the store, of stages."""
+        run = self.pipeline
+        total, tests = len(run.train_set), len(run.test_set)  # type: ignore[arg-type]
+        few = Subset(run.train_set, range(min(total, 16 * run.batch_size)))
+        with limited_threads(self.threads), _random.kept(run.device, seed=0):
+            model = run.factory().to(run.device)
+            optimizer = run.optimizer(model.parameters())
+
+            def train() -> None:
+                run.fit(
+                    model,
+                    few,
+                    1,
+                    optimizer=optimizer,
+                    batch_size=run.batch_size,
+                    seed=0,
+                    on_batch=None,
+                    on_epoch=None,
+                )
+
+            training_pass = _seconds(train) / len(few) * total
+            evaluating = _seconds(lambda: training.evaluate(model, few)) / len(few)
+        seconds, size = 0.0, 0
+        state = sum(tensor.nbytes for tensor in model.state_dict().values())
+        for stage in stages:
+            epochs = stage.epochs(run)
+            seconds += epochs * training_pass
+            if stage.kind == "finetune":
+                seconds += epochs * tests * evaluating
+                size += 1000
+            elif stage.kind == "train":
+                size += state + 8 * kept(total, stage.data_ratio)
+            else:
+                seconds += epochs * total * evaluating
+                size += 8 * total + state * score_is_baseline(run)
+        return seconds, size
+
+    def _tensors(self) -> list[Tensor]:
+        sets = (self.pipeline.train_set, self.pipeline.test_set)
+        return [t for data in sets if isinstance(data, TensorDataset) for t in data.tensors]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is still to be done of a grid, as `str` shows it."""
+
+    cells: int
+    """All cells of the grid, done or not."""
+    scorings: int
+    """Trainings on everything that give scores, still to be done."""
+    trainings: int
+    """Trainings on a coreset, still to be done, and on everything if no scoring is one."""
+    finetunings: int
+    """Cells still to be done."""
+    epochs: float
+    """Passes over the full training set still to be done."""
+    samples: int
+    """The size of the full training set."""
+    workers: int
+    """Stages side by side, as far as that is known."""
+    seconds: float
+    """An estimate, from a few measured steps on this machine."""
+    bytes: int
+    """An estimate of what the store will hold more than it does."""
+
+    @property
+    def stages(self) -> int:
+        """All stages still to be done."""
+        return self.scorings + self.trainings + self.finetunings
+
+    def __str__(self) -> str:
+        minutes = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
+        return (
+            f"{self.stages} stages to do for {self.finetunings} of {self.cells} cells "
+            f"({self.scorings} scorings, {self.trainings} trainings, {self.finetunings} "
+            f"fine-tunings), {self.epochs:,.0f} epochs of {self.samples:,} samples: about "
+            f"{minutes} on {self.workers} worker{'s' * (self.workers > 1)}, "
+            f"{self.bytes / 1e6:,.1f} MB."
+        )
+
+
+def _seconds(do: Callable[[], object]) -> float:
+    """How long something takes, once it is warm."""
+    do()
+    times = 0
+    start = time.perf_counter()
+    while times == 0 or (time.perf_counter() - start < 0.2 and times < 10):
+        do()
+        times += 1
+    return (time.perf_counter() - start) / times
+
+
+def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
+    """The values of one side of the grid, each one that the pipeline takes."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"`{name}` should be a list. Found {values!r}; give [{values!r}].")
+    found = list(values)
+    if not found:
+        raise ValueError(f"`{name}` should have at least one value. Found none.")
+    for position, value in enumerate(found):
+        try:
+            pipeline.replace(**{name.removesuffix("s"): value})
+        except (ValueError, TypeError) as error:
+            error.add_note(f"This was found in `{name}`.")
+            raise
+        if value in found[:position]:
+            raise ValueError(f"`{name}` should hold each value once. Found {value!r} twice.")
+    return found
