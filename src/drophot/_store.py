@@ -6,8 +6,9 @@
     STORE/stages/         a file for each finished stage
 
 The files in `stages` are what counts; the lines are made from them anew whenever a run starts or
-ends. Each begins with the fingerprint of the configuration and the SHA-256 of what follows, so that
-a file that was cut, damaged or made otherwise is as good as none, and its stage is computed again.
+ends. Each begins with the fingerprint of the configuration and the SHA-256 of its name and of what
+follows, so that a file that was cut, damaged, swapped or made otherwise is as good as none, and its
+stage is computed again.
 Files appear by renaming, whole or not at all, so that any number of processes can share a store.
 """
 
@@ -50,9 +51,7 @@ class Store:
             name: The stage's file.
             content: What to keep.
         """
-        digest = hashlib.sha256(content).hexdigest()
-        head = f"drophot {self.key} {digest}\n".encode()
-        write_whole(self.folder / "stages" / name, head + content)
+        write_whole(self.folder / "stages" / name, self._head(name, content) + b"\n" + content)
 
     def load(self, name: str) -> bytes | None:
         """What a stage gave.
@@ -67,8 +66,7 @@ class Store:
             head, _, content = (self.folder / "stages" / name).read_bytes().partition(b"\n")
         except FileNotFoundError:
             return None
-        digest = hashlib.sha256(content).hexdigest()
-        return content if head == f"drophot {self.key} {digest}".encode() else None
+        return content if head == self._head(name, content) else None
 
     def append(self, record: Record) -> None:
         """Add a record's line.
@@ -106,6 +104,10 @@ class Store:
             except FileNotFoundError:  # another process tidies too
                 pass
 
+    def _head(self, name: str, content: bytes) -> bytes:
+        found = hashlib.sha256(name.encode() + content).hexdigest()
+        return f"drophot {self.key} {found}".encode()
+
 
 def open_store(folder: Path, configuration: Mapping[str, Any], plan: Mapping[str, int]) -> Store:
     """Make a folder a store, or find that it is one of this configuration.
@@ -139,10 +141,9 @@ def open_store(folder: Path, configuration: Mapping[str, Any], plan: Mapping[str
             f"`store` should be of this grid's configuration. Found another {name} in {folder}: "
             f"{old!r} there, {new!r} here; name another folder or set it as it was."
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    stages.mkdir(parents=True, exist_ok=True)  # first: it is what makes a folder a store
     content = {"fingerprint": key, "configuration": configuration, "plan": dict(plan)}
     write_whole(path, json.dumps(content, indent=1).encode())
-    stages.mkdir(exist_ok=True)
     return Store(folder, key)
 
 

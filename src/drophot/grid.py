@@ -26,6 +26,8 @@ from drophot.records import Record
 
 logger = logging.getLogger("drophot")
 
+_BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} epochs [{elapsed}<{remaining}]"
+
 Control = Literal["equal_steps", "reinitialize"]
 
 
@@ -155,14 +157,14 @@ class Grid:
             pipeline = self._without_data(opened, data)
         total = sum(stage.epochs(pipeline) for stage in todo)
         try:
-            with bar(total=round(total, 1), unit="epoch") if bar else nullcontext() as shown:
+            with bar(total=total, bar_format=_BAR) if bar else nullcontext() as shown:
 
                 def finished(stage: Stage, record: Record | None) -> None:
                     logger.info("%s: %s", store, stage.name)
                     if record is not None:
                         opened.append(record)
                     if shown is not None:
-                        shown.update(stage.epochs(pipeline))
+                        shown.update(min(stage.epochs(pipeline), total - shown.n))
 
                 if executor is None:
                     for stage in todo:
