@@ -1,0 +1,348 @@
+"""What a difference between runs is worth: intervals, paired tests, effect sizes, seeds needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
+from typing import Any, Literal, get_args
+
+from drophot.records import Record
+
+Against = Literal["baseline", "random"]
+Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A mean over seeds, and how well it is known."""
+
+    n: int
+    """The number of values."""
+    mean: float
+    """Their mean."""
+    std: float
+    """Their standard deviation (over n - 1); nan for a single one."""
+    interval: tuple[float, float]
+    """The t-interval of the mean; nan for a single value, which says nothing of the spread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """A difference between two runs of the same seeds."""
+
+    n: int
+    """The number of pairs."""
+    difference: float
+    """The mean of a - b."""
+    interval: tuple[float, float]
+    """Its t-interval; nan for a single pair."""
+    p_value: float
+    """Two-sided, of the paired t-test; nan for a single pair."""
+    effect_size: float
+    """Cohen's d_z: the mean difference over the differences' standard deviation."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A cell of the grid against its reference, paired by seed. Accuracies are in [0, 1]."""
+
+    model: str
+    protocol: str
+    mode: str
+    keep_ratio: float
+    prune_ratio: float
+    equal_steps: bool
+    reinitialized: bool
+    against: str
+    """What it is compared with: "baseline" or "random"."""
+    measure: str
+    """Which accuracy is compared."""
+    n: int
+    """The number of seeds that both have."""
+    difference: float
+    """The cell minus its reference, mean over seeds."""
+    interval: tuple[float, float]
+    """Its t-interval."""
+    p_value: float
+    """Of the paired t-test, on its own."""
+    p_holm: float
+    """The same, adjusted for all rows of the table (Holm)."""
+    effect_size: float
+    """Cohen's d_z."""
+
+
+def estimate(values: Iterable[float], confidence: float = 0.95) -> Estimate:
+    """The mean of values and its t-interval (Student 1908).
+
+    Args:
+        values: One for each seed.
+        confidence: The share of such intervals that hold the true mean, in (0, 1).
+
+    Returns:
+        The mean, the standard deviation and the interval.
+
+    Raises:
+        ValueError: If there is no value, one is not finite, or `confidence` is no share.
+        ImportError: If SciPy is not installed.
+
+    Example:
+        >>> found = estimate([0.91, 0.93, 0.92])
+        >>> print(f"{found.mean:.3f} [{found.interval[0]:.3f}, {found.interval[1]:.3f}]")
+        0.920 [0.895, 0.945]
+    """
+    found = _check("values", values, confidence)
+    mean = fmean(found)
+    if len(found) == 1:
+        return Estimate(n=1, mean=mean, std=math.nan, interval=(math.nan, math.nan))
+    spread = stdev(found)
+    half = _distributions().t.isf((1 - confidence) / 2, len(found) - 1)
+    half = float(half) * spread / math.sqrt(len(found))
+    return Estimate(n=len(found), mean=mean, std=spread, interval=(mean - half, mean + half))
+
+
+def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> Paired:
+    """The difference a - b of runs that share their seeds, by the paired t-test.
+
+    Pairs share initial weights and the order of samples, and so most of their luck; what is left is
+    what the test needs to judge.
+
+    Args:
+        a: One value for each seed.
+        b: One value for each seed, in the same order.
+        confidence: Of the interval, in (0, 1).
+
+    Returns:
+        The mean difference, its interval, the p-value and the effect size (Cohen's d_z,
+        *Statistical Power Analysis for the Behavioral Sciences*, 1988).
+
+    Raises:
+        ValueError: If the lengths differ, there are no values, one is not finite, or `confidence`
+            is no share.
+        ImportError: If SciPy is not installed.
+
+    Example:
+        >>> found = paired([0.91, 0.93, 0.92], [0.90, 0.91, 0.91])
+        >>> print(f"{found.difference:+.4f}, p = {found.p_value:.3f}")
+        +0.0133, p = 0.057
+    """
+    left, right = _check("a", a, confidence), _check("b", b, confidence)
+    if len(left) != len(right):
+        raise ValueError(
+            f"`a` and `b` should have a value for the same seeds each. Found {len(left)} and "
+            f"{len(right)}."
+        )
+    differences = [x - y for x, y in zip(left, right, strict=True)]
+    found = estimate(differences, confidence)
+    if found.n == 1:
+        p_value = effect = math.nan
+    elif found.std <= (rounding := 8 * math.ulp(max(map(abs, (*left, *right))))):
+        # 0.91 - 0.90 and 0.81 - 0.80 differ by rounding alone: no spread to compare with.
+        shift = found.mean if abs(found.mean) > rounding else 0.0
+        p_value, effect = (0.0, math.copysign(math.inf, shift)) if shift else (1.0, 0.0)
+        found = Estimate(n=found.n, mean=shift, std=0.0, interval=(shift, shift))
+    else:
+        effect = found.mean / found.std
+        distance = abs(effect) * math.sqrt(found.n)
+        p_value = float(2 * _distributions().t.sf(distance, found.n - 1))
+    return Paired(
+        n=found.n,
+        difference=found.mean,
+        interval=found.interval,
+        p_value=p_value,
+        effect_size=effect,
+    )
+
+
+def holm(p_values: Iterable[float]) -> list[float]:
+    """Adjust p-values for their number.
+
+    With the adjusted values below 0.05 called findings, the chance of any false one is 5 %.
+
+    Args:
+        p_values: In any order; nan, which is no test, stays nan and does not count.
+
+    Returns:
+        The adjusted ones, in the same order (Holm, *A simple sequentially rejective multiple test
+        procedure*, 1979).
+
+    Raises:
+        ValueError: If one is not in [0, 1].
+
+    Example:
+        >>> holm([0.01, 0.04, 0.03])
+        [0.03, 0.06, 0.06]
+    """
+    found = [float(p) for p in p_values]
+    for p in found:
+        if not (math.isnan(p) or 0 <= p <= 1):
+            raise ValueError(f"`p_values` should be in [0, 1]. Found {p}.")
+    order = sorted((i for i, p in enumerate(found) if not math.isnan(p)), key=found.__getitem__)
+    reached = 0.0
+    for rank, i in enumerate(order):
+        reached = max(reached, min(1.0, (len(order) - rank) * found[i]))
+        found[i] = reached
+    return found
+
+
+def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float = 0.05) -> int:
+    """How many seeds the paired t-test needs to find a difference.
+
+    Args:
+        difference: The true mean difference.
+        std: The standard deviation of the differences between pairs: `difference / effect_size` of
+            a pilot.
+        power: The chance to find it, in (0, 1).
+        alpha: The p-value below which it counts as found, in (0, 1).
+
+    Returns:
+        The least number of pairs, at least 2, by the noncentral t distribution (Cohen 1988).
+
+    Raises:
+        ValueError: If `difference` is 0 or a value is out of range.
+        ImportError: If SciPy is not installed.
+
+    Example:
+        >>> seeds_needed(0.005, std=0.01)
+        34
+    """
+    for name, share in (("power", power), ("alpha", alpha)):
+        if not 0 < share < 1:
+            raise ValueError(f"`{name}` should be in (0, 1). Found {share}.")
+    if not (math.isfinite(difference) and difference != 0):
+        raise ValueError(f"`difference` should be finite and not 0. Found {difference}.")
+    if not (math.isfinite(std) and std >= 0):
+        raise ValueError(f"`std` should be finite and not negative. Found {std}.")
+    effect = abs(difference) / std if std > 0 else math.inf
+    if effect > 1e3:
+        return 2  # where the noncentral t loses its digits, any test finds it
+    t, nct = _distributions().t, _distributions().nct
+    normal = NormalDist()
+    roughly = ((normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) / effect) ** 2
+    if roughly > 1e5:
+        return math.ceil(roughly)  # the two distributions are one
+
+    def enough(n: int) -> bool:
+        shift, critical = effect * math.sqrt(n), t.isf(alpha / 2, n - 1)
+        return shift > 40 + critical or nct.sf(critical, n - 1, shift) >= power
+
+    low, high = 1, 2
+    while not enough(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def compare(
+    records: Iterable[Record],
+    *,
+    against: Against = "baseline",
+    measure: Measure = "finetuned_accuracy",
+    confidence: float = 0.95,
+) -> list[Comparison]:
+    """Every cell of a grid against its reference, paired by seed.
+
+    The baseline of a cell was trained on everything and pruned and fine-tuned alike; its random
+    subset is one of the same size, treated alike in everything else. Only seeds that both have
+    count; a cell that shares none with its reference is left out.
+
+    Args:
+        records: The runs.
+        against: `"baseline"` or `"random"`.
+        measure: Which accuracy: `"trained_accuracy"`, `"pruned_accuracy"` or
+            `"finetuned_accuracy"`, each of the last epoch.
+        confidence: Of the intervals, in (0, 1).
+
+    Returns:
+        A row for each cell, in the order of the records; `pandas.DataFrame(rows)` gives a table.
+
+    Raises:
+        ValueError: If a choice is none of these, a cell has two records of one seed, or there is no
+            record of the reference.
+        ImportError: If SciPy is not installed.
+    """
+    for name, value, choices in (
+        ("against", against, get_args(Against)),
+        ("measure", measure, get_args(Measure)),
+    ):
+        if value not in choices:
+            raise ValueError(f"`{name}` should be one of {', '.join(choices)}. Found {value!r}.")
+    groups = _by_cell(records)
+    if not any(cell["mode"] == against for cell, _ in groups.values()):
+        raise ValueError(
+            f"`records` should hold the reference. Found none of mode {against!r}; run the grid "
+            f"with it, or compare against the other one."
+        )
+    rows = []
+    for cell, runs in groups.values():
+        if cell["mode"] in (against, "baseline"):
+            continue
+        wanted = {**cell, "mode": against}
+        if against == "baseline":
+            wanted |= {"keep_ratio": 1.0, "equal_steps": False}
+        _, reference = groups.get(tuple(wanted.values()), ({}, {}))
+        if seeds := sorted(runs.keys() & reference.keys()):
+            found = paired(
+                [getattr(runs[seed], measure) for seed in seeds],
+                [getattr(reference[seed], measure) for seed in seeds],
+                confidence,
+            )
+            rows.append((cell, found))
+    adjusted = holm(found.p_value for _, found in rows)
+    return [
+        Comparison(
+            **cell,
+            against=against,
+            measure=measure,
+            n=found.n,
+            difference=found.difference,
+            interval=found.interval,
+            p_value=found.p_value,
+            p_holm=p_holm,
+            effect_size=found.effect_size,
+        )
+        for (cell, found), p_holm in zip(rows, adjusted, strict=True)
+    ]
+
+
+_CELL = "model", "protocol", "mode", "keep_ratio", "prune_ratio", "equal_steps", "reinitialized"
+
+
+def _by_cell(
+    records: Iterable[Record],
+) -> dict[tuple[Any, ...], tuple[dict[str, Any], dict[int, Record]]]:
+    """The cells of records, each with its runs by seed."""
+    groups: dict[tuple[Any, ...], tuple[dict[str, Any], dict[int, Record]]] = {}
+    for record in records:
+        cell = {name: getattr(record, name) for name in _CELL}
+        _, runs = groups.setdefault(tuple(cell.values()), (cell, {}))
+        if record.seed in runs:
+            raise ValueError(
+                f"`records` should hold each seed of a cell once. Found seed {record.seed} twice "
+                f"in {cell}."
+            )
+        runs[record.seed] = record
+    return groups
+
+
+def _check(name: str, values: Iterable[float], confidence: float) -> Sequence[float]:
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` should be in (0, 1). Found {confidence}.")
+    found = [float(value) for value in values]
+    if not found:
+        raise ValueError(f"`{name}` should have at least one value. Found none.")
+    for value in found:
+        if not math.isfinite(value):
+            raise ValueError(f"`{name}` should be finite. Found {value}.")
+    return found
+
+
+def _distributions() -> Any:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError('Statistics come from SciPy: pip install "drophot[stats]"') from error
+    return stats

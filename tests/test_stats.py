@@ -1,0 +1,387 @@
+"""Statistics, against SciPy's own tests and the definitions."""
+
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_records import one
+
+from drophot import Record
+from drophot.stats import Comparison, compare, estimate, holm, paired, seeds_needed
+
+scipy_stats = pytest.importorskip("scipy.stats", reason="`scipy` is not installed")
+
+accuracies = st.floats(0, 1).map(lambda x: round(x, 4))
+several = st.lists(accuracies, min_size=2, max_size=12)
+pairs = st.lists(st.tuples(accuracies, accuracies), min_size=2, max_size=12)
+shares = st.sampled_from([0.5, 0.9, 0.95, 0.99])
+
+
+# --- one mean ---------------------------------------------------------------------------------
+
+
+@given(several, shares)
+def test_an_estimate_is_scipys(values: list[float], confidence: float) -> None:
+    assume(np.std(values) > 1e-6)
+    found = estimate(values, confidence)
+    peer = scipy_stats.ttest_1samp(values, 0).confidence_interval(confidence)
+    assert found.n == len(values)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.std == pytest.approx(np.std(values, ddof=1))
+    assert found.interval == pytest.approx((peer.low, peer.high))
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:
+    chance = np.random.default_rng(0)
+    held = [
+        low <= 3 <= high
+        for low, high in (estimate(chance.normal(3, 2, 4)).interval for _ in range(2000))
+    ]
+    assert 0.935 < np.mean(held) < 0.965
+
+
+def test_a_single_value_has_no_interval() -> None:
+    found = estimate([0.5])
+    assert (found.n, found.mean) == (1, 0.5)
+    assert all(math.isnan(x) for x in (found.std, *found.interval))
+
+
+def test_equal_values_have_an_interval_of_a_point() -> None:
+    assert estimate([0.5, 0.5, 0.5]).interval == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "confidence", "words"),
+    [
+        ([], 0.95, "`values` should have at least one value"),
+        ([0.5, math.nan], 0.95, "`values` should be finite. Found nan"),
+        ([math.inf], 0.95, "`values` should be finite. Found inf"),
+        ([0.5, 0.6], 95, r"`confidence` should be in \(0, 1\). Found 95"),
+        ([0.5, 0.6], 1.0, r"`confidence` should be in \(0, 1\). Found 1.0"),
+    ],
+)
+def test_no_estimate_of_wrong_values(values: list[float], confidence: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        estimate(values, confidence)
+
+
+# --- a paired difference ------------------------------------------------------------------------
+
+
+@given(pairs, shares)
+def test_a_paired_test_is_scipys(values: list[tuple[float, float]], confidence: float) -> None:
+    a, b = map(list, zip(*values, strict=True))
+    assume(np.std(np.subtract(a, b)) > 1e-6)
+    found, peer = paired(a, b, confidence), scipy_stats.ttest_rel(a, b)
+    interval = peer.confidence_interval(confidence)
+    assert found.n == len(a)
+    assert found.difference == pytest.approx(np.mean(a) - np.mean(b), abs=1e-12)
+    assert found.p_value == pytest.approx(peer.pvalue, rel=1e-6)
+    assert found.interval == pytest.approx((interval.low, interval.high), rel=1e-6, abs=1e-12)
+    assert found.effect_size == pytest.approx(peer.statistic / math.sqrt(len(a)), rel=1e-6)
+
+
+def test_tiny_p_values_are_scipys_too() -> None:
+    a = [0.95 + 1e-4 * x for x in (1, 2, 3, 4, 5, 6, 7, 8)]
+    b = [0.15 + 1e-4 * x for x in (2, 1, 3, 4, 6, 5, 7, 8)]
+    found, peer = paired(a, b), scipy_stats.ttest_rel(a, b)
+    assert 0 < found.p_value < 1e-20
+    assert found.p_value == pytest.approx(peer.pvalue, rel=1e-6)
+
+
+@given(pairs)
+def test_turned_round_it_is_the_same_difference(values: list[tuple[float, float]]) -> None:
+    a, b = map(list, zip(*values, strict=True))
+    one_way, other = paired(a, b), paired(b, a)
+    assert one_way.difference == -other.difference
+    assert one_way.p_value == other.p_value
+    assert one_way.effect_size == -other.effect_size
+    assert one_way.interval == tuple(-x for x in reversed(other.interval))
+
+
+@given(pairs)
+def test_p_is_below_5_percent_just_where_the_interval_leaves_zero_out(
+    values: list[tuple[float, float]],
+) -> None:
+    a, b = map(list, zip(*values, strict=True))
+    found = paired(a, b)
+    assume(abs(found.p_value - 0.05) > 1e-6)
+    low, high = found.interval
+    assert (found.p_value < 0.05) == (low > 0 or high < 0)
+
+
+def test_a_single_pair_is_no_test() -> None:
+    found = paired([0.9], [0.8])
+    assert found.difference == pytest.approx(0.1)
+    assert all(math.isnan(x) for x in (*found.interval, found.p_value, found.effect_size))
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "p_value", "effect"),
+    [
+        ([0.9, 0.8], [0.9, 0.8], 1.0, 0.0),
+        ([0.91, 0.81, 0.31], [0.90, 0.80, 0.30], 0.0, math.inf),
+        ([0.90, 0.80, 0.30], [0.91, 0.81, 0.31], 0.0, -math.inf),
+        ([0.0, 0.0], [0.0, 0.0], 1.0, 0.0),
+    ],
+)
+def test_differences_that_are_all_equal(
+    a: list[float], b: list[float], p_value: float, effect: float
+) -> None:
+    """0.91 - 0.90 and 0.81 - 0.80 are not the same float."""
+    found = paired(a, b)
+    assert (found.p_value, found.effect_size) == (p_value, effect)
+    assert found.interval == (found.difference, found.difference)
+    assert found.difference == pytest.approx(a[0] - b[0])
+
+
+def test_a_small_but_real_spread_is_one() -> None:
+    found = paired([0.5, 0.5 + 1e-9, 0.5 - 1e-9], [0.5, 0.5, 0.5])
+    assert found.p_value == pytest.approx(1.0)
+    assert 0 < found.interval[1] < 1e-8
+
+
+def test_lengths_that_differ_are_refused() -> None:
+    with pytest.raises(ValueError, match="the same seeds each. Found 2 and 1"):
+        paired([0.1, 0.2], [0.1])
+    with pytest.raises(ValueError, match="`b` should be finite"):
+        paired([0.1], [math.nan])
+
+
+def test_pairing_finds_what_two_samples_hide() -> None:
+    """Seeds that differ more than the methods do."""
+    chance = np.random.default_rng(1)
+    luck = chance.normal(0.9, 0.05, 6)
+    a, b = luck + 0.005 + chance.normal(0, 1e-3, 6), luck + chance.normal(0, 1e-3, 6)
+    assert paired(a, b).p_value < 0.01 < scipy_stats.ttest_ind(a, b).pvalue
+
+
+# --- many of them -----------------------------------------------------------------------------
+
+
+def naive_holm(p_values: list[float]) -> list[float]:
+    """By the definition: reject the smallest at alpha / m, the next at alpha / (m - 1), …
+
+    An adjusted value is the least alpha at which the hypothesis is rejected.
+    """
+    m = len(p_values)
+    ranked = sorted(range(m), key=lambda i: p_values[i])
+    adjusted = [0.0] * m
+    for place, i in enumerate(ranked):
+        adjusted[i] = min(1.0, max((m - k) * p_values[ranked[k]] for k in range(place + 1)))
+    return adjusted
+
+
+@given(st.lists(st.floats(0, 1), max_size=20))
+def test_holm_is_its_definition(p_values: list[float]) -> None:
+    assert holm(p_values) == pytest.approx(naive_holm(p_values))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.randoms())
+def test_laws_of_holm(p_values: list[float], chance: Any) -> None:
+    adjusted = holm(p_values)
+    bonferroni = [min(1.0, p * len(p_values)) for p in p_values]
+    assert all(p <= q <= r for p, q, r in zip(p_values, adjusted, bonferroni, strict=True))
+    order = list(range(len(p_values)))
+    chance.shuffle(order)
+    assert holm([p_values[i] for i in order]) == [adjusted[i] for i in order]
+    assert holm([*p_values, math.nan])[:-1] == adjusted, "no test does not count"
+
+
+def test_known_values_of_holm() -> None:
+    """The example of the Wikipedia article on the method."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+    assert math.isnan(holm([math.nan])[0])
+    with pytest.raises(ValueError, match=r"`p_values` should be in \[0, 1\]. Found 1.5"):
+        holm([0.1, 1.5])
+
+
+# --- seeds ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("effect", "pairs_"), [(0.2, 199), (0.5, 34), (0.8, 15)])
+def test_seeds_of_the_textbook(effect: float, pairs_: int) -> None:
+    """What G*Power gives for Cohen's small, medium and large effects."""
+    assert seeds_needed(effect, 1.0) == pairs_
+    assert seeds_needed(-effect / 100, 0.01) == pairs_
+
+
+@pytest.mark.parametrize(("effect", "power"), [(1.0, 0.8), (2.0, 0.9), (0.7, 0.5)])
+def test_so_many_seeds_do_find_it_so_often(effect: float, power: float) -> None:
+    chance = np.random.default_rng(0)
+    n = seeds_needed(effect, 1.0, power)
+
+    def found(size: int) -> float:
+        trials = chance.normal(effect, 1, (20_000, size))
+        return float(np.mean(scipy_stats.ttest_1samp(trials, 0, axis=1).pvalue < 0.05))
+
+    assert found(n) > power - 0.01
+    assert found(n - 1) < power + 0.01
+
+
+@given(st.floats(1e-4, 10), st.floats(0.05, 0.99), st.sampled_from([0.001, 0.01, 0.05]))
+def test_laws_of_seeds(effect: float, power: float, alpha: float) -> None:
+    n = seeds_needed(effect, 1.0, power, alpha)
+    assert n >= 2
+    assert seeds_needed(effect * 1.2, 1.0, power, alpha) <= n
+    assert seeds_needed(effect, 1.0, min(0.995, power * 1.1), alpha) >= n
+    assert seeds_needed(effect, 1.0, power, alpha / 2) >= n
+
+
+def test_far_ends_of_seeds() -> None:
+    assert seeds_needed(0.1, 0.0) == 2
+    assert seeds_needed(1e6, 1.0) == 2
+    assert seeds_needed(1e-6, 1.0) == pytest.approx(7.849e12, rel=1e-3)
+    near, far = seeds_needed(0.00890, 1.0), seeds_needed(0.00880, 1.0)  # either side of the switch
+    assert near < 100_000 < far
+    assert far / near == pytest.approx((0.00890 / 0.00880) ** 2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"difference": 0.0}, "`difference` should be finite and not 0. Found 0.0"),
+        ({"difference": math.nan}, "`difference`"),
+        ({"std": -1.0}, "`std` should be finite and not negative. Found -1.0"),
+        ({"std": math.nan}, "`std`"),
+        ({"power": 1.0}, r"`power` should be in \(0, 1\). Found 1.0"),
+        ({"alpha": 0.0}, r"`alpha` should be in \(0, 1\). Found 0.0"),
+    ],
+)
+def test_seeds_for_wrong_values(values: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        seeds_needed(**({"difference": 0.1, "std": 0.1} | values))
+
+
+# --- a grid -------------------------------------------------------------------------------------
+
+
+def runs(mode: str, accuracies: list[float], **changes: Any) -> list[Record]:
+    return [
+        one(mode=mode, seed=seed, finetuned_accuracy=accuracy, **changes)
+        for seed, accuracy in enumerate(accuracies)
+    ]
+
+
+CELLS = [
+    *runs("baseline", [0.90, 0.91, 0.92], keep_ratio=1.0),
+    *runs("low", [0.80, 0.82, 0.81]),
+    *runs("high", [0.91, 0.92, 0.94]),
+    *runs("random", [0.85, 0.86, 0.86]),
+]
+
+
+def test_every_cell_against_the_baseline() -> None:
+    rows = compare(CELLS)
+    assert [row.mode for row in rows] == ["low", "high", "random"]
+    for row, values in zip(
+        rows, ([0.80, 0.82, 0.81], [0.91, 0.92, 0.94], [0.85, 0.86, 0.86]), strict=True
+    ):
+        peer = scipy_stats.ttest_rel(values, [0.90, 0.91, 0.92])
+        assert row.p_value == pytest.approx(peer.pvalue)
+        assert row.difference == pytest.approx(np.mean(values) - 0.91)
+        assert (row.n, row.against, row.measure) == (3, "baseline", "finetuned_accuracy")
+    assert [row.p_holm for row in rows] == holm([row.p_value for row in rows])
+
+
+def test_every_cell_against_the_random_subset() -> None:
+    rows = compare(CELLS, against="random")
+    assert [row.mode for row in rows] == ["low", "high"], "not the baseline, which is no subset"
+    peer = scipy_stats.ttest_rel([0.91, 0.92, 0.94], [0.85, 0.86, 0.86])
+    assert rows[1].p_value == pytest.approx(peer.pvalue)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prune_ratio": 0.4},
+        {"model": "another"},
+        {"protocol": "released"},
+        {"reinitialized": True},
+    ],
+    ids=str,
+)
+def test_a_reference_is_alike_in_everything_else(change: dict[str, Any]) -> None:
+    others = [replace(record, **change, finetuned_accuracy=0.1) for record in CELLS]
+    assert compare(CELLS + others)[:3] == [
+        replace(row, p_holm=other.p_holm)
+        for row, other in zip(compare(CELLS), compare(CELLS + others), strict=False)
+    ]
+    alone = [record for record in others if record.mode == "high"]
+    assert len(compare(CELLS + alone)) == 3, "no reference of its own, left out"
+
+
+@pytest.mark.parametrize("change", [{"keep_ratio": 0.5}, {"equal_steps": True}], ids=str)
+def test_the_baseline_serves_every_coreset_the_random_one_its_own(change: dict[str, Any]) -> None:
+    others = [replace(record, **change) for record in CELLS if record.mode == "high"]
+    assert len(compare(CELLS + others)) == 4
+    assert len(compare(CELLS + others, against="random")) == 2
+
+
+def test_pairs_go_by_seed_whatever_the_order_and_only_where_both_are() -> None:
+    rows = compare(CELLS[::-1])
+    assert {row.mode: row.difference for row in rows} == {
+        row.mode: row.difference for row in compare(CELLS)
+    }
+    fewer = [r for r in CELLS if not (r.mode == "high" and r.seed == 0)]
+    high = next(row for row in compare(fewer) if row.mode == "high")
+    assert high.n == 2
+    assert high.difference == pytest.approx(((0.92 - 0.91) + (0.94 - 0.92)) / 2)
+    none = [r for r in CELLS if r.mode != "high"] + [
+        replace(r, seed=r.seed + 10) for r in CELLS if r.mode == "high"
+    ]
+    assert [row.mode for row in compare(none)] == ["low", "random"]
+
+
+def test_another_accuracy() -> None:
+    changed = [replace(r, pruned_accuracy=r.finetuned_accuracy / 2) for r in CELLS]
+    rows = compare(changed, measure="pruned_accuracy")
+    for row, half in zip(compare(CELLS), rows, strict=True):
+        assert half.difference == pytest.approx(row.difference / 2)
+        assert half.p_value == pytest.approx(row.p_value)
+
+
+def test_one_seed_is_a_difference_and_no_test() -> None:
+    (low, *_) = compare([r for r in CELLS if r.seed == 0])
+    assert low.n == 1
+    assert low.difference == pytest.approx(-0.1)
+    assert math.isnan(low.p_value)
+    assert math.isnan(low.p_holm)
+
+
+@pytest.mark.parametrize(
+    ("records", "choices", "words"),
+    [
+        (CELLS[3:], {}, "Found none of mode 'baseline'"),
+        (CELLS[:9], {"against": "random"}, "Found none of mode 'random'"),
+        ([], {}, "Found none of mode"),
+        ([*CELLS, CELLS[4]], {}, "Found seed 1 twice in .*'mode': 'low'"),
+        (CELLS, {"against": "low"}, "`against` should be one of baseline, random. Found 'low'"),
+        (CELLS, {"measure": "best"}, "`measure` should be one of .*Found 'best'"),
+    ],
+)
+def test_no_comparison_of_wrong_records(
+    records: list[Record], choices: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        compare(records, **choices)
+
+
+def test_rows_make_a_data_frame() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(compare(CELLS))
+    assert list(frame.columns) == list(Comparison.__dataclass_fields__)
+    assert frame.loc[frame["mode"] == "high", "n"].item() == 3
+    assert asdict(compare(CELLS)[0])["against"] == "baseline"
+
+
+def test_without_scipy_the_error_has_the_line_for_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "scipy", None)
+    with pytest.raises(ImportError, match=r'pip install "drophot\[stats\]"'):
+        paired([0.1, 0.2], [0.2, 0.4])
