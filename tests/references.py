@@ -100,3 +100,12 @@ def pruned(weights: Sequence[np.ndarray], ratio: float) -> tuple[float, int, int
         return 0.0, 0, int((magnitudes == 0).sum())
     edge = magnitudes[remove - 1]
     return float(edge), int((magnitudes < edge).sum()), int((magnitudes == edge).sum())
+
+
+def position_counts(walks: list[list[int]]) -> list[int]:
+    """What the paper's released code counts: predictions that differ at a position of two walks."""
+    counts = [0] * len(walks[0])
+    for before, after in pairwise(walks):
+        for position, (old, new) in enumerate(zip(before, after, strict=True)):
+            counts[position] += old != new
+    return counts

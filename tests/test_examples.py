@@ -30,7 +30,7 @@ def test_the_six_examples_are_there() -> None:
     assert EXAMPLES == [
         "ddp.py",
         "find_mislabeled.py",
-        "lenet_mnist.py",
+        "paper_grid.py",
         "quickstart.py",
         "resnet_cifar.py",
         "your_own_loop.py",
@@ -50,7 +50,7 @@ def test_quickstart(tmp_path: Path) -> None:
     output = run("quickstart.py", "--seeds", "2", "--epochs", "3", folder=tmp_path)
     assert re.search(r"about \d+ seconds", output.splitlines()[0])
     found = rows(output)
-    assert [row[1] for row in found] == ["high", "low", "random", "everything"]
+    assert [row[1] for row in found] == ["high", "low", "random", "baseline"]
     assert [row[3] for row in found] == ["287", "287", "287", "1,437"]
     assert {row[5] for row in found} == {"2"}
     assert {row[9] for row in found} == {"80.00"}
@@ -88,20 +88,23 @@ def test_find_mislabeled_on_real_images(tmp_path: Path, mnist_root: Path) -> Non
     assert (tmp_path / "find_mislabeled.png").stat().st_size > 10_000
 
 
-def test_lenet_mnist_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
+def test_paper_grid_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
     pytest.importorskip("torchvision")
-    output = run(
-        "lenet_mnist.py",
-        *("--data-root", str(mnist_root), "--models", "fcnet", "--epochs", "1", "--jobs", "2"),
-        folder=tmp_path,
+    arguments = (
+        *("--data-root", str(mnist_root), "--epochs", "1", "--jobs", "2", "--seeds", "0"),
+        *("--data-ratios", "0.1", "--modes", "low", "random", "--prune-ratios", "0.8"),
     )
-    assert re.search(r"about \d+ minutes", output.splitlines()[0])
+    plan = run("paper_grid.py", *arguments, "--plan", folder=tmp_path)
+    assert plan.startswith("7 stages to do for 4 of 4 cells (1 scorings, 2 trainings")
+    assert not (tmp_path / "paper_grid").exists()
+    output = run("paper_grid.py", *arguments, folder=tmp_path)
     found = rows(output)
-    assert [row[1] for row in found] == ["high", "low", "random", "everything"]
-    assert [row[3] for row in found] == ["18,000", "18,000", "18,000", "60,000"]
+    assert [row[1] for row in found] == ["baseline", "baseline", "low", "random"]
+    assert [row[3] for row in found] == ["60,000", "60,000", "6,000", "6,000"]
     assert all(float(row[8]) > 90 for row in found)
-    assert (tmp_path / "lenet_mnist.jsonl").read_text().count("\n") == 4
-    assert (tmp_path / "lenet_mnist.png").stat().st_size > 10_000
+    assert (tmp_path / "paper_grid" / "records.jsonl").read_text().count("\n") == 4
+    assert "<svg" in (tmp_path / "paper_grid" / "report.html").read_text()
+    assert run("paper_grid.py", *arguments, folder=tmp_path) == output, "nothing left to do"
 
 
 def test_resnet_cifar_on_an_image_folder(tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_resnet_cifar_on_an_image_folder(tmp_path: Path) -> None:
         folder=tmp_path,
     )
     found = rows(output)
-    assert [row[1] for row in found] == ["high", "low", "random", "everything"]
+    assert [row[1] for row in found] == ["high", "low", "random", "baseline"]
     assert [row[3] for row in found] == ["18", "18", "18", "36"]
     assert {row[9] for row in found} == {"80.00"}
 

@@ -144,7 +144,7 @@ class Grid:
             _executors.check(executor, self.pipeline)
         cells = list(self._cells())
         configuration, data = self._configuration()
-        opened = open_store(Path(store), configuration, {"cells": len(cells)})
+        opened = open_store(Path(store).absolute(), configuration, {"cells": len(cells)})
         order = {cell.name: number for number, cell in enumerate(cells)}
         opened.tidy(order)
         todo = self._missing(cells, opened)

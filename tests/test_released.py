@@ -1,0 +1,170 @@
+"""The released protocol: noise for scores, ties by index, no mask."""
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import references
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_pipeline import drop_hot
+from torch import nn
+
+from drophot import ForgettingTracker, Masks, coreset, magnitude_prune
+from drophot.released import PositionCounts, select
+
+
+def perfect(size: int, classes: int) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    """A classifier that is always right, and its data, balanced."""
+    targets = torch.arange(size) % classes
+    return nn.Identity(), (nn.functional.one_hot(targets, classes).float(), targets)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def test_a_perfect_frozen_classifier_forgets_nothing_and_gets_8_events() -> None:
+    """In 10 epochs of 10 classes; the authors' published scores have a mean of 8.07."""
+    model, batch = perfect(5000, 10)
+    counts, tracker = PositionCounts(5000, seed=0), ForgettingTracker(5000)
+    for _ in range(10):
+        counts.observe(model, [batch])
+        tracker.observe(model, [(*batch, torch.arange(5000))])
+    assert tracker.counts.sum() == 0
+    assert counts.scores.float().mean().item() == pytest.approx(9 * (1 - 1 / 10), abs=0.1)
+    # As of independent coin tosses: 9 of them, with 0.9.
+    assert counts.scores.float().var().item() == pytest.approx(9 * 0.9 * 0.1, rel=0.1)
+
+
+def test_what_is_counted_is_the_position_not_the_sample() -> None:
+    model, batch = perfect(2000, 4)
+    counts = PositionCounts(2000, seed=3)
+    epochs = [torch.zeros(2000, dtype=torch.int64)]
+    for _ in range(4):
+        counts.observe(model, [batch])
+        epochs.append(counts.scores.clone())
+    events = [(b - a).float() for a, b in pairwise(epochs[1:])]
+    for before, after in pairwise(events):
+        assert abs(np.corrcoef(before, after)[0, 1]) < 0.06, "consecutive epochs know no other"
+
+
+@given(st.integers(1, 30), st.integers(2, 5), st.integers(1, 6), st.integers(0, 99))
+def test_events_are_those_of_the_walks(size: int, classes: int, epochs: int, seed: int) -> None:
+    chance = torch.Generator().manual_seed(seed)
+    logits = [torch.randn(size, classes, generator=chance) for _ in range(epochs)]
+    targets = torch.zeros(size, dtype=torch.int64)
+    counts = PositionCounts(size, seed=seed)
+    for step in logits:
+        counts.observe(nn.Identity(), [(part, targets) for part in step.split(7)])
+    order, walks = torch.Generator().manual_seed(seed), []
+    for step in logits:
+        walk = torch.randperm(size, generator=order)
+        walks.append(step.argmax(1)[walk].tolist())
+    assert counts.scores.tolist() == references.position_counts(walks)
+
+
+def test_no_label_enters() -> None:
+    model, (inputs, targets) = perfect(50, 5)
+    found = []
+    for labels in (targets, 4 - targets):
+        counts = PositionCounts(50, seed=0)
+        for _ in range(3):
+            counts.observe(model, [(inputs, labels)])
+        found.append(counts.scores)
+    assert torch.equal(*found)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.5)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    PositionCounts(4, seed=0).observe(model, [(torch.randn(4, 2), None)])
+    assert model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+# --- selection ------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(0, 4), min_size=1, max_size=40),
+    st.floats(0.01, 1),
+    st.sampled_from(["low", "high"]),
+)
+def test_ties_go_by_index(scores: list[int], ratio: float, mode: Any) -> None:
+    found = select(torch.tensor(scores), ratio, mode)
+    size = len(coreset.select(torch.tensor(scores), ratio, mode))
+    sign = 1 if mode == "low" else -1
+    ranked = sorted(range(len(scores)), key=lambda i: (sign * scores[i], i))
+    assert found.tolist() == sorted(ranked[:size])
+    assert found.dtype == torch.int64
+
+
+def test_the_papers_ties_do_not() -> None:
+    scores = torch.zeros(1000)
+    assert select(scores, 0.1, "high").tolist() == list(range(100))
+    assert coreset.select(scores, 0.1, "high").tolist() != list(range(100))
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def smooth() -> nn.Module:
+    """No unit that is dead, whose weights could not grow back."""
+    return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 3))
+
+
+def test_weights_grow_back() -> None:
+    released = drop_hot(model=smooth, protocol="released", prune_ratio=0.8)
+    record, paper = released.run(), drop_hot(model=smooth, prune_ratio=0.8).run()
+    assert (record.protocol, paper.protocol) == ("released", "paper")
+    assert paper.sparsity == pytest.approx(0.8, abs=0.02)
+    assert record.sparsity < 0.05
+    assert released.model is not None
+    assert Masks.from_zeros(released.model).sparsity == record.sparsity
+    assert record == drop_hot(model=smooth, protocol="released", prune_ratio=0.8).run()
+
+
+def test_before_fine_tuning_the_mask_is_there_layer_by_layer() -> None:
+    run = drop_hot(protocol="released", prune_ratio=0.8)
+    run.score()
+    run.select()
+    model = run.train()
+    twin = run.factory()
+    twin.load_state_dict(model.state_dict())
+    run.prune()
+    magnitude_prune(twin, 0.8, scope="layer")
+    theirs = twin.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in model.state_dict().items())
+
+
+def test_scores_are_the_scrambled_ones_and_the_coreset_goes_by_index() -> None:
+    run = drop_hot(protocol="released")
+    scores = run.score()
+    assert run.tracker is None
+    assert not torch.equal(scores, drop_hot().score())
+    assert int(scores.max()) <= 5, "six epochs have five changes"
+    assert torch.equal(run.select(), select(scores, 0.5, "high"))
+    low = run.replace(mode="low")
+    low.scores = scores
+    assert torch.equal(low.select(), select(scores, 0.5, "low"))
+
+
+def test_random_and_everything_work_too() -> None:
+    assert drop_hot(protocol="released", mode="random").run().mode == "random"
+    assert drop_hot(protocol="released", data_ratio=1.0).run().mode == "baseline"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"protocol": "authors"}, '`protocol` should be "paper" or "released". Found \'authors\''),
+        ({"protocol": "released", "forgetting": "toneva"}, "should stand alone.*'toneva'"),
+        ({"protocol": "released", "scope": "global"}, "should stand alone.*scope='global'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        drop_hot(**changes)
