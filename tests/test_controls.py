@@ -1,9 +1,11 @@
 """The controls of a run, equal steps, new weights, everything; the same run with other settings."""
 
+import json
 from collections import Counter
 from math import ceil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -255,3 +257,16 @@ def test_seen_sees_what_fit_does() -> None:
     assert seen.steps == wanted
     assert isinstance(drop_hot(), DropHot)
     assert len(TRAIN) == 120
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    run = drop_hot(
+        data_ratio=np.float32(0.5),
+        prune_ratio=np.float64(0.5),
+        seed=np.int64(0),
+        batch_size=np.int32(16),
+        score_epochs=np.int64(6),
+    )
+    assert json.loads(json.dumps(run.configuration)) == drop_hot(prune_ratio=0.5).configuration
+    assert run.run() == drop_hot(prune_ratio=0.5).run()
+    assert run.replace(seed=np.int64(3)).configuration["seed"] == 3

@@ -6,6 +6,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -18,20 +19,31 @@ from drophot.pipeline import DropHot
 from drophot.records import Record, describe
 
 
-def check(executor: Any, pipeline: DropHot) -> None:
+def check(executor: Any, pipeline: DropHot, threads: int) -> None:
     """Refuse what is no executor, and a pipeline that cannot be sent to its workers.
 
     Args:
         executor: What is to compute stages.
         pipeline: Whose stages they are.
+        threads: How many each stage uses.
 
     Raises:
         TypeError: If it is none, or a part of the pipeline cannot be pickled.
+        ValueError: If its workers would wait for ever.
     """
     if not callable(getattr(executor, "submit", None)):
         raise TypeError(
             f"`executor` should have submit(function, *arguments). Found "
             f"{type(executor).__name__}; give a concurrent.futures.ProcessPoolExecutor, say."
+        )
+    if isinstance(executor, ThreadPoolExecutor):
+        return  # nothing is sent
+    context = getattr(executor, "_mp_context", None)
+    if threads > 1 and context is not None and context.get_start_method() == "fork":
+        # OpenMP's threads do not live on in a fork: its first wide operation never ends.
+        raise ValueError(
+            f"`executor` should not fork where stages use several threads. Found fork and "
+            f"threads={threads}; give ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
         )
     dumps = pickle.dumps
     if not type(executor).__module__.startswith("concurrent.futures"):
@@ -73,7 +85,7 @@ def send(
     waiting, running = dict(todo), list[tuple[Any, Stage]]()
     # So many at a time that no worker waits, and so few that what was begun comes first.
     most = 2 * (workers(executor) or len(todo))
-    if getattr(executor, "cluster", None) == "local":  # submitit's starts all jobs at once
+    if _starts_all_at_once(executor):
         most = max(1, (os.cpu_count() or 1) // threads)
     try:
         while waiting or running:
@@ -84,7 +96,7 @@ def send(
                     future = executor.submit(compute, pipeline, store, stage, threads, data)
                     running.append((future, stage))
                     pending.add(stage)
-            # Where a future cannot say whether it is done, the first one is waited for.
+            # Where futures cannot say whether they are done, they are waited for.
             done = [pair for pair in running if getattr(pair[0], "done", lambda: True)()]
             for future, stage in done:
                 running.remove((future, stage))
@@ -116,3 +128,9 @@ def workers(executor: Any) -> int | None:
     if (client := getattr(executor, "_client", None)) is not None:  # Dask's
         return len(client.nthreads())  # processes: each computes one stage at a time
     return None
+
+
+def _starts_all_at_once(executor: Any) -> bool:
+    """Whether it is submitit's, on this machine: as many processes as it is given stages."""
+    name = getattr(executor, "name", None)  # LocalExecutor's; AutoExecutor has a cluster
+    return "local" in (getattr(executor, "cluster", None), name() if callable(name) else None)

@@ -18,14 +18,11 @@ from drophot.indexing import IndexedDataset
 from drophot.training import first_sample
 
 
-def check_settings(run: Any) -> tuple[float, float]:
-    """Refuse a setting that is out of range.
+def settle(run: Any) -> None:
+    """Refuse a setting that is out of range, and make numbers Python's own, which JSON can hold.
 
     Args:
         run: What holds the settings, as attributes by their names.
-
-    Returns:
-        The ratios of data and pruning as plain floats.
 
     Raises:
         TypeError: If one is of the wrong kind.
@@ -55,7 +52,10 @@ def check_settings(run: Any) -> tuple[float, float]:
     )
     if run.progress:
         _progress.check()
-    return float(run.data_ratio), float(run.prune_ratio)
+    for name in ("data_ratio", "prune_ratio"):
+        setattr(run, name, float(getattr(run, name)))
+    for name in ("score_epochs", "train_epochs", "finetune_epochs", "batch_size", "seed"):
+        setattr(run, name, operator.index(getattr(run, name)))
 
 
 def check_counts(least: int, **counts: Any) -> None:

@@ -120,9 +120,8 @@ def compute(
     with _one_at_a_time, limited_threads(threads):
         found = store.load(stage.name)
         if found is None:
-            if pipeline.train_set is None:
-                train_set, test_set = read_data(store.folder / "data.pt", data, pipeline.device)
-                vars(pipeline).update(train_set=train_set, test_set=test_set)
+            if pipeline.train_set is None or pipeline.test_set is None:
+                vars(pipeline).update(_data(store.folder / "data.pt", data, pipeline.device))
             before: dict[str, Any] = {}
             if (need := stage.needs(pipeline)) is not None:
                 content = store.load(need.name)
@@ -210,21 +209,11 @@ def limited_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@lru_cache(maxsize=1)
-def read_data(path: Path, digest: str, device: torch.device) -> tuple[TensorDataset, TensorDataset]:
-    """The training and test set that were left at home, read once in a process.
-
-    Args:
-        path: Where they are.
-        digest: Which ones they are.
-        device: Where they are wanted.
-
-    Returns:
-        Both, on the device; on a CPU all processes of a machine share their memory.
-    """
+@lru_cache(maxsize=1)  # for the process's next stage; another digest is other data
+def _data(path: Path, digest: str, device: torch.device) -> dict[str, TensorDataset]:
+    """What was left at home; on a CPU all processes of a machine share its memory."""
     content = torch.load(path, mmap=True, weights_only=True)
-    train, test = (
-        TensorDataset(*(tensor.to(device) for tensor in content[name]))
-        for name in ("train", "test")
-    )
-    return train, test
+    return {
+        name: TensorDataset(*(tensor.to(device) for tensor in tensors))
+        for name, tensors in content.items()
+    }

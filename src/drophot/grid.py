@@ -98,7 +98,7 @@ class Grid:
         self.data_ratios = [float(r) for r in _list("data_ratios", data_ratios, pipeline)]
         self.modes = _list("modes", modes, pipeline)
         self.prune_ratios = [float(r) for r in _list("prune_ratios", prune_ratios, pipeline)]
-        self.seeds = _list("seeds", seeds, pipeline)
+        self.seeds = [int(s) for s in _list("seeds", seeds, pipeline)]
         self.controls = list(controls)
         if unknown := set(self.controls) - set(get_args(Control)):
             raise ValueError(
@@ -133,7 +133,8 @@ class Grid:
             ratio.
 
         Raises:
-            ValueError: If the store holds other things, or results of another configuration.
+            ValueError: If the store holds other things, or results of another configuration, or
+                the executor forks and `threads` is above 1.
             TypeError: If the executor is none, or the model's factory, the optimiser's, `fit` or a
                 data set cannot be sent to a worker.
             ImportError: If `progress` is asked for and tqdm is not installed.
@@ -141,7 +142,7 @@ class Grid:
         """
         bar = _progress.check() if progress else None
         if executor is not None:
-            _executors.check(executor, self.pipeline)
+            _executors.check(executor, self.pipeline, self.threads)
         cells = list(self._cells())
         configuration, data = self._configuration()
         opened = open_store(Path(store).absolute(), configuration, {"cells": len(cells)})
@@ -154,7 +155,7 @@ class Grid:
             bar.write(f"{store}: {plan}")
         pipeline = self.pipeline
         if executor is not None and todo:
-            pipeline = self._without_data(opened, data)
+            pipeline = self._without_data(opened)
         total = sum(stage.epochs(pipeline) for stage in todo)
         try:
             with bar(total=total, bar_format=_BAR) if bar else nullcontext() as shown:
@@ -252,16 +253,19 @@ class Grid:
         found["versions"] = {name: versions[name] for name in ("drophot", "torch")}
         return found, found["data"]
 
-    def _without_data(self, store: Store, data: str) -> DropHot:
+    def _without_data(self, store: Store) -> DropHot:
         """The pipeline for a worker: what is in memory is read there from the store."""
-        sets = {"train": self.pipeline.train_set, "test": self.pipeline.test_set}
-        if not all(isinstance(data, TensorDataset) for data in sets.values()):
-            return self.pipeline
+        sets = {name: getattr(self.pipeline, name) for name in ("train_set", "test_set")}
+        tensors = {
+            name: [tensor.cpu() for tensor in data.tensors]
+            for name, data in sets.items()
+            if isinstance(data, TensorDataset)
+        }
         content = io.BytesIO()
-        torch.save({n: [t.cpu() for t in s.tensors] for n, s in sets.items()}, content)  # type: ignore[attr-defined]
+        torch.save(tensors, content)
         write_whole(store.folder / "data.pt", content.getvalue())
         light = copy.copy(self.pipeline)
-        vars(light).update(train_set=None, test_set=None)
+        vars(light).update(dict.fromkeys(tensors))
         return light
 
     def _plan(self, cells: Sequence[Stage], todo: Iterable[Stage], executor: Any) -> Plan:

@@ -160,9 +160,9 @@ class DropHot:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.fit = fit
         self.progress = progress
-        self.data_ratio, self.prune_ratio = _probe.check_settings(self)
+        _probe.settle(self)
         self.train_set, self.test_set, self._classes, sizes = _probe.prepare(
-            model, optimizer, train_set, test_set, device=self.device, seed=seed
+            model, optimizer, train_set, test_set, device=self.device, seed=self.seed
         )
         _probe.check_sizes(self, self._classes)
         self._total = len(train_set)  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ class DropHot:
         for name in DropHot.__annotations__:  # the results
             vars(other).pop(name, None)
         vars(other).update(settings)
-        other.data_ratio, other.prune_ratio = _probe.check_settings(other)
+        _probe.settle(other)
         _probe.check_sizes(other, self._classes)
         return other
 

@@ -1,0 +1,154 @@
+"""The tables of docs/results.md, from the records in benchmarks/results.
+
+    python benchmarks/paper.py            prints them
+    python benchmarks/paper.py --write    puts them into docs/results.md, between their marks
+
+The records come from examples/paper_grid.py; benchmarks/README.md has the commands.
+"""
+
+import re
+from argparse import ArgumentParser
+from pathlib import Path
+from statistics import mean, stdev
+
+from drophot import Record, records, report, stats
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+
+# What the paper's authors published beside their code for LeNet on MNIST, one run each, in %: by
+# share kept and share removed, the accuracies after pruning and after fine-tuning.
+PUBLISHED = {
+    ("baseline", 1.0, 0.6): (93.18, 98.83),
+    ("baseline", 1.0, 0.8): (43.24, 99.06),
+    ("low", 0.1, 0.6): (86.30, 99.09),
+    ("high", 0.1, 0.6): (96.52, 99.02),
+    ("low", 0.1, 0.8): (38.29, 99.00),
+    ("high", 0.1, 0.8): (59.00, 99.04),
+    ("low", 0.5, 0.6): (97.97, 98.99),
+    ("high", 0.5, 0.6): (96.70, 98.91),
+    ("low", 0.5, 0.8): (72.63, 98.63),
+    ("high", 0.5, 0.8): (42.10, 99.04),
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into docs/results.md")
+    options = parser.parse_args()
+    found = tables()
+    if options.write:
+        PAGE.write_text(filled(PAGE.read_text(), found))
+    else:
+        for name, table in found.items():
+            print(f"{name}\n\n{table}\n")
+
+
+def tables() -> dict[str, str]:
+    """All tables, by the names of their marks."""
+    fcnet, lenet = read("fcnet"), read("lenet")
+    released = read("lenet_released")
+    plain = [r for r in fcnet if not r.equal_steps and not r.reinitialized]
+    once = [r for r in plain if r.prune_ratio == 0]  # one training serves every prune ratio
+    controls = [r for r in fcnet if r.prune_ratio == 0.8 and r.keep_ratio in (0.1, 1)]
+    return {
+        "trained": report.differences(once, measure="trained_accuracy"),
+        "pruned": report.differences(plain, measure="pruned_accuracy"),
+        "finetuned": report.differences(plain, measure="finetuned_accuracy"),
+        "findings": findings(plain),
+        "controls": report.table(controls),
+        "published": published(released, lenet),
+        "fcnet": report.table(plain),
+        "lenet": report.table(released + lenet),
+    }
+
+
+def findings(runs: list[Record]) -> str:
+    """Each difference over the grid: a seed's mean over its cells, then paired over seeds."""
+    steps: list[tuple[str, stats.Measure, list[float]]] = [
+        ("before pruning", "trained_accuracy", [0]),
+        ("after pruning by 20 to 60 %", "pruned_accuracy", [0.2, 0.4, 0.6]),
+        ("after pruning by 80 %", "pruned_accuracy", [0.8]),
+        ("after fine-tuning, 20 to 80 % removed", "finetuned_accuracy", [0.2, 0.4, 0.6, 0.8]),
+    ]
+    rows: list[tuple[str, str, stats.Paired]] = []
+    for step, measure, prune_ratios in steps:
+        cells = [r for r in runs if r.prune_ratio in prune_ratios]
+        seeds = sorted({r.seed for r in cells})
+        means = {
+            mode: [
+                mean(getattr(r, measure) for r in cells if (r.mode, r.seed) == (mode, seed))
+                for seed in seeds
+            ]
+            for mode in ("low", "high", "random", "baseline")
+        }
+        for one, other in (
+            ("low", "baseline"),
+            ("high", "baseline"),
+            ("random", "baseline"),
+            ("low", "random"),
+            ("high", "random"),
+            ("high", "low"),
+        ):
+            rows.append((step, f"{one} − {other}", stats.paired(means[one], means[other])))
+    adjusted = stats.holm(found.p_value for _, _, found in rows)
+    lines = [
+        "| accuracy | compared | n | difference | 95 % interval | p | p, Holm | d_z |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (step, compared, found), p_holm in zip(rows, adjusted, strict=True):
+        low, high = found.interval
+        lines.append(
+            f"| {step} | {compared} | {found.n} | {signed(100 * found.difference)} | "
+            f"{signed(100 * low)} to {signed(100 * high)} | {chance(found.p_value)} | "
+            f"{chance(p_holm)} | {signed(found.effect_size)} |"
+        )
+    return "\n".join(lines)
+
+
+def published(released: list[Record], paper: list[Record]) -> str:
+    """LeNet's accuracies as published, by the released protocol, and by the paper's text."""
+    lines = [
+        "| kept | share | removed | pruned: published | released protocol | paper's text | "
+        "fine-tuned: published | released protocol | paper's text |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for (mode, keep, prune), (pruned, finetuned) in PUBLISHED.items():
+        cell = [f"{mode}", f"{keep:.0%}", f"{prune:.0%}"]
+        for value, step in ((pruned, "pruned_accuracy"), (finetuned, "finetuned_accuracy")):
+            cell.append(f"{value:.2f}")
+            for runs in (released, paper):
+                of = [
+                    r for r in runs if (r.mode, r.keep_ratio, r.prune_ratio) == (mode, keep, prune)
+                ]
+                values = [100 * getattr(r, step) for r in of]
+                cell.append(f"{mean(values):.2f} ± {stdev(values):.2f}" if values else "")
+        lines.append(f"| {' | '.join(cell)} |")
+    return "\n".join(lines)
+
+
+def read(name: str) -> list[Record]:
+    return records.read(RESULTS / f"grid_{name}.jsonl")
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def chance(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def filled(text: str, found: dict[str, str]) -> str:
+    """The page with each table between its marks."""
+    for name, table in found.items():
+        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        if not re.search(marks, text, re.S):
+            raise ValueError(f"docs/results.md should have a place for {name!r}. Found none.")
+        text = re.sub(marks, lambda m, t=table: f"{m[1]}\n{t}\n{m[2]}", text, flags=re.S)
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""docs/results.md says what the records say."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import ROOT
+
+from drophot import records
+
+pytest.importorskip("scipy", reason="`scipy` is not installed")
+
+
+@pytest.fixture(scope="module")
+def paper() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("paper", ROOT / "benchmarks" / "paper.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_of_the_page_are_those_of_the_records(paper: ModuleType) -> None:
+    text = paper.PAGE.read_text()
+    assert paper.filled(text, paper.tables()) == text, "python benchmarks/paper.py --write"
+    assert text.count("<!-- end -->") == len(paper.tables())
+
+
+def test_the_test_of_the_page_can_fail(paper: ModuleType) -> None:
+    text = paper.PAGE.read_text()
+    changed = re.sub(r"\+0\.01", "+0.02", text)
+    assert changed != text
+    assert paper.filled(changed, paper.tables()) != changed
+
+
+def test_the_grid_is_the_papers_whole_one(paper: ModuleType) -> None:
+    cells = {
+        (r.mode, r.keep_ratio, r.prune_ratio, r.seed)
+        for r in paper.read("fcnet")
+        if not r.equal_steps and not r.reinitialized
+    }
+    kept = [(m, k) for m in ("low", "high", "random") for k in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    assert cells == {
+        (mode, keep, prune, seed)
+        for mode, keep in [*kept, ("baseline", 1.0)]
+        for prune in (0.0, 0.2, 0.4, 0.6, 0.8)
+        for seed in (0, 1, 2)
+    }
+
+
+def test_every_committed_record_held_what_it_says(paper: ModuleType) -> None:
+    for path in Path(paper.RESULTS).glob("grid_*.jsonl"):
+        found = records.read(path)
+        assert len({(r.fingerprint, r.mode) for r in found}) == len(found), "each cell once"
+        for r in found:
+            assert r.finetuned_accuracy == r.finetune_curve[-1]
+            if r.protocol == "paper":
+                assert r.sparsity == pytest.approx(r.prune_ratio, abs=1e-3)
+            else:
+                assert r.sparsity < 0.2, "the released code lets weights grow back"
+
+
+def test_the_published_numbers_are_the_published_ones(paper: ModuleType) -> None:
+    path = ROOT.parent / "shared" / "paper" / "published_accuracies.csv"
+    if not path.exists():
+        pytest.skip("the published accuracies are not beside the checkout")
+    import csv
+
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == "LeNet"]
+    for (mode, keep, prune), numbers in paper.PUBLISHED.items():
+        (row, *_) = [
+            row
+            for row in rows
+            if float(row["prune_ratio"]) == prune
+            and (mode == "baseline" or float(row["data_ratio"]) == keep)
+        ]
+        assert numbers == tuple(float(row[f"{step}_{mode}"]) for step in ("pruned", "finetuned"))
