@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--controls", nargs="*", default=[], help="equal_steps, reinitialize")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of each training")
+    parser.add_argument("--finetune-epochs", type=int, help="where they differ from --epochs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, a thread each")
     parser.add_argument("--store", type=Path, default=Path("paper_grid"), help="folder of results")
@@ -46,6 +47,7 @@ def main() -> None:
     except RuntimeError as error:
         parser.error(f"no MNIST in {options.data_root} ({error}); give --download")
 
+    finetune = options.finetune_epochs
     pipeline = DropHot(
         MODELS[options.model],
         train_set,
@@ -56,7 +58,7 @@ def main() -> None:
         protocol=options.protocol,
         score_epochs=options.epochs,
         train_epochs=options.epochs,
-        finetune_epochs=options.epochs,
+        finetune_epochs=options.epochs if finetune is None else finetune,
         device=options.device,
     )
     grid = Grid(

@@ -505,9 +505,11 @@ def test_an_executor_that_is_none(tmp_path: Path) -> None:
 @pytest.mark.skipif("fork" not in get_all_start_methods(), reason="no fork here")
 def test_forks_and_several_threads_are_refused_before_any_work(tmp_path: Path) -> None:
     """They would wait for ever."""
-    with ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor:
-        with pytest.raises(ValueError, match=r"Found fork and threads=2; give .*'spawn'"):
-            tiniest(threads=2).run(tmp_path / "store", executor)
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor,
+        pytest.raises(ValueError, match=r"Found fork and threads=2; give .*'spawn'"),
+    ):
+        tiniest(threads=2).run(tmp_path / "store", executor)
     assert not (tmp_path / "store").exists()
 
 

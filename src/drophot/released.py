@@ -11,7 +11,8 @@ differs from the text, which is the default, in three places:
 - **Ties go by index**: a stable sort (:func:`select`). With few distinct counts a coreset then
   depends on the order in which the data is stored.
 - **The mask is dropped before fine-tuning**, so that the weights grow back: the record's
-  `sparsity` is near 0, and the fine-tuned accuracies are those of a dense network.
+  `sparsity` falls to the share that never gets a gradient, and the fine-tuned accuracies are those
+  of a network that is no longer pruned.
 
 Pruning layer by layer is the same in both.
 """
