@@ -136,7 +136,7 @@ def test_resnet_cifar_on_an_image_folder(tmp_path: Path) -> None:
 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    for name in ("lenet_mnist.py", "resnet_cifar.py", "find_mislabeled.py"):
+    for name in ("paper_grid.py", "resnet_cifar.py", "find_mislabeled.py"):
         result = subprocess.run(
             [sys.executable, str(ROOT / "examples" / name), "--data-root", "nowhere"],
             capture_output=True,

@@ -40,6 +40,8 @@ HOUSE = [
     "_executors",
     "grid",
     "stats",
+    "_tables",
+    "_panels",
     "_html",
     "report",
     "models",
