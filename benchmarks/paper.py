@@ -124,8 +124,8 @@ def published(released: list[Record], paper: list[Record]) -> str:
     """LeNet's accuracies as published, by the released protocol, and by the paper's text."""
     lines = [
         "| kept | share | removed | step | published | released protocol | lowest | highest | n "
-        "| paper's text | n |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| sd away | paper's text | n |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     words = ("after pruning", "after fine-tuning")
     for number, step in enumerate(("pruned", "finetuned")):
@@ -143,6 +143,8 @@ def published(released: list[Record], paper: list[Record]) -> str:
                 if ends:
                     row += [f"{min(values):.2f}", f"{max(values):.2f}"]
                 row.append(f"{len(values)}" if values else "")
+                if ends:
+                    row.append(signed((accuracies[number] - mean(values)) / stdev(values)))
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -162,10 +164,10 @@ def chance(p: float) -> str:
 def filled(text: str, found: dict[str, str]) -> str:
     """The page with each table between its marks."""
     for name, table in found.items():
-        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         if not re.search(marks, text, re.S):
             raise ValueError(f"docs/results.md should have a place for {name!r}. Found none.")
-        text = re.sub(marks, lambda m, t=table: f"{m[1]}\n{t}\n{m[2]}", text, flags=re.S)
+        text = re.sub(marks, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S)
     return text
 
 

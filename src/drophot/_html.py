@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from drophot._panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot._tables import EXTRAS, Table, percent, word
 from drophot.records import Record, from_line
-
-if TYPE_CHECKING:
-    pass
 
 _HOW = {
     "n": "Seeds. Each is a run of everything: initial weights, order and random coresets.",
