@@ -72,6 +72,9 @@ def tables() -> dict[str, str]:
         "findings": findings(plain, STEPS),
         "findings_lenet": findings([r for r in lenet if r.prune_ratio], STEPS_AT_80),
         "controls": report.table(controls),
+        "controls_pruned": report.differences(
+            [r for r in controls if not r.reinitialized], measure="pruned_accuracy"
+        ),
         "published": published(released + more, lenet),
         "fcnet": report.table(plain),
         "lenet": report.table(released + lenet),

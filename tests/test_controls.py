@@ -1,7 +1,10 @@
 """The controls of a run, equal steps, new weights, everything; the same run with other settings."""
 
+import copy
 import json
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -10,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pipeline import SETTINGS, TRAIN, Normed, drop_hot, points
+from test_pipeline import SETTINGS, TEST, TRAIN, Normed, drop_hot, points
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.data import Dataset
 
-from drophot import DropHot, evaluate, fit
+from drophot import DropHot, Masks, evaluate, fit
 from drophot.training import batches, in_memory
 
 
@@ -76,18 +79,60 @@ def test_equal_steps_are_equal(
     assert set(times) == (set(kept) if epochs else set())
     rounds = epochs * whole // each if equal else epochs
     assert set(times.values()) <= {rounds, rounds + equal}, "as evenly as can be"
+    epoch = [len(part) for part in torch.arange(len(kept)).split(batch_size)]
+    part = len(seen.steps) - rounds * each
+    sizes = rounds * epoch + part * [batch_size]
+    assert [len(step) for step in seen.steps] == sizes, "whole epochs, then full batches"
+
+
+class Counted(SGD):
+    made: list["Counted"] = []  # noqa: RUF012 - of one test
+
+    def __init__(self, parameters: Iterator[nn.Parameter]) -> None:
+        super().__init__(parameters, lr=0.05, momentum=0.9)
+        self.taken = 0
+        Counted.made.append(self)
+
+    def step(self, closure: Any = None) -> None:
+        self.taken += 1
+        super().step(closure)
+
+
+@pytest.mark.parametrize(("equal", "steps"), [(False, 3 * 5), (True, 3 * 8)])
+def test_one_optimiser_takes_all_the_steps(
+    equal: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its momentum goes on into the epoch that is not whole."""
+    run = drop_hot(mode="random", data_ratio=0.6, equal_steps=equal, optimizer=Counted)
+    run.select()
+    monkeypatch.setattr(Counted, "made", [])
+    run.train()
+    assert [optimizer.taken for optimizer in Counted.made] == [steps]
+
+
+def test_the_epoch_that_is_not_whole_is_of_random_samples() -> None:
+    """24 steps of 7 an epoch: 3 epochs and 48 of 108 samples."""
+    more = []
+    for seed in (0, 0, 1):
+        seen = Seen()
+        run = drop_hot(mode="low", data_ratio=0.9, equal_steps=True, fit=seen, seed=seed)
+        run.scores = torch.arange(120)  # the same coreset for each seed
+        kept = run.select().tolist()
+        run.train()
+        assert len(seen.steps) == 24
+        more.append(sorted(index for step in seen.steps[21:] for index in step))
+        assert len(set(more[-1])) == 48
+        assert more[-1] not in (kept[:48], kept[-48:])
+    assert more[0] == more[1]
+    assert more[0] != more[2]
 
 
 def test_of_everything_equal_steps_are_the_same_run() -> None:
     plain, equal = (drop_hot(data_ratio=1.0, equal_steps=e) for e in (False, True))
-    for run in (plain, equal):
-        run.run()
+    first, second = plain.run(), equal.run()
     assert_same_weights(plain.model, equal.model)
-    assert plain.record is not None
-    assert equal.record is not None
-    assert equal.record.equal_steps
-    assert not plain.record.equal_steps
-    assert plain.record.finetune_curve == equal.record.finetune_curve
+    assert not first.equal_steps
+    assert second == replace(first, equal_steps=True, fingerprint=second.fingerprint)
 
 
 def test_more_steps_are_more_training() -> None:
@@ -130,13 +175,45 @@ def test_new_weights_under_the_mask() -> None:
         assert_same_weights(run.model, others.model)
 
 
-def test_new_weights_keep_their_zeros_through_fine_tuning() -> None:
-    run = drop_hot(reinitialize=True, optimizer=lambda p: SGD(p, lr=0.1, momentum=0.9))
-    record = run.run()
-    assert run.masks is not None
-    assert record.sparsity == run.masks.sparsity
+@pytest.mark.parametrize("model", [SETTINGS["model"], Normed])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_new_weights_are_those_of_a_network_just_made(model: Any, scope: Any) -> None:
+    """BatchNorm's statistics too, and not those that the training began with."""
+    made: list[dict[str, Tensor]] = []
+
+    def factory() -> nn.Module:
+        network = model()
+        made.append(copy.deepcopy(network.state_dict()))
+        return network
+
+    run = drop_hot(model=factory, scope=scope, reinitialize=True, finetune_epochs=0)
+    run.run()
+    start, new = made[-2:]
     assert run.model is not None
-    assert record.finetuned_accuracy == evaluate(run.model, points(60, 1))
+    assert run.masks is not None
+    for name, tensor in run.model.state_dict().items():
+        wanted = new[name]
+        if name in run.masks:
+            wanted = torch.where(run.masks[name], wanted, torch.zeros(()))
+            assert not torch.equal(new[name], start[name])
+        assert torch.equal(tensor, wanted), name
+
+
+def test_new_weights_keep_their_zeros_through_fine_tuning() -> None:
+    settings: dict[str, Any] = {"optimizer": lambda p: SGD(p, lr=0.1, momentum=0.9)}
+    run, trained = drop_hot(**settings, reinitialize=True), drop_hot(**settings)
+    record, other = run.run(), trained.run()
+    assert run.masks is not None
+    assert trained.masks is not None
+    assert run.model is not None
+    for name, mask in Masks.from_zeros(run.model).items():
+        assert torch.equal(mask, run.masks[name])
+        assert torch.equal(mask, trained.masks[name]), "only the weights are new"
+    assert record.sparsity == run.masks.sparsity
+    assert record.finetuned_accuracy == evaluate(run.model, TEST)
+    assert record.pruned_accuracy == other.pruned_accuracy
+    assert record.finetune_curve != other.finetune_curve
+    assert record.fingerprint != other.fingerprint
 
 
 # --- everything -----------------------------------------------------------------------------------
@@ -151,15 +228,39 @@ class Dropped(nn.Module):
         return self.layers(inputs)
 
 
+class Noisy(Dataset):
+    """Samples that draw random numbers, so that they are not kept in memory."""
+
+    def __len__(self) -> int:
+        return len(TRAIN)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        inputs, target = TRAIN[i]
+        return inputs + 0.1 * torch.randn(2), target
+
+
 @pytest.mark.parametrize("model", [SETTINGS["model"], Normed, Dropped])
-@pytest.mark.parametrize("forgetting", ["paper", "toneva"])
-def test_the_scoring_network_is_the_baseline(model: Any, forgetting: str) -> None:
+@pytest.mark.parametrize(
+    "how", [{"forgetting": "paper"}, {"forgetting": "toneva"}, {"protocol": "released"}], ids=str
+)
+@pytest.mark.parametrize("data", [TRAIN, Noisy()], ids=["kept", "noisy"])
+def test_the_scoring_network_is_the_baseline(model: Any, how: Any, data: Any) -> None:
     """Bit for bit, although one was tracked: a grid computes it once."""
-    run = drop_hot(model=model, forgetting=forgetting, score_epochs=3, train_epochs=3)
+    run = drop_hot(model=model, train_set=data, **how, score_epochs=3, train_epochs=3, seed=2)
     run.score()
     baseline = run.replace(data_ratio=1.0)
     baseline.select()
     assert_same_weights(run.scorer, baseline.train())
+
+
+@pytest.mark.parametrize("how", [{"score_epochs": 4}, {"seed": 1}], ids=str)
+def test_with_other_epochs_or_another_seed_it_is_not(how: dict[str, int]) -> None:
+    run = drop_hot(**({"score_epochs": 3, "seed": 0} | how))
+    run.score()
+    baseline = drop_hot(data_ratio=1.0)
+    baseline.select()
+    with pytest.raises(AssertionError):
+        assert_same_weights(run.scorer, baseline.train())
 
 
 def test_a_record_of_everything_is_a_baseline() -> None:
@@ -193,6 +294,7 @@ def test_replace_is_the_run_with_those_settings(changes: dict[str, Any]) -> None
         assert getattr(other, name) is None, "no results yet"
     assert dict(other.seconds) == {}
     assert other.train_set is first.train_set
+    assert other.test_set is first.test_set
     anew = drop_hot(**changes)
     assert other.configuration == anew.configuration
     assert other.run() == anew.run()
@@ -205,11 +307,19 @@ def test_replace_is_the_run_with_those_settings(changes: dict[str, Any]) -> None
     ("changes", "error", "words"),
     [
         ({"batch_size": 8}, TypeError, "`replace` should be given data_ratio, .*Found batch_size"),
+        (
+            {"scope": "global", "device": "cpu"},
+            TypeError,
+            "`replace` .*reinitialize. Found device, scope",
+        ),
+        ({"scores": None, "seed": 1}, TypeError, "`replace` .*reinitialize. Found scores"),
+        ({"data_ratio": "a"}, TypeError, "`data_ratio` .*Found str"),
         ({"data_ratio": 30}, ValueError, "`data_ratio` .*Found 30"),
         ({"data_ratio": 0.001}, ValueError, "should keep a sample of each class"),
         ({"mode": "best"}, ValueError, "`mode` .*Found 'best'"),
         ({"prune_ratio": 1}, ValueError, "`prune_ratio` .*Found 1"),
         ({"seed": -1}, ValueError, "`seed` .*Found -1"),
+        ({"seed": 1.5}, TypeError, "`seed` should be an integer. Found 1.5"),
         ({"equal_steps": 1}, TypeError, "`equal_steps` should be True or False. Found 1"),
         ({"reinitialize": "no"}, TypeError, "`reinitialize` should be True or False. Found 'no'"),
     ],
@@ -218,11 +328,21 @@ def test_replace_is_the_run_with_those_settings(changes: dict[str, Any]) -> None
 def test_replace_refuses_what_the_run_refuses(
     changes: dict[str, Any], error: type[Exception], words: str
 ) -> None:
-    with pytest.raises(error, match=words):
-        drop_hot().replace(**changes)
-    if "batch_size" not in changes:
-        with pytest.raises(error, match=words):
+    run = drop_hot()
+    before = run.configuration
+    with pytest.raises(error, match=words) as found:
+        run.replace(**changes)
+    assert run.configuration == before
+    if "`replace`" not in words:
+        with pytest.raises(error) as anew:
             drop_hot(**changes)
+        assert str(found.value) == str(anew.value)
+
+
+def test_replace_refuses_a_batch_of_one_that_the_model_cannot_train_on() -> None:
+    assert drop_hot(data_ratio=49 / 120).replace().run().kept == 49, "3 batches and 1 sample"
+    with pytest.raises(ValueError, match="`batch_size` .* Found 16, and .* keeps 49 samples"):
+        drop_hot(model=Normed).replace(data_ratio=49 / 120)
 
 
 def test_settings_are_part_of_the_fingerprint() -> None:
@@ -231,13 +351,19 @@ def test_settings_are_part_of_the_fingerprint() -> None:
         {"equal_steps": True},
         {"reinitialize": True},
         {"protocol": "released"},
+        {"forgetting": "toneva"},
+        {"scope": "global"},
         {"seed": 1},
+        {"mode": "low"},
         {"data_ratio": 0.4},
+        {"prune_ratio": 0.5},
+        {"score_epochs": 2},
+        {"train_epochs": 1},
+        {"finetune_epochs": 1},
+        {"batch_size": 17},
     ]
-    found = {
-        drop_hot(**change, train_epochs=0, finetune_epochs=0).run().fingerprint
-        for change in changes
-    }
+    short = {"score_epochs": 1, "train_epochs": 0, "finetune_epochs": 0}
+    found = {drop_hot(**(short | change)).run().fingerprint for change in changes}
     assert len(found) == len(changes)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from drophot.records import Record
 
 Against = Literal["baseline", "random"]
@@ -225,7 +227,8 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
 
     def enough(n: int) -> bool:
         shift, critical = effect * math.sqrt(n), t.isf(alpha / 2, n - 1)
-        return shift > 40 + critical or nct.sf(critical, n - 1, shift) >= power
+        with np.errstate(divide="ignore"):  # SciPy 1.12 warns of small ones, and is right
+            return shift > 40 + critical or nct.sf(critical, n - 1, shift) >= power
 
     low, high = 1, 2
     while not enough(high):
