@@ -396,3 +396,9 @@ def test_numbers_of_numpy_are_numbers() -> None:
     assert json.loads(json.dumps(run.configuration)) == drop_hot(prune_ratio=0.5).configuration
     assert run.run() == drop_hot(prune_ratio=0.5).run()
     assert run.replace(seed=np.int64(3)).configuration["seed"] == 3
+
+
+def test_new_weights_are_masked_once_where_the_mask_is_dropped() -> None:
+    """The released protocol holds no mask, and so nothing else would apply it."""
+    record = drop_hot(protocol="released", reinitialize=True, finetune_epochs=0).run()
+    assert record.sparsity == drop_hot(protocol="released", finetune_epochs=0).run().sparsity > 0.5

@@ -79,6 +79,10 @@ def test_every_record_is_the_one_of_the_pipeline_alone(
     pipeline = drop_hot(**({"score_epochs": 2, "train_epochs": 2, "finetune_epochs": 1} | changes))
     found = grid(pipeline, controls=["equal_steps", "reinitialize"]).run(tmp_path)
     assert found == [alone(pipeline, record) for record in found]
+    cells = {
+        (r.seed, r.mode, r.keep_ratio, r.prune_ratio, r.equal_steps, r.reinitialized) for r in found
+    }
+    assert len(cells) == len(found) == 2 * (3 + 2 * 3 * 2 * 3)
 
 
 def test_every_cell_once_the_baseline_always_and_dense_too(tmp_path: Path) -> None:
@@ -177,6 +181,9 @@ def test_the_plan_counts_the_stages(
     assert (plan.cells, plan.finetunings) == (cells, cells)
     assert plan.scorings + plan.trainings == trained + len(seeds)
     assert plan.stages == trained + len(seeds) + cells
+    equal = "equal_steps" in controls
+    rounds = 2 * len(seeds) * (1 + len(modes) * (sum(ratios) + len(ratios) * equal))
+    assert plan.epochs == pytest.approx(rounds + cells)
     assert plan.seconds > 0
     assert plan.bytes > 0
 

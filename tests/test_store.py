@@ -371,6 +371,24 @@ def test_records_can_be_read_while_it_runs(
     assert seen == [wanted[: n + 1] for n in range(len(wanted))]
 
 
+def test_a_line_that_was_cut_is_mended_before_others_follow(
+    tmp_path: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid().run(tmp_path)
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "stages" / "finetune-seed0-random-keep0.5-prune0.6.json").unlink()
+    append = Store.append
+
+    def watched(self: Store, record: Record) -> None:
+        assert records.read(path) == wanted[:-1]
+        append(self, record)
+        assert records.read(path) == wanted
+
+    monkeypatch.setattr(Store, "append", watched)
+    assert grid().run(tmp_path) == wanted
+
+
 # --- a full disk ----------------------------------------------------------------------------------
 
 
