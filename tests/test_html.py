@@ -210,7 +210,9 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one record. Found none so far"):
         html(str(tmp_path), tmp_path / "page.html")
     (tmp_path / "records.jsonl").write_text(to_line(one()) + "\nx\n")
-    with pytest.raises(ValueError, match=r"records.jsonl should hold records. Line 2: .*no record"):
+    with pytest.raises(
+        ValueError, match=r"records.jsonl should hold records. Line 2: .*should be a record"
+    ):
         html(tmp_path, tmp_path / "page.html")
     with pytest.raises(ValueError, match="`path` should be a file. Found the folder"):
         html([one()], tmp_path)

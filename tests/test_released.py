@@ -201,6 +201,15 @@ def test_random_and_everything_work_too() -> None:
     assert drop_hot(protocol="released", data_ratio=1.0).run().mode == "baseline"
 
 
+def test_equal_scores_keep_the_order_of_the_data() -> None:
+    first, last = list(range(60)), list(range(60, 120))
+    for mode in ("high", "low"):
+        released, paper = drop_hot(protocol="released", mode=mode), drop_hot(mode=mode)
+        released.scores = paper.scores = torch.zeros(120)
+        assert released.select().tolist() == first
+        assert paper.select().tolist() not in (first, last)
+
+
 def test_the_controls_go_with_it() -> None:
     run = drop_hot(model=smooth, protocol="released", equal_steps=True, reinitialize=True)
     record = run.run()

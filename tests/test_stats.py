@@ -124,19 +124,22 @@ def test_a_single_pair_is_no_test() -> None:
     ("a", "b", "p_value", "effect"),
     [
         ([0.9, 0.8], [0.9, 0.8], 1.0, 0.0),
-        ([0.91, 0.81, 0.31], [0.90, 0.80, 0.30], 0.0, math.inf),
-        ([0.90, 0.80, 0.30], [0.91, 0.81, 0.31], 0.0, -math.inf),
+        ([0.9, 0.8, 0.3], [0.8, 0.7, 0.2], 0.0, math.inf),
+        ([0.8, 0.7, 0.2], [0.9, 0.8, 0.3], 0.0, -math.inf),
+        ([0.1 + 0.2, 0.3], [0.3, 0.3], 1.0, 0.0),
+        ([0.75, 0.5], [0.5, 0.25], 0.0, math.inf),
         ([0.0, 0.0], [0.0, 0.0], 1.0, 0.0),
     ],
 )
 def test_differences_that_are_all_equal(
     a: list[float], b: list[float], p_value: float, effect: float
 ) -> None:
-    """0.91 - 0.90 and 0.81 - 0.80 are not the same float."""
+    """0.9 - 0.8 and 0.8 - 0.7 are not the same float."""
+    assert 0.9 - 0.8 != 0.8 - 0.7
     found = paired(a, b)
     assert (found.p_value, found.effect_size) == (p_value, effect)
     assert found.interval == (found.difference, found.difference)
-    assert found.difference == pytest.approx(a[0] - b[0])
+    assert found.difference == pytest.approx(a[0] - b[0], abs=1e-15)
 
 
 def test_a_small_but_real_spread_is_one() -> None:
@@ -234,13 +237,54 @@ def test_laws_of_seeds(effect: float, power: float, alpha: float) -> None:
     assert seeds_needed(effect, 1.0, power, alpha / 2) >= n
 
 
+def power_of(n: int, effect: float, alpha: float) -> float:
+    """By the definition: over all spreads that n pairs may show, the chance of a mean beyond t."""
+    shift, critical = effect * math.sqrt(n), scipy_stats.t.isf(alpha / 2, n - 1)
+    # Quantiles of the spread, in the middle of equal shares; the mean is normal given the spread.
+    quantiles = (np.arange(20_000) + 0.5) / 20_000
+    spread = scipy_stats.chi.ppf(quantiles, n - 1) / math.sqrt(n - 1)
+    return float(np.mean(scipy_stats.norm.cdf(shift - critical * spread)))
+
+
+@pytest.mark.parametrize("effect", [0.3, 1.0, 3.0, 30.0, 500.0, 1001.0, 1e6, 1e300])
+@pytest.mark.parametrize(
+    ("power", "alpha"), [(0.8, 0.05), (0.99, 1e-3), (0.5, 1e-6), (0.99, 1e-10), (0.3, 0.5)]
+)
+def test_seeds_are_the_least_by_the_definition(effect: float, power: float, alpha: float) -> None:
+    """Far out too, where SciPy's noncentral t is nan or has no digits."""
+    n = seeds_needed(effect, 1.0, power, alpha)
+    assert power_of(n, effect, alpha) > power - 1e-4
+    assert n == 2 or power_of(n - 1, effect, alpha) < power + 1e-4
+
+
+def test_seeds_are_the_least_of_millions() -> None:
+    n, df = seeds_needed(1e-3, 1.0), np.array([-2, -1]) + 7_848_882
+    assert n == 7_848_882
+    shift, critical = 1e-3 * np.sqrt(df + 1), scipy_stats.t.isf(0.025, df)
+    below, reached = scipy_stats.nct.sf(critical, df, shift)
+    assert below < 0.8 <= reached
+
+
+@given(st.floats(1e6 - 20, 1e6 + 20), st.floats(0, 20), st.sampled_from([1e-6, 0.01, 0.05]))
+def test_a_smaller_difference_never_needs_fewer_seeds(
+    roughly: float, more: float, alpha: float
+) -> None:
+    """Where the search gives way to the formula, 1e6 pairs by the normal distribution."""
+    z = scipy_stats.norm.isf(alpha / 2) + scipy_stats.norm.ppf(0.8)
+    larger, smaller = (float(z / math.sqrt(x)) for x in (roughly, roughly + more))
+    assert seeds_needed(larger, 1.0, alpha=alpha) <= seeds_needed(smaller, 1.0, alpha=alpha)
+
+
 def test_far_ends_of_seeds() -> None:
     assert seeds_needed(0.1, 0.0) == 2
     assert seeds_needed(1e6, 1.0) == 2
+    assert seeds_needed(1e300, 1e-300) == 2
     assert seeds_needed(1e-6, 1.0) == pytest.approx(7.849e12, rel=1e-3)
-    near, far = seeds_needed(0.00890, 1.0), seeds_needed(0.00880, 1.0)  # either side of the switch
-    assert near < 100_000 < far
-    assert far / near == pytest.approx((0.00890 / 0.00880) ** 2, rel=1e-3)
+    assert seeds_needed(1e-4, 1.0, power=0.01) == 2, "chance alone finds it more often"
+    assert seeds_needed(0.5, 1.0, alpha=1e-20) > seeds_needed(0.5, 1.0, alpha=1e-10)
+    for difference, std in [(1e-200, 1.0), (1e-300, 1e300)]:
+        with pytest.raises(ValueError, match="`difference` should be at least 1e-100 of `std`"):
+            seeds_needed(difference, std)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +339,8 @@ def test_every_cell_against_the_random_subset() -> None:
     assert [row.mode for row in rows] == ["low", "high"], "not the baseline, which is no subset"
     peer = scipy_stats.ttest_rel([0.91, 0.92, 0.94], [0.85, 0.86, 0.86])
     assert rows[1].p_value == pytest.approx(peer.pvalue)
+    asked = [replace(record, keep_ratio=0.1) for record in CELLS]
+    assert compare(asked, against="random") == rows, "not even of the same ratio"
 
 
 @pytest.mark.parametrize(
@@ -322,6 +368,22 @@ def test_the_baseline_serves_every_coreset_the_random_one_its_own(change: dict[s
     others = [replace(record, **change) for record in CELLS if record.mode == "high"]
     assert len(compare(CELLS + others)) == 4
     assert len(compare(CELLS + others, against="random")) == 2
+
+
+@pytest.mark.parametrize("change", [{"keep_ratio": 0.9999}, {"equal_steps": True}], ids=str)
+def test_a_baseline_is_one_whatever_was_asked_of_it(change: dict[str, Any]) -> None:
+    """`DropHot(..., data_ratio=0.9999, equal_steps=True)` may keep everything: a baseline."""
+    asked = [replace(r, **change) if r.mode == "baseline" else r for r in CELLS]
+    assert compare(asked) == compare(CELLS)
+
+
+def test_of_two_baselines_of_one_seed_the_first_counts() -> None:
+    again = [replace(r, equal_steps=True, finetuned_accuracy=0.1) for r in CELLS[:3]]
+    later = replace(again[0], seed=3), one(seed=3, mode="high", finetuned_accuracy=0.3)
+    assert compare(CELLS + again) == compare(CELLS)
+    (_, high, _) = compare([*CELLS, *again, *later])
+    assert high.n == 4, "a seed that only the other has counts too"
+    assert high.difference == pytest.approx((0.01 + 0.01 + 0.02 + 0.2) / 4)
 
 
 def test_pairs_go_by_seed_whatever_the_order_and_only_where_both_are() -> None:

@@ -87,10 +87,9 @@ def log(store: Path) -> list[str]:
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
-def starts(store: Path) -> int:
-    """How many trainings began in a store, but for the plan's measuring."""
-    lines = [line for line in log(store) if line.startswith("start")]
-    return len(lines)
+def finished(store: Path) -> list[Path]:
+    """The files of stages that are there, but for what is being written."""
+    return [path for path in store.glob("stages/*") if path.suffix != ".tmp"]
 
 
 def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
@@ -120,7 +119,7 @@ def test_kill_9_twice_in_a_row(
             more = done[-1] + chance.randrange(1, 5)
 
             def came_so_far(more: int = more) -> bool:
-                return len(list(store.glob("stages/*-*"))) >= more
+                return len(finished(store)) >= more
 
             wait_for(came_so_far, process)
             time.sleep(chance.random() * 0.1)
@@ -130,9 +129,9 @@ def test_kill_9_twice_in_a_row(
             else:
                 process.kill()
             process.wait()
-            done.append(len(list(store.glob("stages/*-*"))))
+            done.append(len(finished(store)))
         if whom == "all":
-            before = {path: path.stat().st_mtime_ns for path in store.glob("stages/*")}
+            before = {path: path.stat().st_mtime_ns for path in finished(store)}
         else:
             before = {}
         process = begin(store, workers)
@@ -218,13 +217,13 @@ def test_what_a_killed_process_left_half_written_is_removed_when_it_is_old(tmp_p
 def test_ctrl_c_stops_cleanly(workers: int, tmp_path: Path, wanted: list[Record]) -> None:
     store = tmp_path / "store"
     process = begin(store, workers, pause=0.2)
-    wait_for(lambda: len(list(store.glob("stages/*-*"))) >= 3, process)
+    wait_for(lambda: len(finished(store)) >= 3, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) != 0
     said = errors(store)
     assert "KeyboardInterrupt" in said
     assert f"What was finished is in {store}; the same call goes on from there." in said
-    assert 3 <= len(list(store.glob("stages/*-*"))) < STAGES
+    assert 3 <= len(finished(store)) < STAGES
     assert list(store.rglob("*.tmp")) == []
     assert grid().run(store) == wanted
 

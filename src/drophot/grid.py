@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -152,7 +153,7 @@ class Grid:
         plan = self._plan(cells, todo, executor)
         logger.info("%s: %s", store, plan)
         if bar is not None:
-            bar.write(f"{store}: {plan}")
+            bar.write(f"{store}: {plan}", file=sys.stderr)
         pipeline = self.pipeline
         if executor is not None and todo:
             pipeline = self._without_data(opened)

@@ -177,7 +177,9 @@ def from_line(line: str) -> Record:
         return Record(**values)
     except (ValueError, TypeError, KeyError) as error:
         names = ", ".join(f.name for f in fields(Record))
-        raise ValueError(f"Found no record: {error}; its fields are {names}.") from error
+        raise ValueError(
+            f"`line` should be a record, with the fields {names}. Found {line[:40]!r}: {error}."
+        ) from error
 
 
 def write(records: Iterable[Record], path: Path | str) -> None:
@@ -211,6 +213,7 @@ def read(path: Path | str) -> list[Record]:
                 found.append(from_line(line))
             except ValueError as error:
                 raise ValueError(
-                    f"`{path}` should hold a record in each line. Line {number}: {error}"
+                    f"`{path}` should hold a record in each line. Found none in line {number}: "
+                    f"{error}"
                 ) from error
     return found

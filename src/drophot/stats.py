@@ -140,7 +140,7 @@ def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> 
     if found.n == 1:
         p_value = effect = math.nan
     elif found.std <= (rounding := 8 * math.ulp(max(map(abs, (*left, *right))))):
-        # 0.91 - 0.90 and 0.81 - 0.80 differ by rounding alone: no spread to compare with.
+        # 0.9 - 0.8 and 0.8 - 0.7 differ by rounding alone: no spread to compare with.
         shift = found.mean if abs(found.mean) > rounding else 0.0
         p_value, effect = (0.0, math.copysign(math.inf, shift)) if shift else (1.0, 0.0)
         found = Estimate(n=found.n, mean=shift, std=0.0, interval=(shift, shift))
@@ -202,7 +202,8 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
         The least number of pairs, at least 2, by the noncentral t distribution (Cohen 1988).
 
     Raises:
-        ValueError: If `difference` is 0 or a value is out of range.
+        ValueError: If `difference` is 0, or next to nothing beside `std`, or a value is out of
+            range.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -216,19 +217,32 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
         raise ValueError(f"`difference` should be finite and not 0. Found {difference}.")
     if not (math.isfinite(std) and std >= 0):
         raise ValueError(f"`std` should be finite and not negative. Found {std}.")
-    effect = abs(difference) / std if std > 0 else math.inf
-    if effect > 1e3:
-        return 2  # where the noncentral t loses its digits, any test finds it
-    t, nct = _distributions().t, _distributions().nct
+    if std == 0:
+        return 2
+    effect = min(abs(difference) / std, 1e100)  # its square is a float still
+    if effect < 1e-100:
+        raise ValueError(
+            f"`difference` should be at least 1e-100 of `std`. Found {difference} and {std}; no "
+            f"number of seeds finds so little."
+        )
+    t, nct, chi2 = _distributions().t, _distributions().nct, _distributions().chi2
     normal = NormalDist()
-    roughly = ((normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) / effect) ** 2
-    if roughly > 1e5:
-        return math.ceil(roughly)  # the two distributions are one
+    z = -normal.inv_cdf(alpha / 2)
+    # Below 0 where chance alone finds it so often: the search then ends at 2.
+    roughly = (max(0.0, z + normal.inv_cdf(power)) / effect) ** 2
+    if roughly > 1e6:
+        # More digits than the search can tell apart. What the t-test needs beyond the normal one
+        # is Guenther's (Sample size formulas for normal theory T tests, 1981), right to 1 / n.
+        return math.ceil(roughly + z**2 / 2)
 
     def enough(n: int) -> bool:
         shift, critical = effect * math.sqrt(n), t.isf(alpha / 2, n - 1)
-        with np.errstate(divide="ignore"):  # SciPy 1.12 warns of small ones, and is right
-            return shift > 40 + critical or nct.sf(critical, n - 1, shift) >= power
+        if shift > 1e3:
+            # SciPy's is wrong or nan from about 1e5. The normal part no longer counts here: all
+            # hangs on the estimated spread.
+            return chi2.cdf((n - 1) * (shift / critical) ** 2, n - 1) >= power
+        with np.errstate(divide="ignore", invalid="ignore"):  # SciPy 1.12 warns, and is right
+            return nct.sf(critical, n - 1, shift) >= power
 
     low, high = 1, 2
     while not enough(high):
@@ -250,7 +264,8 @@ def compare(
 
     The baseline of a cell was trained on everything and pruned and fine-tuned alike; its random
     subset is one of the same size, treated alike in everything else. Only seeds that both have
-    count; a cell that shares none with its reference is left out.
+    count; a cell that shares none with its reference is left out. Of two baselines of one seed,
+    which differ in nothing that matters to it, the first counts.
 
     Args:
         records: The runs.
@@ -266,6 +281,20 @@ def compare(
         ValueError: If a choice is none of these, a cell has two records of one seed, or there is no
             record of the reference.
         ImportError: If SciPy is not installed.
+
+    Example:
+        >>> same = dict(model="lenet", prune_ratio=0.8, sparsity=0.8, finetune_curve=())
+        >>> same |= dict(trained_accuracy=0.97, pruned_accuracy=0.6, fingerprint="")
+        >>> same |= dict(seconds={}, device="cpu", versions={})
+        >>> share = {"baseline": 1.0, "high": 0.1}
+        >>> runs = [
+        ...     Record(**same, mode=m, keep_ratio=share[m], kept=6, seed=seed, finetuned_accuracy=a)
+        ...     for m, pair in {"baseline": (0.98, 0.99), "high": (0.96, 0.98)}.items()
+        ...     for seed, a in enumerate(pair)
+        ... ]
+        >>> for row in compare(runs):
+        ...     print(f"{row.mode}: {row.difference:+.3f}, p = {row.p_holm:.2f}")
+        high: -0.015, p = 0.20
     """
     for name, value, choices in (
         ("against", against, get_args(Against)),
@@ -274,7 +303,14 @@ def compare(
         if value not in choices:
             raise ValueError(f"`{name}` should be one of {', '.join(choices)}. Found {value!r}.")
     groups = _by_cell(records)
-    if not any(cell["mode"] == against for cell, _ in groups.values()):
+    # The baseline sees every sample, whatever share was asked for and however many steps.
+    free = {"mode", "keep_ratio", "equal_steps"} if against == "baseline" else {"mode"}
+    references: dict[tuple[Any, ...], dict[int, Record]] = {}
+    for cell, runs in groups.values():
+        if cell["mode"] == against:
+            key = tuple(cell[name] for name in _CELL if name not in free)
+            references[key] = runs | references.get(key, {})
+    if not references:
         raise ValueError(
             f"`records` should hold the reference. Found none of mode {against!r}; run the grid "
             f"with it, or compare against the other one."
@@ -283,10 +319,7 @@ def compare(
     for cell, runs in groups.values():
         if cell["mode"] in (against, "baseline"):
             continue
-        wanted = {**cell, "mode": against}
-        if against == "baseline":
-            wanted |= {"keep_ratio": 1.0, "equal_steps": False}
-        _, reference = groups.get(tuple(wanted.values()), ({}, {}))
+        reference = references.get(tuple(cell[name] for name in _CELL if name not in free), {})
         if seeds := sorted(runs.keys() & reference.keys()):
             found = paired(
                 [getattr(runs[seed], measure) for seed in seeds],
