@@ -402,3 +402,13 @@ def test_new_weights_are_masked_once_where_the_mask_is_dropped() -> None:
     """The released protocol holds no mask, and so nothing else would apply it."""
     record = drop_hot(protocol="released", reinitialize=True, finetune_epochs=0).run()
     assert record.sparsity == drop_hot(protocol="released", finetune_epochs=0).run().sparsity > 0.5
+
+
+def test_without_fine_tuning_the_accuracy_is_that_of_the_network_that_is_left() -> None:
+    run = drop_hot(reinitialize=True, finetune_epochs=0)
+    record = run.run()
+    assert run.model is not None
+    assert record.finetuned_accuracy == evaluate(run.model, run.test_set)
+    assert record.finetuned_accuracy != record.pruned_accuracy
+    plain = drop_hot(finetune_epochs=0).run()
+    assert plain.finetuned_accuracy == plain.pruned_accuracy

@@ -231,3 +231,30 @@ def test_the_controls_go_with_it() -> None:
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         drop_hot(**changes)
+
+
+def test_a_loop_that_does_not_call_back_is_refused() -> None:
+    """Or all scores would be zero, and the coreset the first samples of the file."""
+
+    def silent(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> None:
+        pass
+
+    with pytest.raises(RuntimeError, match="on_epoch after every epoch, 6 times. Found 0"):
+        drop_hot(protocol="released", fit=silent).score()
+
+
+@pytest.mark.parametrize(
+    ("scores", "ratio", "mode", "words"),
+    [
+        (torch.zeros(4), 7, "high", "`ratio`"),
+        (torch.zeros(4), 0.5, "random", '`mode` should be "high" or "low". Found \'random\''),
+        (torch.zeros(4), 0.5, "Low", "Found 'Low'"),
+        (torch.tensor([0.0, float("nan")]), 0.5, "low", "NaN"),
+        (torch.zeros(4, 2), 0.5, "low", "`scores`"),
+    ],
+)
+def test_select_refuses_what_the_papers_does(
+    scores: torch.Tensor, ratio: Any, mode: Any, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        select(scores, ratio, mode)

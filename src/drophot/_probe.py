@@ -276,7 +276,7 @@ def check_presented(tracker: ForgettingTracker) -> None:
 
 
 def check_called(calls: int, epochs: int) -> None:
-    """Refuse a fine-tuning whose loop did not call back.
+    """Refuse a training whose loop did not call back.
 
     Args:
         calls: How often `on_epoch` was called.

@@ -235,6 +235,7 @@ class DropHot:
                 on_epoch=None if toneva else observe,
             )
             if by_position:
+                _probe.check_called(counts.walks, self.score_epochs)
                 self.tracker, self.scores = None, counts.scores
             else:
                 _probe.check_presented(tracker)
@@ -348,7 +349,7 @@ class DropHot:
             seed=self.seed,
             trained_accuracy=self.trained_accuracy,
             pruned_accuracy=self.pruned_accuracy,
-            finetuned_accuracy=curve[-1] if curve else self.pruned_accuracy,
+            finetuned_accuracy=curve[-1] if curve else training.evaluate(model, self.test_set),
             finetune_curve=tuple(curve),
             sparsity=Masks.from_zeros(model).sparsity,
             seconds=dict(self.seconds),

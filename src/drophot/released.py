@@ -47,6 +47,7 @@ class PositionCounts:
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
         self.scores = torch.zeros(num_samples, dtype=torch.int64)
+        self.walks = 0
         self._order = torch.Generator().manual_seed(seed)
         self._before: Tensor | None = None
 
@@ -63,6 +64,7 @@ class PositionCounts:
         if self._before is not None:
             self.scores += walked != self._before
         self._before = walked
+        self.walks += 1
 
 
 def select(scores: Tensor, ratio: float, mode: Literal["high", "low"]) -> Tensor:
@@ -76,9 +78,15 @@ def select(scores: Tensor, ratio: float, mode: Literal["high", "low"]) -> Tensor
     Returns:
         The kept samples' positions `(K,)`, ascending.
 
+    Raises:
+        ValueError: If `mode` is another one, or :func:`drophot.select` would refuse the rest.
+
     Example:
         >>> select(torch.tensor([1, 0, 1, 1]), 0.5, "high")
         tensor([0, 2])
     """
+    if mode not in ("high", "low"):
+        raise ValueError(f'`mode` should be "high" or "low". Found {mode!r}.')
+    size = len(coreset.select(scores, ratio, mode))  # its checks, too
     order = torch.argsort(scores, descending=mode == "high", stable=True)
-    return order[: coreset.kept(len(scores), ratio)].sort().values.cpu()
+    return order[:size].sort().values.cpu()
