@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from drophot import DropHot, Grid, Record, _random, fit, records
 from drophot._stages import Stage
+from drophot._store import Store
 from drophot.grid import Plan
 from drophot.models import fcnet
 
@@ -249,6 +250,32 @@ def test_the_plan_of_a_store_that_holds_a_part(tmp_path: Path) -> None:
     assert grid(seeds=[0]).plan(tmp_path).seconds == 0
     assert grid().plan(tmp_path / "not there").finetunings == 28
     assert not (tmp_path / "not there").exists()
+
+
+def test_a_plan_only_looks(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert grid().plan(tmp_path / "empty").finetunings == 28
+    assert list((tmp_path / "empty").iterdir()) == []
+    grid(seeds=[0]).run(tmp_path / "store")
+    before = (tmp_path / "store" / "grid.json").read_bytes()
+    grid().plan(tmp_path / "store")
+    assert (tmp_path / "store" / "grid.json").read_bytes() == before
+
+
+def test_a_record_that_is_lost_at_the_end_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not a list with one record less."""
+    tidy = Store.tidy
+
+    def losing(self: Store, order: Any) -> None:
+        tidy(self, order)
+        for path in self.folder.glob("stages/finetune-*prune0.6*"):
+            path.unlink()
+
+    monkeypatch.setattr(Store, "tidy", losing)
+    with pytest.raises(ValueError, match="`line` should be a record"):
+        grid(seeds=[0]).run(tmp_path)
 
 
 def test_the_estimates_are_of_the_right_size(tmp_path: Path) -> None:

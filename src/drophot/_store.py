@@ -109,13 +109,15 @@ class Store:
         return f"drophot {self.key} {found}".encode()
 
 
-def open_store(folder: Path, configuration: Mapping[str, Any], plan: Mapping[str, int]) -> Store:
+def open_store(
+    folder: Path, configuration: Mapping[str, Any], plan: Mapping[str, int] | None
+) -> Store:
     """Make a folder a store, or find that it is one of this configuration.
 
     Args:
         folder: Where it is; made if it is not there.
         configuration: What all of its results depend on.
-        plan: What is to be said of the grid beside it, for a report.
+        plan: What is to be said of the grid beside it, for a report; `None` only looks.
 
     Returns:
         The store.
@@ -141,9 +143,10 @@ def open_store(folder: Path, configuration: Mapping[str, Any], plan: Mapping[str
             f"`store` should be of this grid's configuration. Found another {name} in {folder}: "
             f"{old!r} there, {new!r} here; name another folder or set it as it was."
         )
-    stages.mkdir(parents=True, exist_ok=True)  # first: it is what makes a folder a store
-    content = {"fingerprint": key, "configuration": configuration, "plan": dict(plan)}
-    write_whole(path, json.dumps(content, indent=1).encode())
+    if plan is not None:
+        stages.mkdir(parents=True, exist_ok=True)  # first: it is what makes a folder a store
+        content = {"fingerprint": key, "configuration": configuration, "plan": dict(plan)}
+        write_whole(path, json.dumps(content, indent=1).encode())
     return Store(folder, key)
 
 

@@ -178,8 +178,7 @@ class Grid:
             error.add_note(f"What was finished is in {store}; the same call goes on from there.")
             raise
         opened.tidy(order)
-        found = [opened.load(cell.name) for cell in cells]
-        return [records.from_line(content.decode()) for content in found if content is not None]
+        return [records.from_line((opened.load(cell.name) or b"").decode()) for cell in cells]
 
     def plan(self, store: Path | str | None = None, executor: Any = None) -> Plan:
         """What `run` would do, with an estimate of time and disk from a few measured steps.
@@ -198,7 +197,7 @@ class Grid:
         opened = None
         if store is not None and Path(store).exists():
             configuration, _ = self._configuration()
-            opened = open_store(Path(store), configuration, {"cells": len(cells)})
+            opened = open_store(Path(store), configuration, None)
         return self._plan(cells, self._missing(cells, opened), executor)
 
     def _cells(self) -> Iterator[Stage]:
