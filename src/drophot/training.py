@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset
 
 from drophot import _random
+from drophot._feed import batches, first_sample, in_memory
+from drophot._step import fast_forward, fast_step, takes_channels_last
 from drophot._untouched import untouched
-from drophot.indexing import IndexedDataset
 
-logger = logging.getLogger("drophot")
-
-_CHUNK = 1024  # samples decoded or judged in one go
+_CHUNK = 512  # samples judged in one go: their activations stay in a CPU's cache
 
 
 def fit(
@@ -72,24 +67,26 @@ def fit(
         raise ValueError(f"`batch_size` should be at least 1. Found {batch_size}.")
     device = next(model.parameters()).device
     data = in_memory(dataset, device)
-    width = len(first_sample("dataset", data))
+    with _random.kept():  # a random transform may draw as often as it likes
+        width = len(first_sample("dataset", data))
     if on_batch is not None and width != 3:
         raise ValueError(
             f"`dataset` should give (input, target, index) for `on_batch`. Found samples of "
             f"{width}; wrap the dataset in IndexedDataset."
         )
+    layout = _layout(model, data, device)
     order = torch.Generator().manual_seed(seed)
-    for epoch in range(epochs):
-        model.train()
-        for inputs, targets, *index in batches(data, batch_size, device, shuffle=order):
-            logits = model(inputs)
-            optimizer.zero_grad()
-            F.cross_entropy(logits, targets).backward()
-            optimizer.step()
-            if on_batch is not None:
-                on_batch(index[0], logits.detach(), targets)
-        if on_epoch is not None:
-            on_epoch(epoch)
+    with fast_step(model, optimizer, device) as step:
+        for epoch in range(epochs):
+            model.train()
+            for inputs, targets, *index in batches(
+                data, batch_size, device, shuffle=order, channels_last=layout
+            ):
+                logits = step(inputs, targets)
+                if on_batch is not None:
+                    on_batch(index[0], logits, targets)
+            if on_epoch is not None:
+                on_epoch(epoch)
 
 
 def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
@@ -110,47 +107,11 @@ def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
     """
     with untouched(model) as device:
         data = in_memory(dataset, device)
+        forward, layout = fast_forward(model, device), _layout(model, data, device)
         right = torch.zeros((), dtype=torch.int64, device=device)
-        for inputs, targets, *_ in batches(data, _CHUNK, device):
-            right += (model(inputs).argmax(1) == targets).sum()
+        for inputs, targets, *_ in batches(data, _CHUNK, device, channels_last=layout):
+            right += (forward(inputs).argmax(1) == targets).sum()
     return int(right) / len(data)  # type: ignore[arg-type]
-
-
-def batches(
-    dataset: Dataset[Any],
-    batch_size: int,
-    device: torch.device,
-    *,
-    shuffle: torch.Generator | None = None,
-) -> Iterator[tuple[Tensor, ...]]:
-    """One epoch of a dataset, batch by batch, on a device.
-
-    Args:
-        dataset: What `in_memory` gave, tensors or not.
-        batch_size: Samples a batch, at least 1; the last one holds what is left.
-        device: Where the batches are wanted.
-        shuffle: Draws the order; `None` keeps that of the dataset. The order does not depend on
-            whether the dataset is in memory.
-
-    Yields:
-        Tuples of tensors, as the samples' tuples, each with a first dimension of `B`.
-    """
-    size = len(dataset)  # type: ignore[arg-type]
-    order = None if shuffle is None else torch.randperm(size, generator=shuffle)
-    if isinstance(dataset, TensorDataset):
-        if order is None:
-            yield from zip(*(t.split(batch_size) for t in dataset.tensors), strict=True)
-        else:
-            for part in order.to(device).split(batch_size):
-                yield tuple(tensor[part] for tensor in dataset.tensors)
-        return
-    parts = (torch.arange(size) if order is None else order).split(batch_size)
-    # The loader draws a number even without workers; not from the order's generator.
-    loader = DataLoader(
-        dataset, batch_sampler=[part.tolist() for part in parts], generator=torch.Generator()
-    )
-    for batch in loader:
-        yield tuple(tensor.to(device, non_blocking=True) for tensor in batch)
 
 
 class Fit(Protocol):
@@ -172,119 +133,8 @@ class Fit(Protocol):
         ...
 
 
-def in_memory(dataset: Dataset[Any], device: torch.device | str) -> Dataset[Any]:
-    """Decode a dataset once, to tensors on a device, where that changes nothing.
-
-    A dataset whose samples differ from one reading to the next (random augmentation) must not be
-    frozen. It shows by drawing random numbers from Python, NumPy or torch, or by giving another
-    first sample when read again, and is returned as it is, and so is a dataset that takes more than
-    half of the machine's (or the device's free) memory. Random state is left as it was.
-
-    Args:
-        dataset: Samples `(input, target)` or `(input, target, index)`, inputs of one shape.
-        device: Where the tensors are wanted.
-
-    Returns:
-        A `TensorDataset`, or `dataset` itself.
-
-    Raises:
-        ValueError: If the dataset is empty or has no length.
-        TypeError: If the samples are no tuples of tensors and numbers.
-
-    Example:
-        >>> data = in_memory([(torch.zeros(2), 0), (torch.ones(2), 1)], "cpu")
-        >>> data.tensors
-        (tensor([[0., 0.],
-                [1., 1.]]), tensor([0, 1]))
-    """
+def _layout(model: nn.Module, data: Dataset[Any], device: torch.device) -> bool:
+    """Whether the model is given images with their channels last."""
     with _random.kept():
-        first = default_collate([first_sample("dataset", dataset)])
-        tensors = _tensors(dataset) or _decode(dataset, first, torch.device(device))
-    if tensors is None:
-        return dataset
-    return TensorDataset(*(tensor.to(device) for tensor in tensors))
-
-
-def _tensors(dataset: Any) -> tuple[Tensor, ...] | None:
-    """The tensors of a dataset that is made of tensors already."""
-    if isinstance(dataset, TensorDataset):
-        return dataset.tensors
-    if isinstance(dataset, IndexedDataset):
-        inner = _tensors(dataset.dataset)
-        return inner and (*inner, torch.arange(len(inner[0]), device=inner[0].device))
-    if isinstance(dataset, Subset):
-        inner = _tensors(dataset.dataset)
-        return inner and tuple(t[torch.as_tensor(dataset.indices, device=t.device)] for t in inner)
-    return None
-
-
-def _decode(dataset: Any, first: Any, device: torch.device) -> tuple[Tensor, ...] | None:
-    size = len(dataset)
-    if size * sum(tensor[0].nbytes for tensor in first) > _memory(device) / 2:
-        logger.info("%d samples do not fit in memory: read anew each epoch", size)
-        return None
-    tensors = tuple(torch.empty((size, *t.shape[1:]), dtype=t.dtype) for t in first)
-    fetch = getattr(dataset, "__getitems__", None)
-    before = _random.state()
-    for start in range(0, size, _CHUNK):
-        positions = list(range(start, min(start + _CHUNK, size)))
-        samples = fetch(positions) if fetch else [dataset[i] for i in positions]
-        for tensor, column in zip(tensors, default_collate(samples), strict=True):
-            tensor[start : start + len(positions)] = column
-        if _random.state() != before:
-            break
-    again = default_collate([dataset[0]])
-    same = all(torch.equal(a[:1], b) for a, b in zip(tensors, again, strict=True))
-    if same and _random.state() == before:
-        return tensors
-    logger.info("samples differ from one reading to the next: read anew each epoch")
-    return None
-
-
-def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
-    """A data set's first sample, as far as this module can train on it.
-
-    Args:
-        name: What the caller calls the data set.
-        dataset: The data set.
-
-    Returns:
-        The sample, `(input, target)` or `(input, target, index)`.
-
-    Raises:
-        ValueError: If the data set is empty.
-        TypeError: If it has no length, or the sample is no such tuple.
-    """
-    if not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"`{name}` should be map-style, with `__len__` and `__getitem__`. Found "
-            f"{type(dataset).__name__} without a length."
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` should have at least one sample. Found none.")
-    sample = dataset[0]
-    if (
-        not isinstance(sample, tuple | list)
-        or len(sample) not in (2, 3)
-        or not isinstance(sample[0], Tensor | np.ndarray)
-        or not all(isinstance(part, Tensor | np.ndarray | np.number | int) for part in sample[1:])
-    ):
-        kinds = (
-            f"({', '.join(type(part).__name__ for part in sample)})"
-            if isinstance(sample, tuple | list)
-            else type(sample).__name__
-        )
-        raise TypeError(
-            f"`{name}` should give samples (input, target) or (input, target, index) with a tensor "
-            f"as input. Found {kinds}; images become tensors by a transform such as "
-            f"torchvision.transforms.ToTensor()."
-        )
-    return tuple(sample)
-
-
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")
+        sample = torch.as_tensor(first_sample("dataset", data)[0]).to(device)
+    return takes_channels_last(model, torch.stack([sample, sample]))

@@ -1,0 +1,102 @@
+"""Large linear layers on a CPU, by whichever library is fastest there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+# Products below this many multiplications are over before Python has noticed.
+_LARGE = 1 << 22
+_LARGE_WEIGHT = 1 << 16
+
+
+def fast_linear(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A model whose large linear layers are computed with oneDNN where MKL is slower.
+
+    On AMD's processors MKL uses half the width of AVX-512; oneDNN, which PyTorch brings too and
+    takes for convolutions, uses all of it. Results differ in the last bits. Gives the model itself
+    if it has no large layers, elsewhere than on a CPU with AVX-512, and where PyTorch has no
+    oneDNN.
+
+    Args:
+        model: The model, which does not change.
+        device: Where it is.
+
+    Returns:
+        To be called as the model is.
+    """
+    useful = (
+        device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and any(
+            isinstance(m, nn.Linear) and m.weight.numel() >= _LARGE_WEIGHT for m in model.modules()
+        )
+    )
+    if not useful:
+        return model
+
+    def forward(inputs: Tensor) -> Tensor:
+        with _Mode():
+            return model(inputs)
+
+    return forward
+
+
+class _Mode(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is F.linear and not kwargs and _fits(*args):
+            inputs, weight = args[:2]
+            rows = _Product.apply(inputs.flatten(0, -2), weight, args[2] if len(args) > 2 else None)
+            return rows.view(*inputs.shape[:-1], len(weight))
+        return func(*args, **(kwargs or {}))
+
+
+def _fits(inputs: Any, weight: Any, bias: Any = None) -> bool:
+    plain = all(
+        type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 and t.layout == torch.strided
+        for t in (inputs, weight, *[bias] * (bias is not None))
+    )
+    return (
+        plain
+        and inputs.dim() > 1
+        and weight.dim() == 2
+        and inputs.numel() * len(weight) >= _LARGE
+        and inputs.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and functorch.peek_interpreter_stack() is None  # no vmap or the like
+    )
+
+
+class _Product(torch.autograd.Function):
+    """`a @ b.T + bias` of matrices, and so are its derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        a, b = ctx.saved_tensors
+        for_a, for_b, for_bias = ctx.needs_input_grad
+        return (
+            _Product.apply(grad, b.t(), None) if for_a else None,
+            _Product.apply(grad.t(), a.t(), None) if for_b else None,
+            grad.sum(0) if for_bias else None,
+        )

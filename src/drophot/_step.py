@@ -1,0 +1,205 @@
+"""One optimiser step on a batch, as fast as the device allows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from drophot import _memory, _random
+from drophot._linear import fast_linear
+from drophot._untouched import untouched
+
+logger = logging.getLogger("drophot")
+
+_WARM_UP = 3  # plain steps before one is captured: libraries choose their algorithms there
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[Step]:
+    """A step of training with cross-entropy: `step(inputs, targets)` gives the logits.
+
+    The optimiser works on all parameters at once (`fused`); on a CPU the memory of a step is kept
+    for the next and large linear layers go to the faster library; on a GPU the step is captured
+    once as a CUDA graph and then repeated by one launch.
+
+    Args:
+        model: In training mode.
+        optimizer: Holds the model's parameters. Its settings come back as they were.
+        device: Where the model is.
+
+    Yields:
+        The step. It never waits for the device. Its logits `(B, C)` need no gradient.
+    """
+    forward = fast_forward(model, device)
+
+    def plain(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = forward(inputs)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, targets).backward()
+        optimizer.step()
+        return logits.detach()
+
+    with _fused(model, optimizer, device):
+        if device.type != "cuda":
+            with _memory.held():
+                yield plain
+        elif _can_be_captured(optimizer):
+            yield _Captured(plain, optimizer, device)
+        else:
+            yield plain
+
+
+def fast_forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A model's forward pass, in the mixed precision of the surrounding `torch.autocast`, if any.
+
+    Args:
+        model: The model.
+        device: Where it is.
+
+    Returns:
+        To be called as the model is.
+    """
+    forward = fast_linear(model, device)
+    if not torch.is_autocast_enabled(device.type):
+        return forward
+    dtype = torch.get_autocast_dtype(device.type)
+
+    def mixed(inputs: Tensor) -> Tensor:
+        # A surrounding autocast keeps cast weights until it ends: the next step would not see
+        # what this one has learned.
+        with torch.autocast(device.type, dtype, cache_enabled=False):
+            return forward(inputs)
+
+    return mixed
+
+
+def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether images may be given with their channels last in memory, as convolutions like them.
+
+    Args:
+        model: Comes back as it was.
+        inputs: A few inputs, on the model's device.
+
+    Returns:
+        Whether the model has convolutions, and nothing in it asks for another order in memory.
+    """
+    if inputs.dim() != 4 or not any(p.dim() == 4 for p in model.parameters()):
+        return False
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with untouched(model), torch.enable_grad():
+        try:
+            logits = model(inputs.to(memory_format=torch.channels_last))
+            torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
+        except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
+            return False
+    return True
+
+
+@contextmanager
+def _fused(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[None]:
+    """Let torch's own optimisers update all parameters at once, where nobody chose otherwise."""
+    before = [{name: group.get(name) for name in _SWITCHES} for group in optimizer.param_groups]
+    state = [s for s in optimizer.state.values() if isinstance(s.get("step"), Tensor)]
+    if _is_torchs(optimizer) and not any(getattr(m, "sparse", False) for m in model.modules()):
+        for group in optimizer.param_groups:
+            chosen = [group.get(name, False) for name in ("fused", "foreach", "differentiable")]
+            if chosen == [None, None, False]:
+                group["fused"] = True
+            if "capturable" in group and device.type == "cuda":
+                group["capturable"] = True
+                for parameter_state in state:
+                    parameter_state["step"] = parameter_state["step"].to(device)
+    try:
+        yield
+    finally:
+        for group, values in zip(optimizer.param_groups, before, strict=True):
+            group.update({name: values[name] for name in _SWITCHES if name in group})
+
+
+_SWITCHES = ("fused", "capturable")
+
+
+def _is_torchs(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _can_be_captured(optimizer: Optimizer) -> bool:
+    """Whether all that a step changes is on the device, so that a graph repeats all of it."""
+    plain = isinstance(optimizer, torch.optim.SGD)
+    return _is_torchs(optimizer) and all(
+        plain or g.get("capturable") for g in optimizer.param_groups
+    )
+
+
+class _Captured:
+    """Repeats a step on a GPU by one launch (a CUDA graph) once it has been taken a few times.
+
+    Batches of another shape, as the last of an epoch, are plain steps; so are the next few after a
+    change of the optimiser's settings, such as the learning rate, which a graph would not see. A
+    model that draws from Python's or NumPy's generator, or waits for the device, stays plain.
+    """
+
+    def __init__(self, plain: Step, optimizer: Optimizer, device: torch.device) -> None:
+        self._plain = plain
+        self._optimizer = optimizer
+        self._device = device
+        self._side = torch.cuda.Stream(device)
+        self._settings: Any = None
+        self._shape: Any = None
+        self._steps = 0
+        self._possible = True
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        settings = [
+            group | {"params": [p.requires_grad for p in group["params"]]}
+            for group in self._optimizer.param_groups
+        ]
+        if settings != self._settings:
+            self._settings, self._steps, self._graph = settings, 0, None
+        self._shape = self._shape or inputs.shape
+        if not self._possible or inputs.shape != self._shape:
+            return self._plain(inputs, targets)
+        if self._steps < _WARM_UP:
+            self._steps += 1
+            return self._aside(inputs, targets)
+        if self._graph is None and not self._capture(inputs, targets):
+            return self._plain(inputs, targets)
+        self._inputs.copy_(inputs)
+        self._targets.copy_(targets)
+        self._graph.replay()  # type: ignore[union-attr]
+        return self._logits.clone()
+
+    def _aside(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """A plain step on another stream, as what is captured later has to be prepared."""
+        current = torch.cuda.current_stream(self._device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            logits = self._plain(inputs, targets)
+        current.wait_stream(self._side)
+        return logits
+
+    def _capture(self, inputs: Tensor, targets: Tensor) -> bool:
+        self._inputs, self._targets = inputs.clone(), targets.clone()
+        graph = torch.cuda.CUDAGraph()
+        before = _random.state()
+        try:
+            with _random.kept():
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._logits = self._plain(self._inputs, self._targets)
+                self._possible = _random.state() == before
+        except RuntimeError as error:  # it waited for the device, or there is no memory for it
+            logger.info("steps are not captured as a CUDA graph: %s", error)
+            self._possible = False
+        if self._possible:
+            self._graph = graph
+        return self._possible
