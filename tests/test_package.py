@@ -41,6 +41,7 @@ HOUSE = [
     "pipeline",
     "_store",
     "_stages",
+    "_plan",
     "_executors",
     "grid",
     "stats",

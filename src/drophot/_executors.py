@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import time
@@ -13,10 +14,13 @@ from typing import Any
 
 from torch.utils.data import TensorDataset
 
+from drophot._memory import is_out_of_memory
 from drophot._stages import Stage, compute
 from drophot._store import Store
 from drophot.pipeline import DropHot
 from drophot.records import Record, describe
+
+logger = logging.getLogger("drophot")
 
 
 def check(executor: Any, pipeline: DropHot, threads: int) -> None:
@@ -69,29 +73,37 @@ def send(
     todo: Mapping[Stage, Stage | None],
     task: tuple[DropHot, Store, int, str],
     finished: Callable[[Stage, Record | None], None],
+    *,
+    limit: int | None = None,
 ) -> None:
     """Compute stages on an executor, each as soon as what it needs is there.
+
+    A stage that ran out of memory is computed once more when no other one runs.
 
     Args:
         executor: Computes them.
         todo: The stages in order, and which of them each has to wait for.
         task: What `compute` needs besides: the pipeline, the store, threads and the data's digest.
         finished: Called with each stage that is done, and its record.
+        limit: How many there is memory for at once, if that is less than there are workers.
 
     Raises:
         Exception: Whatever a stage raised. Stages that had not begun are cancelled.
     """
     pipeline, store, threads, data = task
     waiting, running = dict(todo), list[tuple[Any, Stage]]()
+    alone = set[Stage]()  # what ran out of memory, until it is done
     # So many at a time that no worker waits, and so few that what was begun comes first.
     most = 2 * (workers(executor) or len(todo))
     if _starts_all_at_once(executor):
         most = max(1, (os.cpu_count() or 1) // threads)
+    most = min(most, limit or most)
     try:
         while waiting or running:
             pending = {stage for _, stage in running}
             for stage, need in list(waiting.items()):
-                if len(running) < most and need not in waiting and need not in pending:
+                room = stage in alone and not running if alone else len(running) < most
+                if room and need not in waiting and need not in pending:
                     del waiting[stage]
                     future = executor.submit(compute, pipeline, store, stage, threads, data)
                     running.append((future, stage))
@@ -103,8 +115,14 @@ def send(
                 try:
                     record = future.result()
                 except BaseException as error:
+                    if is_out_of_memory(error) and stage not in alone:
+                        logger.warning("%s ran out of memory: once more, alone", stage.name)
+                        alone.add(stage)
+                        waiting[stage] = todo[stage]
+                        continue
                     error.add_note(f"This happened in the stage {stage.name}.")
                     raise
+                alone.discard(stage)
                 finished(stage, record)
             if not done:
                 time.sleep(0.02)
@@ -128,6 +146,18 @@ def workers(executor: Any) -> int | None:
     if (client := getattr(executor, "_client", None)) is not None:  # Dask's
         return len(client.nthreads())  # processes: each computes one stage at a time
     return None
+
+
+def on_this_machine(executor: Any) -> bool:
+    """Whether an executor's workers share this machine's memory, as far as that is known.
+
+    Args:
+        executor: Computes stages.
+
+    Returns:
+        Whether they do: those of process pools, joblib's among them, and of submitit's local one.
+    """
+    return hasattr(executor, "_max_workers") or _starts_all_at_once(executor)
 
 
 def _starts_all_at_once(executor: Any) -> bool:

@@ -128,7 +128,11 @@ def compute(
                 if content is None:
                     raise RuntimeError(f"{need.name} was damaged meanwhile: run the grid again.")
                 before = torch.load(io.BytesIO(content), weights_only=True)
-            found = _COMPUTE[stage.kind](pipeline, stage, before)
+            try:
+                found = _COMPUTE[stage.kind](pipeline, stage, before)
+            finally:
+                if pipeline.device.type == "cuda":
+                    torch.cuda.empty_cache()  # for the other processes
             store.save(stage.name, found)
     return from_line(found.decode()) if stage.kind == "finetune" else None
 

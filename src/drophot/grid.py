@@ -6,22 +6,21 @@ import copy
 import io
 import logging
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
-from drophot import _executors, _probe, _progress, _random, records, training
-from drophot._stages import Stage, compute, limited_threads, score_is_baseline
+from drophot import _executors, _memory, _probe, _progress, records
+from drophot._plan import Plan, estimate
+from drophot._stages import Stage, compute
 from drophot._store import Store, digest, open_store, write_whole
-from drophot.coreset import Mode, kept
+from drophot.coreset import Mode
 from drophot.pipeline import DropHot
 from drophot.records import Record
 
@@ -173,7 +172,9 @@ class Grid:
                         finished(stage, compute(pipeline, opened, stage, self.threads, data))
                 else:
                     task = (pipeline, opened, self.threads, data)
-                    _executors.send(executor, todo, task, finished)
+                    _executors.send(
+                        executor, todo, task, finished, limit=self._room(executor, plan.memory)
+                    )
         except BaseException as error:
             error.add_note(f"What was finished is in {store}; the same call goes on from there.")
             raise
@@ -271,114 +272,34 @@ class Grid:
     def _plan(self, cells: Sequence[Stage], todo: Iterable[Stage], executor: Any) -> Plan:
         stages = list(todo)
         counts = Counter(stage.kind for stage in stages)
+        seconds, size, memory = estimate(self.pipeline, stages, self.threads)
+        data = sum(tensor.nbytes for tensor in self._tensors())
+        if self.pipeline.device.type == "cuda":
+            memory += data  # each worker has its own; of a CPU's they share one
         workers = 1 if executor is None else (_executors.workers(executor) or 1)
-        epochs = sum(stage.epochs(self.pipeline) for stage in stages)
-        seconds, size = self._cost(stages) if stages else (0.0, 0)
-        if executor is not None and stages:
-            size += sum(tensor.nbytes for tensor in self._tensors())
+        workers = min(workers, self._room(executor, memory) or workers)
         return Plan(
             cells=len(cells),
             scorings=counts["score"],
             trainings=counts["train"],
             finetunings=counts["finetune"],
-            epochs=epochs,
+            epochs=sum(stage.epochs(self.pipeline) for stage in stages),
             samples=len(self.pipeline.train_set),  # type: ignore[arg-type]
             workers=workers,
             seconds=seconds / workers,
-            bytes=size,
+            bytes=size + data * bool(executor is not None and stages),
+            memory=memory,
         )
 
-    def _cost(self, stages: Iterable[Stage]) -> tuple[float, int]:
-        """Seconds on one worker, and bytes in the store, of stages."""
-        run = self.pipeline
-        total, tests = len(run.train_set), len(run.test_set)  # type: ignore[arg-type]
-        few = Subset(run.train_set, range(min(total, 16 * run.batch_size)))
-        with limited_threads(self.threads), _random.kept(run.device, seed=0):
-            model = run.factory().to(run.device)
-            optimizer = run.optimizer(model.parameters())
-
-            def train() -> None:
-                run.fit(
-                    model,
-                    few,
-                    1,
-                    optimizer=optimizer,
-                    batch_size=run.batch_size,
-                    seed=0,
-                    on_batch=None,
-                    on_epoch=None,
-                )
-
-            training_pass = _seconds(train) / len(few) * total
-            evaluating = _seconds(lambda: training.evaluate(model, few)) / len(few)
-        seconds, size = 0.0, 0
-        state = sum(tensor.nbytes for tensor in model.state_dict().values())
-        for stage in stages:
-            epochs = stage.epochs(run)
-            seconds += epochs * training_pass
-            if stage.kind == "finetune":
-                seconds += epochs * tests * evaluating
-                size += 1000
-            elif stage.kind == "train":
-                size += state + 8 * kept(total, stage.data_ratio)
-            else:
-                seconds += epochs * total * evaluating
-                size += 8 * total + state * score_is_baseline(run)
-        return seconds, size
+    def _room(self, executor: Any, memory: int) -> int | None:
+        """How many stages there is memory for at once, where that is known."""
+        if executor is None or not memory or not _executors.on_this_machine(executor):
+            return None
+        return max(1, int(0.9 * _memory.available(self.pipeline.device) / memory))
 
     def _tensors(self) -> list[Tensor]:
         sets = (self.pipeline.train_set, self.pipeline.test_set)
         return [t for data in sets if isinstance(data, TensorDataset) for t in data.tensors]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What is still to be done of a grid, as `str` shows it."""
-
-    cells: int
-    """All cells of the grid, done or not."""
-    scorings: int
-    """Trainings on everything that give scores, still to be done."""
-    trainings: int
-    """Trainings on a coreset, still to be done, and on everything if no scoring is one."""
-    finetunings: int
-    """Cells still to be done."""
-    epochs: float
-    """Passes over the full training set still to be done."""
-    samples: int
-    """The size of the full training set."""
-    workers: int
-    """Stages side by side, as far as that is known."""
-    seconds: float
-    """An estimate, from a few measured steps on this machine."""
-    bytes: int
-    """An estimate of what the store will hold more than it does."""
-
-    @property
-    def stages(self) -> int:
-        """All stages still to be done."""
-        return self.scorings + self.trainings + self.finetunings
-
-    def __str__(self) -> str:
-        minutes = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
-        return (
-            f"{self.stages} stages to do for {self.finetunings} of {self.cells} cells "
-            f"({self.scorings} scorings, {self.trainings} trainings, {self.finetunings} "
-            f"fine-tunings), {self.epochs:,.0f} epochs of {self.samples:,} samples: about "
-            f"{minutes} on {self.workers} worker{'s' * (self.workers > 1)}, "
-            f"{self.bytes / 1e6:,.1f} MB."
-        )
-
-
-def _seconds(do: Callable[[], object]) -> float:
-    """How long something takes, once it is warm."""
-    do()
-    times = 0
-    start = time.perf_counter()
-    while times == 0 or (time.perf_counter() - start < 0.2 and times < 10):
-        do()
-        times += 1
-    return (time.perf_counter() - start) / times
 
 
 def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:

@@ -1,0 +1,248 @@
+"""A training step against its floor, what each optimisation gives, and cost against size.
+
+- The floor: the step's operations over the rate of this machine's matrix product, and the bytes
+  that its operators read and write over the bandwidth of a copy; then where the time goes.
+- The parts: batches of 64 through drophot's step as it is, without one of its parts, and without
+  any (plain eager PyTorch), in turn in one run.
+- The sizes: seconds a sample and the peak memory of a process that trains for an epoch, for N
+  samples in memory and models from FCNet to ResNet-50.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from statistics import median
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import save
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from drophot import fit
+from drophot._step import fast_step, takes_channels_last
+from drophot.models import fcnet, lenet, resnet18, resnet50
+
+BATCH = 64
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "fcnet": (fcnet, (1, 28, 28)),
+    "lenet": (lenet, (1, 28, 28)),
+    "resnet18": (resnet18, (3, 32, 32)),
+    "resnet50": (resnet50, (3, 32, 32)),
+}
+PARTS = ("fused optimiser", "channels last", "memory held", "oneDNN for large layers")
+# The beginning of an operator's name, and what it does.
+KINDS = {
+    "aten::mkldnn_convolution": "convolutions, forward",
+    "aten::convolution_backward": "convolutions, backward",
+    "aten::cudnn_convolution": "convolutions, forward",
+    "aten::mm": "linear layers",
+    "aten::addmm": "linear layers",
+    "mkldnn::_linear": "linear layers",
+    "aten::max_pool": "pooling",
+    "aten::avg_pool": "pooling",
+    "aten::fill_": "pooling",
+    "aten::threshold": "activations",
+    "aten::clamp_min": "activations",
+    "aten::native_batch_norm": "normalisation",
+    "aten::_fused": "optimiser",
+    "aten::_log_softmax": "loss",
+    "aten::nll_loss": "loss",
+}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--one", nargs=2, metavar=("MODEL", "N"), help="used by this script itself")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    torch.set_num_threads(1)
+    if options.one:
+        print(json.dumps(one_epoch(options.one[0], int(options.one[1]), device)))
+        return
+    rates = {"gflops": matrix_rate(device), "gb_s": bandwidth(device)}
+    figures: dict[str, Any] = {"rates": rates, "models": {}, "sizes": {}}
+    for name in ("fcnet", "lenet", "resnet18"):
+        figures["models"][name] = floor(name, device, rates) | parts(name, device, options.rounds)
+        print(name, json.dumps(figures["models"][name], indent=2))
+    most = {"fcnet": 6, "lenet": 6, "resnet18": 4, "resnet50": 3}
+    for name, exponent in most.items():
+        for size in [10**e for e in range(3, exponent + 1)]:
+            command = [sys.executable, __file__, "--device", device.type, "--one", name, str(size)]
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            figures["sizes"][f"{name} {size}"] = json.loads(found)
+            print(name, size, found.strip())
+    save(f"step_{device.type}", device, figures)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """10⁹ operations a second, of the fastest product that PyTorch has for a matrix of 1024²."""
+    a = torch.randn(1024, 1024, device=device)
+    products = [lambda: a @ a]
+    if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, a, None, "none", [], ""))
+    return round(2 * 1024**3 / min(seconds(p, 10, device) for p in products) / 1e9, 1)
+
+
+def bandwidth(device: torch.device) -> float:
+    """10⁹ bytes a second, read and written, of a copy that no cache holds."""
+    a = torch.randn(2**26, device=device)
+    b = torch.empty_like(a)
+    return round(2 * a.nbytes / seconds(lambda: b.copy_(a), 5, device) / 1e9, 1)
+
+
+class Bytes(TorchDispatchMode):
+    """Adds up what operators read and write, views aside."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            given = [args, list((kwargs or {}).values()), found]
+            tensors = {t.data_ptr(): t.nbytes for t in flat(given)}
+            self.total += sum(tensors.values())
+        return found
+
+
+def flat(things: Any) -> Iterator[Tensor]:
+    if isinstance(things, Tensor):
+        yield things
+    elif isinstance(things, list | tuple):
+        for thing in things:
+            yield from flat(thing)
+
+
+def floor(name: str, device: torch.device, rates: dict[str, float]) -> dict[str, Any]:
+    with ready(name, device) as step:
+        for _ in range(10):
+            step()
+        with FlopCounterMode(display=False) as operations:
+            plain_step(name, device)()
+        with Bytes() as moved:
+            step()
+        alone = seconds(step, 50, device)
+        with torch.profiler.profile() as profiled:
+            started = perf_counter()
+            for _ in range(20):
+                step()
+            profiled_ms = 1e3 * (perf_counter() - started) / 20
+    spent: dict[str, float] = defaultdict(float)
+    for event in profiled.key_averages():
+        kinds = [kind for start, kind in KINDS.items() if event.key.startswith(start)]
+        if event.key.startswith(("aten::", "mkldnn::")):
+            spent[kinds[0] if kinds else "other operators"] += event.self_cpu_time_total / 20 / 1e3
+    spent["Python and dispatch"] = profiled_ms - sum(spent.values())
+    share = 1e3 * alone / profiled_ms  # a step takes longer under the profiler
+    where = {kind: round(share * value, 3) for kind, value in sorted(spent.items())}
+    flops = operations.get_total_flops()
+    return {
+        "step_ms": round(1e3 * alone, 3),
+        "mflop": round(flops / 1e6, 1),
+        "floor_operations_ms": round(flops / rates["gflops"] / 1e6, 3),
+        "mb": round(moved.total / 1e6, 2),
+        "floor_bytes_ms": round(moved.total / rates["gb_s"] / 1e6, 3),
+        "where_ms": where,
+    }
+
+
+def parts(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Milliseconds of a step, and of one without a part, each side's turns beside the other's."""
+    kinds = {"all": (), **{f"without {part}": (part,) for part in PARTS}, "plain": PARTS}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, without in kinds.items():
+            with ready(name, device, without) as step:
+                step()
+                step()
+                times[kind].append(seconds(step, 5 if name.startswith("resnet") else 50, device))
+    return {
+        "parts_ms": {kind: round(1e3 * median(values), 3) for kind, values in times.items()},
+        "parts_over_all": {
+            kind: round(median(a / b for a, b in zip(values, times["all"], strict=True)), 2)
+            for kind, values in times.items()
+        },
+    }
+
+
+@contextmanager
+def ready(
+    name: str, device: torch.device, without: tuple[str, ...] = ()
+) -> Iterator[Callable[[], Any]]:
+    """A step of drophot's, without some of its parts."""
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = make().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    inputs = torch.randn(BATCH, *shape, device=device)
+    targets = torch.randint(10, (BATCH,), device=device)
+    if "channels last" not in without and takes_channels_last(model, inputs[:2]):
+        inputs = inputs.to(memory_format=torch.channels_last)
+    replaced = {
+        "fused optimiser": ("drophot._step._fused", lambda *_: nullcontext()),
+        "memory held": ("drophot._memory.held", nullcontext),
+        "oneDNN for large layers": ("drophot._step.fast_linear", lambda model, device: model),
+    }
+    with ExitStack() as stack:
+        for part in without:
+            if part in replaced:
+                stack.enter_context(patch(*replaced[part]))
+        step = stack.enter_context(fast_step(model, optimizer, device))
+        yield lambda: step(inputs, targets)
+
+
+def plain_step(name: str, device: torch.device) -> Callable[[], Any]:
+    make, shape = MODELS[name]
+    model, inputs = make().to(device), torch.randn(BATCH, *shape, device=device)
+    targets = torch.zeros(BATCH, dtype=torch.int64, device=device)
+    return lambda: nn.functional.cross_entropy(model(inputs), targets).backward()
+
+
+def one_epoch(name: str, size: int, device: torch.device) -> dict[str, float]:
+    make, shape = MODELS[name]
+    model = make().to(device)
+    data = TensorDataset(
+        torch.rand(size, *shape, device=device), torch.randint(10, (size,), device=device)
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    fit(model, TensorDataset(*(t[:BATCH] for t in data.tensors)), 1, optimizer=optimizer)
+    started = perf_counter()
+    fit(model, data, 1, optimizer=optimizer)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "us_a_sample": round(1e6 * (perf_counter() - started) / size, 2),
+        "data_mb": round(sum(t.nbytes for t in data.tensors) / 1e6, 1),
+        "peak_mb": round(peak / 1e6, 1),
+    }
+
+
+def seconds(work: Callable[[], Any], times: int, device: torch.device) -> float:
+    """Of one call, the median of five rounds."""
+    found = []
+    for _ in range(5):
+        started = perf_counter()
+        for _ in range(times):
+            work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found.append((perf_counter() - started) / times)
+    return median(found)
+
+
+if __name__ == "__main__":
+    main()
