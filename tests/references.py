@@ -1,12 +1,17 @@
 """The definitions, written as plainly as they read; slow, and compared with the library."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from itertools import pairwise
 from math import floor
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 
 def forgetting(
@@ -109,3 +114,35 @@ def position_counts(walks: list[list[int]]) -> list[int]:
         for position, (old, new) in enumerate(zip(before, after, strict=True)):
             counts[position] += old != new
     return counts
+
+
+def plain_fit(
+    model: nn.Module,
+    dataset: Any,
+    epochs: int,
+    *,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int = 64,
+    seed: int = 0,
+    on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
+    on_epoch: Callable[[int], object] | None = None,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Training with cross-entropy as in PyTorch's own tutorials; stands in for `drophot.fit`."""
+    device = next(model.parameters()).device
+    order = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        model.train()
+        for part in torch.randperm(len(dataset), generator=order).split(batch_size):
+            samples = [dataset[i] for i in part.tolist()]
+            inputs, targets, *index = (t.to(device) for t in default_collate(samples))
+            with within():
+                logits = model(inputs)
+                loss = nn.functional.cross_entropy(logits, targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if on_batch:
+                on_batch(index[0], logits.detach(), targets)
+        if on_epoch:
+            on_epoch(epoch)

@@ -236,10 +236,11 @@ def test_a_plan_in_words() -> None:
         workers=2,
         seconds=3600,
         bytes=1_500_000,
+        memory=450_000_000,
     )
     assert str(plan) == (
         "66 stages to do for 55 of 55 cells (1 scorings, 10 trainings, 55 fine-tunings), 590 "
-        "epochs of 50,000 samples: about 60 min on 2 workers, 1.5 MB."
+        "epochs of 50,000 samples: about 60 min on 2 workers of 0.5 GB, 1.5 MB to store."
     )
 
 

@@ -1,4 +1,3 @@
-import logging
 import random
 from collections.abc import Callable
 from functools import partial
@@ -13,9 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from drophot import IndexedDataset, evaluate, fit
-from drophot.training import batches, in_memory
-
-CPU = torch.device("cpu")
 
 
 class Listed(Dataset):
@@ -184,105 +180,6 @@ def test_evaluate_leaves_no_trace() -> None:
     inputs = Listed(2000)
     by_hand = model.eval()(inputs.inputs).argmax(1) == (inputs.inputs.sum(1) > 0)
     assert evaluate(model, inputs) == int(by_hand.sum()) / 2000
-
-
-# --- in memory ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [1, 10, 1024, 2500])
-def test_decoding_gives_the_samples(size: int) -> None:
-    data = Listed(size)
-    tensors = in_memory(data, "cpu")
-    assert isinstance(tensors, TensorDataset)
-    assert torch.equal(tensors.tensors[0], data.inputs)
-    assert torch.equal(tensors.tensors[1], (data.inputs.sum(1) > 0).long())
-    assert tensors.tensors[1].dtype == torch.int64
-
-
-@pytest.mark.parametrize("source", ["torch", "numpy", "python", "its own"])
-def test_random_augmentation_is_never_frozen(source: str, caplog: pytest.LogCaptureFixture) -> None:
-    data = Augmented(source, 50)
-    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    with caplog.at_level(logging.INFO, logger="drophot"):
-        assert in_memory(data, "cpu") is data
-    assert "read anew each epoch" in caplog.text
-    assert random.getstate() == states[0]
-    assert torch.equal(torch.get_rng_state(), states[1])
-    assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
-    seen = []
-    model = model_of()
-    fit(
-        model,
-        IndexedDataset(data),
-        2,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0),
-        on_batch=lambda index, logits, _: seen.append(logits[index.argsort()]),
-    )
-    assert not torch.equal(seen[0], seen[1])
-
-
-def test_augmentation_that_starts_late_is_found_too() -> None:
-    class Late(Listed):
-        def __getitem__(self, i: int) -> tuple[Tensor, int]:
-            inputs, target = super().__getitem__(i)
-            return (inputs + torch.rand(()) if i == 1500 else inputs), target
-
-    assert not isinstance(in_memory(Late(2000), "cpu"), TensorDataset)
-
-
-def test_data_too_large_for_the_memory_is_not_decoded(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = Listed(10)
-    needed = 10 * (3 * 4 + 8)
-    monkeypatch.setattr("drophot._memory.available", lambda device: 2 * needed - 1)
-    with caplog.at_level(logging.INFO, logger="drophot"):
-        assert in_memory(data, "cpu") is data
-    assert "do not fit in memory" in caplog.text
-    monkeypatch.setattr("drophot._memory.available", lambda device: 2 * needed)
-    assert isinstance(in_memory(data, "cpu"), TensorDataset)
-
-
-def test_tensors_are_not_read_sample_by_sample_nor_copied() -> None:
-    base = TensorDataset(torch.randn(10, 3), torch.arange(10) % 2)
-    found = in_memory(base, "cpu")
-    assert isinstance(found, TensorDataset)
-    assert found.tensors[0].data_ptr() == base.tensors[0].data_ptr()
-    wrapped = in_memory(Subset(IndexedDataset(base), [7, 2, 2]), "cpu")
-    assert isinstance(wrapped, TensorDataset)
-    assert wrapped.tensors[2].tolist() == [7, 2, 2]
-    assert torch.equal(wrapped.tensors[0], base.tensors[0][[7, 2, 2]])
-    positions = in_memory(IndexedDataset(Subset(base, [7, 2])), "cpu")
-    assert isinstance(positions, TensorDataset)
-    assert positions.tensors[2].tolist() == [0, 1]
-
-
-def test_batched_reading_is_used() -> None:
-    class Batched(Listed):
-        def __getitems__(self, indices: list[int]) -> list[Any]:
-            self.batched = True
-            return [self[i] for i in indices]
-
-    data = Batched(5)
-    in_memory(data, "cpu")
-    assert data.batched
-
-
-@given(st.integers(1, 40), st.integers(1, 50))
-def test_batches_cover_everything_in_order_or_in_the_same_disorder(
-    size: int, batch_size: int
-) -> None:
-    base = TensorDataset(torch.arange(size).float(), torch.arange(size))
-    unlike = Subset(list(base), range(size))  # the same samples, read one by one
-    plain = [batch[1] for batch in batches(base, batch_size, CPU)]
-    assert torch.cat(plain).tolist() == list(range(size))
-    assert all(len(batch) == batch_size for batch in plain[:-1])
-    for one, other in zip(
-        batches(base, batch_size, CPU, shuffle=torch.Generator().manual_seed(0)),
-        batches(unlike, batch_size, CPU, shuffle=torch.Generator().manual_seed(0)),
-        strict=True,
-    ):
-        assert torch.equal(one[1], other[1])
 
 
 # --- wrong use ---------------------------------------------------------------------------------

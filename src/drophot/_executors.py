@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -121,6 +121,8 @@ def send(
                         waiting[stage] = todo[stage]
                         continue
                     error.add_note(f"This happened in the stage {stage.name}.")
+                    if isinstance(error, BrokenExecutor):
+                        error.add_note("Systems end processes where memory runs out: use fewer.")
                     raise
                 alone.discard(stage)
                 finished(stage, record)

@@ -67,7 +67,7 @@ def in_memory(dataset: Dataset[Any], device: torch.device | str) -> Dataset[Any]
     if tensors is None:
         return dataset
     inputs, *rest = (tensor.to(device) for tensor in tensors)
-    if inputs.dim() == 4:
+    if inputs.dim() == 4 and inputs.nbytes <= _memory.available(device) / 2:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     return TensorDataset(inputs, *rest)
 
@@ -198,8 +198,10 @@ class _Batches(Dataset[tuple[Tensor, ...]]):
 def _loaded(found: _Batches, device: torch.device) -> Iterator[tuple[Tensor, ...]]:
     workers = min(torch.get_num_threads(), len(found) // 8)
     # Elsewhere processes are not forked, and would run the user's script anew; a daemon may have
-    # none; and what has a generator of its own would start from the same numbers in each epoch.
-    if sys.platform != "linux" or current_process().daemon or _reads(found.dataset) == "its own":
+    # none; tensors may be on a GPU; and what has a generator of its own would start from the same
+    # numbers in each epoch.
+    one = sys.platform != "linux" or current_process().daemon or _tensors(found.dataset) is not None
+    if one or _reads(found.dataset) == "its own":
         workers = 0
     loader = DataLoader(
         found,

@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _autograd as autograd
 from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+# Whether someone else keeps what the backward pass needs. torch before 2.8 does not say.
+_hooks = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 # Products below this many multiplications are over before Python has noticed.
 _LARGE = 1 << 22
@@ -79,6 +83,8 @@ def _fits(inputs: Any, weight: Any, bias: Any = None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and functorch.peek_interpreter_stack() is None  # no vmap or the like
+        # Activation checkpointing computes again in the backward pass, where the mode is no more.
+        and _hooks(True) is None
     )
 
 

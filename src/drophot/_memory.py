@@ -43,7 +43,7 @@ def needed(model: nn.Module, inputs: Tensor, targets: Tensor) -> int:
     """The memory of a training step: weights, gradients, two averages, and what backward needs.
 
     Args:
-        model: The model, which does not change.
+        model: The model. As in training, BatchNorm's averages move on.
         inputs: A batch, on the model's device.
         targets: Its targets.
 
@@ -61,6 +61,8 @@ def needed(model: nn.Module, inputs: Tensor, targets: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = F.cross_entropy(model(inputs), targets)
     del loss  # so long the addresses stay those of different tensors
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     return 4 * weights + sum(kept.values())
 
 
@@ -95,8 +97,10 @@ def held() -> Iterator[None]:
     library = ctypes.CDLL(None)
 
     def set_limits(mmap: int, trim: int, pad: int) -> None:
-        for option, value in ((_MMAP, mmap), (_TRIM, trim), (_TOP_PAD, pad)):
-            library.mallopt(option, value)
+        if not library.mallopt(_MMAP, mmap):
+            library.mallopt(_MMAP, 32 * _MB)  # the most that older versions take
+        library.mallopt(_TRIM, trim)
+        library.mallopt(_TOP_PAD, pad)
 
     set_limits(1024 * _MB, 1024 * _MB, 64 * _MB)
     try:

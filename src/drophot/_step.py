@@ -52,7 +52,7 @@ def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> I
         if device.type != "cuda":
             with _memory.held():
                 yield plain
-        elif _can_be_captured(optimizer):
+        elif _can_be_captured(model, optimizer):
             yield _Captured(plain, optimizer, device)
         else:
             yield plain
@@ -98,7 +98,8 @@ def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
     with untouched(model), torch.enable_grad():
         try:
             logits = model(inputs.to(memory_format=torch.channels_last))
-            torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
+            if logits.requires_grad:
+                torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
         except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
             return False
     return True
@@ -108,44 +109,60 @@ def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
 def _fused(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[None]:
     """Let torch's own optimisers update all parameters at once, where nobody chose otherwise."""
     before = [{name: group.get(name) for name in _SWITCHES} for group in optimizer.param_groups]
-    state = [s for s in optimizer.state.values() if isinstance(s.get("step"), Tensor)]
     if _is_torchs(optimizer) and not any(getattr(m, "sparse", False) for m in model.modules()):
+        # Older versions of torch refuse a fused Adagrad on a GPU; other devices were not tried.
+        known = device.type == "cpu" or (
+            device.type == "cuda" and not isinstance(optimizer, torch.optim.Adagrad)
+        )
         for group in optimizer.param_groups:
             chosen = [group.get(name, False) for name in ("fused", "foreach", "differentiable")]
-            if chosen == [None, None, False]:
+            real = all(p.is_floating_point() for p in group["params"])
+            if chosen == [None, None, False] and real and known:
                 group["fused"] = True
             if "capturable" in group and device.type == "cuda":
                 group["capturable"] = True
-                for parameter_state in state:
-                    parameter_state["step"] = parameter_state["step"].to(device)
+                for state in optimizer.state.values():
+                    for name in _COUNTERS & state.keys():
+                        state[name] = torch.as_tensor(state[name], device=device)
     try:
         yield
     finally:
-        for group, values in zip(optimizer.param_groups, before, strict=True):
+        # Groups may have joined in the meantime.
+        for group, values in zip(optimizer.param_groups, before, strict=False):
             group.update({name: values[name] for name in _SWITCHES if name in group})
 
 
 _SWITCHES = ("fused", "capturable")
+_COUNTERS = {"step", "mu_product"}  # what optimisers keep on the CPU, unless they are capturable
 
 
 def _is_torchs(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim.")
 
 
-def _can_be_captured(optimizer: Optimizer) -> bool:
+def _can_be_captured(model: nn.Module, optimizer: Optimizer) -> bool:
     """Whether all that a step changes is on the device, so that a graph repeats all of it."""
     plain = isinstance(optimizer, torch.optim.SGD)
-    return _is_torchs(optimizer) and all(
-        plain or g.get("capturable") for g in optimizer.param_groups
-    )
+    known = all(plain or group.get("capturable") for group in optimizer.param_groups)
+    # A hook is Python, such as that of a tracker, and would be called once.
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    hooked = any(getattr(module, kind) for module in model.modules() for kind in kinds)
+    return _is_torchs(optimizer) and known and not hooked
+
+
+def _value(setting: Any) -> Any:
+    """A number from a tensor on the CPU, such as a learning rate, which may change in place."""
+    return setting.tolist() if isinstance(setting, Tensor) and setting.is_cpu else setting
 
 
 class _Captured:
     """Repeats a step on a GPU by one launch (a CUDA graph) once it has been taken a few times.
 
     Batches of another shape, as the last of an epoch, are plain steps; so are the next few after a
-    change of the optimiser's settings, such as the learning rate, which a graph would not see. A
-    model that draws from Python's or NumPy's generator, or waits for the device, stays plain.
+    change of what a graph would not see: the optimiser's settings, state and hooks, and which
+    parameters are trained. A model that has hooks of its own, draws from Python's or NumPy's
+    generator, or waits for the device, stays plain. What else a forward pass does in Python, such
+    as to count its calls, happens once.
     """
 
     def __init__(self, plain: Step, optimizer: Optimizer, device: torch.device) -> None:
@@ -160,24 +177,32 @@ class _Captured:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        settings = [
-            group | {"params": [p.requires_grad for p in group["params"]]}
-            for group in self._optimizer.param_groups
-        ]
-        if settings != self._settings:
-            self._settings, self._steps, self._graph = settings, 0, None
         self._shape = self._shape or inputs.shape
         if not self._possible or inputs.shape != self._shape:
             return self._plain(inputs, targets)
+        if self._fixed() != self._settings:
+            self._steps, self._graph = 0, None
         if self._steps < _WARM_UP:
             self._steps += 1
-            return self._aside(inputs, targets)
+            logits = self._aside(inputs, targets)
+            self._settings = self._fixed()  # the first step makes the optimiser's averages
+            return logits
         if self._graph is None and not self._capture(inputs, targets):
             return self._plain(inputs, targets)
         self._inputs.copy_(inputs)
         self._targets.copy_(targets)
         self._graph.replay()  # type: ignore[union-attr]
         return self._logits.clone()
+
+    def _fixed(self) -> list[Any]:
+        """What a graph takes as it is when it is captured, and would not see change."""
+        optimizer, fixed = self._optimizer, []
+        for group in optimizer.param_groups:
+            fixed += [(p.requires_grad, p.data_ptr()) for p in group["params"]]
+            fixed += [_value(group[name]) for name in group if name != "params"]
+        averages = [id(value) for state in optimizer.state.values() for value in state.values()]
+        hooks = [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
+        return fixed + averages + hooks
 
     def _aside(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """A plain step on another stream, as what is captured later has to be prepared."""

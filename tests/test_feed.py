@@ -1,0 +1,369 @@
+import logging
+import os
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_training import Augmented, Listed, model_of
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from drophot import IndexedDataset, _feed, _random, fit
+from drophot._feed import batches, in_memory
+
+CPU = torch.device("cpu")
+GLOBAL = ["torch", "numpy", "python"]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def images(size: int, channels: int = 3) -> TensorDataset:
+    return TensorDataset(torch.rand(size, channels, 6, 5), torch.arange(size))
+
+
+def read(data: Dataset[Any], seed: int = 0, epochs: int = 1) -> list[list[Tensor]]:
+    """Each epoch's batches of two samples, inputs only, of a dataset as it is."""
+    order = generator(seed)
+    return [[inputs for inputs, *_ in batches(data, 2, CPU, shuffle=order)] for _ in range(epochs)]
+
+
+def equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drophot._memory.available", lambda device: 0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+# --- in memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 10, 1024, 2500])
+def test_decoding_gives_the_samples(size: int) -> None:
+    data = Listed(size)
+    tensors = in_memory(data, "cpu")
+    assert isinstance(tensors, TensorDataset)
+    assert torch.equal(tensors.tensors[0], data.inputs)
+    assert torch.equal(tensors.tensors[1], (data.inputs.sum(1) > 0).long())
+    assert tensors.tensors[1].dtype == torch.int64
+
+
+@given(st.integers(1, 20), st.integers(1, 4), st.integers(1, 4), st.booleans())
+def test_images_are_kept_with_their_channels_last_and_are_the_same(
+    size: int, channels: int, width: int, indexed: bool
+) -> None:
+    base = TensorDataset(torch.rand(size, channels, 3, width), torch.arange(size))
+    one_by_one = Subset(list(base), range(size))
+    for data in (base, one_by_one):
+        found = in_memory(IndexedDataset(data) if indexed else data, "cpu")
+        assert isinstance(found, TensorDataset)
+        assert found.tensors[0].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(found.tensors[0], base.tensors[0])
+        assert all(part.tolist() == list(range(size)) for part in found.tensors[1:])
+        assert len(found.tensors) == 2 + indexed
+
+
+@pytest.mark.parametrize("source", [*GLOBAL, "its own"])
+def test_random_augmentation_is_never_frozen(source: str, caplog: pytest.LogCaptureFixture) -> None:
+    data = Augmented(source, 50)
+    states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    with caplog.at_level(logging.INFO, logger="drophot"):
+        assert in_memory(data, "cpu") is data
+    assert "read anew each epoch" in caplog.text
+    assert random.getstate() == states[0]
+    assert torch.equal(torch.get_rng_state(), states[1])
+    assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
+    seen = []
+    model = model_of()
+    fit(
+        model,
+        IndexedDataset(data),
+        2,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0),
+        on_batch=lambda index, logits, _: seen.append(logits[index.argsort()]),
+    )
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_augmentation_that_starts_late_is_found_too() -> None:
+    class Late(Listed):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            inputs, target = super().__getitem__(i)
+            return (inputs + torch.rand(()) if i == 1500 else inputs), target
+
+    assert not isinstance(in_memory(Late(2000), "cpu"), TensorDataset)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_flip_that_leaves_half_the_samples_alone_is_found(seed: int) -> None:
+    class Flipped(Listed):
+        own = np.random.default_rng(seed)  # no global generator tells of it
+
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            inputs, target = super().__getitem__(i)
+            return (inputs.flip(0) if self.own.random() < 0.5 else inputs), target
+
+    data = Flipped(100)
+    assert in_memory(data, "cpu") is data
+
+
+def test_data_too_large_for_the_memory_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = Listed(10)
+    needed = 10 * (3 * 4 + 8)
+    monkeypatch.setattr("drophot._memory.available", lambda device: 2 * needed - 1)
+    with caplog.at_level(logging.INFO, logger="drophot"):
+        assert in_memory(data, "cpu") is data
+    assert "do not fit in memory" in caplog.text
+    monkeypatch.setattr("drophot._memory.available", lambda device: 2 * needed)
+    assert isinstance(in_memory(data, "cpu"), TensorDataset)
+
+
+def test_a_warning_says_how_much_did_not_fit(
+    no_memory: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Large(Listed):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return torch.zeros(1).expand(250_000), 0  # 1 MB and 8 bytes
+
+    with caplog.at_level(logging.WARNING, logger="drophot"):
+        in_memory(Large(3400), "cpu")
+    assert "3400 samples of together 3.4 GB do not fit in memory (cpu)" in caplog.text
+
+
+def test_tensors_are_not_read_sample_by_sample_nor_copied(no_memory: None) -> None:
+    """However much memory there is: they are in it already."""
+    base = TensorDataset(torch.randn(10, 3), torch.arange(10) % 2)
+    found = in_memory(base, "cpu")
+    assert isinstance(found, TensorDataset)
+    assert found.tensors[0].data_ptr() == base.tensors[0].data_ptr()
+    wrapped = in_memory(Subset(IndexedDataset(base), [7, 2, 2]), "cpu")
+    assert isinstance(wrapped, TensorDataset)
+    assert wrapped.tensors[2].tolist() == [7, 2, 2]
+    assert torch.equal(wrapped.tensors[0], base.tensors[0][[7, 2, 2]])
+    positions = in_memory(IndexedDataset(Subset(base, [7, 2])), "cpu")
+    assert isinstance(positions, TensorDataset)
+    assert positions.tensors[2].tolist() == [0, 1]
+
+
+class Elsewhere(Tensor):
+    """Says that it is on another device than it is."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("meta")
+
+
+def test_tensors_too_large_for_the_device_stay_where_they_are_and_are_read_in_batches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = torch.rand(10, 3)
+    far = TensorDataset(inputs.as_subclass(Elsewhere), torch.arange(10))
+    monkeypatch.setattr("drophot._memory.available", lambda device: 2 * 10 * (3 * 4 + 8) - 1)
+    assert in_memory(far, "cpu") is far
+    reads = []
+    plain = _feed._read
+    monkeypatch.setattr(_feed, "_read", lambda data, at: reads.append(len(at)) or plain(data, at))
+    near = TensorDataset(inputs, torch.arange(10))
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorDataset, "__getitem__", lambda *_: pytest.fail("one by one"))
+        for one, other in zip(batches(far, 4, CPU), batches(near, 4, CPU), strict=True):
+            assert equal(list(one), list(other))
+    assert reads[-3:] == [4, 4, 2]
+    monkeypatch.setattr("drophot._memory.available", lambda device: 2 * 10 * (3 * 4 + 8))
+    assert in_memory(far, "cpu") is not far, "what fits goes to the device"
+
+
+def test_tensors_go_to_the_device() -> None:
+    found = in_memory(TensorDataset(torch.rand(10, 3), torch.arange(10)), "meta")
+    assert isinstance(found, TensorDataset)
+    assert [tensor.device.type for tensor in found.tensors] == ["meta", "meta"]
+    for batch in batches(Listed(10), 4, torch.device("meta")):
+        assert [tensor.device.type for tensor in batch] == ["meta", "meta"]
+
+
+def test_batched_reading_is_used() -> None:
+    class Batched(Listed):
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            self.batched = True
+            return [self[i] for i in indices]
+
+    data = Batched(5)
+    in_memory(data, "cpu")
+    assert data.batched
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 50))
+def test_batches_cover_everything_in_order_or_in_the_same_disorder(
+    size: int, batch_size: int
+) -> None:
+    base = TensorDataset(torch.arange(size).float(), torch.arange(size))
+    unlike = Subset(list(base), range(size))  # the same samples, read one by one
+    plain = [batch[1] for batch in batches(base, batch_size, CPU)]
+    assert torch.cat(plain).tolist() == list(range(size))
+    assert all(len(batch) == batch_size for batch in plain[:-1])
+    for one, other in zip(
+        batches(base, batch_size, CPU, shuffle=generator()),
+        batches(unlike, batch_size, CPU, shuffle=generator()),
+        strict=True,
+    ):
+        assert torch.equal(one[1], other[1])
+
+
+def test_the_order_is_what_the_generator_draws() -> None:
+    """So that a user's own loop can take the same one."""
+    base, order, plain = TensorDataset(torch.arange(20), torch.arange(20)), generator(), generator()
+    for _ in range(3):
+        found = torch.cat([inputs for inputs, _ in batches(base, 6, CPU, shuffle=order)])
+        assert torch.equal(found, torch.randperm(20, generator=plain))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("decoded", [True, False])
+def test_images_come_with_their_channels_where_they_are_wanted(
+    channels: int, last: bool, decoded: bool
+) -> None:
+    """Strides of one channel say nothing; what a convolution makes of them does."""
+    base = images(10, channels)
+    data: Dataset[Any] = IndexedDataset(base)
+    data = in_memory(data, "cpu") if decoded else Subset(list(data), range(10))
+    wanted = torch.channels_last if last else torch.contiguous_format
+    weight = torch.rand(4, channels, 3, 3)
+    sizes = []
+    for inputs, targets, index in batches(data, 4, CPU, shuffle=generator(), channels_last=last):
+        assert torch.equal(inputs, base.tensors[0][index])
+        assert torch.equal(targets, index)
+        assert inputs.is_contiguous(memory_format=wanted)
+        if torch.backends.mkldnn.is_available():
+            assert torch.nn.functional.conv2d(inputs, weight).is_contiguous(memory_format=wanted)
+        sizes.append(len(index))
+    assert sizes == [4, 4, 2]
+
+
+class Processes(Listed):
+    """The target is the process that read the sample."""
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.inputs[i], os.getpid()
+
+
+def test_what_does_not_fit_is_read_by_workers_in_the_same_order(
+    no_memory: None, two_threads: None
+) -> None:
+    data = Processes(63)
+    assert in_memory(data, "cpu") is data
+    near = TensorDataset(data.inputs, torch.zeros(63))
+    readers = []
+    for one, other in zip(
+        batches(IndexedDataset(data), 2, CPU, shuffle=generator()),
+        batches(near, 2, CPU, shuffle=generator()),
+        strict=True,
+    ):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[0], data.inputs[one[2]])
+        assert (one[1] == one[1][0]).all(), "a batch is read by one process"
+        readers.append(int(one[1][0]))
+    assert len(readers) == 32
+    assert len(set(readers)) == 2
+    assert os.getpid() not in readers
+
+
+def test_few_batches_are_read_here(two_threads: None) -> None:
+    assert {int(pid) for _, pids in batches(Processes(14), 2, CPU) for pid in pids} == {os.getpid()}
+
+
+def test_a_daemon_has_no_workers(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_feed, "current_process", lambda: SimpleNamespace(daemon=True))
+    assert {int(pid) for _, pids in batches(Processes(64), 2, CPU) for pid in pids} == {os.getpid()}
+
+
+@pytest.mark.parametrize("source", GLOBAL)
+def test_augmentation_is_the_same_whoever_reads(
+    source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for workers in (0, 1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda workers=workers: workers)
+        found.append(read(Augmented(source, 64), epochs=2))
+    for epoch in (0, 1):
+        assert equal(found[0][epoch], found[1][epoch])
+        assert equal(found[0][epoch], found[2][epoch])
+
+
+class Noise(Augmented):
+    """What was drawn, and nothing else."""
+
+    def __init__(self, source: str, size: int = 64) -> None:
+        super().__init__(source, size)
+        self.inputs = torch.zeros(size, 1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("source", [*GLOBAL, "its own"])
+def test_augmentation_differs_between_samples_batches_and_epochs(
+    source: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    drawn = torch.cat([batch for epoch in read(Noise(source), epochs=3) for batch in epoch])
+    assert len(drawn) == 3 * 64
+    assert len(drawn.unique()) == len(drawn)
+
+
+@pytest.mark.parametrize("source", GLOBAL)
+def test_one_seed_gives_one_augmentation_and_another_another(source: str) -> None:
+    assert equal(read(Noise(source), 5)[0], read(Noise(source), 5)[0])
+    assert not equal(read(Noise(source), 5)[0], read(Noise(source), 6)[0])
+
+
+def test_a_dataset_with_its_own_generator_is_read_in_this_process(two_threads: None) -> None:
+    class Own(Noise):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return super().__getitem__(i)[0], os.getpid()
+
+    assert {int(pid) for _, pids in batches(Own("its own"), 2, CPU) for pid in pids} == {
+        os.getpid()
+    }
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("source", GLOBAL)
+def test_reading_leaves_the_callers_random_state_alone(
+    source: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    before = _random.state()
+    for _ in batches(Augmented(source, 64), 2, CPU, shuffle=generator()):
+        assert _random.state() == before
+    assert _random.state() == before
+
+
+def test_what_a_worker_raises_reaches_the_caller(two_threads: None) -> None:
+    class Broken(Listed):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            if i == 13:
+                raise ValueError("sample 13 is broken")
+            return super().__getitem__(i)
+
+    with pytest.raises(ValueError, match=r"worker process[\s\S]*sample 13 is broken"):
+        list(batches(Broken(64), 2, CPU))
