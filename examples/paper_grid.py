@@ -1,32 +1,42 @@
-"""The paper's grid on MNIST with FCNet or LeNet: data ratios, modes, prune ratios and seeds.
+"""The paper's grid: data ratios, modes, prune ratios and seeds, for any of the paper's networks.
 
-For each seed one network is trained on all 60,000 images, which gives the forgetting scores and is
-the baseline; then one on the least forgotten samples, on the most forgotten and on a random subset,
-for each data ratio; each of these is pruned layer by layer to each prune ratio and fine-tuned on
-all images with the removed weights held at zero. Adam, learning rate 1e-3, batches of 64, inputs in
-[-1, 1], test accuracy of the last epoch. Stopped or killed, the same command goes on where it was.
+FCNet and LeNet learn MNIST; ResNet-18 and ResNet-50 learn CIFAR-10, CIFAR-100 or a folder of images
+of one size, train/CLASS/*.jpg and test/CLASS/*.jpg (or .png).
+
+For each seed one network is trained on all images, which gives the forgetting scores and is the
+baseline; then one on the least forgotten samples, on the most forgotten and on a random subset, for
+each data ratio; each of these is pruned layer by layer to each prune ratio and fine-tuned on all
+images with the removed weights held at zero. Adam, learning rate 1e-3, batches of 64, inputs in
+[-1, 1], no augmentation, test accuracy of the last epoch. Stopped or killed, the same command goes
+on where it was.
 """
 
 import os
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
+from torch.utils.data import Dataset
 from torchvision import transforms
-from torchvision.datasets import MNIST
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, ImageFolder
 
 from drophot import DropHot, Grid, report
-from drophot.models import fcnet, lenet
+from drophot.models import fcnet, lenet, resnet18, resnet50
 
-MODELS = {"fcnet": fcnet, "lenet": lenet}
+GREY = {"fcnet": fcnet, "lenet": lenet}  # for images of 28x28, in grey
+COLOURED = {"resnet18": resnet18, "resnet50": resnet50}
+DATA = {"mnist": MNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data-root", default="data", help="where MNIST/raw is")
-    parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
-    parser.add_argument("--model", default="fcnet", choices=list(MODELS))
+    parser.add_argument("--model", default="fcnet", choices=[*GREY, *COLOURED])
+    parser.add_argument("--data", default="mnist", choices=[*DATA, "folder"])
+    parser.add_argument("--data-root", default="data", help="where MNIST/raw or the like is")
+    parser.add_argument("--download", action="store_true", help="fetch the data if it is not there")
     parser.add_argument("--protocol", default="paper", choices=["paper", "released"])
     parser.add_argument("--data-ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--modes", nargs="+", default=["low", "high", "random"])
@@ -40,16 +50,20 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("paper_grid"), help="folder of results")
     parser.add_argument("--plan", action="store_true", help="say what it would take, and stop")
     options = parser.parse_args()
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    if (options.model in GREY) != (options.data == "mnist"):
+        parser.error(f"{options.model} does not take the images of --data {options.data}")
     try:
-        train_set = MNIST(options.data_root, True, transform, download=options.download)
-        test_set = MNIST(options.data_root, False, transform)
-    except RuntimeError as error:
-        parser.error(f"no MNIST in {options.data_root} ({error}); give --download")
+        train_set, test_set = read(options)
+    except (FileNotFoundError, RuntimeError) as error:
+        cure = "give another --data-root" if options.data == "folder" else "give --download"
+        parser.error(f"no {options.data} in {options.data_root} ({error}); {cure}")
 
+    model = GREY.get(options.model)
+    if model is None:
+        model = partial(COLOURED[options.model], len(train_set.classes))  # type: ignore[attr-defined]
     finetune = options.finetune_epochs
     pipeline = DropHot(
-        MODELS[options.model],
+        model,
         train_set,
         test_set,
         data_ratio=0.5,  # this, the mode, the prune ratio and the seed are the grid's to set
@@ -78,6 +92,17 @@ def main() -> None:
     print(report.table(records))
     page = report.html(options.store, options.store / "report.html")
     print(f"\nRecords: {options.store / 'records.jsonl'}. Report: {page}")
+
+
+def read(options: Namespace) -> tuple[Dataset[Any], Dataset[Any]]:
+    scale = transforms.Normalize(0.5, 0.5)  # [0, 1] to [-1, 1]
+    transform = transforms.Compose([transforms.ToTensor(), scale])
+    root = Path(options.data_root)
+    if options.data == "folder":
+        return ImageFolder(root / "train", transform), ImageFolder(root / "test", transform)
+    kind, fetch = DATA[options.data], options.download
+    train_set = kind(root, train=True, transform=transform, download=fetch)
+    return train_set, kind(root, train=False, transform=transform, download=fetch)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,12 @@ def rows(output: str) -> list[list[str]]:
     return found[2:]
 
 
-def test_the_six_examples_are_there() -> None:
+def test_the_five_examples_are_there() -> None:
     assert EXAMPLES == [
         "ddp.py",
         "find_mislabeled.py",
         "paper_grid.py",
         "quickstart.py",
-        "resnet_cifar.py",
         "your_own_loop.py",
     ]
 
@@ -107,7 +106,7 @@ def test_paper_grid_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
     assert run("paper_grid.py", *arguments, folder=tmp_path) == output, "nothing left to do"
 
 
-def test_resnet_cifar_on_an_image_folder(tmp_path: Path) -> None:
+def test_paper_grid_with_a_resnet_on_a_folder_of_images(tmp_path: Path) -> None:
     """Small images made here, in folders named after their classes, as PNG files."""
     pytest.importorskip("torchvision")
     import numpy as np
@@ -122,29 +121,45 @@ def test_resnet_cifar_on_an_image_folder(tmp_path: Path) -> None:
                 pixels = chance.integers(0, 90, (32, 32, 3), dtype=np.uint8)
                 pixels[..., label] += 150
                 Image.fromarray(pixels).save(folder / f"{i}.png")
+    images = ("--data", "folder", "--data-root", str(tmp_path / "images"), "--model", "resnet18")
     output = run(
-        "resnet_cifar.py",
-        *("--data", "folder", "--data-root", str(tmp_path / "images"), "--model", "resnet18"),
-        *("--epochs", "2", "--data-ratio", "0.5", "--batch-size", "6"),
+        "paper_grid.py",
+        *(*images, "--epochs", "2", "--seeds", "0", "--jobs", "1"),
+        *("--data-ratios", "0.5", "--prune-ratios", "0.8"),
         folder=tmp_path,
     )
     found = rows(output)
-    assert [row[1] for row in found] == ["high", "low", "random", "baseline"]
-    assert [row[3] for row in found] == ["18", "18", "18", "36"]
-    assert {row[9] for row in found} == {"80.00"}
+    assert [row[1] for row in found] == ["baseline", "baseline", "low", "high", "random"]
+    assert [row[3] for row in found] == ["36", "36", "18", "18", "18"]
+    assert [row[9] for row in found] == ["0.00"] + 4 * ["80.00"]
+
+
+def test_paper_grid_refuses_images_that_a_network_does_not_take(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")
+    for wrong in (("--model", "lenet", "--data", "cifar10"), ("--model", "resnet18")):
+        assert "does not take the images of --data" in refused("paper_grid.py", *wrong, at=tmp_path)
 
 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    for name in ("paper_grid.py", "resnet_cifar.py", "find_mislabeled.py"):
-        result = subprocess.run(
-            [sys.executable, str(ROOT / "examples" / name), "--data-root", "nowhere"],
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-        )
-        assert result.returncode != 0
-        assert "nowhere" in result.stderr
-        assert "--download" in result.stderr
-        assert "Traceback" not in result.stderr
+    for name in ("paper_grid.py", "find_mislabeled.py"):
+        said = refused(name, "--data-root", "nowhere", at=tmp_path)
+        assert "nowhere" in said
+        assert "--download" in said
+    resnet = ("--model", "resnet18", "--data-root", "nowhere", "--data")
+    assert "--download" in refused("paper_grid.py", *resnet, "cifar100", at=tmp_path)
+    assert "give another --data-root" in refused("paper_grid.py", *resnet, "folder", at=tmp_path)
+
+
+def refused(name: str, *arguments: str, at: Path) -> str:
+    """What an example says that does not start."""
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=at,
+    )
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    return result.stderr
