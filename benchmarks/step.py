@@ -3,19 +3,19 @@
 - The floor: the step's operations over the rate of this machine's matrix product, and the bytes
   that its operators read and write over the bandwidth of a copy; then where the time goes.
 - The parts: batches of 64 through drophot's step as it is, without one of its parts, and without
-  any (plain eager PyTorch), in turn in one run.
+  any (plain eager PyTorch), in turn in one run, each time in a process of its own.
 - The sizes: seconds a sample and the peak memory of a process that trains for an epoch, for N
   samples in memory and models from FCNet to ResNet-50.
 """
 
 import json
-import resource
 import subprocess
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -63,13 +63,17 @@ KINDS = {
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "N"), help="used by this script itself")
+    parser.add_argument("--part", nargs=2, metavar=("MODEL", "KIND"), help="likewise")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(1)
     if options.one:
         print(json.dumps(one_epoch(options.one[0], int(options.one[1]), device)))
+        return
+    if options.part:
+        print(json.dumps(part(*options.part, device=device)))
         return
     rates = {"gflops": matrix_rate(device), "gb_s": bandwidth(device)}
     figures: dict[str, Any] = {"rates": rates, "models": {}, "sizes": {}}
@@ -79,10 +83,9 @@ def main() -> None:
     most = {"fcnet": 6, "lenet": 6, "resnet18": 4, "resnet50": 3}
     for name, exponent in most.items():
         for size in [10**e for e in range(3, exponent + 1)]:
-            command = [sys.executable, __file__, "--device", device.type, "--one", name, str(size)]
-            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            figures["sizes"][f"{name} {size}"] = json.loads(found)
-            print(name, size, found.strip())
+            found = process("--one", name, str(size), device=device)
+            figures["sizes"][f"{name} {size}"] = found
+            print(name, size, found)
     save(f"step_{device.type}", device, figures)
 
 
@@ -132,7 +135,7 @@ def floor(name: str, device: torch.device, rates: dict[str, float]) -> dict[str,
             plain_step(name, device)()
         with Bytes() as moved:
             step()
-        alone = seconds(step, 50, device)
+        alone = seconds(step, 4 if name.startswith("resnet") else 50, device)
         with torch.profiler.profile() as profiled:
             started = perf_counter()
             for _ in range(20):
@@ -158,22 +161,33 @@ def floor(name: str, device: torch.device, rates: dict[str, float]) -> dict[str,
 
 
 def parts(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step, and of one without a part, each side's turns beside the other's."""
-    kinds = {"all": (), **{f"without {part}": (part,) for part in PARTS}, "plain": PARTS}
+    """Milliseconds of a step, and of one without a part, each in processes of its own, in turn."""
+    kinds = ["all", *(f"without {part}" for part in PARTS), "plain"]
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
-        for kind, without in kinds.items():
-            with ready(name, device, without) as step:
-                step()
-                step()
-                times[kind].append(seconds(step, 5 if name.startswith("resnet") else 50, device))
+        for kind in kinds:
+            times[kind].append(1e3 * process("--part", name, kind, device=device))
     return {
-        "parts_ms": {kind: round(1e3 * median(values), 3) for kind, values in times.items()},
+        "parts_ms": {kind: round(median(values), 3) for kind, values in times.items()},
         "parts_over_all": {
             kind: round(median(a / b for a, b in zip(values, times["all"], strict=True)), 2)
             for kind, values in times.items()
         },
     }
+
+
+def part(name: str, kind: str, *, device: torch.device) -> float:
+    """Seconds of a step, in a process where no other kind has left its memory."""
+    without = PARTS if kind == "plain" else (kind.removeprefix("without "),)
+    with ready(name, device, without) as step:
+        for _ in range(3):
+            step()
+        return seconds(step, 2 if name.startswith("resnet") else 100, device)
+
+
+def process(*arguments: str, device: torch.device) -> Any:
+    command = [sys.executable, __file__, "--device", device.type, *arguments]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 @contextmanager
@@ -223,7 +237,8 @@ def one_epoch(name: str, size: int, device: torch.device) -> dict[str, float]:
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
     return {
         "us_a_sample": round(1e6 * (perf_counter() - started) / size, 2),
         "data_mb": round(sum(t.nbytes for t in data.tensors) / 1e6, 1),
