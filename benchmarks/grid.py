@@ -64,7 +64,7 @@ def main() -> None:
         "drophot": {
             "processes": options.jobs,
             "decoding_s": round(decoding, 2),
-            "epochs": epochs,
+            "epochs": round(epochs, 2),
             "grid_s": round(ours, 1),
             "epoch_s": round(ours / epochs, 3),
             "whole_grid_s": round(whole_s, 1),
@@ -145,10 +145,10 @@ def run(
 
 
 def data(root: str, model: str) -> tuple[Dataset[Any], Dataset[Any]]:
-    if model == "resnet18":
-        transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
-        return tuple(ImageFolder(str(Path(root) / part), transform) for part in ("train", "test"))  # type: ignore[return-value]
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
+    if model == "resnet18":
+        folder = Path(root)
+        return ImageFolder(folder / "train", transform), ImageFolder(folder / "test", transform)
     return MNIST(root, True, transform), MNIST(root, False, transform)
 
 

@@ -106,7 +106,7 @@ def test_no_more_workers_than_there_is_memory_for(
 ) -> None:
     reference = tiny().run(tmp_path / "here")
     with ThreadPoolExecutor(3) as threads:
-        for share, expected in ((1.2, 1), (2.3, 2), (0.1, 1), (50.0, 3)):
+        for share, expected in ((1.2, 1), (2.3, 2), (0.1, 1), (50.0, 3), (float("inf"), 3)):
             monkeypatch.setattr("drophot._memory.available", with_memory(share))
             plan = tiny().plan(executor=threads)
             assert plan.workers == expected

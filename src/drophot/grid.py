@@ -295,7 +295,8 @@ class Grid:
         """How many stages there is memory for at once, where that is known."""
         if executor is None or not memory or not _executors.on_this_machine(executor):
             return None
-        return max(1, int(0.9 * _memory.available(self.pipeline.device) / memory))
+        free = _memory.available(self.pipeline.device)
+        return None if free == float("inf") else max(1, int(0.9 * free / memory))
 
     def _tensors(self) -> list[Tensor]:
         sets = (self.pipeline.train_set, self.pipeline.test_set)
