@@ -216,7 +216,10 @@ def test_what_a_killed_process_left_half_written_is_removed_when_it_is_old(tmp_p
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_stops_cleanly(workers: int, tmp_path: Path, wanted: list[Record]) -> None:
     store = tmp_path / "store"
+    # A shell has its background jobs ignore the signal, and what they start inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = begin(store, workers, pause=0.2)
+    signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(finished(store)) >= 3, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) != 0
