@@ -1,0 +1,224 @@
+"""Structured pruning: channels that are gone, in a network that is smaller and faster."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from drophot import _trace, prune
+from drophot._shrink import Shrink, replace
+from drophot._summary import summary
+
+__all__ = ["Change", "Pruned", "prune_channels", "rebuild"]
+
+
+class Change(NamedTuple):
+    """A count before and after."""
+
+    before: int
+    after: int
+
+    @property
+    def removed(self) -> float:
+        """The share that went, in [0, 1]."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """What structured pruning really removed; `print` shows it."""
+
+    ratio: float
+    """The share of channels asked for."""
+    channels: Change
+    """Outputs of all Conv and Linear layers and attention projections."""
+    parameters: Change
+    """All of them, biases and norms included."""
+    flops: Change
+    """Of the example inputs: two for each multiply-add."""
+    bytes: Change
+    """Of the parameters."""
+    layers: Mapping[str, Change]
+    """The outputs of each layer, by its weight's name."""
+    kept: Mapping[str, Tensor]
+    """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
+    whole: Mapping[str, str]
+    """The layers that kept all of theirs, and why."""
+    description: dict[str, Any]
+    """New shapes and attributes, as JSON can hold them: see `rebuild`."""
+
+    def __str__(self) -> str:
+        lines = [f"asked to remove {self.ratio:.1%} of the channels"]
+        for name in ("channels", "parameters", "flops", "bytes"):
+            change: Change = getattr(self, name)
+            lines.append(
+                f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
+                f"{change.removed:>6.1%} removed"
+            )
+        lines += [f"whole: {name} ({why})" for name, why in self.whole.items()]
+        return "\n".join(lines)
+
+
+def prune_channels(
+    model: nn.Module, ratio: float, example_inputs: Any, *, skip: Collection[str] = ()
+) -> Pruned:
+    """Remove a share `ratio` of the channels, those of the least magnitude, in place.
+
+    `ratio` is the share **removed** of each set of channels that are ranked together: the outputs
+    of a layer, or of the layers that a residual connection couples, which lose the same channels.
+    Of `n` channels `floor(ratio * n + 0.5)` go, and one stays at least. Attention loses equally
+    many channels of each head, a grouped convolution equally many of each group, or whole groups
+    where these are narrower than numerous. Inputs and outputs of the network keep their shape.
+    Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
+    the result has the shares that were achieved.
+
+    A channel's magnitude is the sum of its squared weights in every Conv and Linear layer and
+    attention projection that makes or takes it, each against the mean in that layer, so that
+    coupled layers count alike.
+
+    What has to go together is found in one forward pass, operator by operator, and checked in
+    another one of the pruned network. Where an operator or the network's own code cannot do with
+    fewer channels, those stay, and the result says so. The model is then a plain module of the same
+    class: it trains on, saves and exports as before. An optimiser has to be made anew.
+
+    References:
+        Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017,
+        https://arxiv.org/abs/1608.08710. Fang et al., DepGraph: Towards Any Structural Pruning,
+        CVPR 2023, https://arxiv.org/abs/2301.12900: coupled channels, ranked as one.
+
+    Args:
+        model: Any module that runs eagerly, on any device.
+        ratio: The share removed, in [0, 1).
+        example_inputs: A tensor, a tuple of the model's positional arguments or a dict of its
+            keyword arguments, on the model's device; two samples are enough.
+        skip: Names of modules or parameters that keep their shape, as in `model.named_modules()`;
+            a module's name stands for everything in it.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        TypeError: If `ratio` is not a number, or a weight not of floats.
+        ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
+            take `example_inputs` or leaves parameters unused, a weight is not finite, has no data yet or
+            is computed by a parametrization, or no channel can go. The model is untouched then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> pruned = prune_channels(model, 0.5, torch.ones(1, 4))
+        >>> model
+        Sequential(
+          (0): Linear(in_features=4, out_features=4, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=4, out_features=2, bias=True)
+        )
+        >>> pruned.channels, round(pruned.parameters.removed, 2)
+        (Change(before=10, after=6), 0.48)
+    """
+    prune.check_ratio("ratio", ratio)
+    weights = prune._prunable(model, ())
+    left_out = prune._left_out(model, skip)
+    for name, weight in weights.items():
+        prune._check_finite(name, weight)
+    ties, calls = _trace.record(model, example_inputs)
+    before = summary(model, example_inputs)
+    used = {id(tensor) for tensor in ties.axes}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in left_out:
+            ties.fix(ties.of(parameter), f"`skip` names {name}")
+        elif id(parameter) not in used and parameter.numel():
+            raise ValueError(
+                f"`example_inputs` should reach all of the model. Found `{name}` unused in "
+                f"evaluation mode, so that nobody knows what it is given; remove that part, or "
+                f"give its module in `skip` if it keeps its inputs."
+            )
+    shrink = Shrink(model, ties, calls, weights, ratio)
+    shrink.run(example_inputs)
+    kept = shrink.kept()
+    layers = {
+        name: Change(weight.shape[shrink.output(name)], len(kept[name]))
+        for name, weight in weights.items()
+    }
+    channels = Change(
+        sum(change.before for change in layers.values()),
+        sum(change.after for change in layers.values()),
+    )
+    whole = shrink.reasons()
+    if ratio and channels.after == channels.before:
+        shrink.restore()
+        why = "; ".join(f"{name}: {why}" for name, why in list(whole.items())[:5])
+        raise ValueError(
+            f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
+            f"({why}); raise it, or prune single weights with magnitude_prune."
+        )
+    after = summary(model, example_inputs)
+    return Pruned(
+        ratio=float(ratio),
+        channels=channels,
+        parameters=Change(before.parameters, after.parameters),
+        flops=Change(before.flops or 0, after.flops or 0),
+        bytes=Change(before.bytes, after.bytes),
+        layers=layers,
+        kept=kept,
+        whole=whole,
+        description=shrink.description(),
+    )
+
+
+def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
+    """Give a new model the shapes of a pruned one, in place, to load its weights.
+
+    Args:
+        model: As it was before pruning, of any weights.
+        description: From `Pruned.description`, from JSON too.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the description is not of such a model. Nothing is changed then.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> pruned = prune_channels(model, 0.5, torch.ones(1, 4))
+        >>> other = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> rebuild(other, pruned.description).load_state_dict(model.state_dict())
+        <All keys matched successfully>
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    modules = dict(model.named_modules())
+    new: dict[str, Tensor] = {}
+    for name, shape in description["shapes"].items():
+        old = tensors.get(name)
+        sizes = () if old is None else tuple(old.shape)
+        if (
+            old is None
+            or len(sizes) != len(shape)
+            or any(not 0 < n <= size for n, size in zip(shape, sizes, strict=True))
+        ):
+            found = "no such tensor" if old is None else f"{sizes}"
+            raise ValueError(
+                f"`model` should be as it was before pruning, with `{name}` no smaller than "
+                f"{tuple(shape)}. Found {found}; give a new model of the same kind."
+            )
+        left = old.detach()[tuple(slice(n) for n in shape)].clone()
+        new[name] = (
+            nn.Parameter(left, requires_grad=old.requires_grad)
+            if isinstance(old, nn.Parameter)
+            else left
+        )
+    attributes: dict[tuple[str, str], Any] = {}
+    for path, values in description["attributes"].items():
+        for name, value in values.items():
+            old = getattr(modules.get(path), name, None)
+            if not isinstance(old, (int, tuple)):
+                raise ValueError(
+                    f"`model` should have `{path}.{name}` as before pruning. Found {old!r}; give "
+                    f"a new model of the same kind."
+                )
+            attributes[path, name] = tuple(value) if isinstance(old, tuple) else value
+    replace(model, new, attributes)
+    return model
