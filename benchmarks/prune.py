@@ -1,8 +1,19 @@
-"""Seconds and extra memory of global magnitude pruning, beside torch.nn.utils.prune.
+"""What pruning costs and what it gives, beside torch.nn.utils.prune and Torch-Pruning.
 
-Each measurement is a process of its own on a fresh model: seconds for the one call, and extra
-memory as the peak of the resident set during the call less what it was before. Two processes take
-turns, drophot and the peer, and the medians over rounds are compared. CPU, Linux.
+`unstructured`: seconds and extra memory of magnitude pruning. Each measurement is a process of its
+own on a fresh model: seconds for the one call, and extra memory as the peak of the resident set
+during the call less what it was before. Two processes take turns, drophot and torch, and the
+medians over rounds are compared. CPU, Linux.
+
+`masks`: an AdamW step of ResNet-18 with masks held and without, in turn.
+
+`structured`: half of the channels of ResNet-18 and ResNet-50 removed: parameters, operations and
+latency, beside Torch-Pruning's own high-level pruner (`pip install torch-pruning==1.6.1`). The
+three networks are run in turn.
+
+`families`: one of each of torchvision's kinds of network, at two ratios, by both.
+
+`compressed`: the size of a pruned network's file, by `save_compressed` and by `torch.save`.
 """
 
 import gc
@@ -10,9 +21,14 @@ import json
 import statistics
 import subprocess
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+import warnings
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import torch
 from common import save
@@ -21,29 +37,51 @@ from torch.nn.utils import prune as peer
 from torchvision import models
 
 from drophot import magnitude_prune
-from drophot.prune import Masks
+from drophot.models import fcnet, lenet
+from drophot.prune import Masks, save_compressed, summary
+from drophot.structured import prune_channels
 
-MODELS = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": models.resnet18,
     "resnet50": models.resnet50,
     "vit_b_16": models.vit_b_16,
     "linear500m": lambda: nn.Sequential(*(nn.Linear(10_000, 10_000) for _ in range(5))),
 }
+FAMILIES: dict[str, tuple[Callable[..., nn.Module], tuple[int, ...]]] = {
+    "fcnet": (fcnet, (1, 1, 28, 28)),
+    "lenet": (lenet, (1, 1, 28, 28)),
+    **{
+        name: (getattr(models, name), (1, 3, 224, 224))
+        for name in (
+            *("resnet18", "resnet50", "resnext50_32x4d", "vgg16_bn", "densenet121"),
+            *("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "efficientnet_b0"),
+            *("regnet_y_400mf", "shufflenet_v2_x1_0", "squeezenet1_0", "convnext_tiny"),
+            *("vit_b_16", "swin_t"),
+        )
+    },
+}
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("part", nargs="?", default="unstructured", choices=PARTS)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50", "vit_b_16"])
+    parser.add_argument("--scope", default="global", choices=["global", "layer"])
     parser.add_argument("--ratio", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["drophot", "torch"], help="the other one cannot do it")
     parser.add_argument("--measure", nargs=2, help="MODEL drophot|torch: one measurement, as JSON")
     options = parser.parse_args()
     if options.measure:
-        name, side = options.measure
-        print(json.dumps(measure(name, side, options.ratio)))
+        print(json.dumps(measure(*options.measure, options.ratio, options.scope)))
         return
+    figures = PARTS[options.part](options)
+    parts = ["prune", options.part, options.scope, options.only]
+    name = "_".join(p for p in parts if p not in (None, "unstructured", "global"))
+    save(name, torch.device("cpu"), figures)
 
+
+def unstructured(options: Namespace) -> list[dict[str, Any]]:
     sides = [options.only] if options.only else ["drophot", "torch"]
     figures = []
     for model in options.models:
@@ -51,10 +89,11 @@ def main() -> None:
         for _ in range(options.rounds):
             for side in sides:
                 command = [sys.executable, __file__, "--measure", model, side]
-                command += ["--ratio", str(options.ratio)]
+                command += ["--ratio", str(options.ratio), "--scope", options.scope]
                 output = subprocess.run(command, capture_output=True, text=True, check=True)
                 rounds[side].append(json.loads(output.stdout))
-        row: dict[str, object] = {"model": model, "ratio": options.ratio, "rounds": options.rounds}
+        row: dict[str, Any] = {"model": model, "scope": options.scope, "ratio": options.ratio}
+        row["rounds"] = options.rounds
         row["weights_mib"] = rounds[sides[0]][0]["weights_mib"]
         for side in sides:
             seconds = statistics.median(r["seconds"] for r in rounds[side])
@@ -75,10 +114,10 @@ def main() -> None:
             )
         figures.append(row)
         print(json.dumps(row))
-    save(f"prune{'_' + options.only if options.only else ''}", torch.device("cpu"), figures)
+    return figures
 
 
-def measure(name: str, side: str, ratio: float) -> dict[str, float]:
+def measure(name: str, side: str, ratio: float, scope: str) -> dict[str, float]:
     torch.manual_seed(0)
     model = MODELS[name]()
     weights = list(Masks.from_zeros(model))
@@ -95,7 +134,11 @@ def measure(name: str, side: str, ratio: float) -> dict[str, float]:
     before = resident("VmRSS")
     start = perf_counter()
     if side == "drophot":
-        held: object = magnitude_prune(model, ratio)
+        held: object = magnitude_prune(
+            model, ratio, scope="layer" if scope == "layer" else "global"
+        )
+    elif scope == "layer":
+        held = [peer.l1_unstructured(*pair, amount=ratio) for pair in pairs]
     else:
         held = peer.global_unstructured(pairs, peer.L1Unstructured, amount=ratio)
     seconds = perf_counter() - start
@@ -118,5 +161,174 @@ def resident(field: str) -> float:
     raise ValueError(field)
 
 
+def masks(options: Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=10)
+    inputs, targets = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+    optimizer = torch.optim.AdamW(model.parameters())
+    held = magnitude_prune(model, options.ratio)
+
+    def step() -> float:
+        start = perf_counter()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        return perf_counter() - start
+
+    for _ in range(5):
+        step()
+    plain, masked, hook = [], [], []
+    for _ in range(12 * options.rounds):
+        plain.append(step())
+        with held.hold(optimizer):
+            step()  # makes the masks' copies
+            masked.append(step())
+            start = perf_counter()
+            for zero in list(optimizer._optimizer_step_post_hooks.values()):
+                zero(optimizer, (), {})
+            hook.append(perf_counter() - start)
+    ratios = [a / b for a, b in zip(masked, plain, strict=True)]
+    found = {
+        "step_ms": round(1e3 * statistics.median(plain), 2),
+        "masked_over_plain": [round(q, 4) for q in statistics.quantiles(ratios, n=4)],
+        "zeroing_ms": round(1e3 * statistics.median(hook), 3),
+        "zeroing_over_step": round(statistics.median(hook) / statistics.median(plain), 4),
+    }
+    print(json.dumps(found))
+    return found
+
+
+def theirs(model: nn.Module, ratio: float, inputs: torch.Tensor) -> None:
+    import torch_pruning as tp  # pyright: ignore[reportMissingImports]
+
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
+    tp.pruner.MagnitudePruner(
+        model,
+        inputs,
+        tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=last,
+    ).step()
+    with torch.no_grad():
+        model(inputs)
+
+
+def sizes(model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
+    found = summary(model, inputs, batch_sizes=())
+    return {
+        "parameters": found.parameters,
+        "gmacs": round((found.flops or 0) / 2e9, 4),
+        "mib": round(found.bytes / 2**20, 2),
+    }
+
+
+def structured(options: Namespace) -> list[dict[str, Any]]:
+    figures = []
+    for name in ("resnet18", "resnet50"):
+        torch.manual_seed(0)
+        dense = MODELS[name]().eval()
+        example = torch.randn(1, 3, 224, 224)
+        networks: dict[str, nn.Module] = {"dense": dense}
+        seconds: dict[str, list[float]] = {"drophot": [], "torch_pruning": []}
+        for _ in range(options.rounds):
+            for side, cut in (("drophot", prune_channels), ("torch_pruning", theirs)):
+                networks[side] = deepcopy(dense)
+                start = perf_counter()
+                cut(networks[side], 0.5, example)
+                seconds[side].append(perf_counter() - start)
+        row: dict[str, Any] = {"model": name, "ratio": 0.5, "rounds": options.rounds}
+        row |= {side: sizes(network, example) for side, network in networks.items()}
+        for side, times in seconds.items():
+            row[side]["seconds_to_prune"] = round(statistics.median(times), 3)
+        row["latency_ms"] = {}
+        for size in (32, 224):
+            for batch in (1, 32):
+                inputs = torch.randn(batch, 3, size, size)
+                times = in_turn(networks, inputs, options.rounds)
+                row["latency_ms"][f"{size}x{size}, batch {batch}"] = times
+                print(name, size, batch, times, flush=True)
+        figures.append(row)
+        print(json.dumps(row))
+    return figures
+
+
+@torch.no_grad()
+def in_turn(networks: dict[str, nn.Module], inputs: torch.Tensor, rounds: int) -> dict[str, float]:
+    times: dict[str, list[float]] = {side: [] for side in networks}
+    for network in networks.values():
+        network.eval()(inputs)
+    begun = perf_counter()
+    while len(times["dense"]) < rounds or perf_counter() - begun < 5:
+        for side, network in networks.items():
+            start = perf_counter()
+            network(inputs)
+            times[side].append(perf_counter() - start)
+    return {side: round(1e3 * statistics.median(each), 2) for side, each in times.items()}
+
+
+def families(options: Namespace) -> list[dict[str, Any]]:
+    figures = []
+    for name, (factory, shape) in FAMILIES.items():
+        for ratio in (0.3, 0.5):
+            row: dict[str, Any] = {"model": name, "ratio": ratio}
+            for side, cut in (("drophot", prune_channels), ("torch_pruning", theirs)):
+                torch.manual_seed(0)
+                model, inputs = factory().eval(), torch.randn(shape)
+                before = sizes(model, inputs)
+                start = perf_counter()
+                try:
+                    cut(model, ratio, inputs)
+                except Exception as error:
+                    row[side] = f"{type(error).__name__}: {error}"[:200]
+                    continue
+                seconds = round(perf_counter() - start, 2)
+                after = sizes(model, inputs)
+                row[side] = {
+                    "parameters_removed": round(1 - after["parameters"] / before["parameters"], 4),
+                    "macs_removed": round(1 - after["gmacs"] / before["gmacs"], 4)
+                    if before["gmacs"]
+                    else None,
+                    "seconds": seconds,
+                }
+            figures.append(row)
+            print(json.dumps(row), flush=True)
+    return figures
+
+
+def compressed(options: Namespace) -> list[dict[str, Any]]:
+    figures = []
+    for name in ("resnet18", "resnet50", "vit_b_16"):
+        for ratio in (0.5, 0.8, 0.9):
+            torch.manual_seed(0)
+            model = MODELS[name]()
+            held = magnitude_prune(model, ratio)
+            with TemporaryDirectory() as folder:
+                dense, small = Path(folder, "dense.pt"), Path(folder, "small")
+                torch.save(model.state_dict(), dense)
+                start = perf_counter()
+                save_compressed(model, small)
+                seconds = perf_counter() - start
+                row = {
+                    "model": name,
+                    "sparsity": round(held.sparsity, 4),
+                    "dense_mib": round(dense.stat().st_size / 2**20, 2),
+                    "compressed_mib": round(small.stat().st_size / 2**20, 2),
+                    "over_dense": round(small.stat().st_size / dense.stat().st_size, 4),
+                    "seconds": round(seconds, 2),
+                }
+            figures.append(row)
+            print(json.dumps(row), flush=True)
+    return figures
+
+
+PARTS: dict[str, Callable[[Namespace], Any]] = {
+    "unstructured": unstructured,
+    "masks": masks,
+    "structured": structured,
+    "families": families,
+    "compressed": compressed,
+}
+
 if __name__ == "__main__":
+    warnings.simplefilter("ignore", UserWarning)  # Torch-Pruning's own
     main()

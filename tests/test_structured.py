@@ -142,7 +142,7 @@ def zeroed(model: nn.Module, ratio: float, inputs: Tensor) -> Tensor:
     gone = shrink.gone
     names = dict(small.named_parameters()) | dict(small.named_buffers())
     for tensor, name in ties.names.items():
-        for axis in ties.axes.get(tensor, []):
+        for axis in ties.axes.get(tensor) or ():
             if "var" not in name:
                 names[name].data.masked_fill_(gone[axis.ids], 0)
     with torch.no_grad():
@@ -307,7 +307,7 @@ def test_the_scale_of_a_layer_does_not_matter(scale: float) -> None:
     torch.manual_seed(0)
     model = lenet()
     other = deepcopy(model)
-    other.conv2.weight.data *= scale
+    other.conv2.weight.data.mul_(scale)
     kept, same = (prune_channels(m, 0.5, DIGITS).kept for m in (model, other))
     assert all(torch.equal(index, same[name]) for name, index in kept.items())
 
@@ -322,7 +322,7 @@ def test_coupled_layers_lose_the_same_channels_and_count_alike() -> None:
     # One of them alone does not decide: in the sum of shares each has the same weight.
     torch.manual_seed(0)
     loud = models.resnet18()
-    loud.get_submodule(stream[0]).weight.data *= 1000
+    loud.get_parameter(f"{stream[0]}.weight").data.mul_(1000)
     assert torch.equal(prune_channels(loud, 0.5, IMAGES).kept[f"{stream[0]}.weight"], first)
 
 

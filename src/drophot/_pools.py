@@ -15,8 +15,9 @@ from drophot._ties import Axis, Ties
 class Pools:
     """The channels of a network, as sets that are ranked together.
 
-    A channel is a set of entries that go together, an output of a layer among them. Channels that belong to the same dimensions of
-    the same tensors, and to the same rows of those that have to lose equally many, are a pool.
+    A channel is a set of entries that go together, an output of a layer among them. Channels that
+    belong to the same dimensions of the same tensors, and to the same rows of those that have to
+    lose equally many, are a pool.
 
     Args:
         ties: What the forward pass said.

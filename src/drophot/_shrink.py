@@ -120,8 +120,8 @@ class Shrink:
         self.gone = self.pools.removed(self.ratio, self.pools.scores(weights))
         new: dict[str, Tensor] = {}
         self._tensors = {}
-        for tensor, name in list(self.ties.names.items()):  # type: ignore[arg-type]
-            axes = [axis for axis in self.ties.axes.get(tensor, []) if self.gone[axis.ids].any()]
+        for tensor, name in self.ties.names.items():
+            axes = [axis for axis in self.ties.axes.get(tensor) or () if self.gone[axis.ids].any()]
             if axes:
                 self._tensors[name] = tensor
                 new[name] = _taken(tensor, axes, self.gone)
@@ -189,16 +189,16 @@ class Shrink:
                 if old % step:
                     self.pools.multiples[whole] = lcm(old, step)
                     return
-        near = [call]
+        near, where = [call], call.path[-1] or "the model"
         for depth in range(len(call.path), -2, -1):
             axes = [axis for c in near for group in (c.inputs, *c.outputs) for axis in group]
             axes = [axis for axis in axes if self.gone[axis.ids].any()]
-            where = call.path[-1] or "the model"
             if axes:
                 self.ties.fix(axes, f"{call.name} in {where}: {mismatch.found}")
                 self.pools.settle()
                 return
-            near = [c for c in self.calls if c.path[: max(depth, 0)] == call.path[: max(depth, 0)]]
+            inside = call.path[: max(depth, 0)]
+            near = [c for c in self.calls if c.path[: len(inside)] == inside]
         raise ValueError(
             f"`model` should do the same each time it is called in evaluation mode. Found "
             f"{mismatch.found} in {where}; prune the parts that do."
