@@ -656,9 +656,9 @@ def test_summary_without_inputs_and_of_shared_weights() -> None:
         "non-zero",
         "sparsity",
         "bytes",
-        "FLOPs",
+        "compressed",
     ]
-    assert table[-1].split() == ["total", "120", "120", "0.0000", "480"]
+    assert table[-1].split() == ["total", "120", "120", "0.0000", "480", "480"]
 
 
 def test_summary_puts_operations_where_they_are_made() -> None:

@@ -90,7 +90,7 @@ def _keep_off(ties: Ties, where: str, x: Tensor, dims: Any) -> list[Axis]:
 def _cat(ties: Ties, where: str, outs: Sequence[Tensor], tensors: Sequence[Tensor], dim: int = 0):
     tensors = [t for t in tensors if t.shape != (0,)]
     dim %= outs[0].dim()
-    rest = [t.shape[:dim] + (1,) + t.shape[dim + 1 :] for t in tensors]
+    rest = [(*t.shape[:dim], 1, *t.shape[dim + 1 :]) for t in tensors]
     others = [[a for a in ties.of(t) if a.dim != dim] for t in tensors]
     others = [[ties.even(a, [dim]) for a in axes] for axes in others]
     shape = list(outs[0].shape)

@@ -1,14 +1,18 @@
-"""What a network is made of: parameters, zeros, bytes, operations."""
+"""What a network is made of, and what that is worth: weights, zeros, bytes, operations, time."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from drophot._compressed import compressed_bytes
+from drophot._latency import call, latency, layer_latencies, of_batch
 from drophot._untouched import untouched
+from drophot._weights import PRUNABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,23 +24,35 @@ class LayerSummary:
     parameters: int
     nonzeros: int
     bytes: int
+    """Of the dense parameters."""
+    compressed_bytes: int
+    """Of a bit mask and the values that are not zero, where that is less."""
     flops: int | None
+    """Of the dense computation, two for each multiply-add."""
+    effective_flops: int | None
+    """These times the share of the layer's weights that is not zero."""
+    latency: Mapping[int, float] | None
+    """Milliseconds by batch size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """A network's layers and their sums; `print` shows it as a table.
 
-    `bytes` is the dense storage of the parameters, which zeros do not reduce, and `flops` the
-    floating-point operations of the dense computation for the example inputs, two for each
-    multiply-add, which zeros do not reduce either on dense kernels.
+    Zeros do not reduce `bytes`, `flops` and `latency`, which are those of dense tensors on dense
+    kernels. `compressed_bytes` is what `save_compressed` writes of the parameters, and
+    `effective_flops` what a kernel that skips every zero could do with at best.
     """
 
     layers: tuple[LayerSummary, ...]
     parameters: int
     nonzeros: int
     bytes: int
+    compressed_bytes: int
     flops: int | None
+    effective_flops: int | None
+    latency: Mapping[int, float] | None
+    """Milliseconds by batch size, of the whole network; its layers' were measured by themselves."""
 
     @property
     def sparsity(self) -> float:
@@ -44,76 +60,113 @@ class Summary:
         return 1 - self.nonzeros / self.parameters if self.parameters else 0.0
 
     def __str__(self) -> str:
-        head = ("layer", "kind", "parameters", "non-zero", "sparsity", "bytes", "FLOPs")
-        total = LayerSummary(
-            name="total",
-            kind="",
-            parameters=self.parameters,
-            nonzeros=self.nonzeros,
-            bytes=self.bytes,
-            flops=self.flops,
-        )
-        rows = [head, *(_row(layer) for layer in (*self.layers, total))]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        rows = [_row(layer, layer.name, layer.kind) for layer in self.layers]
+        rows.append(_row(self, "total", ""))
+        head = list(rows[0])
+        cells = [head, *([row.get(name, "") for name in head] for row in rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
         lines = [
             "  ".join(
                 cell.ljust(width) if column < 2 else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
-            for row in rows
+            for row in cells
         ]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def summary(model: nn.Module, example_inputs: Any = None) -> Summary:
-    """Count a network's parameters, zeros, bytes and, given inputs, operations, layer by layer.
+def summary(
+    model: nn.Module, example_inputs: Any = None, *, batch_sizes: Sequence[int] = (1, 32)
+) -> Summary:
+    """Say what a network is worth: parameters, zeros, bytes, operations and time, layer by layer.
 
     A parameter shared between layers counts once, in the first. Operations are those that
-    `torch.utils.flop_counter` counts: matrix products, convolutions and attention; they stand at
-    the layer that calls them, shared or not.
+    `torch.utils.flop_counter` counts for the example inputs: matrix products, convolutions and
+    attention; they stand at the layer that calls them, shared or not. Latency is measured, in
+    evaluation mode, on the device and with the threads that there are.
 
     Args:
         model: Any module. It comes back as it was, mode and random state included.
-        example_inputs: A tensor, or a tuple of the model's positional arguments, on the model's
-            device. `None` leaves the operations out.
+        example_inputs: A tensor, a tuple of the model's positional arguments or a dict of its
+            keyword arguments, on the model's device. `None` leaves operations and time out.
+        batch_sizes: For how many samples to measure the time, the first sample again and again.
 
     Returns:
         The summary.
 
+    Raises:
+        ValueError: If time is to be measured and the inputs have no batch dimension.
+
     Example:
-        >>> print(summary(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.ones(1, 4)))
-        layer  kind    parameters  non-zero  sparsity  bytes  FLOPs
-        -----------------------------------------------------------
-        0      Linear          10        10    0.0000     40     16
-        -----------------------------------------------------------
-        total                  10        10    0.0000     40     16
+        >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
+        >>> print(summary(model, torch.ones(1, 4), batch_sizes=()))
+        layer  kind    parameters  non-zero  sparsity  bytes  compressed  FLOPs  effective
+        ----------------------------------------------------------------------------------
+        0      Linear          10        10    0.0000     40          40     16         16
+        ----------------------------------------------------------------------------------
+        total                  10        10    0.0000     40          40     16         16
+        >>> sorted(summary(model, torch.ones(1, 4)).latency)
+        [1, 32]
     """
-    flops = None if example_inputs is None else _flops(model, example_inputs)
+    flops: dict[str, int] | None = None
+    times: dict[int, dict[str, float]] = {}
+    whole: dict[int, float] | None = None
+    if example_inputs is not None:
+        batches = {size: of_batch(example_inputs, size) for size in batch_sizes}
+        flops = _flops(model, example_inputs)
+        if batches:
+            times = {size: layer_latencies(model, inputs) for size, inputs in batches.items()}
+            whole = {size: latency(model, inputs) for size, inputs in batches.items()}
     layers = []
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p not in seen]
         seen.update(own)
         operations = None if flops is None else flops.get(name, 0)
-        if own or operations:
-            layers.append(
-                LayerSummary(
-                    name=name or "(model)",
-                    kind=type(module).__name__,
-                    parameters=sum(p.numel() for p in own),
-                    nonzeros=sum(int(p.detach().count_nonzero()) for p in own),
-                    bytes=sum(p.numel() * p.element_size() for p in own),
-                    flops=operations,
-                )
+        if not own and not operations:
+            continue
+        took = {size: found.get(name, 0.0) for size, found in times.items()}
+        layers.append(
+            LayerSummary(
+                name=name or "(model)",
+                kind=type(module).__name__,
+                parameters=sum(p.numel() for p in own),
+                nonzeros=sum(int(p.detach().count_nonzero()) for p in own),
+                bytes=sum(p.numel() * p.element_size() for p in own),
+                compressed_bytes=sum(compressed_bytes(p) for p in own),
+                flops=operations,
+                effective_flops=None if operations is None else _effective(module, operations),
+                latency=took or None,
             )
+        )
     return Summary(
         layers=tuple(layers),
         parameters=sum(layer.parameters for layer in layers),
         nonzeros=sum(layer.nonzeros for layer in layers),
         bytes=sum(layer.bytes for layer in layers),
+        compressed_bytes=sum(layer.compressed_bytes for layer in layers),
         flops=None if flops is None else sum(layer.flops or 0 for layer in layers),
+        effective_flops=None if flops is None else sum(x.effective_flops or 0 for x in layers),
+        latency=whole,
     )
+
+
+def _effective(module: nn.Module, operations: int) -> int:
+    """Operations, in proportion to the weights that are not zero."""
+    weights = [
+        weight
+        for kind, names in PRUNABLE.items()
+        if isinstance(module, kind)
+        for name in names
+        if (weight := getattr(module, name, None)) is not None
+    ]
+    if isinstance(module, nn.MultiheadAttention):
+        weights.append(module.out_proj.weight)  # called by it, not by its layer
+    total = sum(weight.numel() for weight in weights)
+    if not total:
+        return operations
+    return round(operations * sum(int(w.detach().count_nonzero()) for w in weights) / total)
 
 
 def _flops(model: nn.Module, example_inputs: Any) -> dict[str, int]:
@@ -121,7 +174,6 @@ def _flops(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     fused = torch.backends.mha.get_fastpath_enabled()
     # Fused attention is one operator of a cost that the counter may not know; apart it is products.
     torch.backends.mha.set_fastpath_enabled(False)
@@ -131,7 +183,7 @@ def _flops(model: nn.Module, example_inputs: Any) -> dict[str, int]:
             sdpa_kernel(SDPBackend.MATH),
             FlopCounterMode(display=False) as counter,
         ):
-            model(*arguments)
+            call(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     root = type(model).__name__
@@ -151,14 +203,19 @@ def _flops(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     return own
 
 
-def _row(layer: LayerSummary) -> tuple[str, ...]:
+def _row(layer: LayerSummary | Summary, name: str, kind: str) -> dict[str, str]:
     sparsity = 1 - layer.nonzeros / layer.parameters if layer.parameters else 0.0
-    return (
-        layer.name,
-        layer.kind,
-        f"{layer.parameters:,}",
-        f"{layer.nonzeros:,}",
-        f"{sparsity:.4f}",
-        f"{layer.bytes:,}",
-        "" if layer.flops is None else f"{layer.flops:,}",
-    )
+    row = {
+        "layer": name,
+        "kind": kind,
+        "parameters": f"{layer.parameters:,}",
+        "non-zero": f"{layer.nonzeros:,}",
+        "sparsity": f"{sparsity:.4f}",
+        "bytes": f"{layer.bytes:,}",
+        "compressed": f"{layer.compressed_bytes:,}",
+    }
+    if layer.flops is not None:
+        row |= {"FLOPs": f"{layer.flops:,}", "effective": f"{layer.effective_flops:,}"}
+    for size, took in (layer.latency or {}).items():
+        row[f"ms at {size}"] = f"{took:.3g}"
+    return row

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from drophot._latency import call
 from drophot._rules import RULES, elementwise
 from drophot._ties import Axis, Shape, Ties
 from drophot._untouched import untouched
@@ -177,10 +178,6 @@ def _call(model: nn.Module, example_inputs: Any, tracer: Tracer) -> Any:
     torch.backends.mha.set_fastpath_enabled(False)  # operator by operator
     try:
         with untouched(model), sdpa_kernel(SDPBackend.MATH), tracer.following(model), tracer:
-            if isinstance(example_inputs, dict):
-                return model(**example_inputs)
-            if isinstance(example_inputs, tuple):
-                return model(*example_inputs)
-            return model(example_inputs)
+            return call(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

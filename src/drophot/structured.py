@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from drophot import _trace, prune
+from drophot import _trace, _weights, prune
 from drophot._shrink import Shrink, replace
 from drophot._summary import summary
 
@@ -103,10 +103,12 @@ def prune_channels(
     Raises:
         TypeError: If `ratio` is not a number, or a weight not of floats.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
-            take `example_inputs` or leaves parameters unused, a weight is not finite, has no data yet or
-            is computed by a parametrization, or no channel can go. The model is untouched then.
+            take `example_inputs` or leaves parameters unused, a weight is not finite, has no data
+            yet, is sharded or computed by a parametrization, or no channel can go. The model is
+            untouched then.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> pruned = prune_channels(model, 0.5, torch.ones(1, 4))
         >>> model
@@ -119,12 +121,12 @@ def prune_channels(
         (Change(before=10, after=6), 0.48)
     """
     prune.check_ratio("ratio", ratio)
-    weights = prune._prunable(model, ())
-    left_out = prune._left_out(model, skip)
+    weights = _weights.prunable(model, ())
+    left_out = _weights.left_out(model, skip)
     for name, weight in weights.items():
-        prune._check_finite(name, weight)
+        _weights.check_finite(name, weight)
     ties, calls = _trace.record(model, example_inputs)
-    before = summary(model, example_inputs)
+    before = summary(model, example_inputs, batch_sizes=())
     used = {id(tensor) for tensor in ties.axes}
     for name, parameter in model.named_parameters():
         if id(parameter) in left_out:
@@ -154,7 +156,7 @@ def prune_channels(
             f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
             f"({why}); raise it, or prune single weights with magnitude_prune."
         )
-    after = summary(model, example_inputs)
+    after = summary(model, example_inputs, batch_sizes=())
     return Pruned(
         ratio=float(ratio),
         channels=channels,
@@ -182,6 +184,7 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
         ValueError: If the description is not of such a model. Nothing is changed then.
 
     Example:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> pruned = prune_channels(model, 0.5, torch.ones(1, 4))
         >>> other = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -1,0 +1,184 @@
+"""N of each M weights: the pattern that some GPUs compute faster."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+
+_BLOCK = 1 << 20  # weights looked at in one go
+
+
+def parse(pattern: Any, ratio: float) -> tuple[int, int]:
+    """What a pattern says.
+
+    Args:
+        pattern: `"N:M"`.
+        ratio: The share removed that was asked for beside it.
+
+    Returns:
+        How many of how many stay.
+
+    Raises:
+        ValueError: If it is no pattern, or another share than `ratio`.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
+    kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 < kept < of:
+        raise ValueError(
+            f'`pattern` should be "N:M", N of each M weights kept, as "2:4". Found {pattern!r}.'
+        )
+    if abs(float(ratio) - (1 - kept / of)) > 1e-9:
+        raise ValueError(
+            f"`ratio` should be the share that the pattern {pattern} removes, {1 - kept / of:g}. "
+            f"Found {ratio}."
+        )
+    return kept, of
+
+
+def fitting(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], of: int, pattern: str
+) -> dict[str, int]:
+    """The weights that a pattern fits, and along which dimension; the others are warned about.
+
+    Args:
+        model: The model.
+        weights: By name.
+        of: How many weights are a group.
+        pattern: As it was given.
+
+    Returns:
+        The dimension of the inputs, by name.
+
+    Raises:
+        ValueError: If it fits none.
+    """
+    fits, others = {}, []
+    for name, weight in weights.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        dim = 0 if isinstance(module, _ConvTransposeNd) else 1
+        if weight.shape[dim] % of:
+            others.append(f"{name} ({weight.shape[dim]} inputs)")
+        else:
+            fits[name] = dim
+    if not fits:
+        raise ValueError(
+            f"`pattern` should fit a layer. Found no input dimension that {of} divides: "
+            f"{', '.join(others)}."
+        )
+    if others:
+        warnings.warn(
+            f'`pattern="{pattern}"` leaves layers dense whose inputs {of} does not divide: '
+            f"{', '.join(others)}.",
+            stacklevel=4,
+        )
+    return fits
+
+
+def cut(weight: Tensor, kept: int, of: int, dim: int) -> Tensor:
+    """Keep the largest of each group, in place.
+
+    Args:
+        weight: Finite floats; `of` divides its size along `dim`.
+        kept: How many of each group stay, the first of equal ones.
+        of: The size of a group.
+        dim: The groups are consecutive along this dimension.
+
+    Returns:
+        The mask of what is kept, without zeros that were there before: bool, of its shape.
+    """
+    weight = weight.detach()
+    moved = weight.movedim(dim, -1)
+    mask = torch.empty(moved.shape, dtype=torch.bool, device=weight.device)
+    for block, keep in zip(
+        moved.reshape(-1, of).split(_BLOCK // of),
+        mask.view(-1, of).split(_BLOCK // of),
+        strict=True,
+    ):
+        best = block.abs().sort(1, descending=True, stable=True).indices[:, :kept]
+        keep.zero_().scatter_(1, best, True)
+        keep &= block != 0
+    mask = mask.movedim(-1, dim).contiguous()
+    weight.masked_fill_(~mask, 0)
+    return mask
+
+
+def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
+    """Turn Linear weights that are 2:4 into torch's accelerated form, in place, for inference.
+
+    Two of four weights are stored, and NVIDIA's GPUs from Ampere on skip the others. Layers that
+    torch cannot turn (their pattern, shape or dtype) stay dense and are warned about by name.
+
+    References:
+        Mishra et al., Accelerating Sparse Deep Neural Networks, 2021,
+        https://arxiv.org/abs/2104.08378; `torch.sparse.to_sparse_semi_structured`.
+
+    Args:
+        model: On a GPU, in a dtype that it computes sparsely: float16 or bfloat16, most often.
+
+    Returns:
+        The names of the weights that were turned.
+
+    Raises:
+        RuntimeError: If the model is not on a GPU that can do it.
+        ValueError: If no Linear weight is 2:4.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(128, 64))
+        >>> to_semi_structured(model)
+        Traceback (most recent call last):
+            ...
+        RuntimeError: `model` should be on an NVIDIA GPU of compute capability 8.0 or more. ...
+    """
+    attention = {
+        f"{path}.out_proj" if path else "out_proj"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)  # reads that weight by itself
+    }
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path not in attention
+    }
+    devices = {module.weight.device for module in layers.values()}
+    if slow := [device for device in devices if not _capable(device)]:
+        raise RuntimeError(
+            f"`model` should be on an NVIDIA GPU of compute capability 8.0 or more. Found "
+            f"{slow[0]}; the zeros are there as well, and make nothing faster here."
+        )
+    turned: dict[str, nn.Parameter] = {}
+    others = []
+    for path, module in layers.items():
+        name = f"{path}.weight" if path else "weight"
+        weight = module.weight.detach()
+        if weight.shape[1] % 4 or (weight.reshape(-1, 4).count_nonzero(1) > 2).any():
+            others.append(f"{name} (not 2:4)")
+            continue
+        try:
+            turned[name] = nn.Parameter(_convert(weight), requires_grad=False)
+        except (RuntimeError, ValueError) as error:
+            others.append(f"{name} ({str(error).strip().splitlines()[0]})")
+    if not turned:
+        raise ValueError(
+            f"`model` should have Linear weights that are 2:4 and of a shape and dtype that torch "
+            f"can turn. Found {', '.join(others) or 'none'}; prune it first with "
+            f'magnitude_prune(model, 0.5, pattern="2:4").'
+        )
+    for name, weight in turned.items():
+        layers[name.rpartition(".")[0]].weight = weight
+    if others:
+        warnings.warn(f"These layers stay dense: {', '.join(others)}.", stacklevel=2)
+    return tuple(turned)
+
+
+def _capable(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _convert(weight: Tensor) -> Tensor:
+    return torch.sparse.to_sparse_semi_structured(weight.contiguous())

@@ -1,0 +1,244 @@
+"""More than one shot: pruning on while training goes on, and going back to old weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from drophot.prune import Masks, Scope, check_ratio, magnitude_prune
+
+__all__ = ["Schedule", "cubic", "geometric", "rewind"]
+
+
+def cubic(ratio: float, times: int) -> tuple[float, ...]:
+    r"""The ratios of gradual pruning: much at first, little at last.
+
+    :math:`s_i = s \, (1 - (1 - i / n)^3)` for :math:`i = 1 \dots n`.
+
+    References:
+        Zhu and Gupta, To prune, or not to prune, 2017, https://arxiv.org/abs/1710.01878.
+
+    Args:
+        ratio: The share removed in the end, in [0, 1).
+        times: How often is pruned, `n`.
+
+    Returns:
+        The share removed after each pruning; the last is `ratio`.
+
+    Raises:
+        TypeError: If `ratio` is not a number.
+        ValueError: If it is not in [0, 1), or `times` less than 1.
+
+    Example:
+        >>> cubic(0.8, 2)
+        (0.7, 0.8)
+    """
+    _check(ratio, times)
+    ratios = [ratio - ratio * (1 - i / times) ** 3 for i in range(1, times)]
+    return (*ratios, float(ratio))
+
+
+def geometric(ratio: float, times: int) -> tuple[float, ...]:
+    r"""The ratios of iterative pruning: each round removes the same share of what is left.
+
+    :math:`s_i = 1 - (1 - s)^{i / n}` for :math:`i = 1 \dots n`.
+
+    References:
+        Frankle and Carbin, The Lottery Ticket Hypothesis, ICLR 2019,
+        https://arxiv.org/abs/1803.03635. Renda et al., Comparing Rewinding and Fine-tuning in
+        Neural Network Pruning, ICLR 2020, https://arxiv.org/abs/2003.02389.
+
+    Args:
+        ratio: The share removed in the end, in [0, 1).
+        times: How often is pruned, `n`.
+
+    Returns:
+        The share removed after each round; the last is `ratio`.
+
+    Raises:
+        TypeError: If `ratio` is not a number.
+        ValueError: If it is not in [0, 1), or `times` less than 1.
+
+    Example:
+        >>> geometric(0.75, 2)
+        (0.5, 0.75)
+    """
+    _check(ratio, times)
+    return (*(1 - (1 - ratio) ** (i / times) for i in range(1, times)), float(ratio))
+
+
+class Schedule:
+    """Magnitude pruning in several prunings, with training between them.
+
+    The first ratio is pruned at once. Call `step` after each step of the optimiser: what is removed
+    stays zero, and after each `every` calls the next ratio follows. With one ratio this is
+    `magnitude_prune` and `Masks.hold`. An error of `magnitude_prune` comes from here too.
+
+    Args:
+        model: Any module, on any device.
+        ratios: The share **removed** after each pruning, not falling: from `cubic`, `geometric` or
+            by hand.
+        every: Steps of the optimiser between two prunings.
+        scope: As in `magnitude_prune`.
+        min_kept: As in `magnitude_prune`.
+        skip: As in `magnitude_prune`.
+
+    Raises:
+        TypeError: If a ratio is not a number.
+        ValueError: If there are no ratios, one is not in [0, 1) or below the one before, or `every`
+            is less than 1.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> schedule = Schedule(model, geometric(0.75, 2), every=3)
+        >>> for _ in range(4):
+        ...     optimizer.zero_grad()
+        ...     model(torch.ones(1, 8)).sum().backward()
+        ...     optimizer.step()
+        ...     if schedule.step():
+        ...         print(schedule.masks)
+        Masks(1 tensor, 48 of 64 weights removed, sparsity 0.7500)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ratios: Sequence[float],
+        *,
+        every: int,
+        scope: Scope = "global",
+        min_kept: float = 0.0,
+        skip: Collection[str] = (),
+    ) -> None:
+        self.ratios = tuple(ratios)
+        if not self.ratios:
+            raise ValueError("`ratios` should have at least one ratio. Found none.")
+        for number, ratio in enumerate(self.ratios):
+            check_ratio(f"ratios[{number}]", ratio)
+            if number and ratio < self.ratios[number - 1]:
+                raise ValueError(
+                    f"`ratios` should not fall. Found {ratio} after {self.ratios[number - 1]}; "
+                    f"what is removed does not come back."
+                )
+        if every < 1:
+            raise ValueError(f"`every` should be at least 1. Found {every}.")
+        self.every = every
+        self._model = model
+        self._settings: dict[str, Any] = {"scope": scope, "min_kept": min_kept, "skip": skip}
+        self.steps = 0
+        self.masks = self._prune()
+
+    @property
+    def ratio(self) -> float:
+        """The share that is removed now."""
+        return self.ratios[min(self.steps // self.every, len(self.ratios) - 1)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last ratio is reached."""
+        return self.steps >= self.every * (len(self.ratios) - 1)
+
+    def step(self) -> bool:
+        """Keep what is removed at zero, and prune on where that is due.
+
+        Returns:
+            Whether it pruned.
+        """
+        self.steps += 1
+        due = self.steps % self.every == 0 and self.steps // self.every < len(self.ratios)
+        if due:
+            self.masks.zero()
+            self.masks = self._prune()
+        else:
+            self.masks.zero()
+        return due
+
+    def hold(self, optimizer: Optimizer) -> RemovableHandle:
+        """Call `step` after each step of an optimiser.
+
+        Args:
+            optimizer: The optimiser that trains the model.
+
+        Returns:
+            A handle: `handle.remove()` ends it, and so does leaving `with handle:`.
+
+        Raises:
+            TypeError: If `optimizer` is not a torch optimiser.
+            ValueError: If it trains none of the masked parameters.
+        """
+        self.masks.check(optimizer)
+        return optimizer.register_step_post_hook(lambda *_: (self.step(), None)[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it is, for `torch.save`.
+
+        Returns:
+            The number of steps and the masks.
+        """
+        return {"steps": self.steps, "masks": self.masks.state_dict()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on where a saved schedule was.
+
+        Args:
+            state_dict: What `state_dict` gave, with the same ratios.
+
+        Raises:
+            ValueError: If the masks are not this model's.
+        """
+        self.masks.load_state_dict(state_dict["masks"])
+        self.steps = state_dict["steps"]
+
+    def _prune(self) -> Masks:
+        return magnitude_prune(self._model, self.ratio, **self._settings)
+
+
+def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> None:
+    """Go back to other weights under the same masks.
+
+    Those from an early step of the training that led to the masks: rewinding. Those from its start:
+    the lottery ticket. Those of a new initialisation: the random control, which says what the masks
+    are worth without the weights.
+
+    References:
+        Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, ICML 2020,
+        https://arxiv.org/abs/1912.05671.
+
+    Args:
+        model: The pruned model.
+        masks: Its masks.
+        state_dict: The other weights, of the whole model.
+
+    Raises:
+        ValueError: If names or shapes are not the model's. Nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(8, 8)
+        >>> start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        >>> masks = magnitude_prune(model, 0.5)
+        >>> rewind(model, masks, start)
+        >>> torch.equal(model.weight, start["weight"] * masks["weight"])
+        True
+    """
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state_dict.keys())
+    wrong += [n for n, t in own.items() if n in state_dict and state_dict[n].shape != t.shape]
+    if wrong:
+        raise ValueError(
+            f"`state_dict` should hold the weights of this model. Found a difference in {wrong}."
+        )
+    model.load_state_dict(state_dict)
+    masks.apply()
+
+
+def _check(ratio: float, times: int) -> None:
+    check_ratio("ratio", ratio)
+    if times < 1:
+        raise ValueError(f"`times` should be at least 1. Found {times}.")
