@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from itertools import pairwise
-from math import floor
+from math import floor, prod
 from typing import Any
 
 import numpy as np
@@ -146,3 +146,60 @@ def plain_fit(
                 on_batch(index[0], logits.detach(), targets)
         if on_epoch:
             on_epoch(epoch)
+
+
+def erk_removed(shapes: dict[str, tuple[int, ...]], ratio: float) -> dict[str, float]:
+    """RigL's appendix: densities in proportion to the sum of the dimensions over their product.
+
+    Before rounding: how many weights of each layer go. A layer that would be more than dense is
+    dense, and the others are scaled anew.
+    """
+    sizes = {name: prod(shape) for name, shape in shapes.items()}
+    keep = sum(sizes.values()) - floor(ratio * sum(sizes.values()) + 0.5)
+    dense: list[str] = []
+    while True:
+        rest = {n: sum(shape) / prod(shape) for n, shape in shapes.items() if n not in dense}
+        budget = keep - sum(sizes[name] for name in dense)
+        epsilon = budget / sum(rest[name] * sizes[name] for name in rest) if rest else 0
+        above = [name for name in rest if epsilon * rest[name] > 1]
+        if not above:
+            break
+        dense.append(max(above, key=lambda name: rest[name]))
+    return {
+        name: 0.0 if name in dense else sizes[name] * (1 - epsilon * rest[name]) for name in shapes
+    }
+
+
+def lamp_scores(weights: list[float]) -> list[float]:
+    """The square over the sum of the squares of all weights in the layer that are not smaller."""
+    scores = []
+    for one in weights:
+        rest = sum(other**2 for other in weights if abs(other) >= abs(one))
+        scores.append(one**2 / rest if rest else 0.0)
+    return scores
+
+
+def lamp_removed(layers: dict[str, list[float]], remove: int) -> dict[str, int]:
+    """The least scores of all layers, for distinct ones."""
+    ranked = sorted((score, name) for name, layer in layers.items() for score in lamp_scores(layer))
+    gone = [name for _, name in ranked[:remove]]
+    return {name: gone.count(name) for name in layers}
+
+
+def kept_of_each(row: list[float], kept: int, of: int) -> list[bool]:
+    """N:M along one row of inputs."""
+    found = []
+    for start in range(0, len(row), of):
+        group = row[start : start + of]
+        best = sorted(range(of), key=lambda place: (-abs(group[place]), place))[:kept]
+        found += [place in best and group[place] != 0 for place in range(of)]
+    return found
+
+
+def batchnorm_statistics(batches: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Means and variances of batches `(B, C)`, each batch by its number of samples."""
+    counts = np.array([len(batch) for batch in batches], float)
+    share = counts / counts.sum()
+    means = np.stack([batch.mean(0) for batch in batches])
+    variances = np.stack([batch.var(0, ddof=1) for batch in batches])
+    return share @ means, share @ variances

@@ -310,9 +310,9 @@ def test_replace_is_the_run_with_those_settings(changes: dict[str, Any]) -> None
         (
             {"scope": "global", "device": "cpu"},
             TypeError,
-            "`replace` .*reinitialize. Found device, scope",
+            "`replace` .*schedule. Found device, scope",
         ),
-        ({"scores": None, "seed": 1}, TypeError, "`replace` .*reinitialize. Found scores"),
+        ({"scores": None, "seed": 1}, TypeError, "`replace` .*schedule. Found scores"),
         ({"data_ratio": "a"}, TypeError, "`data_ratio` .*Found str"),
         ({"data_ratio": 30}, ValueError, "`data_ratio` .*Found 30"),
         ({"data_ratio": 0.001}, ValueError, "should keep a sample of each class"),

@@ -52,6 +52,7 @@ HOUSE = [
     "_step",
     "training",
     "records",
+    "_pruning",
     "_probe",
     "pipeline",
     "_store",

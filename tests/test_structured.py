@@ -1,4 +1,4 @@
-"""Structured pruning against networks that are built smaller by hand, and against zeroed channels."""
+"""Structured pruning against networks built smaller by hand, and against channels of zeros."""
 
 import json
 import warnings
@@ -169,7 +169,7 @@ def test_about_the_share_that_was_asked_for_goes(name: str) -> None:
     after = sum(p.numel() for p in model.parameters())
     assert pruned.parameters == Change(before, after)
     assert pruned.bytes == Change(4 * before, 4 * after)
-    # The rest is the classifier's outputs, which stay; and shuffled channels are tied to each other.
+    # The rest is the classifier's outputs, which stay. Shuffled channels are tied to each other.
     classes = model(inputs).shape[1]
     most = 0.5 * (1 - classes / pruned.channels.before)
     assert pruned.channels.removed <= 0.5
@@ -516,7 +516,7 @@ def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(
     inputs = settings.get("inputs", DIGITS if factory is lenet else torch.ones(2, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of lazy modules
-        state = {name: t for name, t in model.state_dict().items()}
+        state = dict(model.state_dict())
     shape = repr(model)
     with pytest.raises(error, match=message):
         prune_channels(model, settings.get("ratio", 0.5), inputs, skip=settings.get("skip", ()))

@@ -34,9 +34,9 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
     """Write a model's `state_dict` with one bit for each weight and the values that are not zero.
 
     At a sparsity of 80 % a file of 32-bit weights takes 0.2 + 1/32 = 0.231 of the dense one.
-    Tensors that would not be smaller are written whole, and tensors that share their memory once. The file
-    is a plain zip archive of raw bytes and a description in JSON: nothing in it can run when it is
-    read. It appears whole or not at all.
+    Tensors that would not be smaller are written whole, and tensors that share their memory once.
+    The file is a plain zip archive of raw bytes and a description in JSON: nothing in it can run
+    when it is read. It appears whole or not at all.
 
     Args:
         model: Pruned, on any device.

@@ -188,7 +188,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
 
 def _order(record: Record) -> tuple[Any, ...]:
     coreset = record.mode != "baseline"
-    setting = (record.model, record.protocol, record.reinitialized, record.equal_steps, coreset)
+    setting = (*(str(getattr(record, name)) for name in reversed(EXTRAS)), coreset)
     mode = list(NAMES).index(record.mode) if record.mode in NAMES else len(NAMES)
     return (*setting, record.keep_ratio, record.prune_ratio, mode, record.seed)
 

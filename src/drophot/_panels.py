@@ -114,8 +114,8 @@ class Panels:
         }
         bands = "bands are 95 % intervals over seeds" if several(runs) else "one seed"
         start = "and may lie below the frame"
-        if runs[0].reinitialized:
-            start = "and is left out, since fine-tuning began from new weights"
+        if runs[0].reinitialized or runs[0].rewound:
+            start = "and is left out, since fine-tuning began from other weights"
         text = f"Test accuracy in % over the epochs of fine-tuning; {bands}. Each column has its "
         text += f"own scale. Epoch 0 is right after pruning {start}."
 
@@ -125,7 +125,7 @@ class Panels:
             low, high = min(later), max(later)
             # Where pruning took most of the accuracy, a frame down to there would show no more.
             start = 100 * min(record.pruned_accuracy for record in found)
-            if not found[0].reinitialized and start > 2 * low - high:
+            if not (found[0].reinitialized or found[0].rewound) and start > 2 * low - high:
                 low = min(low, start)
             edge = 0.06 * (high - low) or 1
             ax.set_ylim(low - edge, high + edge)

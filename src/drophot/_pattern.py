@@ -75,7 +75,7 @@ def fitting(
         warnings.warn(
             f'`pattern="{pattern}"` leaves layers dense whose inputs {of} does not divide: '
             f"{', '.join(others)}.",
-            stacklevel=4,
+            stacklevel=3,
         )
     return fits
 
@@ -100,7 +100,7 @@ def cut(weight: Tensor, kept: int, of: int, dim: int) -> Tensor:
         mask.view(-1, of).split(_BLOCK // of),
         strict=True,
     ):
-        best = block.abs().sort(1, descending=True, stable=True).indices[:, :kept]
+        best = block.abs().argsort(dim=1, descending=True, stable=True)[:, :kept]
         keep.zero_().scatter_(1, best, True)
         keep &= block != 0
     mask = mask.movedim(-1, dim).contiguous()

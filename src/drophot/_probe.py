@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
-from drophot import _progress, _random, coreset, prune, training
+from drophot import _progress, _pruning, _random, coreset, prune, training
 from drophot.forgetting import ForgettingTracker
 from drophot.indexing import IndexedDataset
 from drophot.training import first_sample
@@ -43,10 +43,12 @@ def settle(run: Any) -> None:
             f'`protocol="released"` should stand alone: it counts its own way and prunes layer by '
             f"layer. Found forgetting={run.forgetting!r} and scope={run.scope!r}; leave them out."
         )
-    for name in ("equal_steps", "reinitialize", "progress"):
+    flags = ("equal_steps", "reinitialize", "rewind", "recalibrate_bn", "structured", "progress")
+    for name in flags:
         if not isinstance(value := getattr(run, name), bool):
             raise TypeError(f"`{name}` should be True or False. Found {value!r}.")
-    check_counts(1, score_epochs=run.score_epochs, batch_size=run.batch_size)
+    _pruning.check(run)
+    check_counts(1, score_epochs=run.score_epochs, batch_size=run.batch_size, prunings=run.prunings)
     check_counts(
         0, train_epochs=run.train_epochs, finetune_epochs=run.finetune_epochs, seed=run.seed
     )
@@ -54,7 +56,14 @@ def settle(run: Any) -> None:
         _progress.check()
     for name in ("data_ratio", "prune_ratio"):
         setattr(run, name, float(getattr(run, name)))
-    for name in ("score_epochs", "train_epochs", "finetune_epochs", "batch_size", "seed"):
+    for name in (
+        "score_epochs",
+        "train_epochs",
+        "finetune_epochs",
+        "batch_size",
+        "prunings",
+        "seed",
+    ):
         setattr(run, name, operator.index(getattr(run, name)))
 
 
@@ -234,6 +243,7 @@ def check_sizes(run: Any, num_classes: int) -> None:
         ValueError: If fewer samples are kept than there are classes, or the last batch of an epoch
             is a single sample and the model cannot train on one.
     """
+    _pruning.check_model(run)
     total = len(run.train_set)
     size = coreset.kept(total, run.data_ratio)
     if size < num_classes:

@@ -38,6 +38,9 @@ class Stage:
     equal_steps: bool = False
     prune_ratio: float = 0.0
     reinitialize: bool = False
+    rewind: bool = False
+    recalibrate_bn: bool = False
+    schedule: str = "one-shot"
 
     @property
     def name(self) -> str:
@@ -47,6 +50,8 @@ class Stage:
             parts += [self.mode, f"keep{self.data_ratio}", *["equal"] * self.equal_steps]
         if self.kind == "finetune":
             parts += [f"prune{self.prune_ratio}", *["new"] * self.reinitialize]
+            parts += [*["rewound"] * self.rewind, *["bn"] * self.recalibrate_bn]
+            parts += [self.schedule] if self.schedule != "one-shot" else []
         return "-".join(parts) + (".json" if self.kind == "finetune" else ".pt")
 
     def needs(self, pipeline: DropHot) -> Stage | None:
@@ -179,6 +184,9 @@ def _run(pipeline: DropHot, stage: Stage) -> DropHot:
         equal_steps=stage.equal_steps,
         prune_ratio=stage.prune_ratio,
         reinitialize=stage.reinitialize,
+        rewind=stage.rewind,
+        recalibrate_bn=stage.recalibrate_bn,
+        schedule=stage.schedule,
     )
 
 

@@ -25,6 +25,11 @@ EXTRAS: dict[str, tuple[str, Mapping[object, str]]] = {
     "protocol": ("protocol", {}),
     "equal_steps": ("steps", {True: "equal", False: "fewer"}),
     "reinitialized": ("weights", {True: "new", False: "trained"}),
+    "rewound": ("start", {True: "rewound", False: "kept"}),
+    "recalibrated": ("BatchNorm", {True: "anew", False: "as trained"}),
+    "schedule": ("schedule", {}),
+    "scope": ("scope", {}),
+    "structured": ("removed are", {True: "channels", False: "weights"}),
 }
 
 _PAIRS = (

@@ -21,14 +21,23 @@ from drophot._plan import Plan, estimate
 from drophot._stages import Stage, compute
 from drophot._store import Store, digest, open_store, write_whole
 from drophot.coreset import Mode
-from drophot.pipeline import DropHot
+from drophot.pipeline import CELL, DropHot
 from drophot.records import Record
 
 logger = logging.getLogger("drophot")
 
 _BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} epochs [{elapsed}<{remaining}]"
 
-Control = Literal["equal_steps", "reinitialize"]
+Control = Literal["equal_steps", "reinitialize", "rewind", "recalibrate_bn", "gradual", "iterative"]
+# What a control sets. That of the steps concerns training, the others what follows it.
+_CONTROLS: dict[str, dict[str, Any]] = {
+    "equal_steps": {"equal_steps": True},
+    "reinitialize": {"reinitialize": True},
+    "rewind": {"rewind": True},
+    "recalibrate_bn": {"recalibrate_bn": True},
+    "gradual": {"schedule": "gradual"},
+    "iterative": {"schedule": "iterative"},
+}
 
 
 class Grid:
@@ -48,8 +57,11 @@ class Grid:
         prune_ratios: The shares of weights **removed**, each in [0, 1).
         seeds: One run of everything for each.
         controls: More cells beside these. `"equal_steps"`: every coreset also trained for as many
-            optimiser steps as the full training set takes. `"reinitialize"`: every mask also
-            fine-tuned from new random weights.
+            optimiser steps as the full training set takes. `"reinitialize"` and `"rewind"`: every
+            mask also fine-tuned from new random weights, and from those that training began with.
+            `"recalibrate_bn"`: BatchNorm's statistics also taken anew after pruning. `"gradual"`
+            and `"iterative"`: every network also pruned by these schedules. Each by itself, beside
+            the one-shot cell.
         threads: Of the CPU for each stage. One is fastest for small networks side by side; for a
             large one alone take the number of cores. Results depend on it in their last bits,
             which training makes larger, so that it belongs to a store's configuration.
@@ -89,21 +101,24 @@ class Grid:
                 f"`pipeline` should be a DropHot. Found {type(pipeline).__name__}; give "
                 f"DropHot(model, train_set, test_set, data_ratio=..., mode=..., prune_ratio=...)."
             )
-        for name in get_args(Control):
-            if getattr(pipeline, name):
-                raise ValueError(
-                    f"`pipeline` should leave its controls to the grid. Found {name}=True; give "
-                    f"controls=[{name!r}] here, which compares it with the run without."
-                )
+        for control, settings in _CONTROLS.items():
+            for name, value in settings.items():
+                if getattr(pipeline, name) == value:
+                    raise ValueError(
+                        f"`pipeline` should leave its controls to the grid. Found "
+                        f"{name}={value!r}; give controls=[{control!r}] here, which compares it "
+                        f"with the run without."
+                    )
         self.data_ratios = [float(r) for r in _list("data_ratios", data_ratios, pipeline)]
         self.modes = _list("modes", modes, pipeline)
         self.prune_ratios = [float(r) for r in _list("prune_ratios", prune_ratios, pipeline)]
         self.seeds = [int(s) for s in _list("seeds", seeds, pipeline)]
         self.controls = list(controls)
         if unknown := set(self.controls) - set(get_args(Control)):
-            raise ValueError(
-                f'`controls` should be "equal_steps" or "reinitialize". Found {unknown.pop()!r}.'
-            )
+            choices = ", ".join(f'"{name}"' for name in _CONTROLS)
+            raise ValueError(f"`controls` should be of {choices}. Found {unknown.pop()!r}.")
+        for control in self.controls:
+            pipeline.replace(**_CONTROLS[control])
         if 1.0 in self.data_ratios:
             raise ValueError(
                 "`data_ratios` should each be below 1. Found 1, which is the baseline, and that is "
@@ -209,8 +224,8 @@ class Grid:
         for seed in self.seeds:
             for mode, data_ratio, equal_steps in coresets:
                 for prune_ratio in (dense if mode == "baseline" else []) + self.prune_ratios:
-                    again = prune_ratio > 0 and "reinitialize" in self.controls
-                    for reinitialize in (False, True) if again else (False,):
+                    after = [c for c in self.controls if c != "equal_steps" and prune_ratio > 0]
+                    for settings in ({}, *(_CONTROLS[control] for control in after)):
                         yield Stage(
                             kind="finetune",
                             seed=seed,
@@ -218,7 +233,7 @@ class Grid:
                             data_ratio=data_ratio,
                             equal_steps=equal_steps,
                             prune_ratio=prune_ratio,
-                            reinitialize=reinitialize,
+                            **settings,
                         )
 
     def _missing(self, cells: Sequence[Stage], store: Store | None) -> dict[Stage, Stage | None]:
@@ -245,7 +260,7 @@ class Grid:
     def _configuration(self) -> tuple[dict[str, Any], str]:
         """What all cells have in common, and the digest of the data."""
         found = self.pipeline.configuration
-        for name in ("data_ratio", "mode", "prune_ratio", "seed", *get_args(Control)):
+        for name in CELL:  # what the cells differ in
             del found[name]
         found["data"] = digest(self._tensors())
         found["threads"] = self.threads

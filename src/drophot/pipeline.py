@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from math import ceil, nan
 from time import perf_counter
@@ -16,18 +16,26 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import Dataset, Subset
 
-from drophot import _probe, _progress, _random, coreset, records, released, training
+from drophot import _probe, _progress, _pruning, _random, coreset, records, released, training
+from drophot._pruning import ScheduleName
 from drophot.coreset import Mode, select
 from drophot.forgetting import ForgettingTracker
-from drophot.prune import Masks, Scope, magnitude_prune
+from drophot.prune import Masks, Scope
 from drophot.records import Record
+from drophot.schedule import Schedule
+from drophot.structured import Pruned
 
 Forgetting = Literal["paper", "toneva"]
 Protocol = Literal["paper", "released"]
 
-_CELL = ("data_ratio", "mode", "prune_ratio", "seed", "equal_steps", "reinitialize")
+# What the cells of a grid differ in.
+CELL = (
+    *("data_ratio", "mode", "prune_ratio", "seed", "equal_steps", "reinitialize", "rewind"),
+    *("recalibrate_bn", "schedule"),
+)
 _EPOCHS = ("score_epochs", "train_epochs", "finetune_epochs")
-_SETTINGS = (*_CELL, "forgetting", "scope", "protocol", *_EPOCHS, "batch_size")
+_FIXED = ("forgetting", "scope", "structured", "prunings", "protocol")
+_SETTINGS = (*CELL, *_FIXED, *_EPOCHS, "batch_size")
 
 
 class DropHot:
@@ -63,13 +71,20 @@ class DropHot:
             training batches, without a pass of its own; a sample that was never right is the
             hardest (Toneva et al. 2019).
         scope: `"layer"` removes the share from each layer, as the authors did; `"global"` ranks
-            all weights together.
+            all weights together; `"erk"` and `"lamp"`: see :func:`drophot.magnitude_prune`.
         protocol: `"paper"` is the paper's text. `"released"` is what its released code does
             instead, to trace the published numbers: see :mod:`drophot.released`.
         equal_steps: Train on the coreset for as many optimiser steps as `train_epochs` of the full
             training set take, so that less data does not mean less training.
         reinitialize: Fine-tune what pruning left from new random weights: what the mask is worth
             without the weights that it was found with.
+        rewind: Fine-tune it from the weights that step 3 began with: the lottery ticket.
+        recalibrate_bn: Take BatchNorm's statistics anew after pruning, from the training set.
+        schedule: `"one-shot"` prunes once, in step 4; `"gradual"` and `"iterative"` go on in step
+            5, by cubic ratios over its first half, or in rounds that each remove the same share of
+            what is left: see :mod:`drophot.schedule`.
+        prunings: How often a schedule prunes, step 4 included.
+        structured: Remove channels instead of weights: see :mod:`drophot.structured`.
         score_epochs: Epochs of step 1, on the full training set.
         train_epochs: Epochs of step 3, on the coreset.
         finetune_epochs: Epochs of step 5, on the full training set.
@@ -114,6 +129,9 @@ class DropHot:
     model: nn.Module | None = None  # of steps 3 to 5
     trained_accuracy: float = nan
     masks: Masks | None = None
+    pruner: Schedule | None = None
+    channels: Pruned | None = None
+    prunable: int = 0  # weights, before pruning
     pruned_accuracy: float = nan
     record: Record | None = None
     seconds: Mapping[str, float] = MappingProxyType({})  # of each step
@@ -132,6 +150,11 @@ class DropHot:
         protocol: Protocol = "paper",
         equal_steps: bool = False,
         reinitialize: bool = False,
+        rewind: bool = False,
+        recalibrate_bn: bool = False,
+        schedule: ScheduleName = "one-shot",
+        prunings: int = 5,
+        structured: bool = False,
         score_epochs: int = 10,
         train_epochs: int = 10,
         finetune_epochs: int = 10,
@@ -151,6 +174,11 @@ class DropHot:
         self.protocol: Protocol = protocol
         self.equal_steps = equal_steps
         self.reinitialize = reinitialize
+        self.rewind = rewind
+        self.recalibrate_bn = recalibrate_bn
+        self.schedule: ScheduleName = schedule
+        self.prunings = prunings
+        self.structured = structured
         self.score_epochs = score_epochs
         self.train_epochs = train_epochs
         self.finetune_epochs = finetune_epochs
@@ -178,8 +206,8 @@ class DropHot:
         """The same run with other settings and no results yet, on the same data in memory.
 
         Args:
-            **settings: Any of `data_ratio`, `mode`, `prune_ratio`, `seed`, `equal_steps` and
-                `reinitialize`.
+            **settings: Any of `data_ratio`, `mode`, `prune_ratio`, `seed`, `equal_steps`,
+                `reinitialize`, `rewind`, `recalibrate_bn` and `schedule`.
 
         Returns:
             A new object; this one is left as it is.
@@ -188,8 +216,8 @@ class DropHot:
             TypeError: If a setting is not one of these, or of the wrong kind.
             ValueError: If a value is out of range.
         """
-        if unknown := ", ".join(sorted(settings.keys() - set(_CELL))):
-            raise TypeError(f"`replace` should be given {', '.join(_CELL)}. Found {unknown}.")
+        if unknown := ", ".join(sorted(settings.keys() - set(CELL))):
+            raise TypeError(f"`replace` should be given {', '.join(CELL)}. Found {unknown}.")
         other = copy.copy(self)
         for name in DropHot.__annotations__:  # the results
             vars(other).pop(name, None)
@@ -309,7 +337,7 @@ class DropHot:
         if self.model is None:
             raise RuntimeError("`prune` needs a model. Found none; call train() first.")
         with self._step("prune"):
-            self.masks = magnitude_prune(self.model, self.prune_ratio, scope=self.scope)
+            self.masks = _pruning.prune(self)
             self.pruned_accuracy = training.evaluate(self.model, self.test_set)
         return self.masks
 
@@ -327,11 +355,9 @@ class DropHot:
         model = self.model
         curve: list[float] = []
         with self._step("finetune", 1):
-            if self.reinitialize:
-                model.load_state_dict(self.factory().state_dict())
-                self.masks.apply()
+            _pruning.start_over(self)
             optimizer = self.optimizer(model.parameters())
-            with nullcontext() if self.protocol == "released" else self.masks.hold(optimizer):
+            with _pruning.held(self, optimizer):
                 self._fit(
                     model,
                     self.train_set,
@@ -340,26 +366,8 @@ class DropHot:
                     on_epoch=lambda _: curve.append(training.evaluate(model, self.test_set)),
                 )
             _probe.check_called(len(curve), self.finetune_epochs)
-        self.record = Record(
-            model=records.factory_name(self.factory, model),
-            mode="baseline" if len(self.indices) == self._total else self.mode,
-            keep_ratio=self.data_ratio,
-            kept=len(self.indices),
-            prune_ratio=self.prune_ratio,
-            seed=self.seed,
-            trained_accuracy=self.trained_accuracy,
-            pruned_accuracy=self.pruned_accuracy,
-            finetuned_accuracy=curve[-1] if curve else training.evaluate(model, self.test_set),
-            finetune_curve=tuple(curve),
-            sparsity=Masks.from_zeros(model).sparsity,
-            seconds=dict(self.seconds),
-            device=records.device_name(self.device),
-            versions=records.versions(),
-            fingerprint=records.fingerprint(self.configuration),
-            protocol=self.protocol,
-            equal_steps=self.equal_steps,
-            reinitialized=self.reinitialize,
-        )
+        accuracy = curve[-1] if curve else training.evaluate(model, self.test_set)
+        self.record = records.of_run(self, curve, accuracy, _pruning.removed(self))
         return self.record
 
     def _needs_scores(self) -> bool:

@@ -149,7 +149,8 @@ def check_ratio(name: str, ratio: Any) -> None:
         ) from None
     if not inside:
         raise ValueError(
-            f"`{name}` should be a share of the weights, in [0, 1). Found {ratio}; for 80 % give 0.8."
+            f"`{name}` should be a share of the weights, in [0, 1). Found {ratio}; for 80 % give "
+            f"0.8."
         )
 
 

@@ -39,13 +39,13 @@ class Record:
     trained_accuracy: float
     """After training on the coreset, before pruning."""
     pruned_accuracy: float
-    """Right after pruning."""
+    """Right after pruning; with a schedule, after its first."""
     finetuned_accuracy: float
     """After fine-tuning on the full training set: the curve's last entry."""
     finetune_curve: tuple[float, ...]
     """After each fine-tuning epoch."""
     sparsity: float
-    """The share of prunable weights that is zero after fine-tuning, counted in the weights."""
+    """The share of prunable weights that is zero, or gone, after fine-tuning, counted in them."""
     seconds: dict[str, float] = field(compare=False)
     """Wall-clock seconds of each step; a step that was not needed is missing."""
     device: str
@@ -60,6 +60,59 @@ class Record:
     """Whether the coreset got as many optimiser steps as the full training set would have."""
     reinitialized: bool = False
     """Whether what pruning left was fine-tuned from new random weights."""
+    rewound: bool = False
+    """Whether what pruning left was fine-tuned from the weights that training began with."""
+    recalibrated: bool = False
+    """Whether BatchNorm's statistics were taken anew after pruning."""
+    schedule: str = "one-shot"
+    """How pruning was spread over fine-tuning: "one-shot", "gradual" or "iterative"."""
+    scope: str = "layer"
+    """How the share removed was divided among the layers."""
+    structured: bool = False
+    """Whether channels were removed, of which `prune_ratio` is the share."""
+    parameters: int = 0
+    """Those of the network in the end, zeros included; 0 in records of before this was counted."""
+
+
+def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -> Record:
+    """The record of a run that is through.
+
+    Args:
+        run: A :class:`drophot.DropHot`.
+        curve: Its accuracies after each epoch of fine-tuning.
+        accuracy: The one in the end.
+        sparsity: What it counted of prunable weights that are zero or gone.
+
+    Returns:
+        The record.
+    """
+    everything = len(run.indices) == len(run.train_set)
+    return Record(
+        model=factory_name(run.factory, run.model),
+        mode="baseline" if everything else run.mode,
+        keep_ratio=run.data_ratio,
+        kept=len(run.indices),
+        prune_ratio=run.prune_ratio,
+        seed=run.seed,
+        trained_accuracy=run.trained_accuracy,
+        pruned_accuracy=run.pruned_accuracy,
+        finetuned_accuracy=accuracy,
+        finetune_curve=tuple(curve),
+        sparsity=sparsity,
+        seconds=dict(run.seconds),
+        device=device_name(run.device),
+        versions=versions(),
+        fingerprint=fingerprint(run.configuration),
+        protocol=run.protocol,
+        equal_steps=run.equal_steps,
+        reinitialized=run.reinitialize,
+        rewound=run.rewind,
+        recalibrated=run.recalibrate_bn,
+        schedule=run.schedule,
+        scope=run.scope,
+        structured=run.structured,
+        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+    )
 
 
 def fingerprint(configuration: Mapping[str, Any]) -> str:

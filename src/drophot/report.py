@@ -153,7 +153,7 @@ def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
                 f"`records` should be of equally many epochs in each group. Found {sorted(epochs)} "
                 f"in {label}; draw them apart."
             )
-        first = int(group[0].reinitialized)
+        first = int(group[0].reinitialized or group[0].rewound)
         curves = [(r.pruned_accuracy, *r.finetune_curve)[first:] for r in group]
         x = range(first, first + len(curves[0]))
         y, low, high = _intervals(zip(*curves, strict=True))

@@ -34,8 +34,8 @@ def cubic(ratio: float, times: int) -> tuple[float, ...]:
         ValueError: If it is not in [0, 1), or `times` less than 1.
 
     Example:
-        >>> cubic(0.8, 2)
-        (0.7, 0.8)
+        >>> [round(ratio, 3) for ratio in cubic(0.8, 4)]
+        [0.463, 0.7, 0.788, 0.8]
     """
     _check(ratio, times)
     ratios = [ratio - ratio * (1 - i / times) ** 3 for i in range(1, times)]

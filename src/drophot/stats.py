@@ -57,6 +57,11 @@ class Comparison:
     prune_ratio: float
     equal_steps: bool
     reinitialized: bool
+    rewound: bool
+    recalibrated: bool
+    schedule: str
+    scope: str
+    structured: bool
     against: str
     """What it is compared with: "baseline" or "random"."""
     measure: str
@@ -344,7 +349,10 @@ def compare(
     ]
 
 
-_CELL = "model", "protocol", "mode", "keep_ratio", "prune_ratio", "equal_steps", "reinitialized"
+_CELL = (
+    *("model", "protocol", "mode", "keep_ratio", "prune_ratio", "equal_steps", "reinitialized"),
+    *("rewound", "recalibrated", "schedule", "scope", "structured"),
+)
 
 
 def _by_cell(

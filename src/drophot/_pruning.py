@@ -1,0 +1,175 @@
+"""Step 4 of a run, and what of it holds through step 5."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import ceil
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from drophot import _random, schedule, training
+from drophot._batchnorm import recalibrate_bn, with_statistics
+from drophot._weights import prunable
+from drophot.prune import Masks, magnitude_prune
+from drophot.structured import prune_channels
+
+ScheduleName = Literal["one-shot", "gradual", "iterative"]
+
+
+def prune(run: Any) -> Masks:
+    """Prune a run's model, and leave its schedule or what channels went on the run.
+
+    Args:
+        run: With the settings, the model and the data of a :class:`drophot.DropHot`.
+
+    Returns:
+        The masks.
+    """
+    model: nn.Module = run.model
+    run.pruner = run.channels = None
+    run.prunable = sum(weight.numel() for weight in prunable(model, ()).values())
+    if run.structured:
+        run.channels = prune_channels(model, run.prune_ratio, _sample(run))
+        masks = Masks.from_zeros(model)
+    elif run.schedule == "one-shot":
+        masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)
+    else:
+        steps, times = _steps(run), run.prunings
+        if run.schedule == "gradual":
+            ratios, every = schedule.cubic(run.prune_ratio, times), steps // 2 // max(times - 1, 1)
+        else:
+            ratios, every = schedule.geometric(run.prune_ratio, times), steps // times
+        run.pruner = schedule.Schedule(model, ratios, every=max(every, 1), scope=run.scope)
+        masks = run.pruner.masks
+    if run.recalibrate_bn:
+        order = torch.Generator().manual_seed(2 * run.seed)
+        batches = training.batches(run.train_set, run.batch_size, run.device, shuffle=order)
+        recalibrate_bn(model, _whole(batches, run.batch_size))
+    return masks
+
+
+def start_over(run: Any) -> None:
+    """Give the model other weights under its masks, where that is asked for.
+
+    Args:
+        run: A run whose model is pruned.
+    """
+    if run.reinitialize:
+        schedule.rewind(run.model, run.masks, run.factory().to(run.device).state_dict())
+    if run.rewind:
+        with _random.kept(run.device, seed=2 * run.seed):  # as in step 3
+            start = run.factory().to(run.device).state_dict()
+        schedule.rewind(run.model, run.masks, start)
+
+
+@contextmanager
+def held(run: Any, optimizer: Optimizer) -> Iterator[None]:
+    """Keep what was removed at zero, and prune on where a schedule is not at its end.
+
+    Args:
+        run: A run whose model is pruned.
+        optimizer: What trains it.
+
+    Yields:
+        Nothing.
+    """
+    holding: AbstractContextManager[Any] = nullcontext()
+    if run.pruner is not None and run.pruner.masks is run.masks:
+        holding = run.pruner.hold(optimizer)
+    elif run.protocol != "released" and not run.structured:
+        holding = run.masks.hold(optimizer)
+    with holding:
+        yield
+    if run.pruner is not None:
+        run.masks = run.pruner.masks
+
+
+def removed(run: Any) -> float:
+    """The share of the dense network's prunable weights that is zero or gone.
+
+    Args:
+        run: A run whose model is pruned.
+
+    Returns:
+        The share.
+    """
+    left = prunable(run.model, ()).values()
+    return 1 - sum(int(weight.detach().count_nonzero()) for weight in left) / run.prunable
+
+
+def check(run: Any) -> None:
+    """Refuse settings of pruning that cannot work, or not together.
+
+    Args:
+        run: With the settings of a :class:`drophot.DropHot`.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if run.schedule not in ("one-shot", "gradual", "iterative"):
+        raise ValueError(
+            f'`schedule` should be "one-shot", "gradual" or "iterative". Found {run.schedule!r}.'
+        )
+    several = run.schedule != "one-shot"
+    for name, other, why in (
+        ("rewind", run.reinitialize, "reinitialize: the weights are either the first or new ones"),
+        ("rewind", several, "a schedule: its mask is not final when fine-tuning begins"),
+        ("reinitialize", several, "a schedule: its mask is not final when fine-tuning begins"),
+        ("structured", several, "a schedule: channels do not come off one by one"),
+        ("structured", run.rewind or run.reinitialize, "other weights: there is no mask for them"),
+        ("structured", run.scope != "layer", "another scope: each layer loses the same share"),
+    ):
+        if getattr(run, name) and other:
+            raise ValueError(f"`{name}` should not be given with {why}. Found both; leave one out.")
+    if run.protocol == "released" and (several or run.structured):
+        raise ValueError(
+            '`protocol="released"` should stand alone: it prunes in one shot and holds no masks. '
+            f"Found schedule={run.schedule!r} and structured={run.structured}; leave them out."
+        )
+
+
+def check_model(run: Any) -> None:
+    """Refuse pruning that the model or the length of fine-tuning does not allow.
+
+    Args:
+        run: With the settings, the factory and the data of a :class:`drophot.DropHot`.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if run.schedule != "one-shot" and _steps(run) < run.prunings:
+        raise ValueError(
+            f"`prunings` should be at most the steps of fine-tuning, {_steps(run)}. Found "
+            f"{run.prunings}; raise finetune_epochs."
+        )
+    if not (run.recalibrate_bn or (run.structured and run.prune_ratio)):
+        return
+    with _random.kept(run.device, seed=run.seed):
+        probe = run.factory().to(run.device)
+        if run.recalibrate_bn and not with_statistics(probe):
+            raise ValueError(
+                f"`recalibrate_bn` should be given for a model with BatchNorm. Found none in "
+                f"{type(probe).__name__}; leave it out."
+            )
+        if run.structured and run.prune_ratio:
+            prune_channels(probe, run.prune_ratio, _sample(run))
+
+
+def _steps(run: Any) -> int:
+    return run.finetune_epochs * ceil(len(run.train_set) / run.batch_size)
+
+
+def _sample(run: Any) -> torch.Tensor:
+    sample = training.first_sample("train_set", run.train_set)[0]
+    return torch.as_tensor(sample)[None].to(run.device)
+
+
+def _whole(batches: Iterator[Any], size: int) -> Iterator[Any]:
+    """Batches without a last one of a single sample, which BatchNorm may not take."""
+    for batch in batches:
+        if len(batch[0]) > 1 or size == 1:
+            yield batch

@@ -1,0 +1,208 @@
+"""How a share is divided among layers: ERK, LAMP, a minimum for each."""
+
+from copy import deepcopy
+from math import floor, prod
+
+import pytest
+import references
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from drophot import _budgets
+from drophot.prune import Masks, magnitude_prune
+
+shapes = st.lists(
+    st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple), min_size=1, max_size=5
+)
+ratios = st.floats(0, 0.999)
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=2), nn.Linear(16, 40), nn.Linear(40, 5)
+    )
+
+
+def kept(masks: Masks) -> dict[str, int]:
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+@given(shapes, ratios)
+def test_erk_is_the_papers_and_exact(dimensions: list[tuple[int, ...]], ratio: float) -> None:
+    named = {str(number): shape for number, shape in enumerate(dimensions)}
+    total = sum(map(prod, dimensions))
+    remove = floor(ratio * total + 0.5)
+    found = _budgets.erk(named, remove)
+    assert sum(found.values()) == remove
+    expected = references.erk_removed(named, ratio)
+    for name, count in found.items():
+        assert 0 <= count <= prod(named[name])
+        assert abs(count - expected[name]) < 1 + 1e-6
+
+
+@given(
+    st.lists(
+        st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=12, unique_by=abs),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 10**6),
+)
+def test_lamp_scores_are_the_papers(layers: list[list[int]], seed: int) -> None:
+    for layer in layers:
+        weights = torch.tensor(layer, dtype=torch.float64)[torch.randperm(len(layer))]
+        expected = references.lamp_scores(weights.tolist())
+        torch.testing.assert_close(
+            _budgets.lamp(weights), torch.tensor(expected).float(), rtol=1e-5, atol=0
+        )
+
+
+@given(st.integers(0, 1000), st.sampled_from([0.1, 0.5, 0.8, 0.95]))
+def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) -> None:
+    model = network(seed)
+    weights = {name: w.detach().clone() for name, w in model.named_parameters() if w.dim() > 1}
+    layers = {name: w.double().flatten().tolist() for name, w in weights.items()}
+    remove = floor(ratio * sum(map(len, layers.values())) + 0.5)
+    expected = references.lamp_removed(layers, remove)
+    masks = magnitude_prune(model, ratio, scope="lamp")
+    for name, mask in masks.items():
+        assert abs(int((~mask).sum()) - expected[name]) <= 1  # scores are rounded to 32 bits
+        magnitudes = weights[name].abs()
+        assert magnitudes[mask].min() >= magnitudes[~mask].max() if (~mask).any() else True
+    assert sum(int((~mask).sum()) for mask in masks.values()) == remove
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e18])
+def test_lamp_does_not_look_at_the_scale_of_a_layer(scale: float) -> None:
+    model, other = network(), network()
+    other[2].weight.data.mul_(scale)
+    some, same = (magnitude_prune(m, 0.7, scope="lamp") for m in (model, other))
+    assert all(torch.equal(mask, same[name]) for name, mask in some.items())
+    scaled = network()
+    scaled[2].weight.data.mul_(scale)
+    globally = magnitude_prune(scaled, 0.7)
+    assert scale == 1.0 or kept(globally) != kept(same)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp"])
+@given(ratio=ratios, seed=st.integers(0, 50))
+def test_every_budget_is_exact_and_takes_the_least_of_each_layer(
+    scope: str, ratio: float, seed: int
+) -> None:
+    model = network(seed)
+    before = deepcopy(model)
+    masks = magnitude_prune(model, ratio, scope=scope)
+    sizes = [mask.numel() for mask in masks.values()]
+    removed = [int((~mask).sum()) for mask in masks.values()]
+    if scope == "layer":
+        assert removed == [floor(ratio * size + 0.5) for size in sizes]
+    else:
+        assert sum(removed) == floor(ratio * sum(sizes) + 0.5)
+    for name, mask in masks.items():
+        weight = before.get_parameter(name).detach()
+        assert torch.equal(model.get_parameter(name), weight * mask)
+        if mask.any() and not mask.all():
+            assert weight[mask].abs().min() >= weight[~mask].abs().max()
+    assert list(masks) == [f"{number}.weight" for number in range(4)]
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp"])
+def test_pruning_on_removes_more_and_brings_nothing_back(scope: str) -> None:
+    model = network()
+    before = magnitude_prune(model, 0.4, scope=scope)
+    after = magnitude_prune(model, 0.7, scope=scope)
+    for name, mask in after.items():
+        assert not (mask & ~before[name]).any()
+    assert after.sparsity == pytest.approx(0.7, abs=1e-3)
+
+
+@pytest.mark.parametrize("scope", ["erk", "lamp"])
+def test_layers_of_zeros_and_of_equal_weights(scope: str) -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10))
+    nn.init.zeros_(model[0].weight)
+    nn.init.ones_(model[1].weight)
+    masks = magnitude_prune(model, 0.5, scope=scope)
+    assert not masks["0.weight"].any()
+    if scope == "lamp":
+        assert masks.sparsity == 0.5
+    everything = nn.Linear(4, 4)
+    nn.init.zeros_(everything.weight)
+    assert magnitude_prune(everything, 0.25, scope=scope).sparsity == 1.0
+
+
+def test_a_global_ranking_empties_a_layer_unless_told_not_to() -> None:
+    def model() -> nn.Sequential:
+        made = network()
+        made[3].weight.data.mul_(1e-4)
+        return made
+
+    assert kept(magnitude_prune(model(), 0.8))["3.weight"] == 0
+    masks = magnitude_prune(model(), 0.8, min_kept=0.1)
+    assert kept(masks)["3.weight"] == 20
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(kept(masks).values()) == total - floor(0.8 * total + 0.5)
+
+
+@pytest.mark.parametrize("scope", ["global", "lamp"])
+@given(
+    ratio=st.floats(0, 0.99),
+    share=st.floats(0.001, 0.99),
+    seed=st.integers(0, 20),
+    scales=st.lists(st.sampled_from([1e-3, 1.0, 1e3]), min_size=4, max_size=4),
+)
+def test_the_minimum_holds_and_the_total_is_exact(
+    scope: str, ratio: float, share: float, seed: int, scales: list[float]
+) -> None:
+    model = network(seed)
+    for layer, scale in zip(model, scales, strict=True):
+        layer.weight.data.mul_(scale)
+    before = deepcopy(model.state_dict())
+    sizes = {name: w.numel() for name, w in before.items() if w.dim() > 1}
+    least = {name: floor(share * size + 0.5) for name, size in sizes.items()}
+    remove = floor(ratio * sum(sizes.values()) + 0.5)
+    if remove > sum(sizes[name] - least[name] for name in sizes):
+        with pytest.raises(ValueError, match="`ratio` should leave each layer the share"):
+            magnitude_prune(model, ratio, scope=scope, min_kept=share)
+        assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+        return
+    masks = magnitude_prune(model, ratio, scope=scope, min_kept=share)
+    assert sum(int((~mask).sum()) for mask in masks.values()) == remove
+    assert all(count >= least[name] for name, count in kept(masks).items())
+
+
+def test_without_a_layer_below_it_the_minimum_changes_nothing() -> None:
+    plain, floored = network(), network()
+    some, same = magnitude_prune(plain, 0.5), magnitude_prune(floored, 0.5, min_kept=0.01)
+    assert all(torch.equal(mask, same[name]) for name, mask in some.items())
+
+
+def test_zeros_do_not_come_back_for_a_minimum() -> None:
+    model = network()
+    with torch.no_grad():
+        model[3].weight[:, 10:] = 0  # 50 of 200 are left
+    masks = magnitude_prune(model, 0.45, min_kept=0.5)
+    assert kept(masks)["3.weight"] == 50
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(kept(masks).values()) == total - floor(0.45 * total + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"scope": "uniform"}, ValueError, '"global", "layer", "erk", "lamp". Found .uniform.'),
+        ({"min_kept": 1.0}, ValueError, "`min_kept` should be a share"),
+        ({"min_kept": "some"}, TypeError, "`min_kept` should be a number"),
+        ({"min_kept": 0.1, "scope": "layer"}, ValueError, "`min_kept` should go with a ranking"),
+        ({"min_kept": 0.1, "scope": "erk"}, ValueError, "`min_kept` should go with a ranking"),
+        ({"min_kept": 0.3}, ValueError, "min_kept=0.3, which lets"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(settings: dict, error: type, message: str) -> None:
+    model = network()
+    before: dict[str, Tensor] = deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        magnitude_prune(model, 0.8, **settings)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())

@@ -1,0 +1,213 @@
+"""Pruning in several steps, and going back to other weights."""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from drophot.prune import Masks, magnitude_prune
+from drophot.schedule import Schedule, cubic, geometric, rewind
+
+ratios = st.floats(0, 0.99)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 20), nn.ReLU(), nn.Linear(20, 4))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
+    inputs = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 10, generator=inputs)).square().mean().backward()
+        optimizer.step()
+
+
+@given(ratios, st.integers(1, 20))
+def test_the_cubic_ratios_are_zhu_and_guptas(ratio: float, times: int) -> None:
+    found = cubic(ratio, times)
+    # s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n dt))^3, dense at first
+    expected = [ratio + (0 - ratio) * (1 - t / times) ** 3 for t in range(1, times + 1)]
+    assert found == pytest.approx(expected)
+    assert found[-1] == ratio
+    assert list(found) == sorted(found)
+
+
+@given(ratios, st.integers(1, 20))
+def test_each_round_removes_the_same_share_of_what_is_left(ratio: float, times: int) -> None:
+    found = geometric(ratio, times)
+    left = [1.0] + [1 - share for share in found]
+    shares = [1 - after / before for before, after in pairwise(left)]
+    assert shares == pytest.approx([1 - (1 - ratio) ** (1 / times)] * times)
+    assert found[-1] == ratio
+
+
+@pytest.mark.parametrize("function", [cubic, geometric])
+def test_ratios_that_make_no_sense_are_refused(function) -> None:
+    for ratio, times, error, message in (
+        (1.0, 3, ValueError, "`ratio` should be a share"),
+        ("x", 3, TypeError, "`ratio` should be a number"),
+        (0.5, 0, ValueError, "`times` should be at least 1. Found 0"),
+    ):
+        with pytest.raises(error, match=message):
+            function(ratio, times)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_one_ratio_is_one_shot_held(optimizer: type[torch.optim.Optimizer]) -> None:
+    model, other = network(), network()
+    one, two = optimizer(model.parameters(), lr=0.1), optimizer(other.parameters(), lr=0.1)
+    with magnitude_prune(model, 0.7).hold(one):
+        train(model, one, 7)
+    with Schedule(other, [0.7], every=2).hold(two):
+        train(other, two, 7)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)
+    )
+
+
+@given(
+    st.lists(ratios, min_size=1, max_size=4).map(sorted),
+    st.integers(1, 4),
+    st.sampled_from(["global", "layer", "erk", "lamp"]),
+)
+def test_it_prunes_when_it_is_due_and_exactly(shares: list[float], every: int, scope: str) -> None:
+    model = network()
+    total = 280
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = Schedule(model, shares, every=every, scope=scope)
+    sizes = [200, 80] if scope == "layer" else [total]
+    for step in range(1, every * len(shares) + 3):
+        train(model, optimizer, 1, seed=step)
+        before = {name: mask.clone() for name, mask in schedule.masks.items()}
+        due = step % every == 0 and step // every < len(shares)
+        assert schedule.step() == due
+        ratio = shares[min(step // every, len(shares) - 1)]
+        assert schedule.ratio == ratio
+        expected = sum(int(ratio * size + 0.5) for size in sizes)
+        zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.dim() > 1)
+        assert zeros == expected
+        assert all(not (mask & ~before[name]).any() for name, mask in schedule.masks.items())
+        assert schedule.finished == (step >= every * (len(shares) - 1))
+
+
+def test_any_loop_with_one_call_a_step() -> None:
+    model, other = network(), network()
+    one = torch.optim.AdamW(model.parameters(), lr=0.05)
+    two = torch.optim.AdamW(other.parameters(), lr=0.05)
+    schedule = Schedule(model, cubic(0.8, 3), every=4)
+    for number in range(15):
+        train(model, one, 1, seed=number)
+        schedule.step()
+    held = Schedule(other, cubic(0.8, 3), every=4)
+    with held.hold(two):
+        for number in range(15):
+            train(other, two, 1, seed=number)
+    train(other, two, 1, seed=99)  # let go: weights come back
+    assert schedule.masks.sparsity == held.masks.sparsity == 0.8
+    assert Masks.from_zeros(model).sparsity == 0.8
+    assert Masks.from_zeros(other).sparsity < 0.8
+
+
+def test_it_goes_on_where_it_was(tmp_path) -> None:
+    def run(steps: range, model: nn.Module, schedule: Schedule, optimizer) -> None:
+        for number in steps:
+            train(model, optimizer, 1, seed=number)
+            schedule.step()
+
+    whole, half = network(), network()
+    settings = {"every": 3, "scope": "layer"}
+    one = torch.optim.SGD(whole.parameters(), lr=0.1, momentum=0.9)
+    run(range(12), whole, Schedule(whole, geometric(0.9, 4), **settings), one)
+    two = torch.optim.SGD(half.parameters(), lr=0.1, momentum=0.9)
+    schedule = Schedule(half, geometric(0.9, 4), **settings)
+    run(range(5), half, schedule, two)
+    states = [half.state_dict(), two.state_dict(), schedule.state_dict()]
+    torch.save(states, tmp_path / "half.pt")
+    states = torch.load(tmp_path / "half.pt")
+
+    rest = network()
+    three = torch.optim.SGD(rest.parameters(), lr=0.1, momentum=0.9)
+    again = Schedule(rest, geometric(0.9, 4), **settings)
+    for thing, state in zip((rest, three, again), states, strict=True):
+        thing.load_state_dict(state)
+    assert again.ratio == schedule.ratio
+    run(range(5, 12), rest, again, three)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), rest.parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"ratios": []}, ValueError, "`ratios` should have at least one"),
+        ({"ratios": [0.5, 0.4]}, ValueError, "`ratios` should not fall. Found 0.4 after 0.5"),
+        ({"ratios": [0.5, 1.0]}, ValueError, r"`ratios\[1\]` should be a share"),
+        ({"ratios": ["a"]}, TypeError, r"`ratios\[0\]` should be a number"),
+        ({"every": 0}, ValueError, "`every` should be at least 1. Found 0"),
+        ({"scope": "all"}, ValueError, "`scope` should be one of"),
+        ({"skip": ["9"]}, ValueError, "Found '9'"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(
+    settings: dict, error: type, message: str
+) -> None:
+    model = network()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        Schedule(model, **{"ratios": [0.5], "every": 1, **settings})
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+def test_an_optimiser_of_another_model_is_refused() -> None:
+    schedule = Schedule(network(), [0.5], every=1)
+    with pytest.raises(ValueError, match="`optimizer` should train the model that was pruned"):
+        schedule.hold(torch.optim.SGD(network().parameters(), lr=1.0))
+    with pytest.raises(TypeError, match="Found str"):
+        schedule.hold("sgd")
+
+
+def test_masks_follow_the_model_to_another_dtype() -> None:
+    model = network()
+    schedule = Schedule(model, [0.5], every=1)
+    schedule.step()
+    model.to(torch.float64)
+    model[0].weight.data.fill_(1.0)
+    schedule.step()
+    assert int((model[0].weight == 0).sum()) == int((~schedule.masks["0.weight"]).sum()) > 0
+
+
+def test_rewinding_gives_the_old_weights_under_the_masks() -> None:
+    model = network()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer, 20)
+    masks = magnitude_prune(model, 0.6)
+    rewind(model, masks, start)
+    for name, tensor in model.state_dict().items():
+        expected: Tensor = start[name] * masks[name] if name in masks else start[name]
+        assert torch.equal(tensor, expected)
+    assert masks.sparsity == 0.6
+
+
+@pytest.mark.parametrize("change", ["missing", "strange", "shape"])
+def test_weights_of_another_model_are_refused(change: str) -> None:
+    model = network()
+    masks = magnitude_prune(model, 0.6)
+    state = {name: torch.ones_like(tensor) for name, tensor in model.state_dict().items()}
+    before = deepcopy(model.state_dict())
+    if change == "missing":
+        del state["2.bias"]
+    elif change == "strange":
+        state["3.bias"] = torch.ones(1)
+    else:
+        state["2.bias"] = torch.ones(1)
+    with pytest.raises(ValueError, match=r"`state_dict` should hold .* difference in \['[23].bias"):
+        rewind(model, masks, state)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
