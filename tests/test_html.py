@@ -275,7 +275,7 @@ def test_controls_networks_and_protocols_are_drawn_apart(tmp_path: Path) -> None
     found = page(runs, tmp_path)
     assert found.tags["h3"] == 3 * 3
     assert "steps: equal, weights: trained" in found.words
-    assert "began from new weights" in found.words
+    assert "began from other weights" in found.words
     # Each has its baseline.
     assert found.panels.count("baseline: all data") == found.tags["figure"] == 2 * 3
     assert page([*runs, one(model="fcnet")], tmp_path).tags["h3"] == 4 * 3

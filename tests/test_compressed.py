@@ -1,0 +1,292 @@
+"""Compressed checkpoints: exact, as small as theory says, and safe to read."""
+
+import json
+import struct
+import zipfile
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from drophot import _compressed
+from drophot.models import lenet
+from drophot.prune import load_compressed, magnitude_prune, save_compressed, summary
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+class Holds(nn.Module):
+    """A module with a state of any tensors."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(
+        torch.equal(tensor.nan_to_num(7) if tensor.is_floating_point() else tensor, found)
+        and tensor.dtype == other.state_dict()[name].dtype
+        for name, tensor in one.state_dict().items()
+        for found in [other.state_dict()[name]]
+        for found in [found.nan_to_num(7) if found.is_floating_point() else found]
+    )
+
+
+@pytest.mark.parametrize(("sparsity", "share"), [(0.5, 0.54), (0.8, 0.24), (0.95, 0.09)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_file_is_as_small_as_theory_says(
+    sparsity: float, share: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(500, 700), nn.Linear(700, 300)).to(dtype)
+    magnitude_prune(model, sparsity)
+    torch.save(model.state_dict(), tmp_path / "dense")
+    save_compressed(model, tmp_path / "small")
+    size, dense = ((tmp_path / name).stat().st_size for name in ("small", "dense"))
+    theory = 1 - sparsity + 1 / (8 * dtype.itemsize)
+    assert size / dense == pytest.approx(theory, abs=0.01)
+    if dtype == torch.float32:
+        assert size <= share * dense
+    # What `summary` says of the parameters, and a description.
+    assert 0 < size - summary(model).compressed_bytes < 2000
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    shape=st.lists(st.integers(0, 7), max_size=4),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_what_comes_back_is_equal(
+    dtype: torch.dtype, shape: list[int], density: float, seed: int, tmp_path_factory
+) -> None:
+    torch.manual_seed(seed)
+    tensor = torch.randn(shape, dtype=torch.float64).to(dtype)
+    tensor = tensor * (torch.rand(shape) < density)
+    path = tmp_path_factory.mktemp("one") / "model"
+    model, other = Holds(x=tensor), Holds(x=torch.randn(shape).to(dtype))
+    save_compressed(model, path)
+    load_compressed(other, path)
+    assert torch.equal(other.x, tensor)
+    assert other.x.dtype == dtype
+
+
+def test_all_kinds_of_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    wild = torch.zeros(1000)
+    wild[:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e-45])
+    tensors = {
+        "wild": wild,
+        "integers": torch.arange(-5, 5),
+        "bytes": torch.arange(200, dtype=torch.uint8),
+        "flags": torch.rand(9) < 0.5,
+        "imaginary": torch.randn(3, 2, dtype=torch.complex64),
+        "scalar": torch.tensor(3.5),
+        "count": torch.tensor(7),
+        "empty": torch.zeros(0, 4),
+        "transposed": (torch.randn(30, 20) * (torch.rand(30, 20) < 0.1)).T,
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "eight": torch.randn(64).to(torch.float8_e4m3fn),
+    }
+    model = Holds(**tensors)
+    other = Holds(**{name: torch.zeros_like(tensor) for name, tensor in tensors.items()})
+    save_compressed(model, tmp_path / "model")
+    load_compressed(other, tmp_path / "model")
+    for name, tensor in tensors.items():
+        found = other.get_buffer(name)
+        assert found.dtype == tensor.dtype
+        some, same = (t.float() if name == "eight" else t for t in (tensor, found))
+        assert (
+            torch.equal(some.nan_to_num(7), same.nan_to_num(7))
+            if some.is_floating_point()
+            else (torch.equal(some, same))
+        )
+    assert other.wild[:4].view(torch.int32).tolist() == wild[:4].view(torch.int32).tolist()
+
+
+def test_zeros_of_either_sign_are_zeros(tmp_path: Path) -> None:
+    """Held weights are multiplied by their masks, and half of the zeros are negative."""
+    torch.manual_seed(0)
+    model, other = nn.Linear(100, 100), nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with magnitude_prune(model, 0.8).hold(optimizer):
+        model(torch.randn(4, 100)).sum().backward()
+        optimizer.step()
+    assert (model.weight[model.weight == 0].signbit()).any()
+    save_compressed(model, tmp_path / "model")
+    assert (tmp_path / "model").stat().st_size < 0.26 * 4 * 10_100
+    load_compressed(other, tmp_path / "model")
+    assert torch.equal(other.weight, model.weight)
+
+
+def test_shared_weights_are_written_once(tmp_path: Path) -> None:
+    def tied() -> nn.Sequential:
+        model = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50))
+        model[1].weight = model[0].weight
+        return model
+
+    model, other = tied(), tied()
+    save_compressed(model, tmp_path / "model")
+    assert (tmp_path / "model").stat().st_size < 1.2 * 4 * 2600
+    load_compressed(other, tmp_path / "model")
+    assert same(model, other)
+    assert other[0].weight is other[1].weight
+    apart = nn.Sequential(nn.Linear(50, 50), nn.Linear(50, 50))
+    load_compressed(apart, tmp_path / "model")
+    assert torch.equal(apart[1].weight, model[0].weight)
+
+
+def test_a_network_and_its_buffers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    model(torch.randn(4, 3, 9, 9))
+    magnitude_prune(model, 0.9)
+    other = deepcopy(model)
+    for tensor in other.state_dict().values():
+        tensor.zero_()
+    parameters = list(other.parameters())
+    save_compressed(model, tmp_path / "model")
+    load_compressed(other, str(tmp_path / "model"))
+    assert same(model, other)
+    assert all(a is b for a, b in zip(parameters, other.parameters(), strict=True))
+
+
+def test_the_file_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    save_compressed(lenet(), path)
+    content = path.read_bytes()
+
+    def fails(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(_compressed, "_write", fails)
+    with pytest.raises(OSError, match="no space"):
+        save_compressed(lenet(), path)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_in_it_is_a_pickle(tmp_path: Path) -> None:
+    save_compressed(lenet(), tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model") as archive:
+        assert archive.testzip() is None
+        header = json.loads(archive.read("drophot.json"))
+        assert header["format"] == "drophot compressed 1"
+        assert not any(name.endswith(".pkl") for name in archive.namelist())
+        assert archive.getinfo("0").compress_type == zipfile.ZIP_STORED
+
+
+def rewritten(path: Path, change) -> None:
+    """The same archive with another description or other contents."""
+    with zipfile.ZipFile(path) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    header = json.loads(files["drophot.json"])
+    change(header, files)
+    if "drophot.json" in files:
+        files["drophot.json"] = json.dumps(header).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+
+
+def entry(header: dict, name: str = "fc1.weight") -> dict:
+    return header["tensors"][name]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h, f: f.pop("drophot.json"), "damaged or something else"),
+        (lambda h, f: h.update(format="drophot compressed 9"), "may be of a later drophot"),
+        (lambda h, f: h["tensors"].pop("fc1.bias"), r"difference in \['fc1.bias'\]"),
+        (lambda h, f: h["tensors"].update(more={}), r"difference in \['more'\]"),
+        (lambda h, f: entry(h).update(shape=[10**9, 10**9]), "have `fc1.weight` as the file"),
+        (lambda h, f: entry(h).update(dtype="float64"), "have `fc1.weight` as the file"),
+        (lambda h, f: entry(h).update(nonzeros=10**12), "Found 1000000000000 values"),
+        (lambda h, f: entry(h).update(nonzeros=-1), "Found -1 values"),
+        (lambda h, f: entry(h).update(nonzeros="all"), "Found 'all' values"),
+        (lambda h, f: entry(h).update(nonzeros=3), "should be whole"),
+        (lambda h, f: entry(h).update(file="../../etc/passwd"), "damaged or something else"),
+        (lambda h, f: entry(h).pop("dtype"), "damaged or something else"),
+        (lambda h, f: entry(h).update({"same as": "nowhere"}), "damaged or something else"),
+        (lambda h, f: f.pop(f"{entry(h)['file']}.mask"), "damaged or something else"),
+        (lambda h, f: f.update({entry(h)["file"]: b"12345678"}), "Found 8 bytes of"),
+        (lambda h, f: f.update({f"{entry(h)['file']}.mask": bytes(3840)}), "another number"),
+        (lambda h, f: f.update({f"{entry(h)['file']}.mask": bytes(9)}), "Found 9 bytes of 3,840"),
+        (lambda h, f: h.update(tensors=[]), "damaged or something else"),
+    ],
+)
+def test_a_file_that_is_not_right_changes_nothing(change, message: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, other = lenet(), lenet()
+    magnitude_prune(model, 0.8)
+    save_compressed(model, tmp_path / "model")
+    rewritten(tmp_path / "model", change)
+    before = deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=message):
+        load_compressed(other, tmp_path / "model")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+@given(st.integers(0, 10_000), st.integers(0, 255))
+def test_damage_is_seen(tmp_path_factory, place: int, byte: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(40, 40)
+    magnitude_prune(model, 0.8)
+    path = tmp_path_factory.mktemp("damaged") / "model"
+    save_compressed(model, path)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = byte
+    path.write_bytes(bytes(content))
+    other = nn.Linear(40, 40)
+    before = deepcopy(other.state_dict())
+    try:
+        load_compressed(other, path)
+    except ValueError:
+        assert all(torch.equal(w, before[name]) for name, w in other.state_dict().items())
+    else:  # a byte that says nothing, a date, or the same one
+        assert same(model, other)
+
+
+@pytest.mark.parametrize("length", [0, 10, 500])
+def test_a_file_that_is_cut_short_or_no_archive(length: int, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save_compressed(lenet(), path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="`path` should be a file of save_compressed, whole"):
+        load_compressed(lenet(), path)
+    path.write_bytes(struct.pack("<1000f", *range(1000)))
+    with pytest.raises(ValueError, match="damaged or something else"):
+        load_compressed(lenet(), path)
+    with pytest.raises(FileNotFoundError):
+        load_compressed(lenet(), tmp_path / "nowhere")
+
+
+class Extra(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: Extra(2, 2), "Found `_extra_state`, a dict"),
+        (lambda: Holds(x=torch.eye(4).to_sparse()), "Found `x`, a Tensor of torch.float32"),
+        (lambda: nn.Linear(2, 2, device="meta"), "Found `weight`.* on meta"),
+    ],
+)
+def test_what_is_no_dense_tensor_is_refused_by_name(model, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=message):
+        save_compressed(model(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
