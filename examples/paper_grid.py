@@ -6,9 +6,9 @@ of one size, train/CLASS/*.jpg and test/CLASS/*.jpg (or .png).
 For each seed one network is trained on all images, which gives the forgetting scores and is the
 baseline; then one on the least forgotten samples, on the most forgotten and on a random subset, for
 each data ratio; each of these is pruned layer by layer to each prune ratio and fine-tuned on all
-images with the removed weights held at zero. Adam, learning rate 1e-3, batches of 64, inputs in
-[-1, 1], no augmentation, test accuracy of the last epoch. Stopped or killed, the same command goes
-on where it was.
+images with the removed weights held at zero; with --structured it loses channels instead. Adam,
+learning rate 1e-3, batches of 64, inputs in [-1, 1], no augmentation, test accuracy of the last
+epoch. Stopped or killed, the same command goes on where it was.
 """
 
 import os
@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["low", "high", "random"])
     parser.add_argument("--prune-ratios", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6, 0.8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--controls", nargs="*", default=[], help="equal_steps, reinitialize")
+    parser.add_argument("--controls", nargs="*", default=[], help="see drophot.Grid")
+    parser.add_argument("--scope", default="layer", choices=["layer", "global", "erk", "lamp"])
+    parser.add_argument("--structured", action="store_true", help="remove channels, not weights")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of each training")
     parser.add_argument("--finetune-epochs", type=int, help="where they differ from --epochs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -70,6 +72,8 @@ def main() -> None:
         mode="high",
         prune_ratio=0.5,
         protocol=options.protocol,
+        scope=options.scope,
+        structured=options.structured,
         score_epochs=options.epochs,
         train_epochs=options.epochs,
         finetune_epochs=options.epochs if finetune is None else finetune,

@@ -1,0 +1,175 @@
+"""What magnitude and structured pruning refuse by name, before anything changes."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune as older
+
+from drophot.prune import magnitude_prune
+from drophot.structured import prune_channels
+
+
+def both(model: nn.Module) -> list[Callable[[], object]]:
+    inputs = torch.ones(2, 8)
+    return [
+        lambda: magnitude_prune(model, 0.5),
+        lambda: magnitude_prune(model, 0.5, scope="lamp"),
+        lambda: magnitude_prune(model, 0.5, pattern="2:4"),
+        lambda: prune_channels(model, 0.5, inputs),
+    ]
+
+
+def content(weight: Tensor) -> list:
+    if nn.parameter.is_lazy(weight) or weight.is_meta:
+        return []
+    return weight.detach().to_dense().dequantize().float().tolist()
+
+
+def refused(model: nn.Module, error: type[Exception], message: str) -> None:
+    shape = repr(model)
+    parameters = dict(model.named_parameters())
+    values = {name: content(parameter) for name, parameter in parameters.items()}
+    for prune in both(model):
+        with pytest.raises(error, match=message):
+            prune()
+        assert repr(model) == shape
+        for name, parameter in model.named_parameters():
+            assert parameter is parameters[name]
+            assert content(parameter) == values[name]
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+
+def test_weights_that_are_shared_count_once_and_stay_shared() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    masks = magnitude_prune(model, 0.5)
+    assert list(masks) == ["0.weight"]
+    assert int((model[0].weight == 0).sum()) == 32
+    # One weight that maps the network's inputs and makes its outputs: neither may shrink.
+    with pytest.raises(ValueError, match="removes none"):
+        prune_channels(model, 0.5, torch.ones(2, 8))
+    assert model[0].weight is model[1].weight
+
+
+def test_lazy_modules() -> None:
+    model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 8))
+    refused(model, ValueError, "Found `0.weight` without data; run one batch")
+
+
+def test_weights_on_the_meta_device() -> None:
+    refused(network().to("meta"), ValueError, "Found `0.weight` without data")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.spectral_norm(layer),
+        lambda layer: older.l1_unstructured(layer, "weight", amount=0.3),
+    ],
+)
+def test_weights_that_are_computed(change: Callable[[nn.Module], object]) -> None:
+    model = network()
+    change(model[2])
+    refused(model, ValueError, "Found `2.weight` computed by a parametrization or an older pruning")
+
+
+def test_sparse_weights() -> None:
+    model = network()
+    model[2].weight = nn.Parameter(model[2].weight.detach().to_sparse())
+    refused(model, ValueError, "Found `2.weight` of torch.sparse_coo; call to_dense")
+
+
+def test_integers_and_eight_bit_floats() -> None:
+    model = network()
+    model[2].weight = nn.Parameter(torch.ones(8, 16, dtype=torch.int8), requires_grad=False)
+    refused(model, TypeError, "Found `2.weight` of torch.int8; prune before quantising")
+    model[2].weight = nn.Parameter(torch.ones(8, 16).to(torch.float8_e4m3fn), requires_grad=False)
+    refused(model, TypeError, "Found `2.weight` of torch.float8_e4m3fn; prune before quantising")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own quantisation is on its way out
+def test_quantised_weights() -> None:
+    model = network()
+    weight = torch.quantize_per_tensor(model[2].weight.detach(), 0.1, 0, torch.qint8)
+    model[2].weight = nn.Parameter(weight, requires_grad=False)
+    refused(model, TypeError, "Found `2.weight` as a Tensor of torch.qint8; prune before quant")
+
+
+class Packed(torch.Tensor):
+    """A subclass, as libraries for quantisation make them."""
+
+
+def test_weights_of_a_tensor_of_another_kind() -> None:
+    model = network()
+    packed = torch.randn(8, 16).as_subclass(Packed)
+    model[2].register_parameter("weight", nn.Parameter(packed))
+    refused(model, TypeError, "Found `2.weight` as a Packed of torch.float32; prune before")
+
+
+@pytest.fixture
+def processes() -> Iterator[None]:
+    if not torch.distributed.is_available():
+        pytest.skip("torch without torch.distributed")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("processes")
+def test_weights_that_are_sharded_over_processes() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = network()
+    mesh = init_device_mesh("cpu", (1,))
+    model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Shard(0)]))
+    for prune in both(model):
+        with pytest.raises(ValueError, match="Found `2.weight` sharded over processes .DTensor."):
+            prune()
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.filterwarnings("ignore")  # of FSDP on a CPU
+@pytest.mark.parametrize("original", [True, False])
+def test_a_model_in_fsdp(original: bool) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    try:
+        model = FullyShardedDataParallel(
+            network(), device_id=torch.device("cpu"), use_orig_params=original
+        )
+    except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
+        pytest.skip(f"no FSDP on this CPU: {error}")
+    for prune in both(model):
+        with pytest.raises(ValueError, match="Found `the model` sharded by FullyShardedDataPar"):
+            prune()
+    for prune in both(nn.Sequential(model)):
+        with pytest.raises(ValueError, match="Found `0` sharded by FullyShardedDataParallel"):
+            prune()
+
+
+@pytest.mark.usefixtures("processes")
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_in_fully_shard() -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("torch without fully_shard")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    model = network()
+    try:
+        fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
+        pytest.skip(f"no fully_shard on this CPU: {error}")
+    for prune in both(model):
+        with pytest.raises(ValueError, match="Found `0.weight` sharded over processes"):
+            prune()
