@@ -114,6 +114,7 @@ def test_the_ticket_starts_where_training_started() -> None:
     run = drop_hot(rewind=True, mode="random", optimizer=Watched, fit=fit, finetune_epochs=2)
     record = run.run()
     training, finetuning = started
+    assert run.masks is not None
     for name, tensor in finetuning.items():
         expected = training[name] * run.masks[name] if name in run.masks else training[name]
         assert torch.equal(tensor, expected)

@@ -150,8 +150,12 @@ def test_inputs_without_a_batch_are_refused(inputs) -> None:
 
 
 def test_named_inputs() -> None:
-    class Named(nn.Linear):
+    class Named(nn.Module):
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(inputs, outputs)
+
         def forward(self, *, this: Tensor) -> Tensor:
-            return super().forward(this)
+            return self.layer(this)
 
     assert summary(Named(3, 2), {"this": torch.ones(1, 3)}).flops == 12

@@ -118,7 +118,7 @@ def test_weights_of_a_tensor_of_another_kind() -> None:
 def processes() -> Iterator[None]:
     if not torch.distributed.is_available():
         pytest.skip("torch without torch.distributed")
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

@@ -17,14 +17,16 @@ from drophot._weights import PRUNABLE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSummary:
-    """One layer: the parameters that belong to a module itself, not to its children."""
+    """One layer: the parameters that belong to a module itself, not to its children.
+
+    `bytes` are those of the dense parameters.
+    """
 
     name: str
     kind: str
     parameters: int
     nonzeros: int
     bytes: int
-    """Of the dense parameters."""
     compressed_bytes: int
     """Of a bit mask and the values that are not zero, where that is less."""
     flops: int | None

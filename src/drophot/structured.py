@@ -29,7 +29,10 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What structured pruning really removed; `print` shows it."""
+    """What structured pruning really removed; `print` shows it.
+
+    `bytes` are those of the parameters.
+    """
 
     ratio: float
     """The share of channels asked for."""
@@ -40,7 +43,6 @@ class Pruned:
     flops: Change
     """Of the example inputs: two for each multiply-add."""
     bytes: Change
-    """Of the parameters."""
     layers: Mapping[str, Change]
     """The outputs of each layer, by its weight's name."""
     kept: Mapping[str, Tensor]
