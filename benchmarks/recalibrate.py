@@ -3,7 +3,7 @@
 The setting is that of the paper's released code, whose pruned networks collapse: ten epochs of
 Adam, then each layer's least weights removed. One network is trained on everything and one on each
 coreset of half of the data; each is pruned to each ratio, and tested before and after
-`recalibrate_bn` on the training set. Nothing is fine-tuned. Networks are kept in a folder, so that
+`recalibrate_bn` on some of the training set. Nothing is fine-tuned. Networks are kept in a folder, so that
 the same command goes on where it was.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from common import save
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder
 
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--prune-ratios", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6, 0.8])
+    parser.add_argument("--samples", type=int, default=10_000, help="to recalibrate on")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -55,7 +56,9 @@ def main() -> None:
     )
     options.store.mkdir(exist_ok=True)
     networks = trained(run, options.store)
-    loader = DataLoader(run.train_set, batch_size=64, shuffle=True)
+    order = torch.randperm(len(run.train_set), generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    samples = Subset(run.train_set, order[: options.samples].tolist())
+    loader = DataLoader(samples, batch_size=64)
     figures = []
     for name, network in networks.items():
         for ratio in options.prune_ratios:
@@ -63,7 +66,6 @@ def main() -> None:
             magnitude_prune(model, ratio, scope="layer")
             row = {"trained on": name, "prune_ratio": ratio}
             row["pruned"] = round(training.evaluate(model, run.test_set), 4)
-            torch.manual_seed(options.seed)
             recalibrate_bn(model, loader)
             row["recalibrated"] = round(training.evaluate(model, run.test_set), 4)
             figures.append(row)

@@ -125,6 +125,7 @@ def processes() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("processes")
+@pytest.mark.filterwarnings("ignore:DTensor random operators")
 def test_weights_that_are_sharded_over_processes() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
