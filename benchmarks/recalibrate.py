@@ -3,8 +3,8 @@
 The setting is that of the paper's released code, whose pruned networks collapse: ten epochs of
 Adam, then each layer's least weights removed. One network is trained on everything and one on each
 coreset of half of the data; each is pruned to each ratio, and tested before and after
-`recalibrate_bn` on some of the training set. Nothing is fine-tuned. Networks are kept in a folder, so that
-the same command goes on where it was.
+`recalibrate_bn` on some of the training set. Nothing is fine-tuned. Networks are kept in a folder,
+so that the same command goes on where it was.
 """
 
 import json

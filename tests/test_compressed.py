@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -237,6 +237,9 @@ def test_a_file_that_is_not_right_changes_nothing(change, message: str, tmp_path
 
 
 @given(st.integers(0, 10_000), st.integers(0, 255))
+@example(2123, 4)  # a compression that Python does not know
+@example(2120, 1)  # said to be encrypted
+@example(2045, 1)  # in the description
 def test_damage_is_seen(tmp_path_factory, place: int, byte: int) -> None:
     torch.manual_seed(0)
     model = nn.Linear(40, 40)

@@ -181,6 +181,8 @@ def test_masks_follow_the_model_to_another_dtype() -> None:
     model[0].weight.data.fill_(1.0)
     schedule.step()
     assert int((model[0].weight == 0).sum()) == int((~schedule.masks["0.weight"]).sum()) > 0
+    # Not by a factor of another dtype, which torch would multiply by one tensor at a time.
+    assert all(factor.dtype == torch.float64 for _, factor in schedule.masks._factors.values())
 
 
 def test_rewinding_gives_the_old_weights_under_the_masks() -> None:

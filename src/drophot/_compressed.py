@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 
 _FORMAT = "drophot compressed 1"
 _HEADER = "drophot.json"
+
+# What reading a file that is not one of these, or no longer, can end in.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, json.JSONDecodeError, UnicodeDecodeError, EOFError),
+    *(OSError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError),
+)
 
 
 def compressed_bytes(tensor: Tensor) -> int:
@@ -97,14 +104,7 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
     with Path(path).open("rb") as file:
         try:
             found = _read(file, state)
-        except (
-            zipfile.BadZipFile,
-            KeyError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            OSError,
-        ) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"`path` should be a file of save_compressed, whole. Found {path}, which is "
                 f"damaged or something else ({type(error).__name__}: {error})."
