@@ -6,6 +6,7 @@
 The records come from examples/paper_grid.py; benchmarks/README.md has the commands.
 """
 
+import json
 import re
 from argparse import ArgumentParser
 from pathlib import Path
@@ -83,7 +84,48 @@ def tables() -> dict[str, str]:
         "fcnet": report.table(wide),
         "lenet": report.table(lenet),
         "lenet_released": report.table(released),
+        "schedules": report.table([
+            r for name in ("schedules", "global", "erk", "lamp") for r in read(f"fcnet_{name}")
+        ]),
+        "channels": report.table(read("lenet_channels")),
+        "latency": latency(),
+        "recalibrated": recalibrated(),
     }
+
+
+def recalibrated() -> str:
+    """What BatchNorm's statistics anew are worth right after pruning."""
+    figures = json.loads((RESULTS / "recalibrate.json").read_text())["figures"]
+    lines = [
+        "| removed | trained on | after pruning | and with BatchNorm anew |",
+        "| ---: | --- | ---: | ---: |",
+    ]
+    for row in sorted(figures, key=lambda row: row["prune_ratio"]):
+        lines.append(
+            f"| {row['prune_ratio']:.0%} | {row['trained on']} | {100 * row['pruned']:.2f} | "
+            f"{100 * row['recalibrated']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def latency() -> str:
+    """How long the networks of the paper take, dense and with half of their channels."""
+    figures = json.loads((RESULTS / "prune_structured.json").read_text())["figures"]
+    lines = [
+        "| network | channels removed | parameters | input | batch | dense, ms | pruned, ms "
+        "| faster |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in figures:
+        counts = f"{row['dense']['parameters']:,} to {row['drophot']['parameters']:,}"
+        for name, times in row["latency_ms"].items():
+            size, batch = name.split(", batch ")
+            lines.append(
+                f"| {row['model']} | {row['ratio']:.0%} | {counts} | {size} | {batch} | "
+                f"{times['dense']:.3g} | {times['drophot']:.3g} | "
+                f"{times['dense'] / times['drophot']:.2f}× |"
+            )
+    return "\n".join(lines)
 
 
 def findings(runs: list[Record], steps: list[tuple[str, stats.Measure, list[float]]]) -> str:

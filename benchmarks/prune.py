@@ -7,17 +7,19 @@ medians over rounds are compared. CPU, Linux.
 
 `masks`: an AdamW step of ResNet-18 with masks held and without, in turn.
 
-`structured`: half of the channels of ResNet-18 and ResNet-50 removed: parameters, operations and
-latency, beside Torch-Pruning's own high-level pruner (`pip install torch-pruning==1.6.1`). The
-three networks are run in turn.
+`structured`: channels of the paper's networks removed: parameters, operations and latency, beside
+Torch-Pruning's own high-level pruner (`pip install torch-pruning==1.6.1`). The three networks are
+run in turn.
 
-`families`: one of each of torchvision's kinds of network, at two ratios, by both.
+`families`: one of each of torchvision's kinds of network, at two ratios, by both, each for two
+minutes at most.
 
 `compressed`: the size of a pruned network's file, by `save_compressed` and by `torch.save`.
 """
 
 import gc
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -219,33 +221,36 @@ def sizes(model: nn.Module, inputs: torch.Tensor) -> dict[str, float]:
     found = summary(model, inputs, batch_sizes=())
     return {
         "parameters": found.parameters,
-        "gmacs": round((found.flops or 0) / 2e9, 4),
+        "macs": (found.flops or 0) // 2,
         "mib": round(found.bytes / 2**20, 2),
     }
 
 
 def structured(options: Namespace) -> list[dict[str, Any]]:
     figures = []
-    for name in ("resnet18", "resnet50"):
+    for name, ratio in (
+        *(("fcnet", 0.5), ("fcnet", 0.75), ("lenet", 0.5), ("lenet", 0.75)),
+        *(("resnet18", 0.5), ("resnet50", 0.5)),
+    ):
         torch.manual_seed(0)
-        dense = MODELS[name]().eval()
-        example = torch.randn(1, 3, 224, 224)
+        factory, shape = FAMILIES[name]
+        dense, example = factory().eval(), torch.randn(shape)
         networks: dict[str, nn.Module] = {"dense": dense}
         seconds: dict[str, list[float]] = {"drophot": [], "torch_pruning": []}
         for _ in range(options.rounds):
             for side, cut in (("drophot", prune_channels), ("torch_pruning", theirs)):
                 networks[side] = deepcopy(dense)
                 start = perf_counter()
-                cut(networks[side], 0.5, example)
+                cut(networks[side], ratio, example)
                 seconds[side].append(perf_counter() - start)
-        row: dict[str, Any] = {"model": name, "ratio": 0.5, "rounds": options.rounds}
+        row: dict[str, Any] = {"model": name, "ratio": ratio, "rounds": options.rounds}
         row |= {side: sizes(network, example) for side, network in networks.items()}
         for side, times in seconds.items():
             row[side]["seconds_to_prune"] = round(statistics.median(times), 3)
         row["latency_ms"] = {}
-        for size in (32, 224):
+        for size in (28,) if shape[1] == 1 else (32, 224):
             for batch in (1, 32):
-                inputs = torch.randn(batch, 3, size, size)
+                inputs = torch.randn(batch, shape[1], size, size)
                 times = in_turn(networks, inputs, options.rounds)
                 row["latency_ms"][f"{size}x{size}, batch {batch}"] = times
                 print(name, size, batch, times, flush=True)
@@ -269,6 +274,10 @@ def in_turn(networks: dict[str, nn.Module], inputs: torch.Tensor, rounds: int) -
 
 
 def families(options: Namespace) -> list[dict[str, Any]]:
+    def stop(*_: Any) -> None:
+        raise TimeoutError("not done after two minutes")
+
+    signal.signal(signal.SIGALRM, stop)
     figures = []
     for name, (factory, shape) in FAMILIES.items():
         for ratio in (0.3, 0.5):
@@ -278,17 +287,20 @@ def families(options: Namespace) -> list[dict[str, Any]]:
                 model, inputs = factory().eval(), torch.randn(shape)
                 before = sizes(model, inputs)
                 start = perf_counter()
+                signal.alarm(120)
                 try:
                     cut(model, ratio, inputs)
                 except Exception as error:
                     row[side] = f"{type(error).__name__}: {error}"[:200]
                     continue
+                finally:
+                    signal.alarm(0)
                 seconds = round(perf_counter() - start, 2)
                 after = sizes(model, inputs)
                 row[side] = {
                     "parameters_removed": round(1 - after["parameters"] / before["parameters"], 4),
-                    "macs_removed": round(1 - after["gmacs"] / before["gmacs"], 4)
-                    if before["gmacs"]
+                    "macs_removed": round(1 - after["macs"] / before["macs"], 4)
+                    if before["macs"]
                     else None,
                     "seconds": seconds,
                 }
