@@ -16,7 +16,7 @@ from torchvision import models
 from torchvision.models import VisionTransformer
 from torchvision.models.convnext import CNBlockConfig
 
-from drophot import _trace
+from drophot import _trace, structured, summary
 from drophot._shrink import Shrink
 from drophot.models import fcnet, lenet
 from drophot.prune import Masks
@@ -559,6 +559,24 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(
         for attribute, value in attributes[name].items():
             if isinstance(value, (int, tuple)):
                 assert getattr(module, attribute) == value
+
+
+def test_a_failure_after_the_last_check_leaves_it_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = lenet(), 0
+    state = dict(model.state_dict())
+
+    def fails(*arguments: object, **settings: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise MemoryError
+        return summary(*arguments, **settings)
+
+    monkeypatch.setattr(structured, "summary", fails)
+    with pytest.raises(MemoryError):
+        prune_channels(model, 0.5, DIGITS)
+    assert all(t.data_ptr() == state[name].data_ptr() for name, t in model.state_dict().items())
+    assert model.conv1.out_channels == 6
 
 
 def test_a_network_that_does_something_else_each_time_is_refused() -> None:

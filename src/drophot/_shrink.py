@@ -59,8 +59,8 @@ class Shrink:
             example_inputs: What the forward pass was of.
         """
         while True:
-            self._apply()
             try:
+                self._apply()
                 _trace.compare(self.model, example_inputs, [self._shapes(c) for c in self.calls])
                 return
             except Mismatch as mismatch:

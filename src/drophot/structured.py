@@ -141,27 +141,26 @@ def prune_channels(
             )
     shrink = Shrink(model, ties, calls, weights, ratio)
     shrink.run(example_inputs)
-    kept = shrink.kept()
-    layers = {
-        name: Change(weight.shape[shrink.output(name)], len(kept[name]))
-        for name, weight in weights.items()
-    }
-    channels = Change(
-        sum(change.before for change in layers.values()),
-        sum(change.after for change in layers.values()),
-    )
-    whole = shrink.reasons()
-    if ratio and channels.after == channels.before:
+    try:
+        kept, whole = shrink.kept(), shrink.reasons()
+        layers = {
+            name: Change(weight.shape[shrink.output(name)], len(kept[name]))
+            for name, weight in weights.items()
+        }
+        outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
+        if ratio and left == outputs:
+            why = "; ".join(f"{name}: {why}" for name, why in list(whole.items())[:5])
+            raise ValueError(
+                f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
+                f"({why}); raise it, or prune single weights with magnitude_prune."
+            )
+        after = summary(model, example_inputs, batch_sizes=())
+    except BaseException:
         shrink.restore()
-        why = "; ".join(f"{name}: {why}" for name, why in list(whole.items())[:5])
-        raise ValueError(
-            f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
-            f"({why}); raise it, or prune single weights with magnitude_prune."
-        )
-    after = summary(model, example_inputs, batch_sizes=())
+        raise
     return Pruned(
         ratio=float(ratio),
-        channels=channels,
+        channels=Change(outputs, left),
         parameters=Change(before.parameters, after.parameters),
         flops=Change(before.flops or 0, after.flops or 0),
         bytes=Change(before.bytes, after.bytes),
