@@ -84,9 +84,6 @@ def tables() -> dict[str, str]:
         "fcnet": report.table(wide),
         "lenet": report.table(lenet),
         "lenet_released": report.table(released),
-        "schedules": report.table([
-            r for name in ("schedules", "global", "erk", "lamp") for r in read(f"fcnet_{name}")
-        ]),
         "channels": report.table(read("lenet_channels")),
         "latency": latency(),
         "recalibrated": recalibrated(),
