@@ -618,7 +618,8 @@ def test_it_exports(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["lenet", "resnet18", "mobilenet_v3", "vit"])
 def test_it_exports_to_onnx(name: str, tmp_path) -> None:
-    pytest.importorskip("onnxscript")
+    modern = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # before, half done
+    pytest.importorskip("onnxscript" if modern else "onnx")
     runtime = pytest.importorskip("onnxruntime")
     factory, inputs = ALL[name]
     model = factory().eval()
@@ -626,7 +627,7 @@ def test_it_exports_to_onnx(name: str, tmp_path) -> None:
     path = tmp_path / "model.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own
-        torch.onnx.export(model, (inputs,), str(path), dynamo=True, verbose=False)
+        torch.onnx.export(model, (inputs,), str(path), dynamo=modern, verbose=False)
     session = runtime.InferenceSession(str(path))
     (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), model(inputs), rtol=1e-3, atol=1e-4)
