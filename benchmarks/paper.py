@@ -84,6 +84,12 @@ def tables() -> dict[str, str]:
         "fcnet": report.table(wide),
         "lenet": report.table(lenet),
         "lenet_released": report.table(released),
+        "schedules": report.table([
+            r
+            for name in ("schedules", "global", "erk", "lamp")
+            for r in read(f"fcnet_{name}")
+            if r.prune_ratio or name == "schedules"
+        ]),
         "channels": report.table(read("lenet_channels")),
         "latency": latency(),
         "recalibrated": recalibrated(),
