@@ -338,6 +338,17 @@ def test_heads_lose_equally_many_and_queries_the_same_as_keys() -> None:
     assert not torch.equal(q, v)
 
 
+def test_a_stream_and_its_heads_are_rounded_alike() -> None:
+    """48 wide in 3 heads: 0.4 of the stream are 19, and of each head 6."""
+    model = tiny_vit()
+    pruned = prune_channels(model, 0.4, IMAGES)
+    attention = model.encoder.layers[0].self_attention
+    assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (30, 3, 10)
+    assert attention.in_proj_weight.shape == (90, 30)
+    assert model.hidden_dim == 30
+    assert list(pruned.whole) == ["heads.head.weight"]
+
+
 @pytest.mark.parametrize(("groups", "left"), [(2, 2), (4, 4), (8, 4), (24, 12)])
 def test_groups_get_narrower_or_fewer(groups: int, left: int) -> None:
     torch.manual_seed(0)
@@ -350,6 +361,41 @@ def test_groups_get_narrower_or_fewer(groups: int, left: int) -> None:
     assert grouped.weight.shape == (12, 12 // left, 3, 3)
     kept = pruned.kept["1.weight"] // (24 // groups)
     assert torch.equal(kept.unique(return_counts=True)[1], torch.full((left,), 12 // left))
+
+
+def test_parts_of_equal_size_lose_equally_many() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            one, other = self.a(x).chunk(2, 1)
+            return self.b(torch.cat([other, one], 1))
+
+    model = Halves()
+    # A ranking of all sixteen would take the first half away.
+    model.a.weight.data[:8].mul_(1e-3)
+    model.b.weight.data[:, 8:].mul_(1e-3)
+    pruned = prune_channels(model, 0.5, torch.ones(2, 3))
+    assert pruned.layers["a.weight"] == (16, 8)
+    assert (pruned.kept["a.weight"] < 8).sum() == 4
+
+
+def test_what_is_put_beside_the_input_keeps_the_inputs_place() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(3, 11), nn.Linear(11, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([x, self.a(x)], 1) + self.b(x))
+
+    model = Beside()
+    pruned = prune_channels(model, 0.5, torch.ones(2, 3))
+    assert pruned.layers == {"a.weight": (8, 4), "b.weight": (11, 7), "c.weight": (2, 2)}
+    assert pruned.kept["b.weight"][:3].tolist() == [0, 1, 2]
+    assert torch.equal(pruned.kept["b.weight"][3:] - 3, pruned.kept["a.weight"])
 
 
 def test_shared_weights_stay_shared() -> None:

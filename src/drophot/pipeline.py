@@ -33,9 +33,10 @@ CELL = (
     *("data_ratio", "mode", "prune_ratio", "seed", "equal_steps", "reinitialize", "rewind"),
     *("recalibrate_bn", "schedule"),
 )
-_EPOCHS = ("score_epochs", "train_epochs", "finetune_epochs")
-_FIXED = ("forgetting", "scope", "structured", "prunings", "protocol")
-_SETTINGS = (*CELL, *_FIXED, *_EPOCHS, "batch_size")
+_SETTINGS = (
+    *(*CELL, "forgetting", "scope", "structured", "prunings", "protocol", "batch_size"),
+    *("score_epochs", "train_epochs", "finetune_epochs"),
+)
 
 
 class DropHot:
@@ -48,8 +49,8 @@ class DropHot:
     5. `finetune`: train on with the full training set, the removed weights held at zero.
 
     `run` takes them all. Called one by one each leaves its result on the object: `tracker` and
-    `scores`, `indices`, `model`, `masks`, `record`. What is there can be replaced between the
-    steps: after `run.scores = my_scores` neither `select` nor `run` needs step 1.
+    `scores`, `indices`, `model`, `masks`, `record`. These can be replaced between the steps: after
+    `run.scores = my_scores` neither `select` nor `run` needs step 1.
 
     One seed gives one record on one machine and leaves the global random state as it was. Models
     that differ in mode or ratio start from the same weights for the same seed, to be compared in
@@ -67,41 +68,36 @@ class DropHot:
         mode: `"high"` keeps the most forgotten samples, `"low"` the least, `"random"` any.
         prune_ratio: The share of Linear and Conv weights **removed**, in [0, 1).
         forgetting: When a sample counts as forgotten. `"paper"`: by the model's state after each
-            epoch; a sample that was never right scores 0. `"toneva"`: by the logits of its
-            training batches, without a pass of its own; a sample that was never right is the
-            hardest (Toneva et al. 2019).
-        scope: `"layer"` removes the share from each layer, as the authors did; `"global"` ranks
-            all weights together; `"erk"` and `"lamp"`: see :func:`drophot.magnitude_prune`.
-        protocol: `"paper"` is the paper's text. `"released"` is what its released code does
-            instead, to trace the published numbers: see :mod:`drophot.released`.
-        equal_steps: Train on the coreset for as many optimiser steps as `train_epochs` of the full
-            training set take, so that less data does not mean less training.
+            epoch; one that was never right scores 0. `"toneva"`: by the logits of its training
+            batches, without a pass of its own; one that was never right is the hardest.
+        scope: `"layer"` removes the share from each layer, as the authors did; for the others see
+            :func:`drophot.magnitude_prune`.
+        protocol: `"paper"` is the paper's text, `"released"` its code: :mod:`drophot.released`.
+        equal_steps: Train on the coreset for as many steps as `train_epochs` of everything take.
         reinitialize: Fine-tune what pruning left from new random weights: what the mask is worth
             without the weights that it was found with.
-        rewind: Fine-tune it from the weights that step 3 began with: the lottery ticket.
-        recalibrate_bn: Take BatchNorm's statistics anew after pruning, from the training set.
+        rewind: The same from the weights that step 3 began with: the lottery ticket.
+        recalibrate_bn: Take BatchNorm's statistics anew after pruning.
         schedule: `"one-shot"` prunes once, in step 4; `"gradual"` and `"iterative"` go on in step
-            5, by cubic ratios over its first half, or in rounds that each remove the same share of
-            what is left: see :mod:`drophot.schedule`.
+            5, by cubic ratios over its first half or in equal rounds: :mod:`drophot.schedule`.
         prunings: How often a schedule prunes, step 4 included.
         structured: Remove channels instead of weights: see :mod:`drophot.structured`.
         score_epochs: Epochs of step 1, on the full training set.
         train_epochs: Epochs of step 3, on the coreset.
         finetune_epochs: Epochs of step 5, on the full training set.
-        optimizer: A factory: called with a model's parameters it gives an optimiser. Each training
-            gets a new one.
+        optimizer: A factory: called with parameters it gives an optimiser, one for each training.
         batch_size: Samples a step.
         seed: Of initialisation, order and ties; not negative.
-        device: Where to run. `None` is a GPU if there is one, else the CPU.
-        fit: The training loop. A user's own takes the arguments of
-            :func:`drophot.training.fit` and calls `on_batch` and `on_epoch` where they are given.
-        progress: Shows a bar for each training (`pip install "drophot[progress]"`).
+        device: Where to run; `None` is a GPU if there is one.
+        fit: The training loop; a user's own is called as :func:`drophot.training.fit` is.
+        progress: Shows a bar for each training, by tqdm.
 
     Raises:
         TypeError: If an argument is of the wrong kind: a model instead of a factory, say.
-        ValueError: If a value is out of range, a data set is empty, the two data sets' inputs
-            differ in shape, a target is no class of the model, `data_ratio` keeps fewer samples
-            than there are classes, or leaves the model a last batch that it cannot train on.
+        ValueError: If a value is out of range, two settings do not go together, a data set is
+            empty, the two data sets' inputs differ in shape, a target is no class of the model,
+            `data_ratio` keeps fewer samples than there are classes, or leaves the model a last
+            batch that it cannot train on.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
     Example:
@@ -206,8 +202,7 @@ class DropHot:
         """The same run with other settings and no results yet, on the same data in memory.
 
         Args:
-            **settings: Any of `data_ratio`, `mode`, `prune_ratio`, `seed`, `equal_steps`,
-                `reinitialize`, `rewind`, `recalibrate_bn` and `schedule`.
+            **settings: What the cells of a grid differ in, from `data_ratio` to `schedule`.
 
         Returns:
             A new object; this one is left as it is.
