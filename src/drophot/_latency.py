@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from drophot._untouched import untouched
+from drophot._untouched import followed, untouched
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -107,14 +107,11 @@ def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, f
         stack: list[tuple[str, float, float]] = []  # path, start, what its children took
         total: dict[str, float] = {}
 
-        def enter(path: str) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                wait()
-                stack.append((path, perf_counter(), 0.0))
+        def enter(path: str) -> None:
+            wait()
+            stack.append((path, perf_counter(), 0.0))
 
-            return hook
-
-        def leave(*_: Any) -> None:
+        def leave() -> None:
             wait()
             path, start, children = stack.pop()
             took = perf_counter() - start
@@ -123,24 +120,13 @@ def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, f
                 parent, begun, others = stack[-1]
                 stack[-1] = parent, begun, others + took
 
-        hooks = [
-            hook
-            for path, module in model.named_modules()
-            for hook in (
-                module.register_forward_pre_hook(enter(path)),
-                module.register_forward_hook(leave),
-            )
-        ]
-        try:
+        with followed(model, enter, leave):
             for run in range(runs + 1):
                 total.clear()
                 call(model, inputs)
                 if run:
                     for path, took in total.items():
                         found.setdefault(path, []).append(1e3 * took)
-        finally:
-            for hook in hooks:
-                hook.remove()
     return {path: median(times) for path, times in found.items()}
 
 

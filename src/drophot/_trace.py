@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from drophot._latency import call
 from drophot._rules import RULES, elementwise
 from drophot._ties import Axis, Shape, Ties
-from drophot._untouched import untouched
+from drophot._untouched import followed, untouched
 
 
 class Call(NamedTuple):
@@ -95,30 +94,6 @@ class Tracer(TorchDispatchMode):
             self.ties.fix(self.ties.of(tensor), where)
         return [[] for _ in outs]
 
-    @contextmanager
-    def following(self, model: nn.Module) -> Iterator[None]:
-        """Know in which module a call is."""
-
-        def enter(path: str) -> Callable[..., None]:
-            return lambda *_: self.path.append(path)
-
-        def leave(*_: Any) -> None:
-            self.path.pop()
-
-        hooks = [
-            hook
-            for path, module in model.named_modules()
-            for hook in (
-                module.register_forward_pre_hook(enter(path)),
-                module.register_forward_hook(leave),
-            )
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
 
 def record(model: nn.Module, example_inputs: Any) -> tuple[Ties, list[Call]]:
     """What has to go together in a network, and what it does.
@@ -177,7 +152,12 @@ def _call(model: nn.Module, example_inputs: Any, tracer: Tracer) -> Any:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # operator by operator
     try:
-        with untouched(model), sdpa_kernel(SDPBackend.MATH), tracer.following(model), tracer:
+        with (
+            untouched(model),
+            sdpa_kernel(SDPBackend.MATH),
+            followed(model, tracer.path.append, tracer.path.pop),
+            tracer,
+        ):
             return call(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

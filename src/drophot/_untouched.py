@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,3 +35,42 @@ def untouched(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def followed(
+    model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]
+) -> Iterator[None]:
+    """Be told when a call enters one of the model's modules, and when it leaves it.
+
+    Args:
+        model: The model.
+        enter: Called with the module's path.
+        leave: Called at the module's end, the last one that was entered first.
+
+    Yields:
+        Nothing; the hooks come off again, also after an error.
+    """
+
+    def hook(path: str) -> Callable[..., None]:
+        def before(*_: Any) -> None:
+            enter(path)
+
+        return before
+
+    def after(*_: Any) -> None:
+        leave()
+
+    hooks = [
+        handle
+        for path, module in model.named_modules()
+        for handle in (
+            module.register_forward_pre_hook(hook(path)),
+            module.register_forward_hook(after),
+        )
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
