@@ -88,12 +88,12 @@ def stops() -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     ("loader", "error", "message"),
     [
-        ([], ValueError, "`loader` should have samples. Found none"),
-        ([{"x": torch.zeros(2, 4)}], TypeError, "`loader` should give tensors.*Found dict"),
-        ([()], TypeError, "`loader` should give tensors.*Found tuple"),
+        ([], ValueError, "`loader` should give at least one batch. Found none"),
+        ([{"x": 3}], TypeError, "`loader` should give batches .*Found int in a dict"),
+        ([()], TypeError, "`loader` should give batches .*Found NoneType in a tuple"),
         (stops(), OSError, "the disk is gone"),
         ([torch.randn(8, 4), torch.randn(8, 5)], RuntimeError, "shapes|size"),
-        ([torch.randn(1, 4)], ValueError, "more than 1 value per channel"),
+        ([torch.randn(1, 4)], ValueError, "more than one value a channel"),
     ],
 )
 def test_an_error_leaves_the_old_statistics(loader, error: type, message: str) -> None:
@@ -111,3 +111,39 @@ def test_an_error_leaves_the_old_statistics(loader, error: type, message: str) -
 def test_a_model_without_statistics_is_refused(model: nn.Module) -> None:
     with pytest.raises(ValueError, match="BatchNorm layers with running statistics. Found none"):
         recalibrate_bn(model, [torch.randn(4, 2)])
+
+
+def test_a_layer_that_is_called_twice_weighs_both_calls_alike() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) + self.norm(x + 4)
+
+    model = Twice()
+    recalibrate_bn(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])])
+    assert float(model.norm.running_mean) == pytest.approx((2 + 6 + 6 + 10) / 4)
+
+
+def test_a_layer_that_no_batch_reaches_keeps_what_it_has() -> None:
+    model = nn.ModuleDict({"used": nn.BatchNorm1d(2), "other": nn.BatchNorm1d(2)})
+    model["other"].running_mean.fill_(7.0)
+    model.forward = lambda x: model["used"](x)
+    recalibrate_bn(model, [{"inputs": torch.randn(8, 2)}])
+    assert model["other"].running_mean.tolist() == [7.0, 7.0]
+
+
+def test_weights_that_autocast_kept_are_not_those_after_pruning() -> None:
+    model = network()
+    inputs = torch.randn(64, 4)
+    plain = deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(inputs)
+        for one in (model, plain):
+            magnitude_prune(one, 0.9)
+        recalibrate_bn(model, [inputs])
+    with torch.autocast("cpu", torch.bfloat16):
+        recalibrate_bn(plain, [inputs])
+    torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)

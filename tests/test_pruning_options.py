@@ -3,13 +3,17 @@
 import json
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from math import ceil
 
 import pytest
 import torch
+from stand_in import Graph
 from test_controls import assert_same_weights
+from test_graphs import graphs  # noqa: F401 (a fixture)
 from test_pipeline import TRAIN, Normed, drop_hot, points
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader
 
 from drophot import Grid, Masks, evaluate
@@ -101,6 +105,43 @@ def test_masks_of_the_users_own_hold_also_with_a_schedule() -> None:
     mine = magnitude_prune(run.model, 0.9)
     run.masks = mine
     assert run.finetune().sparsity == mine.sparsity
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("schedule", ["gradual", "iterative"])
+def test_a_schedule_is_not_captured_in_a_graph(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph would repeat the zeroing, and not the counting."""
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr(
+        "torch.cuda.is_current_stream_capturing",
+        lambda: isinstance(_get_current_dispatch_mode(), Graph),
+    )
+    optimizer = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
+    run = drop_hot(optimizer=optimizer, schedule=schedule, prunings=5, finetune_epochs=4)
+    assert run.run().sparsity == pytest.approx(0.6, abs=0.02)
+    assert run.pruner.finished
+
+
+def test_a_loop_that_takes_too_few_steps_is_told() -> None:
+    run = drop_hot(schedule="iterative", mode="random")
+    run.select()
+    run.train()
+    run.prune()
+    run.fit = lambda model, dataset, epochs, **rest: [rest["on_epoch"](e) for e in range(epochs)]
+    with pytest.raises(RuntimeError, match="`fit` should step the optimiser .* Found 0 steps"):
+        run.finetune()
+
+
+def test_replaced_masks_stay_on_the_run() -> None:
+    run = drop_hot(schedule="iterative", mode="random")
+    run.select()
+    run.train()
+    run.prune()
+    run.masks = mine = magnitude_prune(run.model, 0.3)
+    assert run.finetune().sparsity == pytest.approx(mine.sparsity)
+    assert run.masks is mine
 
 
 def test_the_ticket_starts_where_training_started() -> None:

@@ -213,3 +213,22 @@ def test_weights_of_another_model_are_refused(change: str) -> None:
     with pytest.raises(ValueError, match=r"`state_dict` should hold .* difference in \['[23].bias"):
         rewind(model, masks, state)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+
+
+def test_a_pruning_that_failed_is_still_due() -> None:
+    model = network()
+    schedule = Schedule(model, [0.2, 0.6], every=1)
+    model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        schedule.step()
+    assert (schedule.ratio, schedule.steps) == (0.2, 0)
+    model[0].weight.data[0, 0] = 1.0
+    assert schedule.step()
+    assert Masks.from_zeros(model).sparsity == 0.6
+
+
+def test_the_models_own_state_is_no_earlier_one() -> None:
+    model = network()
+    masks = magnitude_prune(model, 0.5)
+    with pytest.raises(ValueError, match="`state_dict` should be a copy. Found `0.weight`"):
+        rewind(model, masks, model.state_dict())

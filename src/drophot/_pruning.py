@@ -76,16 +76,25 @@ def held(run: Any, optimizer: Optimizer) -> Iterator[None]:
 
     Yields:
         Nothing.
+
+    Raises:
+        RuntimeError: If `fit` took too few steps for the schedule to reach its end.
     """
+    pruner = run.pruner if run.pruner is not None and run.pruner.masks is run.masks else None
     holding: AbstractContextManager[Any] = nullcontext()
-    if run.pruner is not None and run.pruner.masks is run.masks:
-        holding = run.pruner.hold(optimizer)
+    if pruner is not None:
+        holding = pruner.hold(optimizer)
     elif run.protocol != "released" and not run.structured:
         holding = run.masks.hold(optimizer)
     with holding:
         yield
-    if run.pruner is not None:
-        run.masks = run.pruner.masks
+    if pruner is not None:
+        run.masks = pruner.masks
+        if not pruner.finished:
+            raise RuntimeError(
+                f"`fit` should step the optimiser for every batch, {_steps(run)} times. Found "
+                f"{pruner.steps} steps, and the schedule at {pruner.ratio} of {run.prune_ratio}."
+            )
 
 
 def removed(run: Any) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -132,7 +133,7 @@ class Schedule:
         self._model = model
         self._settings: dict[str, Any] = {"scope": scope, "min_kept": min_kept, "skip": skip}
         self.steps = 0
-        self.masks = self._prune()
+        self.masks = self._prune(self.ratios[0])
 
     @property
     def ratio(self) -> float:
@@ -149,14 +150,21 @@ class Schedule:
 
         Returns:
             Whether it pruned.
+
+        Raises:
+            RuntimeError: If it is captured in a CUDA graph. `drophot.fit` takes plain steps then.
         """
-        self.steps += 1
-        due = self.steps % self.every == 0 and self.steps // self.every < len(self.ratios)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "`step` should be called outside of a CUDA graph, since it counts. Found a "
+                "capture; call it after each replay."
+            )
+        self.masks.zero()
+        steps = self.steps + 1
+        due = steps % self.every == 0 and steps // self.every < len(self.ratios)
         if due:
-            self.masks.zero()
-            self.masks = self._prune()
-        else:
-            self.masks.zero()
+            self.masks = self._prune(self.ratios[steps // self.every])
+        self.steps = steps  # a pruning that failed is still due
         return due
 
     def hold(self, optimizer: Optimizer) -> RemovableHandle:
@@ -195,8 +203,8 @@ class Schedule:
         self.masks.load_state_dict(state_dict["masks"])
         self.steps = state_dict["steps"]
 
-    def _prune(self) -> Masks:
-        return magnitude_prune(self._model, self.ratio, **self._settings)
+    def _prune(self, ratio: float) -> Masks:
+        return magnitude_prune(self._model, ratio, **self._settings)
 
 
 def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> None:
@@ -216,7 +224,8 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
         state_dict: The other weights, of the whole model.
 
     Raises:
-        ValueError: If names or shapes are not the model's. Nothing is changed then.
+        ValueError: If names or shapes are not the model's, or the tensors are the model's own,
+            which are trained with it. Nothing is changed then.
 
     Example:
         >>> import torch
@@ -234,6 +243,12 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
         raise ValueError(
             f"`state_dict` should hold the weights of this model. Found a difference in {wrong}."
         )
+    for name, tensor in own.items():
+        if tensor.numel() and tensor.data_ptr() == state_dict[name].data_ptr():
+            raise ValueError(
+                f"`state_dict` should be a copy. Found `{name}` to be the model's own, which is "
+                f"trained with it; keep copy.deepcopy(model.state_dict()) when it is time."
+            )
     model.load_state_dict(state_dict)
     masks.apply()
 
