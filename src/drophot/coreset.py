@@ -1,19 +1,48 @@
-"""From scores to a coreset: which samples to keep."""
+"""From scores or features to a coreset: which samples to keep."""
 
 from __future__ import annotations
 
 import operator
-from math import floor
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot import _radix
+from drophot._k_center import k_center
+from drophot._facility import facility_location
+from drophot._greedy import Coreset
+from drophot._shares import (
+    BLOCK,
+    Positions,
+    check_ratio,
+    check_targets,
+    drawn,
+    every,
+    kept,
+    members,
+    shares,
+)
+from drophot._stratified import Stratified
 
-Mode = Literal["high", "low", "random"]
+__all__ = [
+    "Coreset",
+    "Mode",
+    "Stratified",
+    "check_mode",
+    "check_ratio",
+    "facility_location",
+    "k_center",
+    "kept",
+    "select",
+]
+
+Word = Literal["high", "low", "random"]
+Mode = Word | Stratified
+WORDS = get_args(Word)
 
 
 def select(
@@ -67,99 +96,68 @@ def select(
         tensor([1, 3, 5])
     """
     check_ratio("ratio", ratio)
-    check_mode("mode", mode)
+    check_mode("mode", mode, ratio)
     seed = operator.index(seed)
     values = _check_scores(scores)
     size = kept(len(values), ratio)
     if targets is None:
         return torch.from_numpy(np.sort(_choose(values, size, mode, seed)))
 
-    classes = _check_targets(targets, len(values))
-    order = np.argsort(classes, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(classes[order])) + 1)
-    sizes = _shares(np.array([len(member) for member in members]), size, seed)
-    indices = [
-        member[_choose(values[torch.from_numpy(member)], int(share), mode, seed, member)]
-        for member, share in zip(members, sizes, strict=True)
-        if share
-    ]
-    return torch.from_numpy(np.sort(np.concatenate(indices)))
+    found = []
+    parts = members(check_targets(targets, len(values)))
+    for part, share in zip(parts, shares(map(len, parts), size, seed).tolist(), strict=True):
+        if share:
+            found.append(_choose(values[torch.from_numpy(part)], share, mode, seed, part))
+    return torch.from_numpy(np.sort(np.concatenate(found)))
 
 
-def kept(num_samples: int, ratio: float) -> int:
-    """How many samples a share `ratio` of `num_samples` is.
-
-    Args:
-        num_samples: `N`.
-        ratio: The share kept, in (0, 1].
-
-    Returns:
-        `K = max(1, floor(ratio * N + 0.5))`: rounded, halves up, never none.
-
-    Example:
-        >>> kept(100, 0.29), kept(5, 0.5), kept(3, 0.01)
-        (29, 3, 1)
-    """
-    return max(1, floor(ratio * num_samples + 0.5))
-
-
-def check_ratio(name: str, ratio: Any) -> None:
-    """Refuse a ratio that is no share kept.
-
-    Args:
-        name: What the caller calls it.
-        ratio: The value.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not in (0, 1].
-    """
-    try:
-        inside = 0 < float(ratio) <= 1
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"`{name}` should be a number in (0, 1]. Found {type(ratio).__name__}."
-        ) from None
-    if not inside:
-        raise ValueError(
-            f"`{name}` should be the share of samples kept, in (0, 1]. Found {ratio}; to keep "
-            f"10 % give 0.1."
-        )
-
-
-def check_mode(name: str, mode: Any) -> None:
+def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
     """Refuse an unknown mode.
 
     Args:
         name: What the caller calls it.
         mode: The value.
+        ratio: The share kept, if it is known.
 
     Raises:
-        ValueError: If it is unknown.
+        ValueError: If it is unknown, or its cutoff leaves no room for the share kept.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f'`{name}` should be "high", "low" or "random". Found {mode!r}.')
+    if isinstance(mode, Stratified):
+        mode.check(ratio)
+    elif not isinstance(mode, str) or mode not in WORDS:
+        raise ValueError(
+            f'`{name}` should be "high", "low", "random" or a Stratified(). Found {mode!r}.'
+        )
 
 
 def _choose(
-    scores: Tensor, size: int, mode: Mode, seed: int, positions: NDArray[np.int64] | None = None
-) -> NDArray[np.int64]:
+    scores: Tensor, size: int, mode: Mode, seed: int, positions: Positions | None = None
+) -> Positions:
     """Which `size` of the scores to keep, unordered; `positions` are theirs among all samples."""
+    total = len(scores)
+    if isinstance(mode, Stratified):
+        remaining = mode.remaining(total, size)
+        inside = np.sort(_choose(scores, remaining, "low" if mode.hard == "high" else "high", seed))
+        positions = inside if positions is None else positions[inside]
+        return mode.draw(scores[torch.from_numpy(inside)], positions, size, seed)
     # All samples stand in one order, by score and then by hash. "low" takes it from below and
     # "high" from above, so that the two meet no sooner than they must.
-    if positions is None:
-        positions = np.arange(len(scores))
     if mode == "random":
         # A stream of its own, so that the control has nothing to do with how ties fell.
-        return _smallest(_hash(positions, seed, stream=1), size)
-    rank = len(scores) - size if mode == "high" else size - 1
-    edge = _nth(scores, rank)
-    inside = (scores > edge) if mode == "high" else (scores < edge)
-    sure = inside.nonzero()[:, 0].cpu().numpy()
-    tied = (scores == edge).nonzero()[:, 0].cpu().numpy()
-    hashes = _hash(positions[tied], seed)
-    order = ~hashes if mode == "high" else hashes
-    return np.concatenate([sure, tied[_smallest(order, size - len(sure))]])
+        blocks = every(total) if positions is None else lambda: [positions]
+        return drawn(blocks, total, size, seed, stream=1)
+    high = mode == "high"
+    edge = _nth(scores, total - size if high else size - 1)
+
+    def where(test: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Positions]:
+        for start, block in zip(range(0, total, BLOCK), scores.split(BLOCK), strict=True):
+            found = test(block, edge).nonzero()[:, 0].cpu().numpy() + start
+            yield found if positions is None else positions[found]
+
+    sure = np.concatenate(list(where(torch.gt if high else torch.lt)))
+    ties = sum(int((block == edge).sum()) for block in scores.split(BLOCK))
+    rest = drawn(lambda: where(torch.eq), ties, size - len(sure), seed, last=high)
+    return np.concatenate([sure, rest])
 
 
 def _nth(scores: Tensor, rank: int) -> Tensor:
@@ -171,35 +169,6 @@ def _nth(scores: Tensor, rank: int) -> Tensor:
     size = rank + 1 if from_below else len(scores) - rank
     top = scores.topk(size, largest=not from_below, sorted=False).values
     return top.amax() if from_below else top.amin()
-
-
-def _smallest(keys: NDArray[np.uint64], size: int) -> NDArray[np.int64]:
-    """Where the `size` smallest keys stand; they are all different."""
-    if size == len(keys):
-        return np.arange(size)
-    return np.flatnonzero(keys < np.partition(keys, size)[size])
-
-
-def _hash(values: NDArray[np.int64], seed: int, stream: int = 0) -> NDArray[np.uint64]:
-    """SplitMix64 of every value: under one seed and stream different values never collide."""
-    start = _mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream)
-    step = np.uint64(0x9E3779B97F4A7C15)
-    return _mix(_mix(start) + (values.astype(np.uint64) + np.uint64(1)) * step)
-
-
-def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
-
-
-def _shares(counts: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """Split `size` over classes of these counts by largest remainders, equal ones at random."""
-    total = int(counts.sum())
-    shares, remainders = np.divmod(counts * size, total)
-    order = np.lexsort((_hash(np.arange(len(counts)), seed), -remainders))
-    shares[order[: size - int(shares.sum())]] += 1
-    return shares
 
 
 def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
@@ -226,15 +195,3 @@ def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
     # Unsigned integers of more than 8 bits can do next to nothing in torch.
     small = values.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return values if small else values.long()
-
-
-def _check_targets(targets: Tensor | ArrayLike, length: int) -> NDArray[np.int64]:
-    classes = np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
-    if not np.issubdtype(classes.dtype, np.integer):
-        raise TypeError(f"`targets` should be integers. Found {classes.dtype}.")
-    if classes.shape != (length,):
-        raise ValueError(
-            f"`targets` should have one class for each score, shape ({length},). Found "
-            f"{classes.shape}."
-        )
-    return classes.astype(np.int64)

@@ -1,0 +1,212 @@
+"""What the greedy selectors have in common: their input, classes, a start, and their result."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from drophot import _memory
+from drophot._shares import Positions, check_ratio, check_targets, kept, members, shares
+
+logger = logging.getLogger("drophot")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Coreset:
+    """What a selector kept, and in which order.
+
+    All tensors are on the CPU.
+    """
+
+    indices: Tensor
+    """The kept samples' positions `(K,)`: int64, ascending, unique, as `select` gives them."""
+    weights: Tensor | None
+    """How many samples each of them stands for, itself included `(K,)`: float32, together `N`."""
+    ranking: Tensor
+    """The samples in the order in which they were chosen, a start excepted; with `targets` one
+    class after the other."""
+    gains: Tensor
+    """What each of the ranking gained when it was chosen, float32 of its shape."""
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+# Of one group's features (n, D), how many to keep, the places of a start and a seed: the places
+# chosen, their gains, and for each sample which of start and chosen stands for it, if known.
+Greedy = Callable[[Tensor, int, Tensor, int], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def greedy(
+    algorithm: Greedy,
+    needs: Callable[[int, int, int, int], int],
+    features: Tensor | ArrayLike,
+    ratio: float,
+    targets: Tensor | ArrayLike | None,
+    start: Tensor | ArrayLike | None,
+    seed: int,
+) -> Coreset:
+    """Check the input, say what memory it takes, and choose, class by class if these are given.
+
+    Args:
+        algorithm: Chooses in one group.
+        needs: Bytes for a group of n samples, D features, so many kept and bytes a number.
+        features: Shape `(N, D)`.
+        ratio: The share kept.
+        targets: The classes.
+        start: What is kept already.
+        seed: Any integer.
+
+    Returns:
+        The coreset.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If one is out of range or of another shape.
+        MemoryError: If there is not enough memory.
+    """
+    check_ratio("ratio", ratio)
+    seed = operator.index(seed)
+    values = _check_features(features)
+    total = len(values)
+    size = kept(total, ratio)
+    before = _check_start(start, total, size)
+    groups = [np.arange(total)] if targets is None else members(check_targets(targets, total))
+    sizes = shares(map(len, groups), size, seed).tolist()
+    begun = _begun(groups, sizes, before, of_classes=targets is not None)
+    _check_memory(values, needs, max((len(g), s) for g, s in zip(groups, sizes, strict=True)))
+
+    ranking, gains = [], []
+    weights = np.zeros(total, dtype=np.float32)
+    known = True
+    for group, share, place in zip(groups, sizes, begun, strict=True):
+        if not share:
+            continue
+        part = values if targets is None else values[torch.from_numpy(group).to(values.device)]
+        chosen, gained, owner = algorithm(part, share, torch.from_numpy(place), seed)
+        ranking.append(group[chosen.numpy()])
+        gains.append(gained.float().cpu())
+        if owner is None:
+            known = False
+        else:
+            who = group[np.concatenate([place, chosen.numpy()])]
+            weights[who] = np.bincount(owner.cpu().numpy(), minlength=len(who))
+    order = np.concatenate(ranking)
+    indices = np.sort(np.concatenate([before, order]))
+    return Coreset(
+        indices=torch.from_numpy(indices),
+        weights=torch.from_numpy(weights[indices]) if known else None,
+        ranking=torch.from_numpy(order),
+        gains=torch.cat(gains),
+    )
+
+
+def _check_features(features: Tensor | ArrayLike) -> Tensor:
+    if isinstance(features, Tensor):
+        values = features.detach()
+    else:
+        values = torch.as_tensor(np.require(features, requirements=["C", "W"]))
+    if values.is_complex():
+        raise TypeError(f"`features` should be real numbers. Found {values.dtype}.")
+    if values.dim() != 2 or 0 in values.shape:
+        raise ValueError(
+            f"`features` should have shape (N, D), both at least 1. Found {tuple(values.shape)}; "
+            f"flatten(1) makes rows of images."
+        )
+    if not values.is_floating_point() or values.dtype.itemsize < 4:
+        values = values.float()
+    wrong = ~values.sum(1).isfinite()
+    if wrong.any():
+        raise ValueError(
+            f"`features` should be finite. Found {int(wrong.sum())} samples that are not, the first "
+            f"at position {int(wrong.nonzero()[0, 0])}; drop those first."
+        )
+    return values - values.mean(0)  # distances stay, and lose fewer digits
+
+
+def _check_start(start: Any, total: int, size: int) -> Positions:
+    if start is None:
+        return np.empty(0, dtype=np.int64)
+    found = np.asarray(start.cpu() if isinstance(start, Tensor) else start)
+    if found.size == 0:
+        return np.empty(0, dtype=np.int64)
+    if not np.issubdtype(found.dtype, np.integer):
+        raise TypeError(f"`start` should be positions of samples, integers. Found {found.dtype}.")
+    if found.ndim != 1 or found.min() < 0 or found.max() >= total:
+        wrong = found.flat[np.argmax((found < 0) | (found >= total))]
+        raise ValueError(
+            f"`start` should be positions in [0, {total}), one dimension. Found {wrong} in shape "
+            f"{found.shape}."
+        )
+    if len(np.unique(found)) < len(found):
+        raise ValueError(
+            f"`start` should name each sample once. Found {len(found) - len(np.unique(found))} "
+            f"repeated; give start.unique()."
+        )
+    if len(found) > size:
+        raise ValueError(
+            f"`start` counts among the {size} samples kept. Found {len(found)}; raise the ratio."
+        )
+    return found.astype(np.int64)
+
+
+def _begun(
+    groups: list[Positions], sizes: list[int], before: Positions, *, of_classes: bool
+) -> list[Positions]:
+    """The start's places within each group."""
+    found = []
+    for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):
+        inside = before[np.isin(before, group)] if of_classes else before
+        if len(inside) > size:
+            raise ValueError(
+                f"`start` should have no more samples of a class than its share. Found "
+                f"{len(inside)} of the {number + 1}-th class, which keeps {size}; leave some out, "
+                f"or leave out `targets`."
+            )
+        found.append(np.searchsorted(group, inside))
+    return found
+
+
+def _check_memory(
+    values: Tensor, needs: Callable[[int, int, int, int], int], largest: tuple[int, int]
+) -> None:
+    """Say what will be taken, before anything is."""
+    total, size = largest
+    amount = needs(total, values.shape[1], size, values.dtype.itemsize)
+    free = _memory.available(values.device)
+    logger.info(
+        "%d of %d samples, %d features: %.2f GB of memory beside the features",
+        size,
+        total,
+        values.shape[1],
+        amount / 1e9,
+    )
+    if amount > free:
+        raise MemoryError(
+            f"`features` of {tuple(values.shape)} need {amount / 1e9:.1f} GB more. Found "
+            f"{free / 1e9:.1f} GB free on {values.device}; give `targets`, which takes one class "
+            f"at a time, fewer features or another device."
+        )
+
+
+def rows(total: int, width: int) -> Iterator[slice]:
+    """Blocks of rows small enough that a block times `width` stays in a cache.
+
+    Args:
+        total: How many rows there are.
+        width: How many numbers a row of the result has.
+
+    Yields:
+        The blocks, in order.
+    """
+    step = max(64, (1 << 19) // max(width, 1))
+    for begin in range(0, total, step):
+        yield slice(begin, min(begin + step, total))
