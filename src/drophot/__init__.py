@@ -2,8 +2,12 @@
 
 import logging
 
-from drophot.coreset import select
+from drophot._modes import Scored
+from drophot.coreset import Coreset, Stratified, facility_location, k_center, select
+from drophot.crest import CrestLoader
 from drophot.dynamics import DynamicsTracker
+from drophot.epochwise import FreshSubset, LossSampling
+from drophot.features import features
 from drophot.forgetting import ForgettingTracker
 from drophot.grid import Grid
 from drophot.indexing import IndexedDataset
@@ -15,15 +19,24 @@ from drophot.training import evaluate, fit
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Coreset",
+    "CrestLoader",
     "DropHot",
     "DynamicsTracker",
     "ForgettingTracker",
+    "FreshSubset",
     "Grid",
     "IndexedDataset",
+    "LossSampling",
     "Masks",
     "Record",
+    "Scored",
+    "Stratified",
     "evaluate",
+    "facility_location",
+    "features",
     "fit",
+    "k_center",
     "magnitude_prune",
     "select",
     "summary",

@@ -137,7 +137,7 @@ def batches(
     batch_size: int,
     device: torch.device,
     *,
-    shuffle: torch.Generator | None = None,
+    shuffle: torch.Generator | Tensor | None = None,
     channels_last: bool = False,
 ) -> Iterator[tuple[Tensor, ...]]:
     """One epoch of a dataset, batch by batch, on a device.
@@ -149,16 +149,19 @@ def batches(
         dataset: What `in_memory` gave, tensors or not.
         batch_size: Samples a batch, at least 1; the last one holds what is left.
         device: Where the batches are wanted.
-        shuffle: Draws the order; `None` keeps that of the dataset. The order does not depend on
-            whether the dataset is in memory.
+        shuffle: Draws the order, or is the order; `None` keeps that of the dataset. The order does
+            not depend on whether the dataset is in memory.
         channels_last: Images come with their channels last in memory. They are contiguous if not.
 
     Yields:
         Tuples of tensors, as the samples' tuples, each with a first dimension of `B`.
     """
     size = len(dataset)  # type: ignore[arg-type]
-    seed = 0 if shuffle is None else _next(shuffle)
-    order = torch.arange(size) if shuffle is None else torch.randperm(size, generator=shuffle)
+    seed = _next(shuffle) if isinstance(shuffle, torch.Generator) else 0
+    if isinstance(shuffle, torch.Generator):
+        order = torch.randperm(size, generator=shuffle)
+    else:
+        order = torch.arange(size) if shuffle is None else shuffle
     if isinstance(dataset, TensorDataset) and dataset.tensors[0].device.type == device.type:
         parts = order.to(device).split(batch_size)
         found = (tuple(_gathered(t, part) for t in dataset.tensors) for part in parts)
@@ -167,6 +170,45 @@ def batches(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     for inputs, *rest in found:
         yield (inputs.to(memory_format=layout) if inputs.dim() == 4 else inputs, *rest)
+
+
+def at(dataset: Dataset[Any], places: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Some samples of a dataset, on a device.
+
+    Args:
+        dataset: What `in_memory` gave, tensors or not.
+        places: Which, in this order.
+        device: Where they are wanted.
+
+    Returns:
+        A batch.
+    """
+    if isinstance(dataset, TensorDataset):
+        places = places.to(dataset.tensors[0].device)
+        return tuple(_gathered(tensor, places).contiguous() for tensor in dataset.tensors)
+    return tuple(tensor.to(device) for tensor in _read(dataset, places.tolist()))
+
+
+def targets_of(dataset: Any) -> Tensor:
+    """The targets of all samples, without reading the samples where somebody knows them.
+
+    Args:
+        dataset: What `in_memory` gave, or any other map-style dataset.
+
+    Returns:
+        Integers, shape `(N,)`, on the CPU.
+    """
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1].cpu()
+    if isinstance(dataset, Subset):
+        return targets_of(dataset.dataset)[torch.as_tensor(dataset.indices)]
+    known = getattr(dataset, "targets", None)
+    if known is not None and len(known) == len(dataset):
+        return torch.as_tensor(known).cpu()
+    if isinstance(dataset, IndexedDataset):
+        return targets_of(dataset.dataset)
+    with _random.kept():
+        return torch.as_tensor([int(dataset[place][1]) for place in range(len(dataset))])
 
 
 def _gathered(tensor: Tensor, part: Tensor) -> Tensor:

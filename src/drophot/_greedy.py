@@ -126,8 +126,8 @@ def _check_features(features: Tensor | ArrayLike) -> Tensor:
     wrong = ~values.sum(1).isfinite()
     if wrong.any():
         raise ValueError(
-            f"`features` should be finite. Found {int(wrong.sum())} samples that are not, the first "
-            f"at position {int(wrong.nonzero()[0, 0])}; drop those first."
+            f"`features` should be finite. Found {int(wrong.sum())} samples that are not, the "
+            f"first at position {int(wrong.nonzero()[0, 0])}; drop those first."
         )
     return values - values.mean(0)  # distances stay, and lose fewer digits
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.utils.data import Subset
 
 from drophot import _memory, _random, training
-from drophot._stages import Stage, limited_threads, score_is_baseline
+from drophot._stages import Stage, limited_threads
 from drophot.coreset import kept
 from drophot.pipeline import DropHot
 
@@ -109,7 +109,7 @@ def estimate(pipeline: DropHot, stages: Sequence[Stage], threads: int) -> tuple[
             size += state + 8 * kept(total, stage.data_ratio)
         else:
             seconds += epochs * total * evaluating
-            size += 8 * total + state * score_is_baseline(run)
+            size += 28 * total + state
     return seconds, size, memory
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
-from drophot import _progress, _pruning, _random, coreset, prune, training
+from drophot import _modes, _progress, _pruning, _random, coreset, prune, training
 from drophot.forgetting import ForgettingTracker
 from drophot.indexing import IndexedDataset
 from drophot.training import first_sample
@@ -30,7 +30,7 @@ def settle(run: Any) -> None:
         ImportError: If `progress` is asked for and tqdm is not installed.
     """
     coreset.check_ratio("data_ratio", run.data_ratio)
-    coreset.check_mode("mode", run.mode)
+    _modes.check(run)
     prune.check_ratio("prune_ratio", run.prune_ratio)
     prune.check_scope("scope", run.scope)
     for name, choices in (("forgetting", ("paper", "toneva")), ("protocol", ("paper", "released"))):
@@ -313,7 +313,7 @@ def warn_of_empty_classes(run: Any) -> None:
     empty = sorted(set(targets.unique().tolist()) - set(targets[run.indices].unique().tolist()))
     if empty:
         warnings.warn(
-            f"`data_ratio={run.data_ratio}` and `mode={run.mode!r}` leave no sample of classes "
-            f"{empty}, which the model will not learn in `train`; raise data_ratio.",
+            f"`data_ratio={run.data_ratio}` and `mode={_modes.name(run.mode)!r}` leave no sample "
+            f"of classes {empty}, which the model will not learn in `train`; raise data_ratio.",
             stacklevel=3,
         )

@@ -173,9 +173,7 @@ def every(total: int) -> Callable[[], Iterable[Positions]]:
     Returns:
         Gives them part by part.
     """
-    return lambda: (
-        np.arange(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK)
-    )
+    return lambda: (np.arange(start, min(start + BLOCK, total)) for start in range(0, total, BLOCK))
 
 
 def hashed(values: Positions, seed: int, stream: int = 0) -> NDArray[np.uint64]:

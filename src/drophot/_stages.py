@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from math import nan
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from drophot import _random, training
+from drophot import _modes, _random, training
 from drophot._store import Store
+from drophot.dynamics import Statistic
 from drophot.pipeline import DropHot
 from drophot.records import Record, from_line, to_line
 
@@ -47,7 +49,11 @@ class Stage:
         """The stage's file."""
         parts = [self.kind, f"seed{self.seed}"]
         if self.kind != "score":
-            parts += [self.mode, f"keep{self.data_ratio}", *["equal"] * self.equal_steps]
+            parts += [
+                _modes.name(self.mode),
+                f"keep{self.data_ratio}",
+                *["equal"] * self.equal_steps,
+            ]
         if self.kind == "finetune":
             parts += [f"prune{self.prune_ratio}", *["new"] * self.reinitialize]
             parts += [*["rewound"] * self.rewind, *["bn"] * self.recalibrate_bn]
@@ -63,7 +69,7 @@ class Stage:
         Returns:
             The stage, if there is one.
         """
-        if self.kind == "score" or (self.kind == "train" and self.mode in ("random", "baseline")):
+        if self.kind == "score" or (self.kind == "train" and not _modes.needs_step_1(self.mode)):
             return None
         scored = Stage(kind="score", seed=self.seed)
         if self.kind == "train" or (self.mode == "baseline" and score_is_baseline(pipeline)):
@@ -144,18 +150,25 @@ def compute(
 
 def _score(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
     run = pipeline.replace(seed=stage.seed)
-    scores = run.score().cpu()
-    result: dict[str, Any] = {"scores": scores}
-    if score_is_baseline(pipeline) and run.scorer is not None:
+    found = run.score()
+    scores = {"forgetting": found}
+    if run.tracker is not None:
+        scores = {name: run.statistic(name) for name in get_args(Statistic)}
+    scores = {name: score.cpu() for name, score in scores.items()}
+    assert run.scorer is not None
+    accuracy = nan
+    if score_is_baseline(pipeline):
         accuracy = training.evaluate(run.scorer, run.test_set)
-        indices, seconds = torch.arange(len(scores)), {"train": run.seconds["score"]}
-        result |= _trained(run.scorer, indices, accuracy, seconds)
-    return _saved(result)
+    indices, seconds = torch.arange(len(found)), {"train": run.seconds["score"]}
+    return _saved({"scores": scores, **_trained(run.scorer, indices, accuracy, seconds)})
 
 
 def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
     run = _run(pipeline, stage)
-    run.scores = before.get("scores")
+    if (how := _modes.scored(run.mode)) is not None and before:
+        run.scores = before["scores"][how.statistic]
+    elif before:
+        run.scorer = _network(run, before)
     indices = run.select()
     model = run.train()
     seconds = dict(run.seconds)
@@ -164,9 +177,7 @@ def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
 
 def _finetune(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
     run = _run(pipeline, stage)
-    with _random.kept(run.device, seed=run.seed):
-        run.model = run.factory().to(run.device)
-    run.model.load_state_dict(before["state"])
+    run.model = _network(run, before)
     run.indices, run.trained_accuracy = before["indices"], before["accuracy"]
     run.seconds = before["seconds"]
     run.prune()
@@ -188,6 +199,13 @@ def _run(pipeline: DropHot, stage: Stage) -> DropHot:
         recalibrate_bn=stage.recalibrate_bn,
         schedule=stage.schedule,
     )
+
+
+def _network(run: DropHot, before: dict[str, Any]) -> nn.Module:
+    with _random.kept(run.device, seed=run.seed):
+        model = run.factory().to(run.device)
+    model.load_state_dict(before["state"])
+    return model
 
 
 def _trained(

@@ -20,12 +20,14 @@ logger = logging.getLogger("drophot")
 
 _WARM_UP = 3  # plain steps before one is captured: libraries choose their algorithms there
 
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[..., Tensor]
 
 
 @contextmanager
 def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[Step]:
     """A step of training with cross-entropy: `step(inputs, targets)` gives the logits.
+
+    `step(inputs, targets, weights)` takes the mean of the losses times the weights `(B,)`.
 
     The optimiser works on all parameters at once (`fused`); on a CPU the memory of a step is kept
     for the next and large linear layers go to the faster library; on a GPU the step is captured
@@ -41,10 +43,13 @@ def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> I
     """
     forward = fast_forward(model, device)
 
-    def plain(inputs: Tensor, targets: Tensor) -> Tensor:
+    def plain(inputs: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
         logits = forward(inputs)
         optimizer.zero_grad()
-        F.cross_entropy(logits, targets).backward()
+        if weights:
+            (F.cross_entropy(logits, targets, reduction="none") * weights[0]).mean().backward()
+        else:
+            F.cross_entropy(logits, targets).backward()
         optimizer.step()
         return logits.detach()
 
@@ -176,21 +181,22 @@ class _Captured:
         self._possible = True
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        self._shape = self._shape or inputs.shape
-        if not self._possible or inputs.shape != self._shape:
-            return self._plain(inputs, targets)
+    def __call__(self, *batch: Tensor) -> Tensor:
+        shape = [tensor.shape for tensor in batch]
+        self._shape = self._shape or shape
+        if not self._possible or shape != self._shape:
+            return self._plain(*batch)
         if self._fixed() != self._settings:
             self._steps, self._graph = 0, None
         if self._steps < _WARM_UP:
             self._steps += 1
-            logits = self._aside(inputs, targets)
+            logits = self._aside(batch)
             self._settings = self._fixed()  # the first step makes the optimiser's averages
             return logits
-        if self._graph is None and not self._capture(inputs, targets):
-            return self._plain(inputs, targets)
-        self._inputs.copy_(inputs)
-        self._targets.copy_(targets)
+        if self._graph is None and not self._capture(batch):
+            return self._plain(*batch)
+        for held, new in zip(self._batch, batch, strict=True):
+            held.copy_(new)
         self._graph.replay()  # type: ignore[union-attr]
         return self._logits.clone()
 
@@ -204,23 +210,23 @@ class _Captured:
         hooks = [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
         return fixed + averages + hooks
 
-    def _aside(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _aside(self, batch: tuple[Tensor, ...]) -> Tensor:
         """A plain step on another stream, as what is captured later has to be prepared."""
         current = torch.cuda.current_stream(self._device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
-            logits = self._plain(inputs, targets)
+            logits = self._plain(*batch)
         current.wait_stream(self._side)
         return logits
 
-    def _capture(self, inputs: Tensor, targets: Tensor) -> bool:
-        self._inputs, self._targets = inputs.clone(), targets.clone()
+    def _capture(self, batch: tuple[Tensor, ...]) -> bool:
+        self._batch = [tensor.clone() for tensor in batch]
         graph = torch.cuda.CUDAGraph()
         before = _random.state()
         try:
             with _random.kept():
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self._logits = self._plain(self._inputs, self._targets)
+                    self._logits = self._plain(*self._batch)
                 self._possible = _random.state() == before
         except RuntimeError as error:  # it waited for the device, or there is no memory for it
             logger.info("steps are not captured as a CUDA graph: %s", error)

@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot import _radix
-from drophot._k_center import k_center
 from drophot._facility import facility_location
 from drophot._greedy import Coreset
+from drophot._k_center import k_center
 from drophot._shares import (
     BLOCK,
     Positions,

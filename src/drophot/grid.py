@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from drophot import _executors, _memory, _probe, _progress, records
+from drophot._modes import Mode
 from drophot._plan import Plan, estimate
 from drophot._stages import Stage, compute
 from drophot._store import Store, digest, open_store, write_whole
-from drophot.coreset import Mode
 from drophot.pipeline import CELL, DropHot
 from drophot.records import Record
 
@@ -52,8 +52,8 @@ class Grid:
     Args:
         pipeline: The run, with any ratios, mode and seed: those of the cells take their place.
         data_ratios: The shares of training samples **kept**, each in (0, 1).
-        modes: Of `"low"`, `"high"` and `"random"`. The control for both ends is `"random"`, a
-            subset of the same size.
+        modes: Any that the pipeline takes. The control for all that choose once is `"random"`, a
+            subset of the same size; for those that choose while they train, `"fresh_subset"`.
         prune_ratios: The shares of weights **removed**, each in [0, 1).
         seeds: One run of everything for each.
         controls: More cells beside these. `"equal_steps"`: every coreset also trained for as many

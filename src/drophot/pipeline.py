@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from math import ceil, nan
+from math import nan
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, Literal
@@ -14,12 +14,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-from drophot import _probe, _progress, _pruning, _random, coreset, records, released, training
+from drophot import (
+    _choosing,
+    _modes,
+    _probe,
+    _progress,
+    _pruning,
+    _random,
+    coreset,
+    records,
+    training,
+)
+from drophot._modes import Mode
 from drophot._pruning import ScheduleName
-from drophot.coreset import Mode, select
-from drophot.forgetting import ForgettingTracker
+from drophot.dynamics import DynamicsTracker, Statistic
 from drophot.prune import Masks, Scope
 from drophot.records import Record
 from drophot.schedule import Schedule
@@ -65,7 +75,12 @@ class DropHot:
         train_set: Samples `(input, target)`, inputs as tensors of one shape, targets in `[0, C)`.
         test_set: The same for the accuracies.
         data_ratio: The share of training samples **kept**, in (0, 1].
-        mode: `"high"` keeps the most forgotten samples, `"low"` the least, `"random"` any.
+        mode: How they are chosen. `"high"` keeps the most forgotten samples, `"low"` the least,
+            `"random"` any. A :class:`drophot.Stratified` spreads them over all scores; a
+            :class:`drophot.Scored` goes by another score than forgetting, or class by class.
+            `"k_center"` and `"facility_location"` choose, class by class, on features of step 1's
+            network. `"crest"`, `"fresh_subset"` and `"loss_sampling"` choose while step 3 trains,
+            so that its epochs cost the share. All are compared in "How to choose a coreset".
         prune_ratio: The share of Linear and Conv weights **removed**, in [0, 1).
         forgetting: When a sample counts as forgotten. `"paper"`: by the model's state after each
             epoch; one that was never right scores 0. `"toneva"`: by the logits of its training
@@ -118,7 +133,7 @@ class DropHot:
         (1.0, 0.5, 16)
     """
 
-    tracker: ForgettingTracker | None = None  # of step 1
+    tracker: DynamicsTracker | None = None  # of step 1
     scorer: nn.Module | None = None  # the network of step 1
     scores: Tensor | None = None  # (N,)
     indices: Tensor | None = None  # (K,)
@@ -196,7 +211,8 @@ class DropHot:
     @property
     def configuration(self) -> dict[str, Any]:
         """Everything that was asked for, as JSON can hold it: what a record's fingerprint is of."""
-        return self._fixed | {name: getattr(self, name) for name in _SETTINGS}
+        settings = {name: getattr(self, name) for name in _SETTINGS}
+        return self._fixed | settings | {"mode": _modes.name(self.mode)}
 
     def replace(self, **settings: Any) -> DropHot:
         """The same run with other settings and no results yet, on the same data in memory.
@@ -222,8 +238,8 @@ class DropHot:
         return other
 
     def run(self) -> Record:
-        """Take the steps, the first only where scores are needed and there are none yet."""
-        if self.scores is None and self._needs_scores():
+        """Take the steps, the first only where the mode needs what is not there yet."""
+        if self._lacks() is not None:
             self.score()
         self.select()
         self.train()
@@ -231,66 +247,61 @@ class DropHot:
         return self.finetune()
 
     def score(self) -> Tensor:
-        """Step 1: train on the full training set and count forgetting events.
+        """Step 1: train on the full training set and follow every sample.
 
         Returns:
-            The scores `(N,)`, higher is harder, which stay on `scores` too.
+            The scores `(N,)`, which stay on `scores` too: of the mode's statistic, or forgetting
+            events, higher is harder.
 
         Raises:
             RuntimeError: If a `fit` of the user's own did not call back.
         """
-        toneva, by_position = self.forgetting == "toneva", self.protocol == "released"
         with self._step("score"):
-            self.scorer = model = self.factory().to(self.device)
-            self.tracker = tracker = ForgettingTracker(self._total, device=self.device)
-            counts = released.PositionCounts(self._total, seed=self.seed)
+            scores = self.scores = _choosing.score(self)
+        return scores
 
-            def observe(_: int) -> None:
-                observer = counts if by_position else tracker
-                observer.observe(model, training.batches(self.train_set, 1024, self.device))
+    def statistic(self, name: Statistic) -> Tensor:
+        """A score of step 1, for a mode that goes by it.
 
-            self._fit(
-                model,
-                self.train_set,
-                self.score_epochs,
-                self.optimizer(model.parameters()),
-                on_batch=tracker.update if toneva else None,
-                on_epoch=None if toneva else observe,
-            )
-            if by_position:
-                _probe.check_called(counts.walks, self.score_epochs)
-                self.tracker, self.scores = None, counts.scores
-            else:
-                _probe.check_presented(tracker)
-                self.scores = tracker.scores("hardest" if toneva else "zero")
-        return self.scores
+        Args:
+            name: Which; `"forgetting"` is meant as the setting `forgetting` says.
+
+        Returns:
+            Shape `(N,)`.
+
+        Raises:
+            RuntimeError: If nothing was followed: there was no step 1, or the protocol has none.
+        """
+        if self.tracker is None:
+            raise RuntimeError("`statistic` needs step 1. Found no tracker; call score() first.")
+        if name == "forgetting":
+            name = "hardest" if self.forgetting == "toneva" else "zero"  # type: ignore[assignment]
+        return self.tracker.scores(name)
 
     def select(self) -> Tensor:
-        """Step 2: keep `data_ratio` of the training samples by their scores.
+        """Step 2: keep `data_ratio` of the training samples.
 
         A coreset without a sample of some class is warned about.
 
         Returns:
-            The kept samples' positions `(K,)`, which stay on `indices` too.
+            The kept samples' positions `(K,)`, which stay on `indices` too; all of them for a mode
+            that chooses while step 3 trains.
 
         Raises:
-            RuntimeError: If there are no scores and the mode needs them.
+            RuntimeError: If the mode needs scores, or step 1's network, and there are none.
             ValueError: If `scores` was replaced by one of another length.
         """
-        scores = self.scores
-        if scores is None and self._needs_scores():
-            raise RuntimeError("`select` needs scores. Found none; call score() or set scores.")
-        scores = torch.zeros(self._total) if scores is None else scores
-        if len(scores) != self._total:
+        if (lacking := self._lacks()) is not None:
+            raise RuntimeError(
+                f"`select` needs {lacking}. Found none; call score() or set {lacking}."
+            )
+        if self.scores is not None and len(self.scores) != self._total:
             raise ValueError(
                 f"`scores` should have one entry for each training sample, "
-                f"{self._total}. Found {len(scores)}."
+                f"{self._total}. Found {len(self.scores)}."
             )
         with self._step("select"):
-            if self.protocol == "released" and self.mode != "random":
-                self.indices = released.select(scores, self.data_ratio, self.mode)
-            else:
-                self.indices = select(scores, self.data_ratio, self.mode, seed=self.seed)
+            self.indices = _choosing.choose(self)
         _probe.warn_of_empty_classes(self)
         return self.indices
 
@@ -308,14 +319,7 @@ class DropHot:
         with self._step("train"):
             model = self.factory().to(self.device)
             optimizer = self.optimizer(model.parameters())
-            epochs, steps = self.train_epochs, 0
-            if self.equal_steps:
-                whole = epochs * ceil(self._total / self.batch_size)
-                epochs, steps = divmod(whole, ceil(len(self.indices) / self.batch_size))
-            self._fit(model, self._subset(self.indices), epochs, optimizer)
-            if steps:  # of an epoch that is not whole: as many full batches
-                part = torch.randperm(len(self.indices))[: steps * self.batch_size]
-                self._fit(model, self._subset(self.indices[part]), 1, optimizer)
+            _choosing.train(self, model, optimizer)
             self.trained_accuracy = training.evaluate(model, self.test_set)
         self.model, self.masks = model, None
         return model
@@ -365,16 +369,19 @@ class DropHot:
         self.record = records.of_run(self, curve, accuracy, _pruning.removed(self))
         return self.record
 
-    def _needs_scores(self) -> bool:
-        return self.mode != "random" and coreset.kept(self._total, self.data_ratio) < self._total
-
-    def _subset(self, indices: Tensor) -> Dataset[Any]:
-        return Subset(self.train_set, indices.tolist())
+    def _lacks(self) -> str | None:
+        """What step 1 has to find first."""
+        if not _modes.needs_step_1(self.mode):
+            return None
+        if coreset.kept(self._total, self.data_ratio) == self._total:
+            return None
+        name = "scorer" if self.mode in _modes.OF_FEATURES else "scores"
+        return name if getattr(self, name) is None else None
 
     def _fit(
         self,
         model: nn.Module,
-        dataset: Dataset[Any],
+        dataset: Any,
         epochs: int,
         optimizer: Optimizer,
         *,

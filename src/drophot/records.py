@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from drophot import _modes
+from drophot.coreset import kept
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
@@ -27,11 +30,12 @@ class Record:
     model: str
     """The network's name."""
     mode: str
-    """What was kept: "high", "low" or "random"; "baseline" where that is everything."""
+    """How was chosen what was kept: "high", "low", "random" or another mode's name; "baseline"
+    where that is everything."""
     keep_ratio: float
     """The share of training samples asked for."""
     kept: int
-    """The number of training samples kept, `K`."""
+    """The number of training samples kept, `K`; in each epoch, where the mode chooses anew."""
     prune_ratio: float
     """The share of prunable weights asked to be removed."""
     seed: int
@@ -86,12 +90,13 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
     Returns:
         The record.
     """
-    everything = len(run.indices) == len(run.train_set)
+    total = len(run.train_set)
+    size = kept(total, run.data_ratio) if run.mode in _modes.DYNAMIC else len(run.indices)
     return Record(
         model=factory_name(run.factory, run.model),
-        mode="baseline" if everything else run.mode,
+        mode="baseline" if size == total else _modes.name(run.mode),
         keep_ratio=run.data_ratio,
-        kept=len(run.indices),
+        kept=size,
         prune_ratio=run.prune_ratio,
         seed=run.seed,
         trained_accuracy=run.trained_accuracy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,7 @@ _CHUNK = 512  # samples judged in one go: their activations stay in a CPU's cach
 
 def fit(
     model: nn.Module,
-    dataset: Dataset[Any],
+    dataset: Dataset[Any] | Iterable[Any],
     epochs: int,
     *,
     optimizer: Optimizer,
@@ -39,7 +39,10 @@ def fit(
 
     Args:
         model: Called as `model(inputs)`, gives logits `(B, C)`. Trained where it is.
-        dataset: Samples `(input, target)` or `(input, target, index)`.
+        dataset: Samples `(input, target)` or `(input, target, index)`. Or a loader: what is
+            iterated once an epoch and has no `__getitem__`, and gives batches `(inputs, targets)`,
+            the index third and weights `(B,)` of the samples' losses fourth, if there are any, as
+            :class:`drophot.CrestLoader` does. It draws and orders its batches itself.
         epochs: How often to go over the dataset.
         optimizer: Holds the model's parameters.
         batch_size: Samples a step; the last batch of an epoch holds what is left.
@@ -51,7 +54,7 @@ def fit(
     Raises:
         ValueError: If `epochs` is negative, `batch_size` less than 1, the dataset empty, or
             `on_batch` is given and the samples carry no index.
-        TypeError: If the samples are no tuples of tensors and numbers.
+        TypeError: If the samples, or a loader's batches, are no tuples of tensors and numbers.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -66,27 +69,62 @@ def fit(
     if batch_size < 1:
         raise ValueError(f"`batch_size` should be at least 1. Found {batch_size}.")
     device = next(model.parameters()).device
+    whole: Any = dataset
+    indexed = on_batch is not None
+    if hasattr(whole, "__getitem__"):
+        epoch_of = _shuffled(model, whole, batch_size, seed, device, indexed=indexed)
+    else:
+        epoch_of = _loaded(whole, device, indexed=indexed)
+    with fast_step(model, optimizer, device) as step:
+        for epoch in range(epochs):
+            model.train()
+            for inputs, targets, *more in epoch_of():
+                logits = step(inputs, targets, *more[1:])
+                if on_batch is not None:
+                    on_batch(more[0], logits, targets)
+            if on_epoch is not None:
+                on_epoch(epoch)
+
+
+def _shuffled(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    *,
+    indexed: bool,
+) -> Callable[[], Iterator[tuple[Tensor, ...]]]:
+    """Gives a dataset's batches, in a fresh order each time."""
     data = in_memory(dataset, device)
     with _random.kept():  # a random transform may draw as often as it likes
         width = len(first_sample("dataset", data))
-    if on_batch is not None and width != 3:
+    if indexed and width != 3:
         raise ValueError(
             f"`dataset` should give (input, target, index) for `on_batch`. Found samples of "
             f"{width}; wrap the dataset in IndexedDataset."
         )
     layout = _layout(model, data, device)
     order = torch.Generator().manual_seed(seed)
-    with fast_step(model, optimizer, device) as step:
-        for epoch in range(epochs):
-            model.train()
-            for inputs, targets, *index in batches(
-                data, batch_size, device, shuffle=order, channels_last=layout
-            ):
-                logits = step(inputs, targets)
-                if on_batch is not None:
-                    on_batch(index[0], logits, targets)
-            if on_epoch is not None:
-                on_epoch(epoch)
+    return lambda: batches(data, batch_size, device, shuffle=order, channels_last=layout)
+
+
+def _loaded(
+    loader: Any, device: torch.device, *, indexed: bool
+) -> Callable[[], Iterator[tuple[Tensor, ...]]]:
+    """Gives a loader's batches, on the device."""
+
+    def epoch() -> Iterator[tuple[Tensor, ...]]:
+        for batch in loader:
+            if not isinstance(batch, tuple | list) or not 2 + indexed <= len(batch) <= 4:
+                size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
+                raise TypeError(
+                    f"`dataset`, a loader, should give batches (inputs, targets), then an index, "
+                    f"which `on_batch` needs, then weights. Found {type(batch).__name__}{size}."
+                )
+            yield tuple(torch.as_tensor(part).to(device, non_blocking=True) for part in batch)
+
+    return epoch
 
 
 def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:

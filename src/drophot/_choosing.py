@@ -1,0 +1,162 @@
+"""Steps 1 to 3 of a run: following all samples, keeping some, and training on these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.utils.data import Dataset, Sampler, Subset
+
+from drophot import _modes, _probe, coreset, released
+from drophot._feed import batches, targets_of
+from drophot.coreset import select
+from drophot.crest import CrestLoader
+from drophot.dynamics import DynamicsTracker
+from drophot.epochwise import FreshSubset, LossSampling
+from drophot.features import features
+
+
+def score(run: Any) -> Tensor:
+    """Train on everything and follow every sample; the network and the tracker stay on the run.
+
+    Args:
+        run: With the settings and the data of a :class:`drophot.DropHot`.
+
+    Returns:
+        The scores that the run's mode goes by.
+    """
+    toneva, by_position = run.forgetting == "toneva", run.protocol == "released"
+    total = len(run.train_set)
+    run.scorer = model = run.factory().to(run.device)
+    run.tracker = tracker = DynamicsTracker(total, device=run.device)
+    counts = released.PositionCounts(total, seed=run.seed)
+
+    def observe(_: int) -> None:
+        observer = counts if by_position else tracker
+        observer.observe(model, batches(run.train_set, 1024, run.device))
+
+    run._fit(
+        model,
+        run.train_set,
+        run.score_epochs,
+        run.optimizer(model.parameters()),
+        on_batch=tracker.update if toneva else None,
+        on_epoch=None if toneva else observe,
+    )
+    if by_position:
+        _probe.check_called(counts.walks, run.score_epochs)
+        run.tracker = None
+        return counts.scores
+    _probe.check_presented(tracker)
+    how = _modes.scored(run.mode)
+    return run.statistic("forgetting" if how is None else how.statistic)
+
+
+def choose(run: Any) -> Tensor:
+    """Keep a share of a run's training samples.
+
+    Args:
+        run: With the settings, the data and what step 1 found of a :class:`drophot.DropHot`.
+
+    Returns:
+        The kept samples' positions; all of them for a mode that chooses while it trains.
+    """
+    mode, ratio, total = run.mode, run.data_ratio, len(run.train_set)
+    if mode in _modes.DYNAMIC or coreset.kept(total, ratio) == total:
+        return torch.arange(total)
+    if mode == "random":
+        return select(torch.zeros(total), ratio, "random", seed=run.seed)
+    if run.protocol == "released":
+        return released.select(run.scores, ratio, mode)
+    if (how := _modes.scored(mode)) is not None:
+        targets = targets_of(run.train_set) if how.balanced else None
+        return select(run.scores, ratio, how.mode, targets=targets, seed=run.seed)
+    kind = "penultimate" if mode == "k_center" else "error"
+    selector = coreset.k_center if mode == "k_center" else coreset.facility_location
+    vectors = features(run.scorer, run.train_set, kind)
+    found = selector(vectors, ratio, targets=targets_of(run.train_set), seed=run.seed)
+    return found.indices
+
+
+def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
+    """Train on what was kept, for as many epochs or steps as were asked for.
+
+    Args:
+        run: A run that has chosen.
+        model: What to train.
+        optimizer: Holds its parameters.
+    """
+    epochs, steps = run.train_epochs, 0
+    size = coreset.kept(len(run.train_set), run.data_ratio)
+    if run.equal_steps:
+        whole = epochs * ceil(len(run.train_set) / run.batch_size)
+        epochs, steps = divmod(whole, ceil(size / run.batch_size))
+    if run.mode in _modes.DYNAMIC:
+        loader, on_batch = _loader(run, model)
+        run._fit(model, loader, epochs, optimizer, on_batch=on_batch)
+        if steps:
+            run._fit(model, _Start(loader, steps), 1, optimizer, on_batch=on_batch)
+        return
+    run._fit(model, _subset(run, run.indices), epochs, optimizer)
+    if steps:  # of an epoch that is not whole: as many full batches
+        part = torch.randperm(len(run.indices))[: steps * run.batch_size]
+        run._fit(model, _subset(run, run.indices[part]), 1, optimizer)
+
+
+def _subset(run: Any, indices: Tensor) -> Dataset[Any]:
+    return Subset(run.train_set, indices.tolist())
+
+
+def _loader(run: Any, model: nn.Module) -> tuple[Any, Any]:
+    """What chooses while the model trains, and what it wants to see of each batch."""
+    total, ratio, seed = len(run.train_set), run.data_ratio, run.seed
+    if run.mode == "crest":
+        size = run.batch_size
+        return CrestLoader(run.train_set, model, ratio, batch_size=size, seed=seed), None
+    if run.mode == "fresh_subset":
+        return _Sampled(run, FreshSubset(total, ratio, seed=seed), None), None
+    sampling = LossSampling(total, ratio, seed=seed, device=run.device)
+    order = _Shuffled(total)
+
+    def see(index: Tensor, logits: Tensor, targets: Tensor) -> None:
+        sampling.update(index, F.cross_entropy(logits.float(), targets, reduction="none"))
+
+    return _Sampled(run, sampling.sampler(order), sampling), see
+
+
+class _Shuffled(Sampler[int]):
+    """All positions in a fresh order, by torch's own generator."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self.total).tolist()
+
+
+class _Sampled:
+    """A loader of the samples that a sampler gives, weighted where somebody weighs them."""
+
+    def __init__(self, run: Any, sampler: Sampler[int], sampling: LossSampling | None) -> None:
+        self.run, self.sampler, self.sampling = run, sampler, sampling
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        run, order = self.run, torch.tensor(list(self.sampler), dtype=torch.int64)
+        for batch in batches(run.train_set, run.batch_size, run.device, shuffle=order):
+            yield batch if self.sampling is None else (*batch, self.sampling.weights(batch[2]))
+
+
+class _Start:
+    """The first steps of an epoch of a loader."""
+
+    def __init__(self, loader: Any, steps: int) -> None:
+        self.loader, self.steps = loader, steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        yield from islice(self.loader, self.steps)

@@ -1,0 +1,140 @@
+"""The modes of a run and of a grid: how the samples of step 3 are chosen, and what that needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, get_args
+
+from drophot import coreset, training
+from drophot.coreset import Stratified
+from drophot.dynamics import Statistic
+
+OfFeatures = Literal["k_center", "facility_location"]
+Dynamic = Literal["crest", "fresh_subset", "loss_sampling"]
+Name = Literal["high", "low", "random"] | OfFeatures | Dynamic
+
+OF_FEATURES: tuple[str, ...] = get_args(OfFeatures)
+DYNAMIC: tuple[str, ...] = get_args(Dynamic)
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A mode of a run or a grid: by which score, which end of it, and whether class by class.
+
+    `"high"` is `Scored("forgetting", "high")`.
+
+    Args:
+        statistic: The score: `"forgetting"`, as the run's own setting defines it, or another one of
+            :class:`drophot.DynamicsTracker`, over the same presentations.
+        mode: `"high"`, `"low"` or a :class:`drophot.coreset.Stratified`, as for
+            :func:`drophot.select`.
+        balanced: Each class keeps its share.
+
+    Raises:
+        ValueError: If the statistic or the mode is unknown.
+
+    Example:
+        >>> from drophot import Stratified
+        >>> str(Scored("el2n", balanced=True))
+        'el2n-high-balanced'
+        >>> str(Scored("aum", Stratified(hard="low", cutoff=0.1)))
+        'aum-stratified-cutoff0.1-low'
+    """
+
+    statistic: Statistic = "forgetting"
+    mode: Literal["high", "low"] | Stratified = "high"
+    balanced: bool = False
+
+    def __post_init__(self) -> None:
+        if self.statistic not in get_args(Statistic):
+            raise ValueError(
+                f"`statistic` should be one of {', '.join(map(repr, get_args(Statistic)))}. Found "
+                f"{self.statistic!r}."
+            )
+        coreset.check_mode("mode", self.mode)
+
+    def __str__(self) -> str:
+        return f"{self.statistic}-{name(self.mode)}" + "-balanced" * self.balanced
+
+
+Mode = Name | Stratified | Scored
+
+
+def name(mode: Mode | Literal["baseline"]) -> str:
+    """What a record and a file call a mode.
+
+    Args:
+        mode: The mode.
+
+    Returns:
+        Its word; of a strategy its settings too, where they are not the defaults.
+    """
+    if not isinstance(mode, Stratified):
+        return str(mode)
+    changed = [(f.name, getattr(mode, f.name)) for f in fields(mode)]
+    changed = [pair for pair, f in zip(changed, fields(mode), strict=True) if pair[1] != f.default]
+    parts = [str(value) if key == "hard" else f"{key}{value}" for key, value in changed]
+    return "-".join(["stratified", *parts])
+
+
+def scored(mode: Mode) -> Scored | None:
+    """A mode that goes by a score, in its long form.
+
+    Args:
+        mode: The mode.
+
+    Returns:
+        The long form; nothing if it needs no score.
+    """
+    if isinstance(mode, Scored):
+        return mode
+    if isinstance(mode, Stratified) or mode == "high" or mode == "low":
+        return Scored(mode=mode)
+    return None
+
+
+def needs_step_1(mode: Mode) -> bool:
+    """Whether a mode needs what step 1 finds, its scores or its network.
+
+    Args:
+        mode: The mode.
+
+    Returns:
+        Whether it does.
+    """
+    return scored(mode) is not None or mode in OF_FEATURES
+
+
+def check(run: Any) -> None:
+    """Refuse an unknown mode, or one that does not go with the other settings.
+
+    Args:
+        run: Has `mode`, `data_ratio`, `protocol` and `fit`.
+
+    Raises:
+        ValueError: If it is.
+    """
+    mode = run.mode
+    words = (*coreset.WORDS, *OF_FEATURES, *DYNAMIC)
+    found = scored(mode) if isinstance(mode, Scored | Stratified) else None
+    if found is not None:
+        coreset.check_mode("mode", found.mode, run.data_ratio)
+    elif not isinstance(mode, str) or mode not in words:
+        raise ValueError(
+            f"`mode` should be one of {', '.join(map(repr, words))}, a Stratified() or a Scored(). "
+            f"Found {mode!r}."
+        )
+    if run.protocol == "released" and mode not in ("high", "low", "random"):
+        raise ValueError(
+            f'`protocol="released"` should choose as the released code does: mode "high", "low" '
+            f'or "random". Found {name(run.mode)!r}.'
+        )
+    fit = run.fit
+    while isinstance(fit, partial):
+        fit = fit.func
+    if mode in DYNAMIC and fit is not training.fit:
+        raise ValueError(
+            f"`mode={mode!r}` chooses while it trains, and gives weighted batches to drophot's own "
+            f"loop. Found a `fit` of your own; leave it out, or iterate the loader in your loop."
+        )
