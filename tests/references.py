@@ -203,3 +203,63 @@ def batchnorm_statistics(batches: list[np.ndarray]) -> tuple[np.ndarray, np.ndar
     means = np.stack([batch.mean(0) for batch in batches])
     variances = np.stack([batch.var(0, ddof=1) for batch in batches])
     return share @ means, share @ variances
+
+
+def stratified(
+    scores: Sequence[float],
+    size: int,
+    bins: int,
+    cutoff: float,
+    hard: str,
+    seed: int,
+    members: Sequence[int] | None = None,
+) -> list[int]:
+    """Zheng et al.'s algorithm 1 in exact fractions: drop the hardest, fill the smallest bins."""
+    positions = list(range(len(scores))) if members is None else list(members)
+    values = [Fraction(scores[p]) for p in positions]
+    rest = max(size, len(positions) - floor(cutoff * len(positions) + 0.5))
+    inside = select(
+        values, rest, "low" if hard == "high" else "high", seed
+    )  # by place in the class
+    low, high = min(values[i] for i in inside), max(values[i] for i in inside)
+    strata: list[list[int]] = [[] for _ in range(bins)]
+    for i in inside:
+        place = 0 if low == high else floor((values[i] - low) / (high - low) * bins)
+        strata[min(place, bins - 1)].append(positions[i])
+    kept: list[int] = []
+    for left, stratum in zip(range(bins, 0, -1), sorted(strata, key=len), strict=True):
+        share = min(len(stratum), (size - len(kept)) // left)
+        kept += sorted(stratum, key=lambda p: splitmix64(p, seed, 2))[:share]
+    return sorted(kept)
+
+
+def apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Euclidean distances of all pairs, in float64, by differences."""
+    return np.sqrt(((a[:, None].astype(np.float64) - b[None].astype(np.float64)) ** 2).sum(-1))
+
+
+def farthest(features: np.ndarray, chosen: Sequence[int]) -> tuple[int, float]:
+    """Gonzalez' next centre: the first sample that is farthest from all centres."""
+    nearest = apart(features, features[list(chosen)]).min(1)
+    nearest[list(chosen)] = -1
+    return int(nearest.argmax()), float(nearest.max())
+
+
+def facility_gains(features: np.ndarray, chosen: Sequence[int], furthest: float) -> np.ndarray:
+    """By how much each sample would lower the sum of the distances to the nearest medoid."""
+    away = apart(features, features)
+    nearest = np.full(len(features), furthest)
+    if len(chosen):
+        nearest = away[:, list(chosen)].min(1)
+    gains = np.maximum(nearest[:, None] - away, 0).sum(0)
+    gains[list(chosen)] = -1
+    return gains
+
+
+def medoids(vectors: np.ndarray, size: int) -> tuple[list[int], list[int]]:
+    """Greedy facility location, and how many vectors each medoid is the nearest to."""
+    chosen: list[int] = []
+    for _ in range(size):
+        chosen.append(int(facility_gains(vectors, chosen, apart(vectors, vectors).max()).argmax()))
+    owner = apart(vectors, vectors[chosen]).argmin(1)
+    return chosen, [int((owner == place).sum()) for place in range(size)]
