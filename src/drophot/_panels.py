@@ -192,8 +192,9 @@ class Panels:
                 if mode in modes:
                     line = Line2D([], [], marker=marker, linestyle=style, color=colour)
                     figure = Figure(figsize=(1.6, 0.2))
-                    figure.legend([line], [NAMES[mode]], loc="center left", frameon=False)
-                    legend += self._svg(figure, NAMES[mode])
+                    name = NAMES.get(mode, mode)
+                    figure.legend([line], [name], loc="center left", frameon=False)
+                    legend += self._svg(figure, name)
             svg = []
             for title, ax in zip(panels, drawn, strict=True):
                 svg.append("<div></div>" if ax is None else self._svg(ax.figure, title))

@@ -32,13 +32,7 @@ EXTRAS: dict[str, tuple[str, Mapping[object, str]]] = {
     "structured": ("removed are", {True: "channels", False: "weights"}),
 }
 
-_PAIRS = (
-    ("low", "baseline"),
-    ("high", "baseline"),
-    ("random", "baseline"),
-    ("low", "random"),
-    ("high", "random"),
-)
+_FIRST = ("low", "high", "random")  # in a table; other modes follow as they come
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +135,6 @@ def comparisons(records: Sequence[Record], measure: stats.Measure) -> list[stats
         for reference in references
         if any(record.mode == reference for record in records)
         for comparison in stats.compare(records, against=reference, measure=measure)
-        if (comparison.mode, reference) in _PAIRS
     ]
     adjusted = stats.holm(comparison.p_value for comparison in found)
     return [replace(comparison, p_holm=p) for comparison, p in zip(found, adjusted, strict=True)]
@@ -160,7 +153,15 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     for one in found:
         key = tuple(getattr(one, name) for name in (*EXTRAS, "keep_ratio", "prune_ratio"))
         lines.setdefault(key, {})[one.mode, one.against] = one
-    columns = [pair for pair in _PAIRS if any(pair in line for line in lines.values())]
+    met = list(dict.fromkeys(pair for line in lines.values() for pair in line))
+    columns = sorted(
+        met,
+        key=lambda pair: (
+            pair[1] == "random",
+            _FIRST.index(pair[0]) if pair[0] in _FIRST else len(_FIRST),
+            met.index(pair),
+        ),
+    )
     extras = differing(found)
     words = [EXTRAS[name][0] for name in extras]
     numbers = [f"{mode} − {other.removesuffix('line')}" for mode, other in columns]

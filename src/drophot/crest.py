@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from drophot import _feed, training
 from drophot._medoids import medoids
 from drophot._shares import check_ratio, kept, members, shares
+from drophot._step import fast_forward
 from drophot._untouched import untouched
 from drophot.features import errors
 from drophot.indexing import IndexedDataset
@@ -178,10 +179,11 @@ class CrestLoader:
 
     def _errors(self, places: Tensor, device: torch.device) -> tuple[Tensor, float]:
         """Softmax − one-hot of some samples, and their mean loss."""
+        forward = fast_forward(self.model, device)
         found, total = [], 0.0
         for part in places.split(_CHUNK):
             inputs, targets, _ = _feed.at(self.dataset, part, device)
-            logits = self.model(inputs)
+            logits = forward(inputs)
             found.append(errors(logits, targets))
             total += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
         return torch.cat(found), total / len(places)

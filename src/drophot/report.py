@@ -19,6 +19,7 @@ Example:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -40,20 +41,16 @@ Format = Literal["text", "markdown", "csv"]
 Ratio = Literal["keep_ratio", "prune_ratio"]
 
 # Okabe and Ito's colours for all kinds of colour vision, and markers and line styles besides, so
-# that a figure reads without its colours. The first four are those of the modes.
+# that a figure reads without its colours. The first four are those of the paper's modes.
+_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#000000"]
+_COLOURS += ["#56B4E9", "#E69F00", "#CC79A7", "#999999"]
 _LOOKS = [
-    ("o", "-", "#0072B2"),
-    ("s", "--", "#D55E00"),
-    ("^", ":", "#009E73"),
-    ("D", "-.", "#000000"),
-    ("v", "-", "#56B4E9"),
-    ("P", "--", "#E69F00"),
-    ("X", ":", "#CC79A7"),
-    ("*", "-.", "#999999"),
+    (marker, ("-", "--", ":", "-.")[number % 4], _COLOURS[number % 8])
+    for number, marker in enumerate("os^DvPX*<>phd|_1")
 ]
-_MODES: dict[str, tuple[str, str, str]] = dict(
-    zip(("low", "high", "random", "baseline"), _LOOKS, strict=False)
-)
+_MODES = ("low", "high", "random", "baseline")
+
+Looks = dict[str, tuple[str, str, str]]
 
 
 def table(records: Iterable[Record], format: Format = "markdown") -> str:
@@ -139,6 +136,10 @@ def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
             lengths in a group.
         ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
     """
+    return _curves(records, ax, {})
+
+
+def _curves(records: Iterable[Record], ax: Axes | None, looks: Looks) -> Axes:
     groups = _tables.groups(records)
     if len(groups) > len(_LOOKS):
         raise ValueError(
@@ -146,7 +147,7 @@ def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
             f"of one data ratio and one prune ratio, with the baseline."
         )
     ax = _axes(ax)
-    for group, label, (marker, style, colour) in _labelled(groups):
+    for group, label, (marker, style, colour) in _labelled(groups, looks):
         epochs = {len(record.finetune_curve) for record in group}
         if len(epochs) > 1:
             raise ValueError(
@@ -181,10 +182,15 @@ def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
         ValueError: If there are no records.
         ImportError: If matplotlib is not installed.
     """
+    return _steps(records, ax, {})
+
+
+def _steps(records: Iterable[Record], ax: Axes | None, looks: Looks) -> Axes:
     groups = _tables.groups(records)
     ax = _axes(ax)
     middle = (len(groups) - 1) / 2
-    for number, (group, label, (marker, style, colour)) in enumerate(_labelled(groups)):
+    for number, (group, label, look) in enumerate(_labelled(groups, looks)):
+        marker, style, colour = look
         values = [[100 * getattr(record, step) for record in group] for step in STEPS]
         ax.errorbar(
             [step + 0.06 * (number - middle) for step in range(len(STEPS))],
@@ -227,6 +233,12 @@ def plot_ratios(
     """
     _check("x", x, Ratio)
     _check("measure", measure, Measure)
+    return _ratios(records, x, measure, ax, {})
+
+
+def _ratios(
+    records: Iterable[Record], x: Ratio, measure: Measure, ax: Axes | None, looks: Looks
+) -> Axes:
     groups = sorted(_tables.groups(records), key=lambda group: getattr(group[0], x))
     coresets = [group for group in groups if group[0].mode != "baseline"]
     for name in ({"keep_ratio": "prune_ratio", "prune_ratio": "keep_ratio"}[x], *EXTRAS):
@@ -238,14 +250,15 @@ def plot_ratios(
                 f"those of one of them, or draw one axes for each."
             )
     ax = _axes(ax)
-    modes = [mode for mode in _MODES if any(group[0].mode == mode for group in groups)]
+    modes = _looks(group[0].mode for group in groups)
+    looks = modes | looks
     ends = [100 * getattr(group[0], x) for group in (coresets or groups)]
     # Beside one another, since intervals on top of one another cannot be told apart.
     step = 0.012 * (max(ends) - min(ends))
     for number, mode in enumerate(modes):
         line = [group for group in groups if group[0].mode == mode]
         y, low, high = _intervals([getattr(r, measure) for r in group] for group in line)
-        marker, style, colour = _MODES[mode]
+        marker, style, colour = looks[mode]
         if mode == "baseline" and x == "keep_ratio":
             ax.axhspan(low[0], high[0], color=colour, alpha=0.1, linewidth=0)
             ax.axhline(y[0], label=mode, linestyle=style, color=colour)
@@ -290,15 +303,18 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
     _axes(None)  # without matplotlib nothing is begun
     found = _html.load(source)
     compared = _tables.comparisons(found.records, "finetuned_accuracy")
+    looks = _looks(record.mode for record in found.records)
     page = _html.page(
         found,
         accuracies=_tables.accuracies(_tables.groups(found.records)),
         differences=_tables.against(compared) if compared else None,
         panels=Panels(
-            looks=_MODES,
-            plot_ratios=plot_ratios,
-            plot_curves=plot_curves,
-            plot_steps=plot_steps,
+            looks=looks,
+            plot_ratios=lambda runs, *, ax, x="keep_ratio": _ratios(
+                runs, x, "finetuned_accuracy", ax, looks
+            ),
+            plot_curves=lambda runs, *, ax: _curves(runs, ax, looks),
+            plot_steps=lambda runs, *, ax: _steps(runs, ax, looks),
         ),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -323,15 +339,26 @@ def _finished(ax: Axes) -> Axes:
     return ax
 
 
+def _looks(modes: Iterable[str]) -> Looks:
+    """How each mode looks: the paper's always the same, others as they come."""
+    found = list(dict.fromkeys(modes))
+    others = [mode for mode in found if mode not in _MODES]
+    order = [*(mode for mode in _MODES if mode in found), *others]
+    places = dict(zip((*_MODES, *others), itertools.cycle(_LOOKS), strict=False))
+    return {mode: places[mode] for mode in order}
+
+
 def _labelled(
     groups: Sequence[Sequence[Record]],
+    looks: Looks,
 ) -> Iterable[tuple[Sequence[Record], str, tuple[str, str, str]]]:
     """Each group with its label and look, its mode's look where that tells the groups apart."""
     modes = [group[0].mode for group in groups]
-    looks = [_LOOKS[number % len(_LOOKS)] for number in range(len(groups))]
-    if len(set(modes)) == len(modes) and set(modes) <= set(_MODES):
-        looks = [_MODES[mode] for mode in modes]
-    return zip(groups, _labels(groups), looks, strict=True)
+    found = [_LOOKS[number % len(_LOOKS)] for number in range(len(groups))]
+    if len(set(modes)) == len(modes):
+        looks = _looks(modes) | looks
+        found = [looks[mode] for mode in modes]
+    return zip(groups, _labels(groups), found, strict=True)
 
 
 def _labels(groups: Sequence[Sequence[Record]]) -> list[str]:
