@@ -86,17 +86,17 @@ class Plain:
             self.weights.append(np.array(weights) / np.mean(weights))
         parameters = list(self.model.parameters())
         each = len(parameters)
-        gradient, curvature = 0.0, 0.0
+        gradient = curvature = torch.zeros_like(flat(parameters))
         for number, (batch, weights) in enumerate(zip(self.batches, self.weights, strict=True)):
             loss = sum(
                 w * F.cross_entropy(self.model(self.inputs[i : i + 1]), self.targets[i : i + 1])
                 for i, w in zip(batch, weights.tolist(), strict=True)
             ) / len(batch)
             grads = torch.autograd.grad(loss, parameters, create_graph=True)
-            gradient += flat(grads).detach() / len(self.batches)
+            gradient = gradient + flat(grads).detach() / len(self.batches)
             z = flat(draws[number * each : (number + 1) * each])
             bent = flat(torch.autograd.grad(flat(grads) @ z, parameters))
-            curvature += z * bent / len(self.batches)
+            curvature = curvature + z * bent / len(self.batches)
         self.gradients.append(gradient)
         self.curvatures.append(curvature)
         times = len(self.gradients)

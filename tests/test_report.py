@@ -395,7 +395,7 @@ def test_curves_refuse_too_many_groups_and_unequal_lengths() -> None:
     runs = grid()
     plot_curves([r for r in runs if r.prune_ratio == 0 or r.mode == "baseline"])
     with pytest.raises(
-        ValueError, match="16 groups at most. Found 28; keep those of one data ratio"
+        ValueError, match="16 groups at most. Found 21; keep those of one data ratio"
     ):
         plot_curves([*runs, *(replace(r, prune_ratio=0.99) for r in runs)])
     with pytest.raises(ValueError, match=r"Found \[1, 2\] in lenet: high"):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -136,10 +137,10 @@ def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
             lengths in a group.
         ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
     """
-    return _curves(records, ax, {})
+    return _curves(records, ax=ax, looks={})
 
 
-def _curves(records: Iterable[Record], ax: Axes | None, looks: Looks) -> Axes:
+def _curves(records: Iterable[Record], *, ax: Axes | None, looks: Looks) -> Axes:
     groups = _tables.groups(records)
     if len(groups) > len(_LOOKS):
         raise ValueError(
@@ -182,10 +183,10 @@ def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
         ValueError: If there are no records.
         ImportError: If matplotlib is not installed.
     """
-    return _steps(records, ax, {})
+    return _steps(records, ax=ax, looks={})
 
 
-def _steps(records: Iterable[Record], ax: Axes | None, looks: Looks) -> Axes:
+def _steps(records: Iterable[Record], *, ax: Axes | None, looks: Looks) -> Axes:
     groups = _tables.groups(records)
     ax = _axes(ax)
     middle = (len(groups) - 1) / 2
@@ -233,11 +234,16 @@ def plot_ratios(
     """
     _check("x", x, Ratio)
     _check("measure", measure, Measure)
-    return _ratios(records, x, measure, ax, {})
+    return _ratios(records, x=x, measure=measure, ax=ax, looks={})
 
 
 def _ratios(
-    records: Iterable[Record], x: Ratio, measure: Measure, ax: Axes | None, looks: Looks
+    records: Iterable[Record],
+    *,
+    measure: Measure,
+    ax: Axes | None,
+    looks: Looks,
+    x: Ratio = "keep_ratio",
 ) -> Axes:
     groups = sorted(_tables.groups(records), key=lambda group: getattr(group[0], x))
     coresets = [group for group in groups if group[0].mode != "baseline"]
@@ -310,11 +316,9 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
         differences=_tables.against(compared) if compared else None,
         panels=Panels(
             looks=looks,
-            plot_ratios=lambda runs, *, ax, x="keep_ratio": _ratios(
-                runs, x, "finetuned_accuracy", ax, looks
-            ),
-            plot_curves=lambda runs, *, ax: _curves(runs, ax, looks),
-            plot_steps=lambda runs, *, ax: _steps(runs, ax, looks),
+            plot_ratios=partial(_ratios, measure="finetuned_accuracy", looks=looks),
+            plot_curves=partial(_curves, looks=looks),
+            plot_steps=partial(_steps, looks=looks),
         ),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
