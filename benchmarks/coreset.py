@@ -1,30 +1,63 @@
-"""Seconds of `select` beside `torch.topk` alone, on the same scores, in turn."""
+"""What choosing costs.
+
+    select    `select` beside `torch.topk` alone, on the same scores, in turn
+    parts     `select` on 10⁹ scores: time, and memory beside the scores
+    greedy    k_center and facility_location beside apricot (pip install apricot-select) and NumPy
+    growth    the two as the number of samples grows, to 10⁶
+    crest     CrestLoader's overhead on a training step
+
+Each at most in a process of its own where memory is measured.
+"""
 
 import json
+import resource
 import statistics
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from collections.abc import Callable
+from importlib import import_module
+from multiprocessing import get_context
 from time import perf_counter
+from typing import Any
 
+import numpy as np
 import torch
 from common import save
+from torch import Tensor
 
-from drophot import select
+from drophot import CrestLoader, _feed, facility_location, fit, k_center, select
+from drophot.models import fcnet, lenet, resnet18
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--samples", type=int, default=100_000_000)
+    parser.add_argument("what", nargs="?", default="select", choices=list(WHAT))
+    parser.add_argument("--samples", type=int, nargs="+", help="N; by default as in the README")
+    parser.add_argument("--features", type=int, default=512, help="D, of greedy and growth")
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    size = int(options.ratio * options.samples)
     figures = []
+    for row in WHAT[options.what](options):
+        figures.append(row)
+        print(json.dumps(row), flush=True)
+    name = "coreset" if options.what == "select" else f"coreset_{options.what}"
+    save(name, torch.device(options.device), figures)
+
+
+def scores_of(kind: str, size: int, device: str) -> Tensor:
+    scores = torch.randn(size, device=device)
+    if kind == "forgetting counts":  # most samples 0, as on MNIST
+        scores = scores.mul_(1.5).clamp_(0).round_().to(torch.uint8 if size > 2e8 else torch.int64)
+    return scores
+
+
+def selecting(options: Namespace) -> Any:
+    torch.manual_seed(0)
+    (samples,) = options.samples or [100_000_000]
+    size = int(options.ratio * samples)
     for kind in ("forgetting counts", "distinct scores"):
-        scores = torch.randn(options.samples, device=options.device)
-        if kind == "forgetting counts":  # most samples 0, as on MNIST
-            scores = scores.mul_(1.5).clamp_(0).round_().to(torch.int64)
+        scores = scores_of(kind, samples, options.device)
         times: dict[str, list[float]] = {"select": [], "topk": []}
         for _ in range(options.rounds):
             for name in times:
@@ -34,15 +67,257 @@ def main() -> None:
                 else:
                     scores.topk(size).indices.cpu()
                 times[name].append(perf_counter() - start)
-        row = {"scores": kind, "samples": options.samples, "ratio": options.ratio}
+        row: dict[str, Any] = {"scores": kind, "samples": samples, "ratio": options.ratio}
         row |= {name: round(statistics.median(values), 3) for name, values in times.items()}
         row["select_over_topk"] = round(
             statistics.median(a / b for a, b in zip(times["select"], times["topk"], strict=True)), 3
         )
-        figures.append(row)
-        print(json.dumps(row))
-    save("coreset", torch.device(options.device), figures)
+        yield row
 
+
+def parts(options: Namespace) -> Any:
+    (samples,) = options.samples or [1_000_000_000]
+    for kind, mode in (
+        ("distinct scores", "high"),
+        ("forgetting counts", "high"),
+        ("forgetting counts", "random"),
+    ):
+        yield alone(_parts, kind, mode, samples, options.ratio, options.device)
+
+
+def _parts(kind: str, mode: Any, samples: int, ratio: float, device: str) -> dict[str, Any]:
+    torch.manual_seed(0)
+    scores = scores_of(kind, samples, device)
+    before, start = peak(), perf_counter()
+    found = select(scores, ratio, mode)
+    return {
+        "scores": kind,
+        "mode": mode,
+        "samples": samples,
+        "seconds": round(perf_counter() - start, 1),
+        "scores_GB": round(scores.nbytes / 1e9, 2),
+        "indices_GB": round(found.nbytes / 1e9, 2),
+        "peak_above_GB": round((peak() - before) / 1e9, 2),
+    }
+
+
+def clusters(samples: int, features: int) -> Tensor:
+    """A hundred clusters in a space whose variances fall, as a network's features do."""
+    draws = torch.Generator().manual_seed(0)
+    scale = torch.arange(1, features + 1).float().rsqrt()
+    centres = 3 * torch.randn(100, features, generator=draws) * scale
+    found = torch.randn(samples, features, generator=draws) * scale
+    return found.add_(centres[torch.randint(0, 100, (samples,), generator=draws)])
+
+
+def greedy(options: Namespace) -> Any:
+    for samples in options.samples or [5_000, 20_000, 50_000]:
+        for name, peers in GREEDY.items():
+            row: dict[str, Any] = {"selector": name, "samples": samples}
+            row |= {"features": options.features, "kept": int(options.ratio * samples)}
+            for peer in peers:
+                row[peer] = alone(_greedy, peer, samples, options.features, options.ratio)
+            yield row
+
+
+def _greedy(peer: str, samples: int, features: int, ratio: float) -> dict[str, Any]:
+    values = clusters(samples, features)
+    size = int(ratio * samples)
+    try:
+        PEERS[peer](values[:200], 20)  # what is compiled is compiled
+    except ImportError as error:
+        return {"error": str(error)}
+    before, start = peak(), perf_counter()
+    try:
+        ranking, chosen_in = PEERS[peer](values, size)
+    except MemoryError as error:
+        return {
+            "error": f"{type(error).__name__}: {error}",
+            "seconds": round(perf_counter() - start),
+        }
+    seconds = perf_counter() - start
+    row = {"seconds": round(seconds, 2), "peak_above_GB": round((peak() - before) / 1e9, 2)}
+    if len(ranking) < size:
+        row["choices_taken"] = len(ranking)
+        row["seconds_of_all_at_this_rate"] = round(chosen_in * size, 1)
+        return row
+    distances = nearest(values, torch.as_tensor(ranking))
+    return row | {"radius": float(distances.max()), "mean_distance": float(distances.mean())}
+
+
+def nearest(values: Tensor, kept: Tensor) -> Tensor:
+    """How far each sample is from the nearest kept one."""
+    return torch.cat([torch.cdist(part, values[kept]).amin(1) for part in values.split(4096)])
+
+
+Ranked = tuple[Any, float]
+
+
+def ours(selector: Any) -> Callable[[Tensor, int], Ranked]:
+    def run(values: Tensor, size: int) -> Ranked:
+        return selector(values, size / len(values)).ranking, 0.0
+
+    return run
+
+
+def numpy_k_center(values: Tensor, size: int) -> Ranked:
+    """As one writes it: the distances to the newest centre, their minimum, the largest of it."""
+    x = values.numpy()
+    away = np.full(len(x), np.inf, dtype=np.float32)
+    ranking, start = [0], perf_counter()
+    while len(ranking) < size:
+        away = np.minimum(away, np.linalg.norm(x - x[ranking[-1]], axis=1))
+        ranking.append(int(away.argmax()))
+    return ranking, (perf_counter() - start) / size
+
+
+def numpy_facility(values: Tensor, size: int) -> Ranked:
+    """As one writes it: all distances once, then each candidate's gain for each choice."""
+    x = values.numpy()
+    if 4 * len(x) ** 2 > 11e9:
+        raise MemoryError(f"all distances take {4 * len(x) ** 2 / 1e9:.0f} GB, and as much again")
+    squares = (x**2).sum(1)
+    away = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * x @ x.T, 0))
+    close, ranking, start = np.full(len(x), away.max()), [], perf_counter()
+    while len(ranking) < size and (perf_counter() - start < 120 or len(ranking) < 3):
+        gains = np.array([np.maximum(close - row, 0).sum() for row in away])
+        ranking.append(int(gains.argmax()))
+        close = np.minimum(close, away[ranking[-1]])
+    return ranking, (perf_counter() - start) / len(ranking)
+
+
+def apricot(values: Tensor, size: int) -> Ranked:
+    """Its lazy greedy on the same similarities, the largest distance less the distance."""
+    from sklearn.metrics import pairwise_distances
+
+    away = pairwise_distances(values.numpy())
+    close = away.max() - away
+    del away
+    chooser = import_module("apricot").FacilityLocationSelection(
+        size, metric="precomputed", optimizer="two-stage"
+    )
+    return chooser.fit(close).ranking, 0.0
+
+
+PEERS: dict[str, Callable[[Tensor, int], Ranked]] = {
+    "drophot k_center": ours(k_center),
+    "numpy k_center": numpy_k_center,
+    "drophot facility_location": ours(facility_location),
+    "numpy facility_location": numpy_facility,
+    "apricot facility_location": apricot,
+}
+GREEDY = {
+    "k_center": ["drophot k_center", "numpy k_center"],
+    "facility_location": [
+        "drophot facility_location",
+        "apricot facility_location",
+        "numpy facility_location",
+    ],
+}
+
+
+def growth(options: Namespace) -> Any:
+    """A tenth kept, 5,000 at most. Facility location's time grows by the square.
+
+    So a million is done class by class: ten features, softmax − one-hot, and a thousand kept.
+    """
+    for samples in options.samples or [1_000, 10_000, 100_000, 1_000_000]:
+        size = min(samples // 10, 5_000)
+        yield alone(_growth, "k_center", samples, options.features, size)
+        if samples <= 100_000:
+            yield alone(_growth, "facility_location", samples, options.features, size)
+        yield alone(_growth, "facility_location by class", samples, 10, min(size, 1_000))
+
+
+def _growth(name: str, samples: int, features: int, size: int) -> dict[str, Any]:
+    values = clusters(samples, features)
+    targets = torch.arange(samples) % 10 if "class" in name else None
+    selector = k_center if name == "k_center" else facility_location
+    before, start = peak(), perf_counter()
+    selector(values, size / samples, targets=targets)
+    return {
+        "selector": name,
+        "samples": samples,
+        "features": features,
+        "kept": size,
+        "seconds": round(perf_counter() - start, 2),
+        "features_GB": round(values.nbytes / 1e9, 3),
+        "peak_above_GB": round((peak() - before) / 1e9, 2),
+    }
+
+
+def crest(options: Namespace) -> Any:
+    """Milliseconds of a step on random batches, and of one with CREST, in turn, on one core."""
+    torch.set_num_threads(1)
+    device = torch.device(options.device)
+    shapes = {"fcnet": (1, 28, 28), "lenet": (1, 28, 28), "resnet18": (3, 32, 32)}
+    makers = {"fcnet": fcnet, "lenet": lenet, "resnet18": lambda: resnet18(10)}
+    for name, shape in shapes.items():
+        total, steps = (50_000, 40) if name != "resnet18" else (10_000, 8)
+        draws = torch.Generator().manual_seed(0)
+        inputs = torch.randn(total, *shape, generator=draws)
+        data = torch.utils.data.TensorDataset(inputs, torch.randint(0, 10, (total,)))
+        row: dict[str, Any] = {"model": name, "samples": total, "batch_size": 128}
+        sides: dict[str, Any] = {}
+        for threshold in (0.0, 0.1, float("inf")):
+            model = makers[name]().to(device)
+            loader = CrestLoader(data, model, batch_size=128, threshold=threshold)
+            loader._steps = steps
+            sides[f"threshold {threshold}"] = (model, loader, [])
+        model = makers[name]().to(device)
+        sides["random batches"] = (model, Batches(data, steps, device), [])
+        optimizers = {
+            side: torch.optim.SGD(m.parameters(), 1e-3) for side, (m, _, _) in sides.items()
+        }
+        for _ in range(options.rounds + 1):
+            for side, (model, loader, times) in sides.items():
+                start = perf_counter()
+                fit(model, loader, 1, optimizer=optimizers[side])
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(1000 * (perf_counter() - start) / steps)
+        for side, (_, loader, times) in sides.items():
+            row[side] = {"ms": round(statistics.median(times[1:]), 2)}
+            if isinstance(loader, CrestLoader):
+                row[side] |= {"selections": loader.selections, "checks": loader.checks}
+                row[side] |= {"steps": steps * len(times), "check_every": loader.check_every}
+        plain = row["random batches"]["ms"]
+        for side in sides:
+            row[side]["over_random"] = round(row[side]["ms"] / plain, 2)
+        yield row
+
+
+class Batches:
+    """Random batches, read as CREST reads its own."""
+
+    def __init__(self, data: Any, steps: int, device: torch.device) -> None:
+        self.data, self.steps, self.device = _feed.in_memory(data, device), steps, device
+        self.total = len(data)
+
+    def __iter__(self) -> Any:
+        for _ in range(self.steps):
+            yield _feed.at(
+                self.data, torch.randint(0, len(self.data.tensors[0]), (128,)), self.device
+            )  # type: ignore[attr-defined]
+
+
+def peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In a process of its own, whose memory is its own."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+WHAT = {
+    "select": selecting,
+    "parts": parts,
+    "greedy": greedy,
+    "growth": growth,
+    "crest": crest,
+}
 
 if __name__ == "__main__":
     main()

@@ -88,10 +88,11 @@ class Plain:
         each = len(parameters)
         gradient = curvature = torch.zeros_like(flat(parameters))
         for number, (batch, weights) in enumerate(zip(self.batches, self.weights, strict=True)):
-            loss = sum(
+            losses = [
                 w * F.cross_entropy(self.model(self.inputs[i : i + 1]), self.targets[i : i + 1])
                 for i, w in zip(batch, weights.tolist(), strict=True)
-            ) / len(batch)
+            ]
+            loss = torch.stack(losses).sum() / len(batch)
             grads = torch.autograd.grad(loss, parameters, create_graph=True)
             gradient = gradient + flat(grads).detach() / len(self.batches)
             z = flat(draws[number * each : (number + 1) * each])
@@ -100,8 +101,9 @@ class Plain:
         self.gradients.append(gradient)
         self.curvatures.append(curvature)
         times = len(self.gradients)
-        slope = sum(0.1 * 0.9 ** (times - 1 - i) * g for i, g in enumerate(self.gradients))
-        square = sum(0.001 * 0.999 ** (times - 1 - i) * h**2 for i, h in enumerate(self.curvatures))
+        slope = square = torch.zeros_like(gradient)
+        for g, h in zip(self.gradients, self.curvatures, strict=True):
+            slope, square = 0.9 * slope + 0.1 * g, 0.999 * square + 0.001 * h**2
         self.slope = slope / (1 - 0.9**times)
         self.bend = (square / (1 - 0.999**times)) ** 0.5
         self.norms.append(float(self.bend.norm()))
