@@ -296,9 +296,7 @@ class Batches:
 
     def __iter__(self) -> Any:
         for _ in range(self.steps):
-            yield _feed.at(
-                self.data, torch.randint(0, len(self.data.tensors[0]), (128,)), self.device
-            )  # type: ignore[attr-defined]
+            yield _feed.at(self.data, torch.randint(0, self.total, (128,)), self.device)
 
 
 def peak() -> int:

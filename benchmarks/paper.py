@@ -91,9 +91,105 @@ def tables() -> dict[str, str]:
             if r.prune_ratio or name == "schedules"
         ]),
         "channels": report.table(read("lenet_channels")),
+        **selected(),
         "latency": latency(),
         "recalibrated": recalibrated(),
     }
+
+
+def selected() -> dict[str, str]:
+    """Ways of choosing, from benchmarks/selection.py, and why plain top-k falls."""
+    parts = {name: read(f"fcnet_{name}") for name in PARTS}
+    clean, noisy = parts["once"] + parts["dynamic"], parts["once_noisy"] + parts["dynamic_noisy"]
+    return {
+        "selection": by_share(clean, equal_steps=False),
+        "selection_equal": by_share(clean, equal_steps=True),
+        "selection_noisy": by_share(noisy, equal_steps=False),
+        "selection_noisy_equal": by_share(noisy, equal_steps=True),
+        "selection_differences": less_random(clean),
+        "ablation": ablation(parts),
+    }
+
+
+PARTS = ("once", "dynamic", "once_noisy", "dynamic_noisy", "length3", "length40")
+SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
+
+
+def by_share(runs: list[Record], *, equal_steps: bool) -> str:
+    """A row for each mode, a column for each share: the mean, and half of its 95 % interval."""
+    modes = [mode for mode in dict.fromkeys(r.mode for r in runs) if mode != "baseline"]
+    full = {r.seed: 100 * r.trained_accuracy for r in runs if r.mode == "baseline"}
+    lines = [
+        f"| kept | {' | '.join(f'{share:.0%}' for share in SHARES)} |",
+        f"| --- |{' ---: |' * len(SHARES)}",
+    ]
+    for mode in modes:
+        cells = []
+        for share in SHARES:
+            values = [
+                100 * r.trained_accuracy
+                for r in runs
+                if (r.mode, r.keep_ratio, r.equal_steps) == (mode, share, equal_steps)
+            ]
+            cells.append(centred(values) if values else "")
+        if any(cells):
+            lines.append(f"| {mode} | {' | '.join(cells)} |")
+    lines.append(f"| everything | {centred(list(full.values()))} |{' |' * (len(SHARES) - 1)}")
+    return "\n".join(lines)
+
+
+def centred(values: list[float]) -> str:
+    low, high = stats.estimate(values).interval
+    return f"{mean(values):.2f} ± {(high - low) / 2:.2f}"
+
+
+def less_random(runs: list[Record]) -> str:
+    """Each mode less a random subset of the same size, paired by seed, equal epochs."""
+    lines = [
+        f"| kept | {' | '.join(f'{share:.0%}' for share in SHARES)} |",
+        f"| --- |{' ---: |' * len(SHARES)}",
+    ]
+    modes = [m for m in dict.fromkeys(r.mode for r in runs) if m not in ("baseline", "random")]
+    for mode in modes:
+        cells = [difference(runs, mode, runs, share, equal_steps=False) for share in SHARES]
+        lines.append(f"| {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def difference(
+    runs: list[Record], mode: str, others: list[Record], share: float, *, equal_steps: bool
+) -> str:
+    """A mode less random, with its interval."""
+
+    def of(records: list[Record], name: str) -> dict[int, float]:
+        return {
+            r.seed: 100 * r.trained_accuracy
+            for r in records
+            if (r.mode, r.keep_ratio, r.equal_steps) == (name, share, equal_steps)
+        }
+
+    one, other = of(runs, mode), of(others, "random")
+    seeds = sorted(one.keys() & other.keys())
+    found = stats.paired([one[s] for s in seeds], [other[s] for s in seeds])
+    low, high = found.interval
+    return f"{signed(found.difference)} ({signed(low)} to {signed(high)})"
+
+
+def ablation(parts: dict[str, list[Record]]) -> str:
+    """Most forgotten less random: by epochs of scoring, class balance and equal epochs or steps."""
+    lines = [
+        f"| scored for | by class | trained for | {' | '.join(f'{s:.0%}' for s in SHARES)} |",
+        f"| ---: | --- | --- |{' ---: |' * len(SHARES)}",
+    ]
+    for name, epochs in (("length3", 3), ("once", 10), ("length40", 40)):
+        for mode, balanced in (("high", "no"), ("forgetting-high-balanced", "yes")):
+            for equal_steps, words in ((False, "10 epochs"), (True, "equal steps")):
+                cells = [
+                    difference(parts[name], mode, parts["once"], share, equal_steps=equal_steps)
+                    for share in SHARES
+                ]
+                lines.append(f"| {epochs} epochs | {balanced} | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def recalibrated() -> str:
@@ -251,7 +347,8 @@ def uncontrolled(record: Record) -> bool:
 def read(name: str) -> list[Record]:
     """A grid's records in the order of its cells; a store has them in the order they ended in."""
     found = records.read(RESULTS / f"grid_{name}.jsonl")
-    return sorted(found, key=lambda r: (MODES.index(r.mode), r.keep_ratio, r.prune_ratio, r.seed))
+    modes = [*MODES, *(r.mode for r in found)]
+    return sorted(found, key=lambda r: (modes.index(r.mode), r.keep_ratio, r.prune_ratio, r.seed))
 
 
 def signed(value: float) -> str:

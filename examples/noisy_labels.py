@@ -1,7 +1,7 @@
 """Wrong labels through pruning and fine-tuning: is it worth dropping the hardest samples first?
 
-A share of MNIST's training labels is flipped. One training follows every sample, and AUM ranks them;
-then five pipelines are trained, pruned and fine-tuned, each with its own samples:
+A share of MNIST's training labels is flipped. One training follows every sample, and AUM ranks
+them; then five pipelines are trained, pruned and fine-tuned, each with its own samples:
 
     everything                   all samples, wrong labels and all
     lowest AUM dropped           never again the share with the lowest AUM
@@ -10,8 +10,8 @@ then five pipelines are trained, pruned and fine-tuned, each with its own sample
     random share dropped         the control: as many samples less, at random
     right labels only            what nobody knows: every flipped sample dropped
 
-The share dropped is --drop, by default the share flipped; who does not know that should choose it on
-a validation set. Test labels are right, the test accuracy is that of the last epoch.
+The share dropped is --drop, by default the share flipped; who does not know that should choose it
+on a validation set. Test labels are right, the test accuracy is that of the last epoch.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -100,16 +100,13 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
         while count < size:
             place = int((near == near.amax()).nonzero()[0, 0])
             far = float(near[place])
-            # Of equal ones the first of all is taken, which only who knows all can say.
             if count > done and far <= edge:
                 break
-            if count == done and far == edge:
-                place = int((nearest == far).nonzero()[0, 0])
-                nearest[place] = -1
-                chosen.append(place)
-            else:
-                chosen.append(int(few[place]))
-                nearest[few[place]] = near[place] = -1
+            # Of equal ones the first of all is taken, which only who knows all can say.
+            tied = count == done and far == edge
+            chosen.append(int((nearest == far).nonzero()[0, 0] if tied else few[place]))
+            nearest[chosen[-1]] = -1
+            near[few == chosen[-1]] = -1
             gains.append(max(far, 0.0) ** 0.5)
             centre = centres[count] = values[chosen[-1]]
             count += 1
