@@ -190,9 +190,8 @@ def apricot(values: Tensor, size: int) -> Ranked:
     """Its lazy greedy on the same similarities, the largest distance less the distance."""
     from sklearn.metrics import pairwise_distances
 
-    away = pairwise_distances(values.numpy())
-    close = away.max() - away
-    del away
+    close = pairwise_distances(values.numpy())
+    np.subtract(close.max(), close, out=close)
     chooser = import_module("apricot").FacilityLocationSelection(
         size, metric="precomputed", optimizer="two-stage"
     )

@@ -105,7 +105,6 @@ def selected() -> dict[str, str]:
         "selection": by_share(clean, equal_steps=False),
         "selection_equal": by_share(clean, equal_steps=True),
         "selection_noisy": by_share(noisy, equal_steps=False),
-        "selection_noisy_equal": by_share(noisy, equal_steps=True),
         "selection_differences": less_random(clean),
         "ablation": ablation(parts),
     }

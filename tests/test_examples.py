@@ -26,10 +26,11 @@ def rows(output: str) -> list[list[str]]:
     return found[2:]
 
 
-def test_the_five_examples_are_there() -> None:
+def test_the_examples_are_there() -> None:
     assert EXAMPLES == [
         "ddp.py",
         "find_mislabeled.py",
+        "noisy_labels.py",
         "paper_grid.py",
         "quickstart.py",
         "your_own_loop.py",
@@ -87,6 +88,25 @@ def test_find_mislabeled_on_real_images(tmp_path: Path, mnist_root: Path) -> Non
     assert (tmp_path / "find_mislabeled.png").stat().st_size > 10_000
 
 
+def test_noisy_labels_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
+    pytest.importorskip("torchvision")
+    arguments = ("--data-root", str(mnist_root), "--epochs", "1", "--seeds", "0", "--noise", "0.4")
+    output = run("noisy_labels.py", *arguments, folder=tmp_path)
+    (caught,) = re.findall(r"^seed 0: ([\d.]+)% of the flipped samples", output, re.M)
+    assert float(caught) > 90, "by chance it would be 40"
+    found = {row[0]: [float(cell) for cell in row[2:]] for row in rows(output)}
+    assert list(found) == [
+        "everything",
+        "lowest AUM dropped",
+        "dropped in training only",
+        "random share dropped",
+        "right labels only",
+    ]
+    for name in ("lowest AUM dropped", "right labels only"):
+        assert found[name][0] > found["random share dropped"][0]
+        assert found[name][2] > found["dropped in training only"][2], "wrong labels are back there"
+
+
 def test_paper_grid_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
     pytest.importorskip("torchvision")
     arguments = (
@@ -142,7 +162,7 @@ def test_paper_grid_refuses_images_that_a_network_does_not_take(tmp_path: Path) 
 
 def test_data_that_is_not_there_is_named(tmp_path: Path) -> None:
     pytest.importorskip("torchvision")
-    for name in ("paper_grid.py", "find_mislabeled.py"):
+    for name in ("paper_grid.py", "find_mislabeled.py", "noisy_labels.py"):
         said = refused(name, "--data-root", "nowhere", at=tmp_path)
         assert "nowhere" in said
         assert "--download" in said

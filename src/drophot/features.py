@@ -44,6 +44,7 @@ def features(model: nn.Module, dataset: Dataset[Any], kind: Kind = "penultimate"
         TypeError: If the samples are no tuples of tensors and numbers.
 
     Example:
+        >>> import torch
         >>> from torch.utils.data import TensorDataset
         >>> data = TensorDataset(torch.randn(10, 4), torch.zeros(10, dtype=torch.int64))
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
