@@ -1,9 +1,11 @@
 """The tables of docs/results.md, from the records in benchmarks/results.
 
     python benchmarks/paper.py            prints them
-    python benchmarks/paper.py --write    puts them into docs/results.md, between their marks
+    python benchmarks/paper.py --write    puts them into docs/results.md, between their marks, and
+                                          draws docs/_static/little_data.svg
 
-The records come from examples/paper_grid.py; benchmarks/README.md has the commands.
+The records come from examples/paper_grid.py and benchmarks/selection.py; docs/results.md has the
+commands.
 """
 
 import json
@@ -11,12 +13,14 @@ import re
 from argparse import ArgumentParser
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from drophot import Record, records, report, stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+FIGURE = ROOT / "docs" / "_static" / "little_data.svg"
 
 MODES = ("baseline", "low", "high", "random")
 
@@ -51,6 +55,7 @@ def main() -> None:
     found = tables()
     if options.write:
         PAGE.write_text(filled(PAGE.read_text(), found))
+        draw()
     else:
         for name, table in found.items():
             print(f"{name}\n\n{table}\n")
@@ -110,6 +115,58 @@ def selected() -> dict[str, str]:
     }
 
 
+def draw() -> None:
+    """Accuracy against the share kept, with right labels and with wrong ones."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "drophot"
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    titles = {"": "MNIST, right labels", "_noisy": "20 % of the training labels wrong"}
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, (suffix, title) in zip(axes, titles.items(), strict=True):
+        runs = [r for part in ("once", "dynamic") for r in read(f"fcnet_{part}{suffix}")]
+        runs = [r for r in runs if not r.equal_steps]
+        full = 100 * mean(r.trained_accuracy for r in runs if r.mode == "baseline")
+        ax.axhline(full, color="black", linestyle="-.", linewidth=1, label="everything")
+        for mode, (name, colour, marker, style) in DRAWN.items():
+            points = [
+                [100 * r.trained_accuracy for r in runs if (r.mode, r.keep_ratio) == (mode, share)]
+                for share in SHARES
+            ]
+            if not points[0]:
+                continue
+            found = [stats.estimate(values) for values in points]
+            middle = [mean(values) for values in points]
+            error = [(e.interval[1] - e.interval[0]) / 2 for e in found]
+            looks: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
+            ax.errorbar([100 * s for s in SHARES], middle, error, label=name, capsize=2, **looks)
+        ax.set(xscale="log", title=title, xlabel="training samples kept, %", ylim=(10, 100))
+        ax.set_xticks([100 * s for s in SHARES], [f"{100 * s:.0f}" for s in SHARES], minor=False)
+        ax.set_xticks([], minor=True)
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("test accuracy, %")
+    handles = {  # each once, whichever panel has it
+        label: handle
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    legend = {"loc": "outside right upper", "frameon": False, "fontsize": 9}
+    figure.legend(handles.values(), handles.keys(), **legend)
+    FIGURE.parent.mkdir(exist_ok=True)
+    figure.savefig(FIGURE, metadata={"Date": None})
+
+
+# Okabe and Ito's colours, markers and line styles: to be read in grey, and with any colour vision.
+DRAWN = {
+    "random": ("random", "#009E73", "^", ":"),
+    "fresh_subset": ("random, new each epoch", "#56B4E9", "v", "-"),
+    "crest": ("CREST", "#CC79A7", "X", "-"),
+    "high": ("most forgotten", "#D55E00", "s", "--"),
+    "el2n-high": ("highest EL2N", "#E69F00", "P", "--"),
+    "aum-stratified-low-balanced": ("AUM, stratified", "#0072B2", "o", "-"),
+    "aum-stratified-cutoff0.2-low": ("the same, a fifth cut off", "#000000", "D", "-"),
+}
 PARTS = ("once", "dynamic", "once_noisy", "dynamic_noisy", "length3", "length40")
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
 
