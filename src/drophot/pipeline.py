@@ -76,11 +76,10 @@ class DropHot:
         test_set: The same for the accuracies.
         data_ratio: The share of training samples **kept**, in (0, 1].
         mode: How they are chosen. `"high"` keeps the most forgotten samples, `"low"` the least,
-            `"random"` any. A :class:`drophot.Stratified` spreads them over all scores; a
-            :class:`drophot.Scored` goes by another score than forgetting, or class by class.
-            `"k_center"` and `"facility_location"` choose, class by class, on features of step 1's
-            network. `"crest"`, `"fresh_subset"` and `"loss_sampling"` choose while step 3 trains,
-            so that its epochs cost the share. All are compared in "How to choose a coreset".
+            `"random"` any; :class:`drophot.Stratified` spreads them over all scores, and
+            :class:`drophot.Scored` goes by another score, or class by class. `"k_center"` and
+            `"facility_location"` go by features of step 1's network; `"crest"`, `"fresh_subset"`
+            and `"loss_sampling"` choose while step 3 trains. See "How to choose a coreset".
         prune_ratio: The share of Linear and Conv weights **removed**, in [0, 1).
         forgetting: When a sample counts as forgotten. `"paper"`: by the model's state after each
             epoch; one that was never right scores 0. `"toneva"`: by the logits of its training
@@ -119,15 +118,9 @@ class DropHot:
         >>> from torch.utils.data import TensorDataset
         >>> from drophot.models import fcnet
         >>> data = TensorDataset(torch.eye(4).repeat(8, 1), torch.arange(4).repeat(8))
-        >>> run = DropHot(
-        ...     partial(fcnet, in_features=4, hidden=32, num_classes=4),
-        ...     train_set=data,
-        ...     test_set=data,
-        ...     data_ratio=0.5,
-        ...     mode="high",
-        ...     prune_ratio=0.5,
-        ...     optimizer=partial(Adam, lr=0.05),
-        ... )
+        >>> network = partial(fcnet, in_features=4, hidden=32, num_classes=4)
+        >>> settings = dict(data_ratio=0.5, mode="high", prune_ratio=0.5)
+        >>> run = DropHot(network, data, data, **settings, optimizer=partial(Adam, lr=0.05))
         >>> record = run.run()
         >>> record.finetuned_accuracy, record.sparsity, record.kept
         (1.0, 0.5, 16)
@@ -239,7 +232,7 @@ class DropHot:
 
     def run(self) -> Record:
         """Take the steps, the first only where the mode needs what is not there yet."""
-        if self._lacks() is not None:
+        if self._lacks():
             self.score()
         self.select()
         self.train()
@@ -291,10 +284,8 @@ class DropHot:
             RuntimeError: If the mode needs scores, or step 1's network, and there are none.
             ValueError: If `scores` was replaced by one of another length.
         """
-        if (lacking := self._lacks()) is not None:
-            raise RuntimeError(
-                f"`select` needs {lacking}. Found none; call score() or set {lacking}."
-            )
+        if lack := self._lacks():
+            raise RuntimeError(f"`select` needs {lack}. Found none; call score() or set {lack}.")
         if self.scores is not None and len(self.scores) != self._total:
             raise ValueError(
                 f"`scores` should have one entry for each training sample, "
@@ -371,9 +362,8 @@ class DropHot:
 
     def _lacks(self) -> str | None:
         """What step 1 has to find first."""
-        if not _modes.needs_step_1(self.mode):
-            return None
-        if coreset.kept(self._total, self.data_ratio) == self._total:
+        everything = coreset.kept(self._total, self.data_ratio) == self._total
+        if everything or not _modes.needs_step_1(self.mode):
             return None
         name = "scorer" if self.mode in _modes.OF_FEATURES else "scores"
         return name if getattr(self, name) is None else None
