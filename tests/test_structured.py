@@ -12,15 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision import models
-from torchvision.models import VisionTransformer
-from torchvision.models.convnext import CNBlockConfig
 
 from drophot import _trace, structured, summary
 from drophot._shrink import Shrink
 from drophot.models import fcnet, lenet
 from drophot.prune import Masks
 from drophot.structured import Change, prune_channels, rebuild
+
+models = pytest.importorskip("torchvision.models", reason="the extra `vision` is not installed")
+from torchvision.models import VisionTransformer  # noqa: E402 - only where it is there
+from torchvision.models.convnext import CNBlockConfig  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DIGITS = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -411,6 +412,24 @@ def test_shared_weights_stay_shared() -> None:
     assert tied[0].bias is tied[1].bias
     assert tied[0].bias.shape == (4,)
     assert tied(torch.ones(3, 4)).shape == (3, 2)
+
+
+def test_a_weight_of_an_embedding_and_a_linear_layer_keeps_both_modules_numbers_right() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix = nn.Embedding(12, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 12, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.mix(self.embed(tokens)).relu())
+
+    model = Tied()
+    prune_channels(model, 0.5, torch.arange(12))
+    assert model.head.weight is model.embed.weight
+    assert model.head.weight.shape == (12, 4)
+    assert (model.embed.embedding_dim, model.mix.in_features, model.head.in_features) == (4, 4, 4)
 
 
 def test_what_is_skipped_keeps_its_shape() -> None:

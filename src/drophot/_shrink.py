@@ -129,11 +129,11 @@ class Shrink:
         for name, ids in self.ties.groups.items():
             self.attributes[name.rpartition(".")[0], "groups"] = int((~self.gone[ids]).sum())
         for path, module in self.model.named_modules():
-            shapes = {
-                attribute: tuple(new[f"{path}.{attribute}" if path else attribute].shape)
-                for attribute in (*module._parameters, *module._buffers)
-                if (f"{path}.{attribute}" if path else attribute) in new
-            }
+            shapes = {}  # a tensor that two modules share has one name
+            for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+                name = None if tensor is None else self.ties.names.get(tensor)
+                if name in new:
+                    shapes[attribute] = tuple(new[name].shape)
             groups = self.attributes.get((path, "groups"))
             for name, value in _sizes(module, shapes, groups):
                 if getattr(module, name) != value:

@@ -198,8 +198,8 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
 
     Args:
         difference: The true mean difference.
-        std: The standard deviation of the differences between pairs: `difference / effect_size` of
-            a pilot.
+        std: The standard deviation of the differences between pairs: `statistics.stdev` of a
+            pilot's.
         power: The chance to find it, in (0, 1).
         alpha: The p-value below which it counts as found, in (0, 1).
 
