@@ -1,3 +1,5 @@
+import torch
+
 import drophot
 
 project = "drophot"
@@ -9,10 +11,13 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "sphinx_gallery.gen_gallery",
 ]
 html_theme = "furo"
 html_title = "drophot"
-exclude_patterns = ["_build"]
+html_static_path = ["gallery/gallery.css"]
+html_css_files = ["gallery.css"]
+exclude_patterns = ["_build", "gallery"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
@@ -22,3 +27,18 @@ autodoc_typehints_description_target = "documented_params"
 autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+
+torch.set_num_threads(1)  # the networks are so small that threads would wait for each other
+sphinx_gallery_conf = {
+    "examples_dirs": "gallery",
+    "gallery_dirs": "auto_gallery",
+    "within_subsection_order": "FileNameSortKey",
+    "abort_on_example_error": True,
+    "capture_repr": (),
+    "image_srcset": ["2x"],
+    "download_all_examples": False,
+    "notebook_extensions": set(),
+    "show_signature": False,
+    "min_reported_time": float("inf"),
+    "write_computation_times": False,
+}

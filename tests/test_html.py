@@ -16,7 +16,8 @@ from drophot import Record
 from drophot.records import to_line, write
 from drophot.report import differences, html, table
 
-pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+pytest.importorskip("scipy", reason="the extra `stats` is not installed")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
 

@@ -237,6 +237,7 @@ def test_a_grid_holds_all_modes_and_its_records_are_the_pipelines(tmp_path: Path
     again = grid.run(tmp_path / "store")
     assert again == found
     assert "k_center" in report.table(found)
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     assert "crest − random" in report.differences([*found, *_other_seed(found)])
 
 

@@ -208,13 +208,6 @@ NEEDS = {
     "lightning": r"(from|import) lightning|integrations\.lightning",
     "transformers": r"(from|import) transformers|integrations\.transformers",
     "accelerate": r"(from|import) (accelerate|transformers)",  # the Trainer's
-    "dask": r"from dask",
-    "joblib": r"from joblib",
-    "pandas": r"import pandas",
-    "sklearn": r"from sklearn",
-    "submitit": r"from submitit",
-    "torchvision": r"(from|import) torchvision",
-    "tqdm": r"from tqdm|progress=True\)",
 }
 
 

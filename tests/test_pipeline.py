@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 from torch.utils.data import Dataset, TensorDataset
 
-from drophot import DropHot, IndexedDataset, Masks, Record, evaluate, fit, select
+from drophot import DropHot, IndexedDataset, Masks, Record, evaluate, fit, magnitude_prune, select
 from drophot.models import fcnet
 
 
@@ -241,6 +241,17 @@ def test_sparsity_is_counted_in_the_weights_not_taken_from_the_masks() -> None:
 
     record = drop_hot(fit=leaky).run()
     assert record.sparsity < 0.3
+
+
+def test_masks_of_the_users_own_take_the_place_of_step_4() -> None:
+    run = drop_hot(finetune_epochs=1)
+    run.score()
+    run.select()
+    model = run.train()
+    run.masks = magnitude_prune(model, 0.3, scope="global")
+    record = run.finetune()
+    assert record.sparsity == pytest.approx(0.3, abs=0.01)
+    assert record.sparsity == pytest.approx(run.masks.sparsity)
 
 
 def test_no_epochs_of_finetuning_leave_the_pruned_accuracy() -> None:

@@ -293,6 +293,7 @@ def test_a_grid_of_controls_is_its_runs_one_by_one(tmp_path) -> None:
     assert len(lines) == 2 + len(records)
     assert {"schedule", "start", "weights"} <= {cell.strip() for cell in lines[0].split("|")}
     assert sum("iterative" in line for line in lines) == 2
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     assert len(differences(records).splitlines()) == 2 + 1 + 1 + len(CONTROLS)
     found = compare(records)
     assert {(row.schedule, row.rewound) for row in found if row.prune_ratio} == {

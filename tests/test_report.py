@@ -187,10 +187,12 @@ def test_the_order_of_records_orders_the_table_and_changes_no_row(runs: list[Rec
 @given(st.permutations(grid(seeds=2)))
 @settings(max_examples=10)
 def test_the_order_of_records_does_not_matter_to_differences(runs: list[Record]) -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     assert differences(runs) == differences(grid(seeds=2))
 
 
 def test_differences_are_the_papers_table_with_intervals() -> None:
+    scipy = pytest.importorskip("scipy.stats", reason="the extra `stats` is not installed")
     runs = grid()
     head, _, *rows = cells(differences(runs))
     assert head[:3] == ["share", "removed", "n"]
@@ -215,7 +217,6 @@ def test_differences_are_the_papers_table_with_intervals() -> None:
             if (record.mode, record.keep_ratio, record.prune_ratio) == (mode, keep, 0.8)
         ]
 
-    scipy = pytest.importorskip("scipy.stats")
     for column, (mode, other) in {3: ("low", "baseline"), 7: ("high", "random")}.items():
         found = rows[1][column]
         pairs = zip(of(mode, 0.1), of(other, 1.0 if other == "baseline" else 0.1), strict=True)
@@ -231,6 +232,7 @@ def test_differences_are_the_papers_table_with_intervals() -> None:
 
 
 def test_stars_are_holms_over_the_whole_table() -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = grid()
     both = [*stats.compare(runs, against="baseline"), *stats.compare(runs, against="random")]
     both = [c for c in both if c.mode != "baseline"]
@@ -269,6 +271,7 @@ def clear(seeds: int = 4) -> list[Record]:
 
 
 def test_a_clear_difference_has_a_star_and_noise_has_none() -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     head, _, row = cells(differences(clear()))
     assert head == ["share", "removed", "n", "low − base", "high − base"]
     assert row[3].startswith("−9.99 [")
@@ -290,6 +293,8 @@ def test_one_seed_gives_a_difference_and_nothing_more() -> None:
 
 
 def test_columns_only_for_what_is_there() -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+
     def head(*modes: str) -> list[str]:
         return cells(differences(grid(modes=modes)))[0][3:]
 
@@ -304,6 +309,7 @@ def test_columns_only_for_what_is_there() -> None:
 
 
 def test_another_measure_and_leading_columns() -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = [*grid(), *grid(model="fcnet", modes=("baseline", "low"))]
     head, _, *rows = cells(differences(runs, measure="pruned_accuracy"))
     assert head[:2] == ["model", "share"]
@@ -355,6 +361,7 @@ def legend(axes: Any) -> list[str]:
 
 
 def test_labels_name_all_that_tells_groups_apart() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     runs = [
         one(),
         one(prune_ratio=0.4),
@@ -371,6 +378,8 @@ def test_labels_name_all_that_tells_groups_apart() -> None:
 
 
 def test_curves_begin_right_after_pruning() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = grid(keeps=(0.1,), prunes=(0.8,))
     axes = plot_curves(runs)
     assert len(axes.lines) == len(axes.collections) == 4  # lines and bands
@@ -386,12 +395,15 @@ def test_curves_begin_right_after_pruning() -> None:
 
 
 def test_curves_of_new_weights_begin_after_an_epoch() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     axes = plot_curves([one(reinitialized=True)])
     assert list(axes.lines[0].get_xdata()) == [1, 2]
     assert list(axes.lines[0].get_ydata()) == pytest.approx([93, 95])
 
 
 def test_curves_refuse_too_many_groups_and_unequal_lengths() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = grid()
     plot_curves([r for r in runs if r.prune_ratio == 0 or r.mode == "baseline"])
     with pytest.raises(
@@ -403,6 +415,8 @@ def test_curves_refuse_too_many_groups_and_unequal_lengths() -> None:
 
 
 def test_ratios_show_a_line_for_each_mode_and_the_baseline_as_a_level() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = [r for r in grid() if r.prune_ratio == 0.8]
     axes = plot_ratios(runs)
     assert set(legend(axes)) == {"low", "high", "random", "baseline"}
@@ -426,6 +440,8 @@ def test_ratios_show_a_line_for_each_mode_and_the_baseline_as_a_level() -> None:
 
 
 def test_ratios_against_weights_have_the_baseline_as_a_line() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = [r for r in grid() if r.keep_ratio in (0.5, 1.0)]
     axes = plot_ratios(runs, x="prune_ratio", measure="pruned_accuracy")
     assert len(axes.containers) == 4
@@ -456,12 +472,15 @@ def test_ratios_refuse_what_they_would_not_show(runs: list[Record], x: Any, mess
 
 
 def test_the_baseline_goes_with_equal_steps() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     runs = [one(equal_steps=True), one(mode="baseline", keep_ratio=1.0)]
     assert set(legend(plot_ratios(runs))) == {"high", "baseline"}
 
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_a_mode_looks_the_same_in_every_figure(plot: Callable[..., Any]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = grid(keeps=(0.1,), prunes=(0.8,))
     for found in (runs, runs[::-1]):
         axes = plot(found)
@@ -485,6 +504,7 @@ def test_a_figure_goes_where_it_is_told(plot: Callable[..., Any]) -> None:
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_one_seed_needs_no_statistics(plot: Callable[..., Any], monkeypatch: Any) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
     monkeypatch.setattr(stats, "estimate", None)
     assert plot(grid(keeps=(0.1,), prunes=(0.8,), seeds=1)).get_ylabel() == "test accuracy (%)"
 

@@ -144,6 +144,29 @@ def test_it_goes_on_where_it_was(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratios": [0.8]}, r"schedule with ratios=\[0.5, 0.75\]. Found \[0.8\]"),
+        ({"every": 7}, "schedule with every=3. Found 7"),
+        ({"steps": None}, "what a Schedule's gave. Found no 'steps'"),
+        ({"masks": {}}, "masks"),
+    ],
+)
+def test_the_state_of_another_schedule_is_refused_and_changes_nothing(change, message) -> None:
+    model = network()
+    schedule = Schedule(model, [0.5, 0.75], every=3)
+    schedule.step()
+    before, masks = deepcopy(model.state_dict()), deepcopy(schedule.masks)
+    state = {**Schedule(network(), [0.5, 0.75], every=3).state_dict(), **change}
+    state = {name: value for name, value in state.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        schedule.load_state_dict(state)
+    assert schedule.steps == 1
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in schedule.masks.items())
+
+
+@pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         ({"ratios": []}, ValueError, "`ratios` should have at least one"),

@@ -107,7 +107,8 @@ def removed(run: Any) -> float:
         The share.
     """
     left = prunable(run.model, ()).values()
-    return 1 - sum(int(weight.detach().count_nonzero()) for weight in left) / run.prunable
+    total = run.prunable or sum(weight.numel() for weight in left)  # masks of a user's own
+    return 1 - sum(int(weight.detach().count_nonzero()) for weight in left) / total
 
 
 def check(run: Any) -> None:

@@ -58,8 +58,9 @@ def table(records: Iterable[Record], format: Format = "markdown") -> str:
     """Accuracies before and after pruning and after fine-tuning, in %, with mean and spread.
 
     A row for each group: the mean over seeds, with the standard deviation where there are several,
-    and `n`, their number. The protocol, the steps ("equal" in number to those on everything) and
-    the weights ("new" ones after pruning) have columns where records differ in them.
+    and `n`, their number. The protocol, the steps ("equal" in number to those on everything), the
+    weights ("new" ones after pruning), where they start, BatchNorm, schedule and scope have columns
+    where records differ in them.
 
     Args:
         records: The runs.
@@ -86,8 +87,8 @@ def differences(
 ) -> str:
     """What coresets gain or lose, in percentage points: the paper's Table 1, with intervals.
 
-    A row for each data ratio and prune ratio; columns for each mode less the baseline and for low
-    and high less random, as far as they are there. A difference is the mean over `n` seeds, with
+    A row for each data ratio and prune ratio; columns for each mode less the baseline and for each
+    less random, as far as they are there. A difference is the mean over `n` seeds, with
     its 95 % interval in brackets and `*` where p < 0.05 after Holm's correction for all
     differences in the table (see :func:`drophot.stats.compare`). One seed gives neither.
 

@@ -187,9 +187,10 @@ class Schedule:
         """Where it is, for `torch.save`.
 
         Returns:
-            The number of steps and the masks.
+            The number of steps, the masks, and the ratios and the interval that these belong to.
         """
-        return {"steps": self.steps, "masks": self.masks.state_dict()}
+        settings = {"ratios": list(self.ratios), "every": self.every}
+        return {"steps": self.steps, **settings, "masks": self.masks.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where a saved schedule was.
@@ -198,8 +199,19 @@ class Schedule:
             state_dict: What `state_dict` gave, with the same ratios.
 
         Raises:
-            ValueError: If the masks are not this model's.
+            ValueError: If it is no schedule's, one of other ratios, or of another model's masks;
+                nothing is changed then.
         """
+        if lacking := {"steps", "ratios", "every", "masks"} - state_dict.keys():
+            raise ValueError(
+                f"`state_dict` should be what a Schedule's gave. Found no {sorted(lacking)[0]!r}."
+            )
+        for name, own in (("ratios", list(self.ratios)), ("every", self.every)):
+            if state_dict[name] != own:
+                raise ValueError(
+                    f"`state_dict` should be of a schedule with {name}={own}. Found "
+                    f"{state_dict[name]}; make the Schedule as it was made then."
+                )
         self.masks.load_state_dict(state_dict["masks"])
         self.steps = state_dict["steps"]
 
