@@ -116,22 +116,26 @@ def selected() -> dict[str, str]:
 
 
 def draw() -> None:
-    """Accuracy against the share kept, with right labels and with wrong ones."""
+    """Test error against the share kept, with right labels and with wrong ones."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "drophot"
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     titles = {"": "MNIST, right labels", "_noisy": "20 % of the training labels wrong"}
     axes = figure.subplots(1, 2, sharey=True)
     for ax, (suffix, title) in zip(axes, titles.items(), strict=True):
         runs = [r for part in ("once", "dynamic") for r in read(f"fcnet_{part}{suffix}")]
         runs = [r for r in runs if not r.equal_steps]
-        full = 100 * mean(r.trained_accuracy for r in runs if r.mode == "baseline")
+        full = 100 - 100 * mean(r.trained_accuracy for r in runs if r.mode == "baseline")
         ax.axhline(full, color="black", linestyle="-.", linewidth=1, label="everything")
         for mode, (name, colour, marker, style) in DRAWN.items():
             points = [
-                [100 * r.trained_accuracy for r in runs if (r.mode, r.keep_ratio) == (mode, share)]
+                [
+                    100 - 100 * r.trained_accuracy
+                    for r in runs
+                    if (r.mode, r.keep_ratio) == (mode, share)
+                ]
                 for share in SHARES
             ]
             if not points[0]:
@@ -141,11 +145,16 @@ def draw() -> None:
             error = [(e.interval[1] - e.interval[0]) / 2 for e in found]
             looks: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
             ax.errorbar([100 * s for s in SHARES], middle, error, label=name, capsize=2, **looks)
-        ax.set(xscale="log", title=title, xlabel="training samples kept, %", ylim=(10, 100))
-        ax.set_xticks([100 * s for s in SHARES], [f"{100 * s:.0f}" for s in SHARES], minor=False)
-        ax.set_xticks([], minor=True)
+        ax.set(xscale="log", yscale="log", ylim=(2, 110), xlabel="training samples kept, %")
+        ax.set_title(title, fontsize=10)
+        for axis, ticks in (
+            (ax.xaxis, (1, 5, 10, 20, 30, 50)),
+            (ax.yaxis, (2, 5, 10, 20, 50, 100)),
+        ):
+            axis.set_ticks(ticks, [str(tick) for tick in ticks])
+            axis.set_ticks([], minor=True)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylabel("test error, % (less is better)")
     handles = {  # each once, whichever panel has it
         label: handle
         for ax in axes
@@ -164,8 +173,8 @@ DRAWN = {
     "crest": ("CREST", "#CC79A7", "X", "-"),
     "high": ("most forgotten", "#D55E00", "s", "--"),
     "el2n-high": ("highest EL2N", "#E69F00", "P", "--"),
-    "aum-stratified-low-balanced": ("AUM, stratified", "#0072B2", "o", "-"),
-    "aum-stratified-cutoff0.2-low": ("the same, a fifth cut off", "#000000", "D", "-"),
+    "aum-stratified-low-balanced": ("AUM, stratified, by class", "#0072B2", "o", "-"),
+    "aum-stratified-cutoff0.2-low": ("AUM, stratified, a fifth cut", "#000000", "D", "-"),
 }
 PARTS = ("once", "dynamic", "once_noisy", "dynamic_noisy", "length3", "length40")
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
