@@ -1,4 +1,7 @@
+import logging
+
 import torch
+from sphinx_gallery.sorting import ExplicitOrder
 
 import drophot
 
@@ -28,11 +31,20 @@ autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
+logging.getLogger("drophot").setLevel("WARNING")  # furo's a11y-pygments turns on everybody's INFO
 torch.set_num_threads(1)  # the networks are so small that threads would wait for each other
 sphinx_gallery_conf = {
     "examples_dirs": "gallery",
     "gallery_dirs": "auto_gallery",
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": ExplicitOrder([
+        "plot_forgetting.py",
+        "plot_wrong_labels.py",
+        "plot_coresets.py",
+        "plot_little_data.py",
+        "plot_pruning.py",
+        "plot_budgets.py",
+    ]),
+    "prefer_full_module": {r"drophot\."},
     "abort_on_example_error": True,
     "capture_repr": (),
     "image_srcset": ["2x"],

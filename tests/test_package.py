@@ -245,3 +245,39 @@ def test_readme_has_the_two_commands_and_ci_runs_the_second() -> None:
         cwd=ROOT,
     ).stdout.strip()
     assert line == tests[0]
+
+
+WORDS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+WORDS += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+
+
+def dead(name: str, text: str) -> list[str]:
+    """The links of a page that lead to no file of the repository, or to no heading of one."""
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):  # a place on the web: sphinx-build -b linkcheck asks these
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        made = "auto_gallery" in path or "auto_gallery" in name  # by the build, which checks it
+        if not made and (not target.exists() or (anchor and anchor not in anchors(target))):
+            found.append(link)
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub and myst make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_links_within_the_repository_lead_somewhere(name: str) -> None:
+    assert dead(name, (ROOT / name).read_text()) == []
+
+
+def test_the_test_of_links_can_fail() -> None:
+    text = "[a](docs/nowhere.md) [b](docs/results.md#nowhere) [c](docs/results.md#commands)"
+    assert dead("README.md", text) == ["docs/nowhere.md", "docs/results.md#nowhere"]
