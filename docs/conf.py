@@ -44,7 +44,6 @@ sphinx_gallery_conf = {
         "plot_pruning.py",
         "plot_budgets.py",
     ]),
-    "prefer_full_module": {r"drophot\."},
     "abort_on_example_error": True,
     "capture_repr": (),
     "image_srcset": ["2x"],

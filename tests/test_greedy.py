@@ -69,16 +69,16 @@ def test_equal_distances_go_to_the_sample_that_stands_first() -> None:
         assert found.ranking.tolist() == [1, 2, 3, 4]
 
 
-@given(grids(), st.floats(0.01, 1), st.integers(1, 6), st.data())
+@given(grids(), st.floats(0.01, 1), st.sampled_from([0, 40, 1 << 24]), st.data())
 @settings(max_examples=60)
-def test_each_medoid_lowers_the_sum_most_whatever_the_pool(
-    points: np.ndarray, ratio: float, pool: int, data: st.DataObject
+def test_each_medoid_lowers_the_sum_most_whatever_pairs_are_kept(
+    points: np.ndarray, ratio: float, pairs: int, data: st.DataObject
 ) -> None:
     size = kept(len(points), ratio)
     start = data.draw(st.lists(st.integers(0, len(points) - 1), unique=True, max_size=size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_facility, "_POOL", pool)
-        patch.setattr(_facility, "_BATCH", 3)
+        patch.setattr(_facility, "_PAIRS", pairs)
+        patch.setattr(_facility, "_ROWS", 3)
         found = facility_location(points, ratio, start=start)
     check_medoids(points, start, found)
 
@@ -103,19 +103,26 @@ def check_medoids(points: np.ndarray, start: list[int], found: Coreset) -> None:
         assert found.weights.numpy().tolist() == least.tolist()
 
 
-@pytest.mark.parametrize("pool", [1, 16, 300, 1024])
-def test_a_larger_cloud_with_refills_of_the_pool(
-    pool: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pairs", [0, 2_000, 20_000, 1 << 24])
+def test_a_larger_cloud_with_pairs_kept_at_once_later_and_never(
+    pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = cloud(300)
-    monkeypatch.setattr(_facility, "_POOL", pool)
-    refills = []
-    refill = _facility._Medoids.refill
-    monkeypatch.setattr(
-        _facility._Medoids, "refill", lambda self: (refills.append(1), refill(self))[1]
-    )
+    monkeypatch.setattr(_facility, "_PAIRS", pairs)
+    real, kept_after = _facility._pairs, []
+
+    def spy(state: Any, most: int) -> Any:
+        found = real(state, most)
+        if found is not None:
+            assert len(found.away) <= most
+            kept_after.append(state.count)
+        return found
+
+    monkeypatch.setattr(_facility, "_pairs", spy)
     found = facility_location(points, 0.2)
-    assert (len(refills) > 1) == (pool < 300)
+    assert len(kept_after) == (pairs > 0), "once, and then no more"
+    if pairs:
+        assert (kept_after[0] <= 4) == (pairs > 10_000)
     check_medoids(points.numpy(), [], found)
 
 
@@ -295,8 +302,8 @@ def test_what_is_held_is_what_was_said(
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    monkeypatch.setattr(_facility, "_DISTANCES", 16 * size)
-    monkeypatch.setattr(_facility, "_BATCH", 8)
+    monkeypatch.setattr(_facility, "_PAIRS", 16 * size)
+    monkeypatch.setattr(_facility, "_strip", lambda total: 16)
     monkeypatch.setattr(_k_center, "_CANDIDATES", 16)
     monkeypatch.setattr(_facility, "rows", lambda total, width: _blocks(total))
     monkeypatch.setattr(_k_center, "rows", lambda total, width: _blocks(total))

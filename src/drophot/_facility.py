@@ -1,8 +1,9 @@
-"""Medoids that stand for all samples: facility location by lazy greedy."""
+"""Medoids that stand for all samples: greedy facility location."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from numpy.typing import ArrayLike
@@ -10,10 +11,10 @@ from torch import Tensor
 
 from drophot._greedy import Coreset, greedy, rows
 from drophot._linear import product
+from drophot._shares import BLOCK
 
-_DISTANCES = 1 << 26  # distances that are kept at a time
-_POOL = 1024  # candidates whose distances to all samples are kept, at most
-_BATCH = 256  # candidates whose gains are computed at once
+_PAIRS = 1 << 24  # distances that are kept, at most
+_ROWS = 512  # samples whose distances are computed at once
 
 
 def facility_location(
@@ -29,14 +30,15 @@ def facility_location(
     `ratio` is the share **kept**, `K = max(1, floor(ratio * N + 0.5))` samples. They are to make
     :math:`\sum_i \min_{j \in S} \lVert x_i - x_j \rVert` small, the distance of each sample to the
     kept one nearest to it, which is the weighted coreset's error in the mean feature; on features
-    softmax − one-hot, in the mean gradient. Each choice is the sample that lowers the sum most (the
-    greedy algorithm, exactly); since gains only fall, most of them need not be computed anew (lazy
-    greedy).
+    softmax − one-hot, in the mean gradient. Each choice is the sample that lowers the sum most: the
+    greedy algorithm, exactly. A choice changes the gains only by the samples that it is nearest to,
+    so that only these are looked at.
 
     A smaller ratio's ranking is the beginning of a larger one's. Runs on the features' device, in
     their precision, at least float32, and takes time in proportion to `N²` (with `targets`, to the
-    sum of the classes' squares). The distances of all pairs are never held: beside a copy of the
-    features memory is some numbers a sample and at most 2²⁶ distances, 0.27 GB in float32. It is
+    sum of the classes' squares). The distances of all pairs of a large set are never held: beside a
+    copy of the features memory is some numbers a sample and at most 2²⁴ pairs that are nearer to
+    each other than to any medoid, 0.8 GB while they are sorted. It is
     logged (`logging.getLogger("drophot")`) and refused before the start if it is not there.
 
     References:
@@ -76,148 +78,200 @@ def facility_location(
 
 
 def _needs(total: int, width: int, size: int, item: int) -> int:
-    pool = _capacity(total)
-    return item * (total * (width + 8) + pool * (total + width) + _BATCH * width + (1 << 21))
+    held = min(_PAIRS, total * total) * 48 + total * _strip(total) * 12
+    return item * total * (width + 8) + held + 24 * total + 32 * (1 << 20)
 
 
-def _capacity(total: int) -> int:
-    return min(total, _POOL, max(16, _DISTANCES // total))
+def _strip(total: int) -> int:
+    """How many samples' distances to all are looked at in one go."""
+    return min(max((1 << 24) // total, 64), _ROWS)
 
 
 def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     state = _Medoids(values, start.to(values.device))
     chosen, gains = [], []
     while len(chosen) < size - len(start):
-        while not state.pool_has_the_best():
-            state.refill()
-        found, gain = state.take()
-        chosen.append(found)
-        gains.append(gain)
+        place = int(state.gains.argmax())
+        gain = max(float(state.gains[place]), 0.0)
+        gains.append(min(gain, *gains[-1:]) if gains else gain)  # rounding makes no gain rise
+        chosen.append(place)
+        state.take(place)
     return torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains), state.owner
 
 
 class _Medoids:
-    """What each sample is away from the nearest medoid, and what each candidate could gain."""
+    """What each sample is away from the nearest medoid, and what each candidate gains, exactly.
+
+    A new medoid changes the distances of the samples that are nearest to it, and the gains by these
+    alone. While medoids are few, the distances of those samples to all candidates are computed
+    anew. Only pairs that are nearer to each other than to a medoid matter to any gain, though, and
+    as soon as there are few enough of them they are kept, and no distance is computed any more.
+    """
 
     def __init__(self, values: Tensor, start: Tensor) -> None:
         self.values = values
         self.norms = values.square().sum(1)
+        self.everybody = torch.arange(len(values), device=values.device)
+        self.owner = torch.zeros_like(self.everybody)
         self.count = len(start)
-        total, capacity, device = len(values), _capacity(len(values)), values.device
-        self.owner = torch.zeros(total, dtype=torch.int64, device=device)
+        self.pairs: _Pairs | None = None
         if len(start):
             self.nearest = torch.full_like(self.norms, torch.inf)
-            for block in rows(total, len(start)):
-                near = self._distances(start, block).min(0)
-                self.nearest[block], self.owner[block] = near
-            self.nearest[start], self.owner[start] = 0, torch.arange(len(start), device=device)
-            self.bounds = self._all_gains()  # never less than what a candidate gains
-            self.bounds[start] = -torch.inf
+            for block in rows(len(values), len(start)):
+                self.nearest[block], self.owner[block] = self.distances(start, block).min(0)
+            self.nearest[start], self.owner[start] = 0, self.everybody[: len(start)]
+            self.gains = self._all_gains()
+            self.gains[start] = -torch.inf
         else:
             sums, largest = self._sums()
             self.nearest = torch.full_like(self.norms, largest)
-            self.bounds = total * largest - sums
-        # The candidates of the pool, how far each sample is from each of them, by how much each
-        # would lower the sum, or less, and after how many medoids that was computed.
-        self.pool = torch.full((capacity,), -1, device=device)
-        self.columns = values.new_empty(capacity, total)
-        self.upper = values.new_full((capacity,), -torch.inf)
-        self.fresh = [0] * capacity
-        self.outside = torch.inf  # the most that anybody else could
+            self.gains = len(values) * largest - sums
+        self._keep_pairs()
 
-    def pool_has_the_best(self) -> bool:
-        """Make the largest gain in the pool exact, and hold it against all others' bounds."""
-        while True:
-            best, place = self.upper.max(0)
-            self.place, self.gain = int(place), float(best)
-            if self.gain < self.outside:
-                return False
-            if self.fresh[self.place] == self.count:
-                return True
-            gain = (self.nearest - self.columns[self.place]).clamp_(min=0).sum()
-            self.upper[self.place] = gain
-            self.fresh[self.place] = self.count
-
-    def refill(self) -> None:
-        """Take the most promising candidates into the pool, the best one among them."""
-        there = self.pool >= 0
-        self.bounds[self.pool[there]] = self.upper[there]
-        for exact in (False, True):
-            self._fill(self.bounds.topk(len(self.pool)).indices)
-            self.bounds[self.pool] = self.upper
-            others = self.bounds.clone()
-            others[self.pool] = -torch.inf
-            outside, best = float(others.amax()), float(self.upper.amax())
-            self.outside = min(outside, best)
-            if exact or outside <= best:  # once exact, what is above is rounding
-                return
-            # Old bounds promise more than the best of the pool gives: compute all of those anew,
-            # after which the best one comes first.
-            stale = (others > best).nonzero()[:, 0]
-            if 2 * len(stale) > len(others):
-                gains = self._all_gains()
-                self.bounds[stale] = gains[stale]
-            else:
-                self.bounds[stale] = self._gains(stale)
-
-    def take(self) -> tuple[int, float]:
-        """The best candidate becomes a medoid."""
-        column = self.columns[self.place]
-        self.owner[column < self.nearest] = self.count
-        torch.minimum(self.nearest, column, out=self.nearest)
-        self.upper[self.place] = -torch.inf
+    def take(self, place: int) -> None:
+        """A candidate becomes a medoid."""
+        if self.pairs is None:
+            away = self.distances(self.everybody[place : place + 1], slice(None))[0]
+            away[place] = 0  # in products a sample is a little away from itself
+            near = self.everybody
+        else:
+            near, away = self.pairs.of(place)
+        closer = away < self.nearest[near]
+        changed, after = near[closer], away[closer]
+        before = self.nearest[changed]
+        self.nearest[changed], self.owner[changed] = after, self.count
+        self.owner[place] = self.count
         self.count += 1
-        return int(self.pool[self.place]), self.gain
+        if self.pairs is not None:
+            self.pairs.lower(self.gains, changed, before, after)
+        elif 2 * len(changed) > len(self.values):
+            medoids = self.gains == -torch.inf
+            self.gains = self._all_gains().masked_fill_(medoids, -torch.inf)
+        else:
+            self._lower(changed, before, after)
+        self.gains[place] = -torch.inf
+        if self.pairs is None and self.count & (self.count - 1) == 0:  # 1, 2, 4, 8, …
+            self._keep_pairs()
 
-    def _fill(self, wanted: Tensor) -> None:
-        """Make the pool these; who is in it keeps the distances."""
-        new = wanted[~torch.isin(wanted, self.pool)]
-        free = (~torch.isin(self.pool, wanted)).nonzero()[:, 0]
-        self.pool[free] = new
-        for places, part in zip(free.split(_BATCH), new.split(_BATCH), strict=True):
-            for block in rows(len(self.values), _BATCH):
-                self.columns[places, block] = self._distances(part, block)
-        self.columns[free, new] = 0  # in products a sample is a little away from itself
-        for begin in range(0, len(wanted), 16):
-            part = slice(begin, begin + 16)
-            self.upper[part] = (self.nearest - self.columns[part]).clamp_(min=0).sum(1)
-        self.upper[self.bounds[self.pool] == -torch.inf] = -torch.inf  # medoids already
-        self.fresh = [self.count] * len(wanted)
+    def _lower(self, changed: Tensor, before: Tensor, after: Tensor) -> None:
+        """What all candidates gain less, since these samples were so far and are nearer now."""
+        parts = (tensor.split(_ROWS) for tensor in (changed, before, after))
+        for part, far, near in zip(*parts, strict=True):
+            for block in rows(len(self.values), len(part)):
+                away = torch.maximum(self.distances(part, block), near[:, None])
+                self.gains[block] -= torch.sub(far[:, None], away, out=away).clamp_(min=0).sum(0)
 
-    def _gains(self, candidates: Tensor) -> Tensor:
-        found = self.values.new_zeros(len(candidates))
-        for part, sums in zip(candidates.split(_BATCH), found.split(_BATCH), strict=True):
-            for block in rows(len(self.values), _BATCH):
-                lower = self.nearest[block] - self._distances(part, block)
-                sums += lower.clamp_(min=0).sum(1)
-        return found
+    def _keep_pairs(self) -> None:
+        """Keep the pairs that still matter to a gain, if they are few enough."""
+        total = len(self.values)
+        most = min(_PAIRS, total * total // 4 + 4096)
+        some = self.everybody[:: max(1, total // 256)]
+        few = 0
+        for block in rows(total, len(some)):
+            few += int((self.distances(some, block) < self.nearest[some][:, None]).sum())
+        if few * total <= 0.8 * most * len(some):
+            self.pairs = _pairs(self, most)
+        if self.pairs is not None:
+            medoids = self.gains == -torch.inf
+            self.gains = self.pairs.gains(self.nearest).masked_fill_(medoids, -torch.inf)
 
     def _all_gains(self) -> Tensor:
-        found = torch.zeros_like(self.nearest)
-        for one, other, away in self._pairs():
+        found = torch.zeros_like(self.norms, dtype=torch.float64)
+        for one, other, away in self._halves():
             found[one] += (self.nearest[other] - away).clamp_(min=0).sum(1)
             if one != other:
                 found[other] += (self.nearest[one][:, None] - away).clamp_(min=0).sum(0)
         return found
 
     def _sums(self) -> tuple[Tensor, float]:
-        found, largest = torch.zeros_like(self.norms), self.norms.new_zeros(())
-        for one, other, away in self._pairs():
+        found = torch.zeros_like(self.norms, dtype=torch.float64)
+        largest = self.norms.new_zeros(())
+        for one, other, away in self._halves():
             found[one] += away.sum(1)
             if one != other:
                 found[other] += away.sum(0)
             largest = torch.maximum(largest, away.amax())
         return found, float(largest)
 
-    def _pairs(self) -> Iterator[tuple[slice, slice, Tensor]]:
+    def _halves(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """The distances of all pairs of samples, block by block, each pair once."""
-        blocks = list(rows(len(self.values), 2 * _BATCH))
-        everybody = torch.arange(len(self.values), device=self.values.device)
+        blocks = list(rows(len(self.values), _ROWS))
         for number, one in enumerate(blocks):
             for other in blocks[number:]:
-                yield one, other, self._distances(everybody[one], other)
+                yield one, other, self.distances(self.everybody[one], other)
 
-    def _distances(self, candidates: Tensor, block: slice) -> Tensor:
+    def distances(self, candidates: Tensor, block: slice) -> Tensor:
         """From candidates to a block of samples, of the shape of both."""
-        squares = product(-2 * self.values[candidates], self.values[block], self.norms[block])
-        return squares.add_(self.norms[candidates][:, None]).clamp_(min=0).sqrt_()
+        # torch's sqrt goes to a library that is ten times slower on some CPUs; the bits are equal.
+        return self.squares(candidates, block).pow_(0.5)
+
+    def squares(self, candidates: Tensor, block: slice) -> Tensor:
+        """Their squares."""
+        found = product(-2 * self.values[candidates], self.values[block], self.norms[block])
+        return found.add_(self.norms[candidates][:, None]).clamp_(min=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """The pairs of a sample and a candidate that matter, sample by sample and the other way."""
+
+    lengths: Tensor  # how many candidates each sample has, and where they begin
+    begins: Tensor
+    candidates: Tensor
+    away: Tensor
+    edges: list[int]  # where the samples of each candidate begin
+    samples: Tensor
+    away_from: Tensor
+
+    def of(self, candidate: int) -> tuple[Tensor, Tensor]:
+        """The samples of a candidate, and how far it is from them."""
+        span = slice(self.edges[candidate], self.edges[candidate + 1])
+        return self.samples[span].long(), self.away_from[span]
+
+    def gains(self, nearest: Tensor) -> Tensor:
+        """What each candidate gains."""
+        found = torch.zeros_like(nearest, dtype=torch.float64)
+        worth = nearest.repeat_interleave(self.lengths).sub_(self.away)
+        for part, inside in zip(self.candidates.split(BLOCK), worth.split(BLOCK), strict=True):
+            found.index_add_(0, part, inside.double())
+        return found
+
+    def lower(self, gains: Tensor, changed: Tensor, before: Tensor, after: Tensor) -> None:
+        """What candidates gain less, since these samples were so far and are nearer now."""
+        lengths = self.lengths[changed]
+        ends = lengths.cumsum(0)
+        total = int(ends[-1]) if len(ends) else 0
+        shift = (self.begins[changed] - ends + lengths).repeat_interleave(lengths)
+        where = torch.arange(total, device=shift.device).add_(shift)
+        far, near = before.repeat_interleave(lengths), after.repeat_interleave(lengths)
+        lost = (far - torch.maximum(self.away[where], near)).clamp_(min=0)
+        gains.index_add_(0, self.candidates[where], lost.double().neg_())
+
+
+def _pairs(state: _Medoids, most: int) -> _Pairs | None:
+    """All pairs that are nearer to each other than to a medoid, or nothing if they are too many."""
+    total, number = len(state.values), 0
+    lengths, candidates, away = [], [], []
+    for some in state.everybody.split(_strip(total)):
+        strip = state.squares(some, slice(None))
+        strip[some - some[0], some] = 0  # in products a sample is a little away from itself
+        inside = strip < state.nearest[some].square()[:, None]
+        where = inside.nonzero()
+        lengths.append(where[:, 0].bincount(minlength=len(some)))
+        candidates.append(where[:, 1].int())
+        away.append(strip[where[:, 0], where[:, 1]].pow_(0.5))
+        number += len(where)
+        if number > most:
+            return None
+    each, of, far = torch.cat(lengths), torch.cat(candidates), torch.cat(away)
+    order = of.argsort(stable=True)
+    ends = of.bincount(minlength=total).cumsum(0).tolist()
+    return _Pairs(
+        lengths=each,
+        begins=each.cumsum(0) - each,
+        candidates=of,
+        away=far,
+        edges=[0, *ends],
+        samples=state.everybody.int().repeat_interleave(each)[order],
+        away_from=far[order],
+    )
