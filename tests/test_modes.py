@@ -40,7 +40,8 @@ STRATEGIES = [
     Scored("aum", Stratified(hard="low", cutoff=0.1)),
     Scored("forgetting", "low", balanced=True),
 ]
-MODES = ["high", "low", "random", *OF_FEATURES, *DYNAMIC, *STRATEGIES]
+BY_CLASS = Scored(mode="random", balanced=True)
+MODES = ["high", "low", "random", BY_CLASS, *OF_FEATURES, *DYNAMIC, *STRATEGIES]
 each = pytest.mark.parametrize("mode", MODES, ids=name)
 
 
@@ -53,7 +54,7 @@ def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     assert record.sparsity == pytest.approx(0.6, abs=0.02)
     assert len(run.indices) == (120 if mode in DYNAMIC else 60)
     assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
-    assert ("score" in record.seconds) == (mode not in ("random", *DYNAMIC))
+    assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *DYNAMIC))
     json.dumps(run.configuration)
 
 
@@ -90,6 +91,15 @@ def test_balanced_keeps_each_classs_share() -> None:
     scores = run.score()
     assert torch.equal(run.select(), select(scores, 0.5, targets=TARGETS))
     assert not torch.equal(run.indices, select(scores, 0.5))
+
+
+def test_random_class_by_class_needs_no_score_and_keeps_each_classs_share() -> None:
+    run = drop_hot(mode=BY_CLASS)
+    record = run.run()
+    assert "score" not in record.seconds
+    assert record.mode == "random-balanced"
+    expected = select(torch.zeros(120), 0.5, "random", targets=TARGETS)
+    assert torch.equal(run.indices, expected)
 
 
 def test_stratified_is_handed_on() -> None:
@@ -261,7 +271,7 @@ def test_a_grid_whose_scoring_is_no_baseline_has_its_network_for_the_features(
 
 def test_what_chooses_while_it_trains_waits_for_nothing() -> None:
     pipeline = drop_hot()
-    for mode in ("random", *DYNAMIC):
+    for mode in ("random", BY_CLASS, *DYNAMIC):
         assert Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline) is None
     for mode in ("high", *OF_FEATURES, *STRATEGIES):
         need = Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline)

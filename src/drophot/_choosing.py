@@ -76,7 +76,8 @@ def choose(run: Any) -> Tensor:
         return released.select(run.scores, ratio, mode)
     if (how := _modes.scored(mode)) is not None:
         targets = targets_of(run.train_set) if how.balanced else None
-        return select(run.scores, ratio, how.mode, targets=targets, seed=run.seed)
+        scores = torch.zeros(total) if how.mode == "random" else run.scores
+        return select(scores, ratio, how.mode, targets=targets, seed=run.seed)
     kind = "penultimate" if mode == "k_center" else "error"
     selector = coreset.k_center if mode == "k_center" else coreset.facility_location
     vectors = features(run.scorer, run.train_set, kind)

@@ -28,7 +28,8 @@ class Scored:
         statistic: The score: `"forgetting"`, as the run's own setting defines it, or another one of
             :class:`drophot.DynamicsTracker`, over the same presentations.
         mode: `"high"`, `"low"` or a :class:`drophot.coreset.Stratified`, as for
-            :func:`drophot.select`.
+            :func:`drophot.select`; or `"random"`, which with `balanced` is the control of all that
+            are balanced, and needs no score.
         balanced: Each class keeps its share.
 
     Raises:
@@ -40,10 +41,12 @@ class Scored:
         'el2n-high-balanced'
         >>> str(Scored("aum", Stratified(hard="low", cutoff=0.1)))
         'aum-stratified-cutoff0.1-low'
+        >>> str(Scored(mode="random", balanced=True))
+        'random-balanced'
     """
 
     statistic: Statistic = "forgetting"
-    mode: Literal["high", "low"] | Stratified = "high"
+    mode: Literal["high", "low", "random"] | Stratified = "high"
     balanced: bool = False
 
     def __post_init__(self) -> None:
@@ -55,7 +58,8 @@ class Scored:
         coreset.check_mode("mode", self.mode)
 
     def __str__(self) -> str:
-        return f"{self.statistic}-{name(self.mode)}" + "-balanced" * self.balanced
+        score = "" if self.mode == "random" else f"{self.statistic}-"
+        return f"{score}{name(self.mode)}" + "-balanced" * self.balanced
 
 
 Mode = Name | Stratified | Scored
@@ -103,7 +107,8 @@ def needs_step_1(mode: Mode) -> bool:
     Returns:
         Whether it does.
     """
-    return scored(mode) is not None or mode in OF_FEATURES
+    how = scored(mode)
+    return mode in OF_FEATURES if how is None else how.mode != "random"
 
 
 def check(run: Any) -> None:

@@ -1,0 +1,61 @@
+"""
+Which digits are forgotten
+==========================
+
+A sample is :doc:`forgotten </forgetting>` when the network was right on it the last time and is
+wrong now. Here one small network is trained on scikit-learn's 1,797 digits, and a tracker counts
+how often that happens to each of them, from the logits that training computes anyway.
+"""
+
+import matplotlib.pyplot as plt
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import TensorDataset
+
+from drophot import ForgettingTracker, IndexedDataset, fit, select
+from drophot.models import fcnet
+
+images, targets = load_digits(return_X_y=True)
+images, targets = torch.tensor(images, dtype=torch.float32) / 8 - 1, torch.tensor(targets)
+dataset = IndexedDataset(TensorDataset(images, targets))  # samples now carry their index
+tracker = ForgettingTracker(len(dataset))
+
+torch.manual_seed(0)
+model = fcnet(in_features=64)
+optimizer = torch.optim.Adam(model.parameters())
+fit(model, dataset, 20, optimizer=optimizer, on_batch=tracker.update)
+
+# %%
+# ``counts`` are the events alone; ``scores()`` puts samples that were never right, and so could not
+# be forgotten, above all others. Most digits are learned once and for all.
+
+counts = tracker.counts
+often = select(counts, 10 / len(dataset))  # the share kept: ten samples
+never = select(tracker.scores(), 10 / len(dataset), "low")  # ten of the many that score 0
+
+figure = plt.figure(figsize=(7, 4.6), layout="constrained")
+top, middle, bottom = figure.subfigures(3, 1, height_ratios=[2.6, 1, 1])
+ax = top.subplots()
+bars = ax.bar(range(int(counts.max()) + 1), counts.bincount().tolist(), color="#0072B2", width=0.7)
+ax.bar_label(bars)
+ax.set(xlabel="forgetting events", ylabel="digits", ylim=(0, 1.12 * len(dataset)))
+for rows, chosen, title in (
+    (middle, often, "forgotten most often: label and events"),
+    (bottom, never, "learned and never forgotten"),
+):
+    rows.suptitle(title, fontsize="medium")
+    for ax, sample in zip(rows.subplots(1, 10), chosen, strict=True):
+        ax.imshow(images[sample].view(8, 8).numpy(), cmap="gray_r")
+        ax.set(xticks=[], yticks=[])
+        ax.set_xlabel(f"“{targets[sample]}”, {counts[sample]}")
+plt.show()
+
+# %%
+# The forgotten ones look less like others of their class: they lie farther from its mean image.
+
+means = torch.stack([images[targets == digit].mean(0) for digit in range(10)])
+distances = (images - means[targets]).norm(dim=1)
+assert (counts == 0).float().mean() > 0.8
+assert counts[often].min() >= 3
+assert counts[never].max() == 0
+assert distances[counts > 0].mean() > 1.1 * distances[counts == 0].mean()
