@@ -42,6 +42,7 @@ def main() -> None:
         figures.append(row)
         print(json.dumps(row), flush=True)
     name = "coreset" if options.what == "select" else f"coreset_{options.what}"
+    name = "_".join([name, *map(str, options.samples or [])])
     save(name, torch.device(options.device), figures)
 
 
@@ -220,19 +221,19 @@ GREEDY = {
 def growth(options: Namespace) -> Any:
     """A tenth kept, 5,000 at most. Facility location's time grows by the square.
 
-    So a million is done class by class: ten features, softmax − one-hot, and a thousand kept.
+    So a million is done class by class: a hundred classes, and as many features, softmax − one-hot.
     """
     for samples in options.samples or [1_000, 10_000, 100_000, 1_000_000]:
         size = min(samples // 10, 5_000)
         yield alone(_growth, "k_center", samples, options.features, size)
-        if samples <= 100_000:
+        if samples <= 10_000:
             yield alone(_growth, "facility_location", samples, options.features, size)
-        yield alone(_growth, "facility_location by class", samples, 10, min(size, 1_000))
+        yield alone(_growth, "facility_location by class", samples, 100, size)
 
 
 def _growth(name: str, samples: int, features: int, size: int) -> dict[str, Any]:
     values = clusters(samples, features)
-    targets = torch.arange(samples) % 10 if "class" in name else None
+    targets = torch.arange(samples) % 100 if "class" in name else None
     selector = k_center if name == "k_center" else facility_location
     before, start = peak(), perf_counter()
     selector(values, size / samples, targets=targets)

@@ -216,16 +216,14 @@ def stratified(
 ) -> list[int]:
     """Zheng et al.'s algorithm 1 in exact fractions: drop the hardest, fill the smallest bins."""
     positions = list(range(len(scores))) if members is None else list(members)
-    values = [Fraction(scores[p]) for p in positions]
+    values = [Fraction(score) for score in scores]
     rest = max(size, len(positions) - floor(cutoff * len(positions) + 0.5))
-    inside = select(
-        values, rest, "low" if hard == "high" else "high", seed
-    )  # by place in the class
+    inside = select(values, rest, "low" if hard == "high" else "high", seed, positions)
     low, high = min(values[i] for i in inside), max(values[i] for i in inside)
     strata: list[list[int]] = [[] for _ in range(bins)]
     for i in inside:
         place = 0 if low == high else floor((values[i] - low) / (high - low) * bins)
-        strata[min(place, bins - 1)].append(positions[i])
+        strata[min(place, bins - 1)].append(i)
     kept: list[int] = []
     for left, stratum in zip(range(bins, 0, -1), sorted(strata, key=len), strict=True):
         share = min(len(stratum), (size - len(kept)) // left)
@@ -256,10 +254,12 @@ def facility_gains(features: np.ndarray, chosen: Sequence[int], furthest: float)
     return gains
 
 
-def medoids(vectors: np.ndarray, size: int) -> tuple[list[int], list[int]]:
-    """Greedy facility location, and how many vectors each medoid is the nearest to."""
-    chosen: list[int] = []
-    for _ in range(size):
-        chosen.append(int(facility_gains(vectors, chosen, apart(vectors, vectors).max()).argmax()))
-    owner = apart(vectors, vectors[chosen]).argmin(1)
-    return chosen, [int((owner == place).sum()) for place in range(size)]
+def weights_of_medoids(vectors: np.ndarray, chosen: Sequence[int]) -> list[int]:
+    """How many vectors each medoid stands for, if each lowers the sum most, one after the other."""
+    furthest = apart(vectors, vectors).max()
+    for number, place in enumerate(chosen):
+        gains = facility_gains(vectors, chosen[:number], furthest)
+        assert gains[place] >= gains.max() - 1e-5, "each is the best that is left"
+    owner = apart(vectors, vectors[list(chosen)]).argmin(1) if len(chosen) else np.empty(0)
+    owner[list(chosen)] = np.arange(len(chosen))
+    return [int((owner == number).sum()) for number in range(len(chosen))]

@@ -72,16 +72,20 @@ class Plain:
         self.curvatures: list[Tensor] = []
         self.norms: list[float] = []
 
-    def select(self, subsets: list[list[Tensor]], draws: list[Tensor], m: int) -> None:
+    def select(
+        self, subsets: list[list[Tensor]], draws: list[Tensor], m: int, batches: Tensor
+    ) -> None:
         self.batches, self.weights = [], []
-        sizes = references.largest_remainders([len(part) for part in subsets[0]], m, 0)
-        for parts in subsets:
+        for parts, found in zip(subsets, batches.tolist(), strict=True):
             batch, weights = [], []
-            for part, size in zip(parts, sizes, strict=True):
+            for part in parts:
+                # Two samples that are each other's nearest have one gain: either is the medoid.
+                chosen = [part.tolist().index(sample) for sample in found if sample in part]
+                due = m * len(part) / sum(map(len, parts))
+                assert abs(len(chosen) - due) < 1, "what is left over goes by chance"
                 errors = self.errors(part).numpy()
-                chosen, counts = references.medoids(errors, size)
+                weights += references.weights_of_medoids(errors, chosen)
                 batch += part[chosen].tolist()
-                weights += counts
             self.batches.append(batch)
             self.weights.append(np.array(weights) / np.mean(weights))
         parameters = list(self.model.parameters())
@@ -130,11 +134,11 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
-@pytest.mark.parametrize("lr", [0.05, 0.5])
-def test_crest_is_its_definition_step_by_step(lr: float) -> None:
+@pytest.mark.parametrize(("lr", "seed"), [(0.1, 0), (0.1, 1), (0.5, 0), (0.5, 1)])
+def test_crest_is_its_definition_step_by_step(lr: float, seed: int) -> None:
     """Choices, weights, gradient, curvature, intervals and decisions, along a whole training."""
     given, model = data(), network()
-    loader = Spy(given, model, 0.5, batch_size=8, subset=0.2, threshold=0.05)
+    loader = Spy(given, model, 0.5, batch_size=8, subset=0.2, threshold=0.05, seed=seed)
     plain = Plain(given, model, len(loader))
     optimizer = sgd(model, lr)
     selections = since = checks = 0
@@ -144,7 +148,7 @@ def test_crest_is_its_definition_step_by_step(lr: float) -> None:
             due = selections and since % plain.every == 0
             checks += bool(due)
             if not selections or (due and plain.off() > 0.05):
-                plain.select(loader.subsets, loader.draws, 8)
+                plain.select(loader.subsets, loader.draws, 8, loader._batches)
                 selections, since = selections + 1, 0
             since += 1
             assert (loader.selections, loader.checks) == (selections, checks)
@@ -216,17 +220,15 @@ def test_medoids_of_many_groups_are_those_of_each(
     size: int, subsets: int, seed: int, draw: st.DataObject
 ) -> None:
     lengths = draw.draw(st.lists(st.integers(1, size), min_size=1, max_size=3))
-    wanted = [draw.draw(st.integers(0, length)) for length in lengths]
-    if not any(wanted):
-        wanted[0] = 1
+    wanted = [[draw.draw(st.integers(0, length)) for length in lengths] for _ in range(subsets)]
     chance = np.random.default_rng(seed)
     groups = [[torch.tensor(chance.random((n, 3))) for n in lengths] for _ in range(subsets)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("drophot._medoids._DISTANCES", draw.draw(st.sampled_from([1, 1 << 24])))
         chosen, weights = medoids(groups, wanted)
     assert len(chosen) == len(weights) == subsets
-    for group, places, counts in zip(groups, chosen, weights, strict=True):
-        for part, place, count, many in zip(group, places, counts, wanted, strict=True):
+    for group, places, counts, sizes in zip(groups, chosen, weights, wanted, strict=True):
+        for part, place, count, many in zip(group, places, counts, sizes, strict=True):
             assert len(place) == len(count) == many
             if many:
                 points = part.numpy()
@@ -235,6 +237,7 @@ def test_medoids_of_many_groups_are_those_of_each(
                     gains = references.facility_gains(points, place[:number].tolist(), away.max())
                     assert gains[place[number]] == pytest.approx(gains.max(), abs=1e-9)
                 owner = away[:, place.numpy()].argmin(1)
+                owner[place.numpy()] = np.arange(many)
                 assert count.tolist() == [(owner == k).sum() for k in range(many)]
 
 
@@ -251,6 +254,123 @@ def test_random_subsets_have_every_class_in_its_proportion() -> None:
             assert (targets[part] == kind).all()
             seen |= set(part.tolist())
     assert len(seen) > 100, "each subset is another one"
+
+
+def test_every_class_is_trained_on_in_its_proportion_however_rare() -> None:
+    """More classes than places in a batch, and one of few samples: none is left out for good."""
+    sizes = [100] * 8 + [1000, 3]
+    targets = torch.arange(10).repeat_interleave(torch.tensor(sizes))
+    given = TensorDataset(torch.randn(len(targets), 4), targets)
+    loader = CrestLoader(given, network(classes=10), batch_size=6, subset=0.02)
+    seen = torch.zeros(10)
+    for _ in range(100):
+        loader._select()
+        seen += targets[loader._batches].flatten().bincount(minlength=10)
+    assert (seen > 0).all()
+    due = torch.tensor(sizes) / len(targets) * seen.sum()
+    assert (seen[:9] / due[:9] - 1).abs().max() < 0.25
+
+
+def test_a_long_tail_takes_no_more_memory_than_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [[torch.randn(size, 3) for size in (400, *[5] * 30)]]
+    held = []
+    real = torch.cdist
+
+    def watch(a: Tensor, b: Tensor, **options: Any) -> Tensor:
+        held.append(a.shape[0] * a.shape[1] ** 2)
+        return real(a, b, **options)
+
+    monkeypatch.setattr(torch, "cdist", watch)
+    medoids(groups, [[40, *[1] * 30]])
+    assert sum(held) == 400**2 + 30 * 5**2
+
+
+def test_equal_vectors_have_a_medoid_each_that_stands_for_itself() -> None:
+    (chosen,), (weights,) = medoids([[torch.zeros(6, 2)]], [[3]])
+    assert sorted(chosen[0].tolist()) == [0, 1, 2]
+    assert weights[0].sum() == 6
+    assert (weights[0] >= 1).all()
+
+
+def test_a_training_that_has_diverged_goes_on() -> None:
+    for wrong in (float("nan"), 1e30):
+        model = network()
+        loader = CrestLoader(data(), model, batch_size=8, subset=0.2)
+        for step_number, _ in enumerate(loader):
+            if step_number == 1:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.fill_(wrong)
+        assert step_number == len(loader) - 1
+        assert loader.check_every == 1
+
+
+def test_attention_has_the_second_derivatives() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+            self.encoder, self.head = nn.TransformerEncoder(layer, 1), nn.Linear(4, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.encoder(inputs[:, None])[:, 0])
+
+    loader = CrestLoader(data(60), Attends(), batch_size=8, subset=0.5)
+    next(iter(loader))
+    assert loader.selections == 1
+    assert loader._bend.norm() > 0
+
+
+def test_a_model_without_second_derivatives_is_named() -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bags, self.head = nn.EmbeddingBag(10, 5), nn.Linear(5, 3)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.head(self.bags(inputs.abs().mul(3).long().clamp(0, 9)))
+
+    with pytest.raises(RuntimeError) as caught:
+        next(iter(CrestLoader(data(), Bags(), batch_size=8, subset=0.2)))
+    assert "second derivatives of the model's loss, which Bags" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        (torch.eye(3)[torch.arange(30) % 3], TypeError, "`targets` should be integers"),
+        (torch.rand(30), TypeError, "`targets` should be integers"),
+        (torch.arange(30) % 2 * 2 - 1, ValueError, "should have targets from 0. Found -1"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused_at_once(targets, error, message) -> None:
+    with pytest.raises(error, match=message):
+        CrestLoader(TensorDataset(torch.randn(30, 4), targets), network())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_small_integers_are_classes_too(dtype: torch.dtype) -> None:
+    given = TensorDataset(torch.randn(30, 4), (torch.arange(30) % 3).to(dtype))
+    _, targets, _, _ = next(iter(CrestLoader(given, network(), batch_size=6)))
+    assert len(targets) == 6
+
+
+def test_a_random_transform_leaves_the_world_outside_alone() -> None:
+    class Augmented(Dataset[Any]):
+        targets = list(range(3)) * 20
+
+        def __len__(self) -> int:
+            return 60
+
+        def __getitem__(self, place: int) -> Any:
+            return torch.randn(4), self.targets[place]
+
+    model = network()
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    CrestLoader(Augmented(), model, batch_size=6)
+    assert torch.rand(1) == expected
 
 
 def test_a_batch_is_what_the_dataset_has_at_its_index() -> None:

@@ -197,3 +197,16 @@ def test_wrong_input_is_named(kind: Any) -> None:
 def test_wrong_shapes_are_named() -> None:
     with pytest.raises(ValueError, match=r'shape \(2,\). Found \(\); compute .* reduction="none"'):
         LossSampling(4, 0.5).loss(torch.tensor([0, 1]), torch.tensor(1.0))
+
+
+def test_losses_without_the_sampler_are_refused_since_all_weights_would_be_0() -> None:
+    sampling = LossSampling(4, 0.5)
+    with pytest.raises(RuntimeError, match="needs an epoch of .*sampler=sampling.sampler"):
+        sampling.loss(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
+
+
+def test_one_infinite_loss_makes_the_others_no_easier() -> None:
+    sampling = LossSampling(10, 0.6)
+    sampling.update(torch.arange(10), torch.tensor([1.0] * 7 + [5.0, 6.0, torch.inf]))
+    for _ in range(5):
+        assert {7, 8, 9} <= set(sampling.begin().tolist())

@@ -112,3 +112,9 @@ def test_wrong_words_and_nothing_are_named() -> None:
         features(network(), data(), "last")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one sample"):
         features(network(), data(0))
+
+
+@pytest.mark.parametrize("targets", [torch.eye(3)[torch.arange(6) % 3], torch.rand(6)])
+def test_errors_of_no_classes_are_refused(targets: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"should be classes, integers of shape \(B,\)"):
+        features(nn.Linear(4, 3), TensorDataset(torch.randn(6, 4), targets), "error")

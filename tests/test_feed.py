@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from drophot import IndexedDataset, _feed, _random, fit
-from drophot._feed import batches, in_memory
+from drophot._feed import batches, in_memory, targets_of
 
 CPU = torch.device("cpu")
 GLOBAL = ["torch", "numpy", "python"]
@@ -367,3 +367,29 @@ def test_what_a_worker_raises_reaches_the_caller(two_threads: None) -> None:
 
     with pytest.raises(ValueError, match=r"worker process[\s\S]*sample 13 is broken"):
         list(batches(Broken(64), 2, CPU))
+
+
+def test_targets_that_stand_there_are_believed_only_if_the_samples_have_them() -> None:
+    class Coarse(Dataset[Any]):
+        """Gives other targets than stand there, as a target transform does."""
+
+        targets = tuple(range(10))
+
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, place: int) -> Any:
+            return torch.zeros(2), self.targets[place] % 2
+
+    class Fine(Coarse):
+        read = 0
+
+        def __getitem__(self, place: int) -> Any:
+            Fine.read += 1
+            return torch.zeros(2), self.targets[place]
+
+    assert targets_of(Coarse()).tolist() == [0, 1] * 5
+    assert targets_of(IndexedDataset(Coarse())).tolist() == [0, 1] * 5
+    assert targets_of(Subset(Coarse(), [3, 4])).tolist() == [1, 0]
+    assert targets_of(Fine()).tolist() == list(range(10))
+    assert Fine.read == 3, "without reading all"

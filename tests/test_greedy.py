@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import references
 import torch
+from conftest import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -325,3 +327,44 @@ def test_what_is_held_is_what_was_said(
 
 def _blocks(total: int) -> list[slice]:
     return [slice(begin, min(begin + 16, total)) for begin in range(0, total, 16)]
+
+
+@both
+@pytest.mark.parametrize("scale", [2.0**-400, 2.0**-60, 2.0**60, 2.0**400])
+def test_the_scale_of_the_features_changes_the_gains_alone(
+    selector: Selector, scale: float
+) -> None:
+    points = cloud(60)
+    found, other = selector(points, 0.2), selector(points * scale, 0.2)
+    assert torch.equal(found.ranking, other.ranking)
+    with np.errstate(over="ignore"):
+        gains = (found.gains.double() * scale).float()
+    assert torch.allclose(gains, other.gains, rtol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [None, torch.arange(20_000) % 10])
+@both
+def test_the_process_grows_by_no_more_than_was_said(
+    selector: Selector, targets: Tensor | None, tmp_path: Path
+) -> None:
+    """In a process of its own, whose memory is its own, at a size where memory counts."""
+    script = tmp_path / "grow.py"
+    script.write_text(
+        f"""
+import io, logging, re, resource, torch
+from drophot import {selector.__name__} as selector
+said = io.StringIO()
+logging.basicConfig(stream=said, level="INFO")
+torch.set_num_threads(1)
+points = torch.randn(20_000, 512)
+targets = torch.arange(20_000) % 10 if {targets is not None} else None
+selector(points[:200], 0.1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+selector(points, 0.01, targets=targets)
+print(peak() - before, float(re.findall(r"([0-9.]+) GB", said.getvalue())[-1]) * 1e9)
+"""
+    )
+    grown, said = map(float, run(script, folder=tmp_path).split())
+    assert grown <= 1.1 * said + 30e6
+    assert said < 1.2e9

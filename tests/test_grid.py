@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Adam
 from torch.utils.data import Dataset
 
-from drophot import DropHot, Grid, Record, _random, fit, records
+from drophot import DropHot, Grid, Record, Scored, Stratified, _random, fit, records
 from drophot._stages import Stage
 from drophot._store import Store
 from drophot.grid import Plan
@@ -425,3 +425,24 @@ def test_test_sets_of_another_size_are_another_configuration(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"`test_set`.*60\] there.*50\] here"):
         grid(drop_hot(**same, test_set=points(50, 1)), seeds=[0]).run(tmp_path)
     assert TEST.tensors[0].shape == (60, 2)
+
+
+def test_each_mode_is_held_against_each_ratio_before_any_work() -> None:
+    cut = Stratified(cutoff=0.1)
+    settings = {"prune_ratios": [0.5], "seeds": [0]}
+    with pytest.raises(ValueError, match=r"cutoff=0.1 and ratio=0.95"):
+        Grid(drop_hot(), data_ratios=[0.3, 0.95], modes=["random", cut], **settings)
+    # What the pipeline itself would have done does not matter.
+    Grid(drop_hot(data_ratio=0.95), data_ratios=[0.3], modes=[cut], **settings)
+    Grid(drop_hot(mode=Stratified(cutoff=0.3)), data_ratios=[0.8], modes=["random"], **settings)
+
+
+def test_two_modes_of_one_name_are_one_mode() -> None:
+    with pytest.raises(ValueError, match="hold each value once. Found Scored"):
+        Grid(
+            drop_hot(),
+            data_ratios=[0.3],
+            modes=["random", Scored("aum", "random")],
+            prune_ratios=[0.5],
+            seeds=[0],
+        )

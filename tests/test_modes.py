@@ -233,6 +233,14 @@ def test_a_mode_has_a_name_that_a_file_can_have(mode: Any) -> None:
     assert len({name(mode) for mode in MODES}) == len(MODES)
 
 
+@pytest.mark.parametrize("mode", DYNAMIC)
+def test_everything_is_the_baseline_for_what_chooses_while_it_trains_too(mode: Any) -> None:
+    found = drop_hot(mode=mode, data_ratio=1.0).run()
+    plain = drop_hot(mode="random", data_ratio=1.0).run()
+    assert (found.mode, found.trained_accuracy) == ("baseline", plain.trained_accuracy)
+    assert found.finetune_curve == plain.finetune_curve
+
+
 def test_a_grid_holds_all_modes_and_its_records_are_the_pipelines(tmp_path: Path) -> None:
     pipeline = drop_hot(score_epochs=2, train_epochs=2, finetune_epochs=1)
     grid = Grid(pipeline, data_ratios=[0.3], modes=MODES, prune_ratios=[0.6], seeds=[1])

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drophot import _shares
-from drophot._shares import drawn, every, fresh, hashed, members, shares
+from drophot._shares import dealt, drawn, every, fresh, hashed, members, shares
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.floats(0, 1), st.integers(0, 99))
@@ -94,3 +94,21 @@ def test_a_fresh_seed_differs_and_stays() -> None:
 def test_the_hash_is_splitmix64(value: int, seed: int, stream: int) -> None:
     found = hashed(np.array([value]), seed, stream)[0]
     assert int(found) == references.splitmix64(value, seed, stream)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.floats(0, 1), st.integers(0, 99))
+def test_dealt_shares_are_due_ones_rounded_up_or_down(
+    counts: list[int], ratio: float, seed: int
+) -> None:
+    size = floor(ratio * sum(counts))
+    found = dealt(counts, size, np.random.default_rng(seed)).tolist()
+    assert sum(found) == size
+    for share, count in zip(found, counts, strict=True):
+        assert abs(share - count * size / sum(counts)) < 1
+        assert 0 <= share <= count
+
+
+def test_over_many_draws_each_group_is_dealt_its_proportion() -> None:
+    counts, chance = [70, 5, 5, 20, 1], np.random.default_rng(0)
+    mean = sum(dealt(counts, 7, chance) for _ in range(4000)) / 4000
+    assert mean == pytest.approx(7 * np.array(counts) / 101, abs=0.03)

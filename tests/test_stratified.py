@@ -132,3 +132,15 @@ def test_scores_without_a_range_are_named() -> None:
         select([1.0, float("inf"), 2.0], 0.5, Stratified())
     # The cutoff comes first, as it may be what takes them away.
     assert select([1.0, float("inf"), 2.0], 2 / 3, Stratified(cutoff=0.33)).tolist() == [0, 2]
+
+
+def test_whole_numbers_fall_into_the_bins_that_they_bound() -> None:
+    sizes, place = Stratified(bins=50)._bins(torch.arange(101))
+    assert place.tolist() == [min(number // 2, 49) for number in range(101)]
+    assert sizes.tolist() == [2] * 49 + [3]
+
+
+def test_with_targets_the_cutoffs_ties_fall_by_the_position_among_all_samples() -> None:
+    scores, targets = torch.zeros(12), torch.arange(12) % 2
+    found = select(scores, 0.5, Stratified(cutoff=0.5), targets=targets, seed=4)
+    assert torch.equal(found, select(scores, 0.5, "low", targets=targets, seed=4))

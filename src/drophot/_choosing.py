@@ -98,7 +98,7 @@ def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
     if run.equal_steps:
         whole = epochs * ceil(len(run.train_set) / run.batch_size)
         epochs, steps = divmod(whole, ceil(size / run.batch_size))
-    if run.mode in _modes.DYNAMIC:
+    if run.mode in _modes.DYNAMIC and size < len(run.train_set):  # everything is the baseline
         loader, on_batch = _loader(run, model)
         run._fit(model, loader, epochs, optimizer, on_batch=on_batch)
         if steps:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drophot._greedy import Coreset, greedy, rows
+from drophot._greedy import Coreset, greedy, rows, square_norms
 from drophot._linear import product
 from drophot._shares import BLOCK
 
@@ -34,12 +34,13 @@ def facility_location(
     greedy algorithm, exactly. A choice changes the gains only by the samples that it is nearest to,
     so that only these are looked at.
 
-    A smaller ratio's ranking is the beginning of a larger one's. Runs on the features' device, in
-    their precision, at least float32, and takes time in proportion to `N²` (with `targets`, to the
-    sum of the classes' squares). The distances of all pairs of a large set are never held: beside a
-    copy of the features memory is some numbers a sample and at most 2²⁴ pairs that are nearer to
-    each other than to any medoid, 0.8 GB while they are sorted. It is
-    logged (`logging.getLogger("drophot")`) and refused before the start if it is not there.
+    Without `targets` a smaller ratio's ranking is the beginning of a larger one's. Runs on the
+    features' device, in their precision, at least float32 (distances that are a thousandth of the
+    largest are rough in it, and exact in float64), and takes time in proportion to `N²` (with
+    `targets`, to the sum of the classes' squares). The distances of all pairs of a large set are
+    never held: beside a copy of the features memory is some numbers a sample and at most 2²⁴ pairs
+    that are nearer to each other than to any medoid, 0.8 GB while they are sorted. It is logged
+    (`logging.getLogger("drophot")`) and refused before the start if it is not there.
 
     References:
         Mirzasoleiman, Bilmes and Leskovec, Coresets for Data-efficient Training of Machine Learning
@@ -54,7 +55,7 @@ def facility_location(
             `K` (largest remainders), by its own medoids.
         start: Positions of samples that are kept already. They count in `K`, stand for what is near
             them, and are not in the ranking.
-        seed: Changes nothing, as nothing is drawn; every selector takes one.
+        seed: Breaks ties among the classes' shares.
 
     Returns:
         The coreset. Its weights are the numbers of samples that each stands for; its gains, by how
@@ -68,18 +69,18 @@ def facility_location(
         MemoryError: If there is not enough memory.
 
     Example:
-        >>> found = facility_location([[0.0], [1.0], [2.0], [10.0], [11.0]], 0.4)
+        >>> found = facility_location([[0.0], [1.0], [2.0], [10.0], [11.0], [13.0]], 1 / 3)
         >>> found.ranking, found.gains
-        (tensor([2, 3]), tensor([35., 16.]))
+        (tensor([2, 4]), tensor([47., 25.]))
         >>> found.indices, found.weights
-        (tensor([2, 3]), tensor([3., 2.]))
+        (tensor([2, 4]), tensor([3., 3.]))
     """
     return greedy(_choose, _needs, features, ratio, targets, start, seed)
 
 
 def _needs(total: int, width: int, size: int, item: int) -> int:
     held = min(_PAIRS, total * total) * 48 + total * _strip(total) * 12
-    return item * total * (width + 8) + held + 24 * total + 32 * (1 << 20)
+    return item * total * 8 + held + 24 * total + 32 * (1 << 20)
 
 
 def _strip(total: int) -> int:
@@ -110,7 +111,7 @@ class _Medoids:
 
     def __init__(self, values: Tensor, start: Tensor) -> None:
         self.values = values
-        self.norms = values.square().sum(1)
+        self.norms = square_norms(values)
         self.everybody = torch.arange(len(values), device=values.device)
         self.owner = torch.zeros_like(self.everybody)
         self.count = len(start)

@@ -6,6 +6,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import frexp
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ class Coreset:
     indices: Tensor
     """The kept samples' positions `(K,)`: int64, ascending, unique, as `select` gives them."""
     weights: Tensor | None
-    """How many samples each of them stands for, itself included `(K,)`: float32, together `N`."""
+    """How many samples each of them stands for, itself included `(K,)`: float32, together `N`, or
+    the samples of the classes that keep any."""
     ranking: Tensor
     """The samples in the order in which they were chosen, a start excepted; with `targets` one
     class after the other."""
@@ -82,7 +84,9 @@ def greedy(
     groups = [np.arange(total)] if targets is None else members(check_targets(targets, total))
     sizes = shares(map(len, groups), size, seed).tolist()
     begun = _begun(groups, sizes, before, of_classes=targets is not None)
-    _check_memory(values, needs, max((len(g), s) for g, s in zip(groups, sizes, strict=True)))
+    largest = max((len(g), s) for g, s in zip(groups, sizes, strict=True))
+    _check_memory(values, needs, largest, in_parts=targets is not None)
+    values, scale = _centred(values)
 
     ranking, gains = [], []
     weights = np.zeros(total, dtype=np.float32)
@@ -93,7 +97,7 @@ def greedy(
         part = values if targets is None else values[torch.from_numpy(group).to(values.device)]
         chosen, gained, owner = algorithm(part, share, torch.from_numpy(place), seed)
         ranking.append(group[chosen.numpy()])
-        gains.append(gained.float().cpu())
+        gains.append((gained.cpu().double() * scale).float())
         if owner is None:
             known = False
         else:
@@ -123,13 +127,38 @@ def _check_features(features: Tensor | ArrayLike) -> Tensor:
         )
     if not values.is_floating_point() or values.dtype.itemsize < 4:
         values = values.float()
-    wrong = ~values.sum(1).isfinite()
+    wrong = torch.cat([~part.isfinite().all(1) for part in _parts(values)])
     if wrong.any():
         raise ValueError(
             f"`features` should be finite. Found {int(wrong.sum())} samples that are not, the "
             f"first at position {int(wrong.nonzero()[0, 0])}; drop those first."
         )
-    return values - values.mean(0)  # distances stay, and lose fewer digits
+    return values
+
+
+def _centred(values: Tensor) -> tuple[Tensor, float]:
+    """A copy around 0 and of a size that squares well, by a power of two that is given too."""
+    largest = max(float(part.abs().amax()) for part in _parts(values))
+    power = frexp(largest)[1]
+    # In two steps, as the power of the largest numbers is none itself.
+    found = (values / 2.0 ** (power // 2)).div_(2.0 ** (power - power // 2))
+    return found.sub_(found.mean(0)), 2.0**power
+
+
+def _parts(values: Tensor) -> Iterator[Tensor]:
+    return (values[block] for block in rows(len(values), values.shape[1]))
+
+
+def square_norms(values: Tensor) -> Tensor:
+    """Of each row, with no second copy of all.
+
+    Args:
+        values: Shape `(N, D)`.
+
+    Returns:
+        Shape `(N,)`.
+    """
+    return torch.cat([part.square().sum(1) for part in _parts(values)])
 
 
 def _check_start(start: Any, total: int, size: int) -> Positions:
@@ -176,11 +205,17 @@ def _begun(
 
 
 def _check_memory(
-    values: Tensor, needs: Callable[[int, int, int, int], int], largest: tuple[int, int]
+    values: Tensor,
+    needs: Callable[[int, int, int, int], int],
+    largest: tuple[int, int],
+    *,
+    in_parts: bool,
 ) -> None:
-    """Say what will be taken, before anything is."""
+    """Say what will be taken, before anything is: a copy of all, and what the largest part does."""
     total, size = largest
-    amount = needs(total, values.shape[1], size, values.dtype.itemsize)
+    amount = needs(total, values.shape[1], size, values.dtype.itemsize) + values.nbytes
+    if in_parts:
+        amount += values.dtype.itemsize * total * values.shape[1]
     free = _memory.available(values.device)
     logger.info(
         "%d of %d samples, %d features: %.2f GB of memory beside the features",

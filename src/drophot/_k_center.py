@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drophot._greedy import Coreset, greedy, rows
+from drophot._greedy import Coreset, greedy, rows, square_norms
 from drophot._linear import product
 from drophot._shares import drawn
 
@@ -29,11 +29,12 @@ def k_center(
     exactly, whose largest distance is at most twice the least possible. It seeks out the edges of
     the data, and so its outliers: wrong labels that look odd are kept.
 
-    A smaller ratio's ranking is the beginning of a larger one's. Runs on the features' device, in
-    their precision, at least float32. Most choices look at a few thousand far samples only; all
-    others catch up in blocks, by matrix products. Memory beside the features is a copy of them, two
-    numbers a sample and 2,048 candidates: it is logged (`logging.getLogger("drophot")`) and refused
-    before the start if it is not there.
+    Without `targets` a smaller ratio's ranking is the beginning of a larger one's. Runs on the
+    features' device, in their precision, at least float32: distances that are a thousandth of the
+    largest are rough in it, and exact in float64. Most choices look at a few thousand far samples
+    only; all others catch up in blocks, by matrix products. Memory beside the features is a copy of
+    them, some numbers a sample and 2,048 candidates: it is logged (`logging.getLogger("drophot")`)
+    and refused before the start if it is not there.
 
     References:
         Gonzalez, Clustering to minimize the maximum intercluster distance, 1985,
@@ -48,8 +49,8 @@ def k_center(
             `K` (largest remainders) and is covered by itself.
         start: Positions of samples that are kept already. They count in `K`, cover what is near
             them, and are not in the ranking.
-        seed: Draws the first sample where there is no start. Equal distances go to the sample that
-            stands first.
+        seed: Draws the first sample where there is no start, and breaks ties among the classes'
+            shares. Equal distances go to the sample that stands first.
 
     Returns:
         The coreset. Its gains are the distances at which the samples were chosen, falling, in the
@@ -71,12 +72,12 @@ def k_center(
 
 def _needs(total: int, width: int, size: int, item: int) -> int:
     few = min(total, _CANDIDATES)
-    return item * (total * (width + 3) + few * (2 * width + 8) + size * (width + 1) + (1 << 20))
+    return item * (total * 5 + few * (2 * width + 8) + 3 * size * (width + 1) + (1 << 21))
 
 
 def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor, Tensor, None]:
     total, device = len(values), values.device
-    norms = values.square().sum(1)
+    norms = square_norms(values)
     centres = values.new_empty(size, values.shape[1])
     chosen, gains = [], []
     # Squared distances to the nearest centre among those that all have been held against; the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -11,31 +12,43 @@ _DISTANCES = 1 << 24  # held at a time
 
 
 def medoids(
-    groups: Sequence[Sequence[Tensor]], sizes: Sequence[int]
+    groups: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
     """The medoids of each class in each of several subsets, and how many samples each stands for.
 
     Args:
-        groups: For each subset, for each class, vectors `(n, D)`, of a class always as many.
-        sizes: How many medoids of each class, at most as many as it has vectors.
+        groups: For each subset, for each class, vectors `(n, D)`.
+        sizes: How many medoids of each, at most as many as there are vectors.
 
     Returns:
         For each subset and class, the places of the medoids in the order in which they were chosen,
         and their weights, float32, both on the CPU.
     """
-    longest = max(len(part) for part in groups[0])
-    at_once = max(1, _DISTANCES // (len(sizes) * longest**2))
-    chosen: list[list[Tensor]] = []
-    weights: list[list[Tensor]] = []
-    for begin in range(0, len(groups), at_once):
-        parts = [part for group in groups[begin : begin + at_once] for part in group]
-        wanted = torch.tensor(sizes).repeat(len(parts) // len(sizes))
-        places, counts = _greedy(parts, wanted, longest)
-        found = [row[:size] for row, size in zip(places, wanted.tolist(), strict=True)]
-        heavy = [row[:size] for row, size in zip(counts, wanted.tolist(), strict=True)]
-        for first in range(0, len(parts), len(sizes)):
-            chosen.append(found[first : first + len(sizes)])
-            weights.append(heavy[first : first + len(sizes)])
+    chosen = [[torch.empty(0, dtype=torch.int64) for _ in group] for group in groups]
+    weights = [[torch.empty(0) for _ in group] for group in groups]
+    wanted = [
+        (subset, number)
+        for subset, of_classes in enumerate(sizes)
+        for number, size in enumerate(of_classes)
+        if size
+    ]
+
+    def about(where: tuple[int, int]) -> int:
+        return (len(groups[where[0]][where[1]]) - 1).bit_length()
+
+    # Those of like length go together, padded to the longest: at most to twice their own.
+    for _, like in groupby(sorted(wanted, key=about), key=about):
+        places = list(like)
+        longest = max(len(groups[subset][number]) for subset, number in places)
+        at_once = max(1, _DISTANCES // longest**2)
+        for begin in range(0, len(places), at_once):
+            part = places[begin : begin + at_once]
+            numbers = [sizes[subset][number] for subset, number in part]
+            rows, counts = _greedy(
+                [groups[subset][number] for subset, number in part], torch.tensor(numbers), longest
+            )
+            for (subset, number), size, row, count in zip(part, numbers, rows, counts, strict=True):
+                chosen[subset][number], weights[subset][number] = row[:size], count[:size]
     return chosen, weights
 
 
@@ -61,10 +74,12 @@ def _greedy(parts: list[Tensor], wanted: Tensor, longest: int) -> tuple[Tensor, 
         nearest = torch.minimum(nearest, away[everyone, :, place])
         places.append(place)
     order = torch.stack(places, 1)
-    # Each vector belongs to the nearest of those that its group wanted.
+    # Each vector belongs to the nearest of those that its group wanted, each of these to itself.
     apart = away.gather(2, order[:, None, :].expand(-1, longest, -1))
     beyond = torch.arange(order.shape[1], device=device) >= wanted.to(device)[:, None]
     owner = apart.masked_fill_(beyond[:, None, :], torch.inf).argmin(2)
+    group, number = (~beyond).nonzero(as_tuple=True)
+    owner[group, order[group, number]] = number
     counts = torch.zeros(order.shape, device=device)
     counts.scatter_add_(1, owner, there.float())
     return order.cpu(), counts.cpu()

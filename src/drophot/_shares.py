@@ -31,7 +31,7 @@ def kept(num_samples: int, ratio: float) -> int:
         >>> kept(100, 0.29), kept(5, 0.5), kept(3, 0.01)
         (29, 3, 1)
     """
-    return max(1, floor(ratio * num_samples + 0.5))
+    return max(1, floor(float(ratio) * num_samples + 0.5))
 
 
 def check_ratio(name: str, ratio: Any) -> None:
@@ -46,6 +46,8 @@ def check_ratio(name: str, ratio: Any) -> None:
         ValueError: If it is not in (0, 1].
     """
     try:
+        if isinstance(ratio, str):
+            raise TypeError
         inside = 0 < float(ratio) <= 1
     except (TypeError, ValueError):
         raise TypeError(
@@ -112,6 +114,29 @@ def shares(counts: Iterable[int], size: int, seed: int) -> Positions:
     order = np.lexsort((hashed(np.arange(len(counts)), seed), -remainders))
     found[order[: size - int(found.sum())]] += 1
     return found
+
+
+def dealt(counts: Iterable[int], size: int, chance: np.random.Generator) -> Positions:
+    """Divide `size` among groups of these counts, what is left over by chance.
+
+    So that over many draws each group has exactly its proportion, the smallest ones too.
+
+    References:
+        Madow and Madow, On the theory of systematic sampling, 1944.
+
+    Args:
+        counts: The groups' sizes.
+        size: At most their sum.
+        chance: Draws.
+
+    Returns:
+        How many of each, together `size`; of no group more than it has.
+    """
+    counts = np.fromiter(counts, dtype=np.int64)
+    total = int(counts.sum())
+    found, remainders = np.divmod(counts * size, total)
+    reached = np.cumsum(remainders) + int(chance.integers(total))
+    return found + reached // total - (reached - remainders) // total
 
 
 def drawn(

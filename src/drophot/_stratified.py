@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from math import floor
+from numbers import Real
 from typing import Literal
 
 import numpy as np
@@ -62,7 +63,7 @@ class Stratified:
             raise TypeError(f"`bins` should be an integer. Found {self.bins!r}.") from None
         if self.bins < 1:
             raise ValueError(f"`bins` should be at least 1. Found {self.bins}.")
-        if not isinstance(self.cutoff, int | float):
+        if not isinstance(self.cutoff, Real):
             raise TypeError(f"`cutoff` should be a number in [0, 1). Found {self.cutoff!r}.")
         if not 0 <= self.cutoff < 1:
             raise ValueError(
@@ -138,5 +139,7 @@ class Stratified:
             )
         # Halves, as the distance of two large numbers may be none.
         width = (high / 2 - low / 2).clamp_(min=torch.finfo(torch.float64).tiny)
-        place = ((values / 2 - low / 2) / width * self.bins).long().clamp_(0, self.bins - 1)
+        # Multiplied first, so that whole numbers fall into the bins that they bound.
+        place = (values / 2 - low / 2) * (self.bins / 2**20) / (width / 2**20)
+        place = place.long().clamp_(0, self.bins - 1)
         return torch.bincount(place, minlength=self.bins).numpy(), place.numpy()

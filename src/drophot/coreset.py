@@ -70,7 +70,8 @@ def select(
         scores: One real number for each sample, shape `(N,)`: forgetting scores, or any others.
         ratio: The share kept, in (0, 1].
         mode: `"high"` keeps the highest scores, `"low"` the lowest, `"random"` a uniformly random
-            subset of the same size, the control that a score has to beat.
+            subset of the same size, the control that a score has to beat; a :class:`Stratified`
+            some of every difficulty.
         targets: The samples' classes, integers, shape `(N,)`. Given, each class keeps its share
             of `K` by the method of largest remainders, and the mode chooses within the classes. A
             class whose share rounds to 0 keeps nothing.
@@ -83,8 +84,9 @@ def select(
     Raises:
         TypeError: If `ratio` is not a number, `seed` not an integer, `scores` not real or
             `targets` not of integers.
-        ValueError: If `ratio` is not in (0, 1], `mode` is unknown, `scores` is empty, not of one
-            dimension or holds a NaN, or `targets` has another length.
+        ValueError: If `ratio` is not in (0, 1], `mode` is unknown or its cutoff leaves less than
+            the ratio, `scores` is empty, not of one dimension, holds a NaN or, for a `Stratified`,
+            an infinity, or `targets` has another length.
 
     Example:
         >>> scores = torch.tensor([0, 3, 1, 7, 0, 2])
@@ -137,9 +139,11 @@ def _choose(
     total = len(scores)
     if isinstance(mode, Stratified):
         remaining = mode.remaining(total, size)
-        inside = np.sort(_choose(scores, remaining, "low" if mode.hard == "high" else "high", seed))
-        positions = inside if positions is None else positions[inside]
-        return mode.draw(scores[torch.from_numpy(inside)], positions, size, seed)
+        easier = "low" if mode.hard == "high" else "high"
+        places = np.arange(total) if positions is None else positions
+        left = np.sort(_choose(scores, remaining, easier, seed, places))
+        inside = torch.from_numpy(np.searchsorted(places, left))
+        return mode.draw(scores[inside], left, size, seed)
     # All samples stand in one order, by score and then by hash. "low" takes it from below and
     # "high" from above, so that the two meet no sooner than they must.
     if mode == "random":
@@ -192,6 +196,8 @@ def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
                 f"{int(nan.nonzero()[0, 0])}; score or drop those samples first."
             )
         return values
+    if values.dtype == torch.uint64 and (values.view(torch.int64) < 0).any():
+        raise TypeError("`scores` should be below 2⁶³. Found larger ones; give them as float64.")
     # Unsigned integers of more than 8 bits can do next to nothing in torch.
     small = values.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return values if small else values.long()

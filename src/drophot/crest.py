@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from math import ceil
+from collections.abc import Iterator, Sequence
+from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
-from drophot import _feed, training
+from drophot import _feed, _random, training
 from drophot._medoids import medoids
-from drophot._shares import check_ratio, kept, members, shares
+from drophot._shares import check_ratio, check_targets, dealt, kept, members
 from drophot._step import fast_forward
 from drophot._untouched import untouched
 from drophot.features import errors
@@ -34,8 +35,9 @@ class CrestLoader:
 
     1. *Choose.* :math:`P` random subsets, each a share `subset` of the data with every class in its
        proportion, give a mini-batch each: per class, the medoids that facility location finds among
-       softmax − one-hot. A medoid's weight is the number of samples that it stands for, over its
-       mean. A step takes one of the :math:`P` at random.
+       softmax − one-hot. A class that is due less than one of them has one with that chance. A
+       medoid's weight is the number of samples that it stands for, over its mean. A step takes one
+       of the :math:`P` at random.
     2. *Model the loss* around the weights :math:`w_0` that they were chosen for,
        :math:`F(\delta) = L(w_0) + \bar g^\top \delta + \frac{1}{2} \delta^\top \bar H \delta`: the
        gradient of the mini-batches and their Hessian's diagonal (Hutchinson's estimate, one draw a
@@ -57,7 +59,8 @@ class CrestLoader:
     Args:
         dataset: Samples `(input, target)` or `(input, target, index)`, targets classes. Kept on the
             model's device where that changes nothing, as in :func:`drophot.fit`.
-        model: Called as `model(inputs)`, gives logits `(B, C)`; trained by cross-entropy.
+        model: Called as `model(inputs)`, gives logits `(B, C)`; trained by cross-entropy. Its loss
+            has second derivatives, which a compiled model's has not.
         ratio: An epoch is as many steps as one on this share of the data, in (0, 1].
         batch_size: `m`, samples in a mini-batch.
         subset: The share of the data in a random subset, in (0, 1]; two mini-batches at least.
@@ -67,7 +70,7 @@ class CrestLoader:
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If one is out of range, or the dataset is empty.
+        ValueError: If one is out of range, the dataset is empty, or its targets are no classes.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -110,12 +113,16 @@ class CrestLoader:
             )
         self.model = model
         device = next(model.parameters()).device
-        indexed = len(_feed.first_sample("dataset", dataset)) == 3
+        with _random.kept():  # a random transform may draw
+            indexed = len(_feed.first_sample("dataset", dataset)) == 3
         self.dataset = training.in_memory(dataset if indexed else IndexedDataset(dataset), device)
         self._total = len(dataset)  # type: ignore[arg-type]
         self._steps = ceil(kept(self._total, ratio) / self.batch_size)
         self._size = min(self._total, max(kept(self._total, subset), 2 * self.batch_size))
-        self._classes = members(_feed.targets_of(self.dataset).long().numpy())
+        targets = check_targets(_feed.targets_of(self.dataset), self._total)
+        if targets.min() < 0:
+            raise ValueError(f"`dataset` should have targets from 0. Found {targets.min()}.")
+        self._classes = members(targets)
         self._chance = np.random.default_rng(seed % 2**64)
         self._draws = torch.Generator().manual_seed(seed % 2**63)
         self.threshold, self.interval = threshold, interval
@@ -152,12 +159,13 @@ class CrestLoader:
         with untouched(self.model) as device:
             found = [self._errors(torch.cat(parts), device) for parts in subsets]
             losses = [loss for _, loss in found]
-            sizes = shares(map(len, subsets[0]), min(self.batch_size, self._size), 0)
+            size = min(self.batch_size, self._size)
+            sizes = [dealt(map(len, parts), size, self._chance).tolist() for parts in subsets]
             groups = [
                 errors.split([len(part) for part in parts])
                 for (errors, _), parts in zip(found, subsets, strict=True)
             ]
-            chosen, weights = medoids(groups, sizes.tolist())
+            chosen, weights = medoids(groups, sizes)
             self._batches = torch.stack([
                 torch.cat([part[places] for part, places in zip(parts, of_classes, strict=True)])
                 for parts, of_classes in zip(subsets, chosen, strict=True)
@@ -171,7 +179,7 @@ class CrestLoader:
 
     def _subset(self) -> list[Tensor]:
         """A random subset, the positions of each class for itself."""
-        sizes = shares(map(len, self._classes), self._size, 0)
+        sizes = dealt(map(len, self._classes), self._size, self._chance)
         return [
             torch.from_numpy(self._chance.choice(part, size, replace=False, shuffle=False))
             for part, size in zip(self._classes, sizes.tolist(), strict=True)
@@ -185,7 +193,7 @@ class CrestLoader:
             inputs, targets, _ = _feed.at(self.dataset, part, device)
             logits = forward(inputs)
             found.append(errors(logits, targets))
-            total += float(F.cross_entropy(logits.float(), targets, reduction="sum"))
+            total += float(F.cross_entropy(logits.float(), targets.long(), reduction="sum"))
         return torch.cat(found), total / len(places)
 
     def _model_loss(self, device: torch.device) -> None:
@@ -193,22 +201,22 @@ class CrestLoader:
         weights = [p for p in self.model.parameters() if p.requires_grad]
         self._origin = _flat(weights)
         gradient, curvature = torch.zeros_like(self._origin), torch.zeros_like(self._origin)
+        forward = fast_forward(self.model, device)
         for places, weight in zip(self._batches, self._weights, strict=True):
             inputs, targets, _ = _feed.at(self.dataset, places, device)
-            with torch.enable_grad():
-                losses = F.cross_entropy(self.model(inputs), targets, reduction="none")
-                loss = (losses * weight.to(device)).mean()
-                grads = torch.autograd.grad(
-                    loss, weights, create_graph=True, materialize_grads=True
-                )
-                sides = [self._sides(grad) for grad in grads]
-                bendable = [number for number, grad in enumerate(grads) if grad.requires_grad]
-                bent = torch.autograd.grad(
-                    [grads[number] for number in bendable],
-                    weights,
-                    [sides[number] for number in bendable],
-                    materialize_grads=True,
-                )
+            # Of attention only the plain kernel has second derivatives.
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+                losses = F.cross_entropy(forward(inputs), targets.long(), reduction="none")
+                try:
+                    grads, sides, bent = self._derivatives(
+                        (losses * weight.to(device)).mean(), weights
+                    )
+                except RuntimeError as error:
+                    error.add_note(
+                        f"CrestLoader takes second derivatives of the model's loss, which "
+                        f"{type(self.model).__name__} may not have: a compiled model has none."
+                    )
+                    raise
             gradient += _flat(grads) / len(self._batches)
             curvature += _flat(bent) * _flat(sides) / len(self._batches)
         if self._means is None:
@@ -220,9 +228,27 @@ class CrestLoader:
         self._slope = mean / (1 - _MEAN**times)
         self._bend = (square / (1 - _SQUARE**times)).sqrt()
         norm = float(self._bend.norm())
-        self._first_norm = self._first_norm or norm
-        if norm:
-            self.check_every = ceil(min(self.interval * self._first_norm / norm, self._steps))
+        if not isfinite(norm):  # a training that has diverged is checked at each step
+            self.check_every = 1
+        elif norm:
+            self._first_norm = self._first_norm or norm
+            times = self.interval * self._first_norm / norm
+            self.check_every = max(1, ceil(min(times, self._steps)))
+
+    def _derivatives(
+        self, loss: Tensor, weights: list[nn.Parameter]
+    ) -> tuple[Sequence[Tensor], list[Tensor], Sequence[Tensor]]:
+        """A loss's gradient, Hutchinson's draw, and the Hessian times it."""
+        grads = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+        sides = [self._sides(grad) for grad in grads]
+        bendable = [number for number, grad in enumerate(grads) if grad.requires_grad]
+        bent = torch.autograd.grad(
+            [grads[number] for number in bendable],
+            weights,
+            [sides[number] for number in bendable],
+            materialize_grads=True,
+        )
+        return grads, sides, bent
 
     def _sides(self, like: Tensor) -> Tensor:
         """Hutchinson's draw: 1 or −1, each with the same chance."""

@@ -85,7 +85,8 @@ class LossSampling:
         >>> len(loader), len(index)
         (3, 4)
 
-    InfoBatch ends with some epochs on everything; for these take the loader without it. A sample
+    InfoBatch ends with some epochs on everything; for these take a loader without the sampler, and
+    `losses.mean()`. A sample
     that has not been seen yet is drawn like the easy ones. One process.
 
     References:
@@ -142,8 +143,15 @@ class LossSampling:
 
         Raises:
             ValueError: If the shapes differ.
+            RuntimeError: If no epoch was begun, so that nobody knows who rests.
         """
         self.update(index, losses)
+        if self.epoch == 0:
+            raise RuntimeError(
+                "`loss` needs an epoch of `sampler(...)`. Found none; give it to the loader, "
+                "DataLoader(dataset, sampler=sampling.sampler(RandomSampler(dataset))), or take "
+                "losses.mean() where nobody rests."
+            )
         return (losses * self.weights(index).to(losses)).mean()
 
     def update(self, index: Tensor, losses: Tensor) -> None:
@@ -186,7 +194,7 @@ class LossSampling:
         self.epoch += 1
         size = kept(total, self.ratio)
         known = ~self.losses.isnan()
-        mean = self.losses.nanmean()
+        mean = self.losses[self.losses.isfinite()].mean()  # of none NaN, above which is nobody
         hard = (known & (self.losses > mean)).nonzero()[:, 0].cpu().numpy()
         if 2 * len(hard) > size:
             most = max(size // 2, 0)

@@ -77,8 +77,16 @@ def errors(logits: Tensor, targets: Tensor) -> Tensor:
 
     Returns:
         softmax − one-hot, float32, shape `(B, C)`.
+
+    Raises:
+        ValueError: If the targets are no classes.
     """
-    return logits.float().softmax(1) - F.one_hot(targets, logits.shape[1])
+    if targets.dim() != 1 or targets.is_floating_point():
+        raise ValueError(
+            f"`targets` should be classes, integers of shape (B,). Found {targets.dtype} of shape "
+            f"{tuple(targets.shape)}; take argmax(1) of one-hot ones."
+        )
+    return logits.float().softmax(1) - F.one_hot(targets.long(), logits.shape[1])
 
 
 def _error(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

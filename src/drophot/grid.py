@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from drophot import _executors, _memory, _probe, _progress, records
+from drophot import _executors, _memory, _modes, _probe, _progress, records
 from drophot._modes import Mode
 from drophot._plan import Plan, estimate
 from drophot._stages import Stage, compute
@@ -109,8 +110,10 @@ class Grid:
                         f"{name}={value!r}; give controls=[{control!r}] here, which compares it "
                         f"with the run without."
                     )
-        self.data_ratios = [float(r) for r in _list("data_ratios", data_ratios, pipeline)]
-        self.modes = _list("modes", modes, pipeline)
+        # Each list beside values that go with everything; which cells go together is seen below.
+        neutral = pipeline.replace(mode="random", data_ratio=1.0)
+        self.data_ratios = [float(r) for r in _list("data_ratios", data_ratios, neutral)]
+        self.modes = _list("modes", modes, neutral.replace(data_ratio=min(self.data_ratios)))
         self.prune_ratios = [float(r) for r in _list("prune_ratios", prune_ratios, pipeline)]
         self.seeds = [int(s) for s in _list("seeds", seeds, pipeline)]
         self.controls = list(controls)
@@ -124,6 +127,8 @@ class Grid:
                 "`data_ratios` should each be below 1. Found 1, which is the baseline, and that is "
                 "always there; leave it out."
             )
+        for mode, data_ratio in product(self.modes, self.data_ratios):
+            pipeline.replace(mode=mode, data_ratio=data_ratio)
         _probe.check_counts(1, threads=threads)
         self.threads = threads
         self.pipeline = pipeline.replace()
@@ -331,6 +336,7 @@ def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
         except (ValueError, TypeError) as error:
             error.add_note(f"This was found in `{name}`.")
             raise
-        if value in found[:position]:
+        names = map(_modes.name, found[:position])  # what a file and a record call a mode
+        if value in found[:position] or (name == "modes" and _modes.name(value) in names):
             raise ValueError(f"`{name}` should hold each value once. Found {value!r} twice.")
     return found
