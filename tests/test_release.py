@@ -1,0 +1,369 @@
+"""What is released: the two archives and their metadata, the changelog, the public docstrings."""
+
+import ast
+import dataclasses
+import doctest
+import inspect
+import re
+import shutil
+import subprocess
+import tarfile
+import textwrap
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from email import message_from_string
+from email.message import Message
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import ROOT, run
+
+import drophot
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SDIST = [
+    name.strip("/") for name in PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+]
+ALWAYS = {"pyproject.toml", ".gitignore"}  # what hatchling adds of its own accord
+
+# What else lies in a checkout that has been worked in, and belongs in no archive.
+LITTER = [
+    "src/drophot/__pycache__/prune.cpython-311.pyc",
+    "src/drophot.egg-info/PKG-INFO",
+    "tests/.hypothesis/examples/0a",
+    "tests/.pytest_cache/CACHEDIR.TAG",
+    "docs/_build/html/index.html",
+    "docs/auto_gallery/plot_pruning.codeobj.json",
+    "build/lib/drophot/prune.py",
+    "dist/drophot-0.0.1.tar.gz",
+    "environment/lib/site-packages/numpy/tests/test_all.py",  # a name that no ignore file has
+    "data/MNIST/raw/train-images-idx3-ubyte",
+    "results/records.jsonl",
+]
+
+
+class Archives(NamedTuple):
+    """What was built of a copy of the checkout, and what is in it."""
+
+    wheel: Path
+    in_wheel: set[str]
+    sdist: Path
+    in_sdist: set[str]
+    metadata: Message
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Archives:
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    tree = tmp_path_factory.mktemp("tree")
+    for name in {*SDIST, *ALWAYS}:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, tree / name)
+        else:
+            shutil.copy(ROOT / name, tree / name)
+    for name in LITTER:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).touch()
+    return build(tree, tree / "dist" / "new")
+
+
+def build(tree: Path, into: Path) -> Archives:
+    run("-m", "hatchling", "build", "-d", into, folder=tree)
+    (wheel,), (sdist,) = into.glob("*.whl"), into.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as file:
+        in_wheel = set(file.namelist())
+        (name,) = (name for name in in_wheel if name.endswith("METADATA"))
+        metadata = message_from_string(file.read(name).decode())
+    with tarfile.open(sdist) as file:
+        in_sdist = {member.name.partition("/")[2] for member in file if member.isfile()}
+    return Archives(wheel, in_wheel, sdist, in_sdist, metadata)
+
+
+def sources() -> set[str]:
+    folder = ROOT / "src"
+    files = [*folder.rglob("drophot/**/*.py"), folder / "drophot" / "py.typed"]
+    return {path.relative_to(folder).as_posix() for path in files}
+
+
+def test_the_wheel_holds_the_package_and_its_metadata_and_nothing_else(archives: Archives) -> None:
+    about = f"drophot-{drophot.__version__}.dist-info"
+    assert archives.wheel.name == f"drophot-{drophot.__version__}-py3-none-any.whl"
+    assert archives.in_wheel == {
+        *sources(),
+        *(f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")),
+    }
+    with zipfile.ZipFile(archives.wheel) as file:
+        assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+
+
+# By the longest folder that a file is in: the kinds of files that belong there.
+KINDS = {
+    "": {".md", ".toml"},
+    ".ci": {""},
+    "benchmarks": {".py", ".md"},
+    "benchmarks/results": {".json", ".jsonl"},
+    "docs": {".md", ".rst", ".py", ".toml", ".css", ".svg", ".png"},
+    "examples": {".py"},
+    "src": {".py", ".typed"},
+    "tests": {".py"},
+}
+NESTED = ("docs", "src")  # with folders of their own
+NAMED = {"LICENSE", "PKG-INFO", ".gitignore"}
+
+
+def astray(names: set[str]) -> list[str]:
+    """The files of a source archive that are of no kind that belongs where they are."""
+    found = []
+    for name in sorted(names - NAMED):
+        folder = Path(name).parent
+        if folder.parts and folder.parts[0] in NESTED:
+            folder = Path(folder.parts[0])
+        kinds = KINDS.get("" if folder == Path() else folder.as_posix(), set())
+        hidden = any(part.startswith((".", "_build", "__py")) for part in Path(name).parts[1:])
+        if Path(name).suffix not in kinds or hidden:
+            found.append(name)
+    return found
+
+
+def test_the_sdist_holds_what_belongs_in_it_and_nothing_else(archives: Archives) -> None:
+    assert archives.sdist.name == f"drophot-{drophot.__version__}.tar.gz"
+    assert astray(archives.in_sdist) == []
+    assert archives.in_sdist.isdisjoint(LITTER)
+    assert archives.in_sdist >= {f"src/{name}" for name in sources()}
+    assert archives.in_sdist >= {*ALWAYS, "LICENSE", "PKG-INFO", "tests/conftest.py"}
+    assert archives.in_sdist >= {"docs/conf.py", ".ci/run"}, "the docs and test_package need them"
+
+
+def test_the_test_of_the_sdist_can_fail() -> None:
+    for name in (
+        *LITTER,
+        "benchmarks/store/records.jsonl",
+        "examples/data/MNIST/raw/t10k",
+        "a.out",
+    ):
+        assert astray({name}) == [name]
+
+
+def test_the_sdist_holds_everything_that_git_tracks(archives: Archives) -> None:
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        pytest.skip("not a git checkout")
+    command = ["git", "ls-files", "-z"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    tracked = {name for name in output.split("\0") if name and (ROOT / name).exists()}
+    assert archives.in_sdist >= tracked
+
+
+def test_the_sdist_builds_the_same_wheel(archives: Archives, tmp_path: Path) -> None:
+    with tarfile.open(archives.sdist) as file:
+        file.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.iterdir()
+    again = build(tree, tmp_path / "dist")
+    assert again.wheel.read_bytes() == archives.wheel.read_bytes()
+    assert again.in_sdist == archives.in_sdist
+
+
+def test_the_metadata(archives: Archives) -> None:
+    about = archives.metadata
+    assert about["Name"] == "drophot"
+    assert about["Version"] == drophot.__version__
+    assert about["License-Expression"] == "MIT"
+    assert about["License-File"] == "LICENSE"
+    assert about["Requires-Python"] == ">=3.11"
+    assert about["Description-Content-Type"] == "text/markdown"
+    assert about.get_payload() == (ROOT / "README.md").read_text()
+    assert {"Typing :: Typed", "Programming Language :: Python :: 3"} <= set(
+        about.get_all("Classifier", [])
+    )
+    extras = set(PROJECT["project"]["optional-dependencies"])
+    assert set(about.get_all("Provides-Extra", [])) == extras
+    needs = about.get_all("Requires-Dist", [])
+    assert {re.split(r"\W", line)[0] for line in needs if "extra" not in line} == {"torch", "numpy"}
+    lower_bound = re.compile(r"[\w-]+(\[\w+\])?>=[\d.]+(; extra == '\w+')?")
+    assert [line for line in needs if not lower_bound.fullmatch(line)] == []
+
+
+SECTIONS = ["Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"]
+
+
+def faults(changelog: str, version: str) -> list[str]:
+    """Where a changelog is not as keepachangelog.com/en/1.1.0 has it."""
+    found: list[str] = []
+    releases: list[tuple[int, ...]] = []
+    sections: list[str] = []
+    title, *rest = re.split(r"^(?=## )", changelog, flags=re.M)
+    if not title.startswith("# Changelog\n") or re.search("^##", title, re.M):
+        found.append("it should begin with its title")
+    for part in rest:
+        heading, *sections = re.split(r"^### ", part, flags=re.M)
+        head = re.fullmatch(
+            r"## \[(\d+)\.(\d+)\.(\d+)\] [-–] (unreleased|\d{4}-\d\d-\d\d)", heading.strip()
+        )
+        if head is None:
+            found.append(f"not a version and its date alone: {heading.strip()}")
+            continue
+        releases.append(tuple(int(number) for number in head.groups()[:3]))
+        developed = len(releases) == 1 and ".dev" in version
+        if developed != (head[4] == "unreleased"):
+            found.append(f"its date: {heading.strip()}")
+        names = [section.partition("\n")[0] for section in sections]
+        found += [f"no such section: {name}" for name in names if name not in SECTIONS]
+        found += [f"twice in one version: {name}" for name in {*names} if names.count(name) > 1]
+        found += [
+            f"no points: {s}" for s in sections if not s.partition("\n")[2].startswith("\n- ")
+        ]
+        if not sections:
+            found.append(f"nothing under {heading.strip()}")
+    if any(newer <= older for newer, older in pairwise(releases)):
+        found.append("the newest version should come first")
+    now = tuple(int(number) for number in re.sub(r"\.dev\d*$", "", version).split("."))
+    if releases[:1] != [now]:
+        found.append(f"{version} should be the first")
+    return found
+
+
+def test_the_changelog_is_one_that_people_can_read() -> None:
+    assert faults((ROOT / "CHANGELOG.md").read_text(), drophot.__version__) == []
+
+
+def test_the_test_of_the_changelog_can_fail() -> None:
+    top, one, two = "# Changelog\n\nWords.\n\n", "## [0.1.0] – 2020-01-31\n\n", "## [0.2.0] - "
+    point = "### Fixed\n\n- A.\n\n"
+    good = top + two + "2020-02-01\n\n" + point + one + point
+    assert faults(good, "0.2.0") == []
+    assert faults(good.replace("2020-02-01", "unreleased"), "0.2.0.dev3") == []
+    assert faults(good, "0.2.0.dev0") == ["its date: ## [0.2.0] - 2020-02-01"]
+    assert faults(good, "0.3.0") == ["0.3.0 should be the first"]
+    assert faults(good.replace("Fixed", "Mended", 1), "0.2.0") == ["no such section: Mended"]
+    assert faults(good.replace("- A.", "A.", 1), "0.2.0") == ["no points: Fixed\n\nA.\n\n"]
+    assert faults(good + point, "0.2.0") == ["twice in one version: Fixed"]
+    assert faults(top + one, "0.1.0") == ["nothing under ## [0.1.0] – 2020-01-31"]
+    assert faults(good.replace(top, ""), "0.2.0")[0] == "it should begin with its title"
+    swapped = top + one + point + two + "2020-02-01\n\n" + point
+    assert "the newest version should come first" in faults(swapped, "0.1.0")
+    assert faults(good.replace("2020-01-31", "soon"), "0.2.0") == [
+        "not a version and its date alone: ## [0.1.0] – soon"
+    ]
+
+
+# Public names whose own docstring has no example, each because another one's shows it.
+SHOWN_ELSEWHERE = {
+    "Coreset": "k_center",  # what it returns
+    "Record": "DropHot",  # what its run returns
+    "evaluate": "fit",  # ends in it
+}
+
+
+def examples(name: str) -> list[doctest.Example]:
+    found = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(drophot, name)) or "")
+    return [example for example in found if doctest.SKIP not in example.options]
+
+
+@pytest.mark.parametrize("name", drophot.__all__)
+def test_a_public_name_has_an_example_that_shows_what_comes_out(name: str) -> None:
+    found = examples(name)
+    if name in SHOWN_ELSEWHERE:
+        assert found == [], "it has one by now: take it off the list"
+        found = examples(SHOWN_ELSEWHERE[name])
+    assert any(example.want or example.source.startswith("assert ") for example in found)
+
+
+API = sorted(path.stem for path in (ROOT / "docs" / "api").glob("*.md") if path.stem != "index")
+ALIASES = {"Mode"}  # Python keeps no docstring for them; `select` says what a mode is
+
+
+def documented(page: str) -> Iterator[tuple[str, object]]:
+    """The names of a page of the API, and a module's own `__all__`, with what they stand for."""
+    directive = re.compile(r"^\.\. (auto\w+):: (\S+)((?:\n {3}.*)*)", re.M)
+    text = (ROOT / "docs" / "api" / f"{page}.md").read_text()
+    for kind, target, options in directive.findall(text):
+        if kind != "automodule":
+            module, _, name = target.rpartition(".")
+            yield target, getattr(import_module(module), name)
+            continue
+        module = import_module(target)
+        yield target, module
+        members = re.search(r":members:([^:]*)", options)
+        names = set(re.findall(r"\w+", members[1])) if members else set()
+        if not names:
+            names = {n for n, v in vars(module).items() if getattr(v, "__module__", "") == target}
+        for name in sorted({*names, *getattr(module, "__all__", ())}):
+            if not name.startswith("_"):
+                yield f"{target}.{name}", getattr(module, name)
+
+
+@pytest.fixture(params=API)
+def page(request: pytest.FixtureRequest) -> list[tuple[str, object]]:
+    if request.param == "integrations":
+        for name in ("lightning.pytorch", "accelerate", "transformers.trainer"):
+            pytest.importorskip(name, reason=f"`{name}` is not installed")
+    return list(documented(request.param))
+
+
+# Fields that are left to their names: a record's, once more, and the columns of a printed table.
+PLAIN = {
+    "Comparison": {field.name for field in dataclasses.fields(drophot.Record)},
+    "LayerSummary": {"name", "kind", "parameters", "nonzeros"},
+    "Summary": {"layers", "parameters", "nonzeros"},
+}
+
+
+def silent_fields(thing: type) -> list[str]:
+    """The fields of a dataclass that neither its docstring names nor a string below describes."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body
+    assert isinstance(body, ast.ClassDef)
+    described = {
+        field.target.id
+        for field, below in pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }
+    text = inspect.getdoc(thing) or ""
+    described |= {*re.findall(r"^ {4}(\w+): ", text, re.M), *re.findall(r"`(\w+)`", text)}
+    fields = dataclasses.fields(thing)  # type: ignore[arg-type]
+    own = {field.name for field in fields if field.name in thing.__annotations__}
+    described |= PLAIN.get(thing.__name__, set())
+    return sorted(name for name in own - described if not name.startswith("_"))
+
+
+def test_every_name_of_the_api_says_what_it_is(page: list[tuple[str, object]]) -> None:
+    for name, thing in page:
+        if name.rpartition(".")[2] in ALIASES:
+            continue
+        assert inspect.getdoc(thing), name
+        if isinstance(thing, type) and dataclasses.is_dataclass(thing):
+            assert silent_fields(thing) == [], name
+
+
+def test_the_test_of_the_fields_can_fail() -> None:
+    @dataclasses.dataclass
+    class Result:
+        """Something.
+
+        Args:
+            said: In the docstring.
+        """
+
+        said: int
+        below: int
+        """Below it."""
+        silent: int
+
+    assert silent_fields(Result) == ["silent"]
+
+
+def test_every_public_name_and_module_has_its_place_in_the_api() -> None:
+    order = (ROOT / "docs" / "api" / "index.md").read_text()
+    assert sorted(re.findall(r"^(\w+)$", order, re.M)) == API
+    modules = {path.stem for path in (ROOT / "src" / "drophot").glob("[!_]*.py")}
+    assert modules | {"integrations"} == set(API)
+    things = [thing for page in API if page != "integrations" for _, thing in documented(page)]
+    missing = [
+        name for name in drophot.__all__ if not any(getattr(drophot, name) is t for t in things)
+    ]
+    assert missing == []
