@@ -13,6 +13,7 @@ from test_records import one
 from test_report import cells, grid
 
 from drophot import Record
+from drophot._panels import Panels
 from drophot.records import to_line, write
 from drophot.report import differences, html, table
 
@@ -32,6 +33,7 @@ class Page(HTMLParser):
         self.tables: list[list[list[str]]] = []
         self.words = ""
         self.panels: list[str] = []
+        self.legend: list[str] = []
         self.sections: dict[str, str] = {}
         self.heading = ""
         self.feed(text)
@@ -41,7 +43,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags[tag] += 1
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag == "svg":
+        if tag == "svg" and ("aria-hidden", "true") not in attrs:
             self.panels.append(dict(attrs)["aria-label"] or "")
         if tag == "table":
             self.tables.append([])
@@ -61,6 +63,8 @@ class Page(HTMLParser):
         if "style" in self.open and "svg" not in self.open:
             return
         self.words += data
+        if self.open[-1:] == ["span"]:
+            self.legend.append(data)
         if "h2" in self.open:
             self.heading += data
         elif self.heading:
@@ -109,14 +113,12 @@ def test_parts_of_figures_have_names_of_their_own_and_are_found(full: tuple[Page
 
 
 def test_every_figure_is_there_once(full: tuple[Page, str]) -> None:
-    panels = [p for p in full[0].panels if "kept" in p or "removed" in p]
     ratios = ["0% removed", "80% removed", "10% kept", "50% kept"]
     curves = [f"{k}% kept, {p}% removed" for k in (10, 50) for p in (0, 80)]
-    assert panels == ratios + curves + ["80% removed"]
+    assert full[0].panels == ratios + curves + ["80% removed"]
     assert full[0].tags["figure"] == 4
-    legend = [p for p in full[0].panels if p not in panels]
-    assert len(legend) == 4 * 4
-    assert set(legend) >= {"low: least forgotten", "random"}
+    names = ["low: least forgotten", "high: most forgotten", "random", "baseline: all data"]
+    assert full[0].legend == 4 * names
 
 
 def test_its_parts_come_in_order(full: tuple[Page, str]) -> None:
@@ -274,12 +276,60 @@ def test_controls_networks_and_protocols_are_drawn_apart(tmp_path: Path) -> None
     runs += grid(**small, equal_steps=True, modes=("low", "high", "random"))
     runs += grid(**small, reinitialized=True)
     found = page(runs, tmp_path)
-    assert found.tags["h3"] == 3 * 3
+    assert found.tags["h3"] == 2 * 3  # one reason for all three is said once
     assert "steps: equal, weights: trained" in found.words
     assert "began from other weights" in found.words
     # Each has its baseline.
-    assert found.panels.count("baseline: all data") == found.tags["figure"] == 2 * 3
-    assert page([*runs, one(model="fcnet")], tmp_path).tags["h3"] == 4 * 3
+    assert found.legend.count("baseline: all data") == found.tags["figure"] == 2 * 3
+    assert page([*runs, one(model="fcnet")], tmp_path).tags["h3"] == 2 * 4
+
+
+def test_what_is_left_out_for_one_reason_is_said_once(tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"finetune_curve": (), "prune_ratio": 0.0}
+    runs = [replace(r, **plain) for r in grid(prunes=(0.0,))]
+    runs += [replace(r, equal_steps=True) for r in runs if r.mode != "baseline"]
+    found = page(runs, tmp_path)
+    assert found.words.count("Left out: there are no epochs of fine-tuning.") == 1
+    assert found.words.count("Left out: nothing was pruned and nothing fine-tuned.") == 1
+    assert "; not pruned; not fine-tuned; 3 seeds." in found.words
+    assert found.tags["h3"] == found.tags["figure"] == 2  # accuracy by share, each with its figure
+    runs.append(replace(runs[-1], reinitialized=True, prune_ratio=0.5))
+    found = page(runs, tmp_path)
+    reason = "steps: fewer, weights: trained; steps: equal, weights: trainedLeft out: nothing"
+    assert reason in found.words  # two of the three in one line
+
+
+@pytest.mark.parametrize("only", [{}, {"keeps": (0.1,)}, {"prunes": (0.8,)}])
+def test_no_label_of_a_figure_is_cut_off(
+    only: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    drawn = Panels._svg
+
+    def look(self: Panels, figure: Any, label: str = "") -> str:
+        if label:
+            figure.draw_without_rendering()
+            (ax,) = figure.axes
+            box = ax.get_tightbbox()
+            assert min(box.p0) >= 0, label
+            assert box.x1 <= figure.bbox.x1, label
+            assert box.y1 <= figure.bbox.y1, label
+            low, high = ax.get_ylim()
+            ticks = zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+            seen.append(max(len(text.get_text()) for y, text in ticks if low <= y <= high))
+        return drawn(self, figure, label)
+
+    monkeypatch.setattr(Panels, "_svg", look)
+    # Close to one another, so that the scale has three decimals: 97.522 and not 97.
+    close = {"finetuned_accuracy", "trained_accuracy", "pruned_accuracy"}
+    runs = [
+        replace(
+            r, finetune_curve=(0.975,), **{name: 0.975 + getattr(r, name) / 1e3 for name in close}
+        )
+        for r in grid(**only)
+    ]
+    page(runs, tmp_path)
+    assert max(seen) == 6
 
 
 NASTY = '<script>alert("1")</script>&amp;\'"><b>'

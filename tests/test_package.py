@@ -74,6 +74,7 @@ HOUSE = [
     "grid",
     "stats",
     "_tables",
+    "_plots",
     "_panels",
     "_html",
     "report",

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -308,6 +309,31 @@ def test_columns_only_for_what_is_there() -> None:
             head(*modes)
 
 
+def test_more_modes_than_the_papers_have_a_row_each() -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    runs = grid()
+    wide = cells(differences(runs))
+    others = [replace(r, mode="el2n-high") for r in runs if r.mode == "high"]
+    head, _, *rows = cells(differences([*others, *runs]))
+    assert head == ["kept", "share", "removed", "n", "− base", "− random"]
+    assert [row[0] for row in rows] == ["low", "high", "random", "el2n-high"] * 4
+    assert rows[2][5] == ""
+    # The numbers are those of the wide table; the stars may not be, for more are compared.
+    for place, line in enumerate(wide[2:]):
+        for mode in ("low", "high", "random"):
+            row = rows[4 * place + ["low", "high", "random"].index(mode)]
+            assert row[1:4] == line[:3]
+            for column, other in ((4, "base"), (5, "random")):
+                if mode != other:
+                    expected = line[wide[0].index(f"{mode} − {other}")]
+                    assert row[column].rstrip(" *") == expected.rstrip(" *")
+        assert rows[4 * place + 3][4:] == rows[4 * place + 1][4:]
+    equal = [replace(r, equal_steps=True) for r in others]
+    head, _, *rows = cells(differences([*others, *equal, *runs]))
+    assert head[:2] == ["steps", "kept"]
+    assert sum(row[0] == "equal" for row in rows) == 4
+
+
 def test_another_measure_and_leading_columns() -> None:
     pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = [*grid(), *grid(model="fcnet", modes=("baseline", "low"))]
@@ -437,6 +463,44 @@ def test_ratios_show_a_line_for_each_mode_and_the_baseline_as_a_level() -> None:
     (band,) = axes.patches
     edges = band.get_path().transformed(band.get_patch_transform()).vertices[:, 1]
     assert (min(edges), max(edges)) == pytest.approx([100 * end for end in every.interval])
+
+
+def test_little_and_much_data_are_on_a_logarithmic_scale() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    keeps = (0.01, 0.02, 0.1, 0.2)
+    runs = [r for r in grid(keeps=keeps) if r.prune_ratio == 0.8]
+    axes = plot_ratios(runs)
+    assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "10", "20"]
+    assert not axes.get_xticks(minor=True).size
+    places = np.array([bars[0].get_xdata() for bars in axes.containers])
+    assert np.exp(np.log(places).mean(0)) == pytest.approx([1, 2, 10, 20], rel=0.03)
+    narrow = [r for r in runs if r.keep_ratio != 0.01]
+    assert plot_ratios(narrow).get_xscale() == "linear"
+    weights = [r for r in grid(prunes=(0.01, 0.8)) if r.keep_ratio in (0.5, 1)]
+    assert plot_ratios(weights, x="prune_ratio").get_xscale() == "linear"
+
+
+@pytest.mark.parametrize("keeps", [(0.01, 0.02, 0.9), (0.1, 0.11, 0.9)])
+def test_points_of_one_share_stay_apart_from_those_of_the_next(keeps: tuple[float, ...]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    runs = [r for r in grid(keeps=keeps, modes=("low", "random")) if r.prune_ratio == 0.8]
+    runs = [replace(r, mode=f"{r.mode}{n}") for r in runs for n in range(6)]
+    axes = plot_ratios(runs)
+    places = np.array([bars[0].get_xdata() for bars in axes.containers])
+    assert places.shape == (12, 3)
+    assert (np.diff(places, axis=0) > 0).all()
+    assert (places[:, :-1].max(0) < places[:, 1:].min(0)).all()
+
+
+def test_sixteen_modes_can_be_told_apart_without_markers_and_without_colours() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    runs = [one(mode=f"mode{n}") for n in range(16)]
+    lines = plot_curves(runs).lines
+    assert len({(line.get_linestyle(), line.get_color()) for line in lines}) == 16
+    assert len({str(line.get_marker()) for line in lines}) == 16
 
 
 def test_ratios_against_weights_have_the_baseline_as_a_line() -> None:

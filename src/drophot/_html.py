@@ -23,11 +23,11 @@ _HOW = {
     "Share, removed, zeros held": "The share of the training samples that was kept, the share of "
     "the prunable weights that was removed, and the share of them that is zero in the end.",
     "Low, high": "Coresets of the samples that were forgotten least and most often while a network "
-    "was trained on everything.",
+    "was trained on everything. Other modes have the name of their score or of their method.",
     "Baseline": "All samples kept, and the rest the same: trained, pruned and fine-tuned. It takes "
     "more steps than a coreset does, unless steps are said to be equal.",
-    "Random": "A coreset of the same size drawn at random. What low or high gain over it is due to "
-    "the scores; what it gains over the baseline is due to the size alone.",
+    "Random": "A coreset of the same size drawn at random. What another mode gains over it is due "
+    "to how that mode chose; what random gains over the baseline is due to the size alone.",
     "[ ]": "A 95 % interval of Student's t. For a difference it is that of the differences within "
     "each seed. With few seeds it is wide, as it should be.",
     "*": "p < 0.05 in the paired t-test after Holm's correction for all differences of the table: "
@@ -72,17 +72,22 @@ figure { margin: .9rem 0 1.4rem; padding: .8rem .9rem .6rem; background: #fff; c
 figure svg { display: block; width: 100%; height: auto }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif
   !important }
-.legend { display: flex; flex-wrap: wrap; margin: 0 0 .4rem -.3rem }
-.legend svg { width: 9.9rem }
+figure.few { width: fit-content; max-width: 100% }
+.legend { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; margin: 0 0 .5rem; font-size: .8rem }
+figure.few .legend { width: 0; min-width: 100% }
+.legend span { display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap }
+.legend svg { width: 2.4rem }
 .panels { display: grid; gap: .6rem .5rem;
   grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)) }
-.panels.few { grid-template-columns: repeat(auto-fit, minmax(9.5rem, 16rem)) }
+.panels.one { grid-template-columns: minmax(0, 32rem) }
+.panels.few { grid-template-columns: repeat(var(--columns), minmax(9.5rem, 16rem)) }
 .panels.grid { grid-template-columns: repeat(var(--columns), minmax(9rem, 17rem)) }
 dl { max-width: 46rem; margin: .75rem 0 }
 dt { font-weight: 600; font-size: .92rem; margin-top: .7rem }
 dd { margin: .1rem 0 0; font-size: .92rem }
 @media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem } h1 { font-size: 1.4rem }
   h2 { margin-top: 2.4rem } figure { padding: .6rem }
+  figure.few { width: auto }
   .panels, .panels.few { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)) }
   th, td { padding-inline: .5rem } }
 @media print { :root { --ink: #000; --soft: #444; --rule: #bbb; --hair: #e4e4e4; --paper: #fff }
@@ -144,7 +149,12 @@ def page(source: Source, *, accuracies: Table, differences: Table | None, panels
     def drawn(draw: Callable[[list[Record]], str]) -> str:
         if len(settings) == 1:
             return draw(settings[0][1])
-        return "".join(f"<h3>{escape(name)}</h3>{draw(runs)}" for name, runs in settings)
+        names: dict[str, list[str]] = {}  # where all is left out, the reason is the same text
+        for name, runs in settings:
+            names.setdefault(draw(runs), []).append(name)
+        if len(names) == 1:
+            return next(iter(names))
+        return "".join(f"<h3>{escape('; '.join(n))}</h3>{text}" for text, n in names.items())
 
     parts = {
         "Accuracy by share of data and of weights": drawn(panels.ratios),
@@ -249,9 +259,12 @@ def _summary(source: Source) -> str:
         text += ", and on all of them" * bool(every)
     else:
         text += f" trained on {_span(every)} samples"
-    shares = ", ".join(percent(ratio) for ratio in values(runs, "prune_ratio"))
-    text += f"; pruned by {shares} of the weights; fine-tuned on "
-    text += f"everything for {_span(epochs)} epochs; {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
+    ratios = values(runs, "prune_ratio")
+    shares = ", ".join(percent(ratio) for ratio in ratios)
+    text += f"; pruned by {shares} of the weights" if any(ratios) else "; not pruned"
+    tuned = f"fine-tuned on everything for {_span(epochs)} epochs"
+    text += f"; {tuned if any(epochs) else 'not fine-tuned'}"
+    text += f"; {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
     devices = ", ".join(dict.fromkeys(record.device for record in runs))
     versions: dict[str, dict[str, None]] = {}
     for record in runs:

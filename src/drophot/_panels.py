@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from drophot import _plots
 from drophot._tables import groups, percent
 from drophot.records import Record
 
@@ -25,6 +26,7 @@ NAMES = {
 ONE_SEED = "There is one seed, and so there are no intervals."
 
 _SIZE = (2.15, 1.75)  # inches
+_ALONE = (3.6, 2.3)
 _STYLE: Any = {
     "font.size": 7.5,
     "axes.titlesize": 7.5,
@@ -38,7 +40,6 @@ _STYLE: Any = {
     "ytick.color": "#8a8f98",
     "xtick.labelcolor": "#333",
     "ytick.labelcolor": "#333",
-    "legend.borderpad": 0,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
     "lines.linewidth": 1.1,
@@ -48,22 +49,16 @@ _STYLE: Any = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Panels:
-    """The figures of one page.
+    """The figures of one page, in which a mode looks the same everywhere.
 
     Args:
-        looks: Marker, line style and colour of each mode.
-        plot_ratios: Draws accuracy against a ratio.
-        plot_curves: Draws accuracy over epochs.
-        plot_steps: Draws accuracy before and after pruning and after fine-tuning.
+        modes: The names of all modes on the page.
     """
 
-    looks: Mapping[str, tuple[str, Any, str]]
-    plot_ratios: Callable[..., Axes]
-    plot_curves: Callable[..., Axes]
-    plot_steps: Callable[..., Axes]
-    _numbers: count[int] = field(default_factory=lambda: count(1))
+    def __init__(self, modes: Iterable[str]) -> None:
+        self._looks = _plots.looks_of(modes)
+        self._numbers = itertools.count(1)
 
     def ratios(self, runs: Sequence[Record]) -> str:
         """Accuracy against the share of data, and against the share of weights.
@@ -81,13 +76,11 @@ class Panels:
             panels = {
                 f"{percent(r)} removed": [x for x in runs if x.prune_ratio == r] for r in ratios
             }
-            text += self._figure(panels, lambda found, ax: self.plot_ratios(found, ax=ax))
+            text += self._figure(panels, partial(_plots.ratios, looks=self._looks))
         if len(ratios) > 1:
             text += note("Against the share of weights removed, for each share of data kept:")
             panels = {f"{percent(share)} kept": _at(runs, share) for share in shares}
-            text += self._figure(
-                panels, lambda found, ax: self.plot_ratios(found, x="prune_ratio", ax=ax)
-            )
+            text += self._figure(panels, partial(_plots.ratios, x="prune_ratio", looks=self._looks))
         if not text:
             return note("Left out: there is one data ratio and one prune ratio only.")
         bars = "Bars and bands are 95 % intervals over seeds." if several(runs) else ONE_SEED
@@ -120,7 +113,7 @@ class Panels:
         text += f"own scale. Epoch 0 is right after pruning {start}."
 
         def draw(found: Sequence[Record], ax: Axes) -> None:
-            self.plot_curves(found, ax=ax).set_xlabel("")
+            _plots.curves(found, ax=ax, looks=self._looks).set_xlabel("")
             later = [100 * accuracy for record in found for accuracy in record.finetune_curve]
             low, high = min(later), max(later)
             # Where pruning took most of the accuracy, a frame down to there would show no more.
@@ -139,16 +132,18 @@ class Panels:
             runs: Of one model, protocol and control, and their baseline.
 
         Returns:
-            HTML: the figure.
+            HTML: the figure, or why there is none.
         """
         share, *larger = values(runs, "keep_ratio")
         ratios = values(runs, "prune_ratio")
+        if ratios == [0] and not any(record.finetune_curve for record in runs):
+            return note("Left out: nothing was pruned and nothing fine-tuned.")
         text = f"Test accuracy in % with {percent(share)} of the data kept"
         text += ", the smallest share" * bool(larger) + "; "
         text += "bars are standard deviations over seeds." if several(runs) else "one seed."
 
         def draw(found: Sequence[Record], ax: Axes) -> None:
-            self.plot_steps(found, ax=ax)
+            _plots.steps(found, ax=ax, looks=self._looks)
             labels = [label.get_text().replace(" ", "\n", 1) for label in ax.get_xticklabels()]
             ax.set_xticks(ax.get_xticks(), labels)
             ax.set_xlim(-0.45, 2.45)
@@ -160,13 +155,15 @@ class Panels:
     def _figure(
         self,
         panels: Mapping[str, Sequence[Record]],
-        draw: Callable[[Sequence[Record], Axes], object],
+        draw: Callable[..., object],
         columns: int | None = None,
     ) -> str:
         """One legend and the panels, with one scale for all, or where there are columns in each."""
         import matplotlib as mpl
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
+
+        size = _SIZE if len(panels) > 1 else _ALONE
 
         modes = {record.mode for found in panels.values() for record in found}
         with mpl.rc_context():
@@ -176,8 +173,8 @@ class Panels:
             for title, found in panels.items():
                 ax = None
                 if found:
-                    ax = Figure(figsize=_SIZE).add_axes((0.15, 0.21, 0.82, 0.67))
-                    draw(found, ax)
+                    ax = Figure(figsize=size, layout="constrained").subplots()
+                    draw(found, ax=ax)
                     if (legend := ax.get_legend()) is not None:
                         legend.remove()  # there is one for all of them
                     ax.set(title=title, ylabel="")
@@ -188,21 +185,22 @@ class Panels:
                 for ax in column:
                     ax.set_ylim(min(ends), max(ends))
             legend = ""
-            for mode, (marker, style, colour) in self.looks.items():
+            for mode, (marker, style, colour) in self._looks.items():
                 if mode in modes:
-                    line = Line2D([], [], marker=marker, linestyle=style, color=colour)
-                    figure = Figure(figsize=(1.6, 0.2))
-                    name = NAMES.get(mode, mode)
-                    figure.legend([line], [name], loc="center left", frameon=False)
-                    legend += self._svg(figure, name)
+                    look = {"marker": marker, "linestyle": style, "color": colour}
+                    figure = Figure(figsize=(0.4, 0.16))
+                    figure.add_artist(Line2D([0, 0.5, 1], [0.5] * 3, markevery=[1], **look))
+                    legend += f"<span>{self._svg(figure)}{escape(NAMES.get(mode, mode))}</span>"
             svg = []
             for title, ax in zip(panels, drawn, strict=True):
                 svg.append("<div></div>" if ax is None else self._svg(ax.figure, title))
-        kind = f' grid" style="--columns:{columns}' if columns else " few" * (len(drawn) < 4)
-        text = f'<div class="legend">{legend}</div><div class="panels{kind}">{"".join(svg)}</div>'
-        return f"<figure>{text}</figure>"
+        few = len(drawn) < 4
+        kind = "one" if len(drawn) == 1 else "few" if few else "grid" if columns else ""
+        text = f'<div class="legend">{legend}</div><div class="panels {kind}" '
+        text += f'style="--columns:{columns or len(drawn)}">{"".join(svg)}</div>'
+        return f"<figure{' class=few' * few}>{text}</figure>"
 
-    def _svg(self, figure: Any, label: str) -> str:
+    def _svg(self, figure: Any, label: str = "") -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         text = file.getvalue()
@@ -211,7 +209,8 @@ class Panels:
         text = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", text, count=5)
         # Each drawing names its parts alike; in one page their names have to differ.
         text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>f{next(self._numbers)}-", text)
-        return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1).strip()
+        said = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
+        return text.replace("<svg", f"<svg {said}", 1).strip()
 
 
 def note(text: str) -> str:

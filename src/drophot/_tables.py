@@ -143,6 +143,8 @@ def comparisons(records: Sequence[Record], measure: stats.Measure) -> list[stats
 def against(found: Sequence[stats.Comparison]) -> Table:
     """A row for each data ratio and prune ratio, with the differences in percentage points.
 
+    More columns than the paper's do not fit on a screen: then each mode has a row.
+
     Args:
         found: The differences.
 
@@ -164,18 +166,32 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     )
     extras = differing(found)
     words = [EXTRAS[name][0] for name in extras]
-    numbers = [f"{mode} − {other.removesuffix('line')}" for mode, other in columns]
+    names = {other: other.removesuffix("line") for _, other in columns}
+    modes = list(dict.fromkeys(mode for mode, _ in columns))
+    long = len(columns) > 5
+    if long:
+        words.append("kept")
+        numbers = [f"− {name}" for name in names.values()]
+        parts = [[(mode, other) for other in names] for mode in modes]
+    else:
+        numbers = [f"{mode} − {names[other]}" for mode, other in columns]
+        parts = [columns]
     rows = []
     for _, line in sorted(lines.items()):
-        first = next(iter(line.values()))
-        seeds = sorted({one.n for one in line.values()})
-        rows.append([
-            *(word(first, name) for name in extras),
-            percent(first.keep_ratio),
-            percent(first.prune_ratio),
-            "–".join(map(str, dict.fromkeys([seeds[0], seeds[-1]]))),
-            *(_difference(line[pair]) if pair in line else "" for pair in columns),
-        ])
+        for pairs in parts:
+            found_here = [line[pair] for pair in pairs if pair in line]
+            if not found_here:
+                continue
+            first = found_here[0]
+            seeds = sorted({one.n for one in found_here})
+            rows.append([
+                *(word(first, name) for name in extras),
+                *[first.mode] * long,
+                percent(first.keep_ratio),
+                percent(first.prune_ratio),
+                "–".join(map(str, dict.fromkeys([seeds[0], seeds[-1]]))),
+                *(_difference(line[pair]) if pair in line else "" for pair in pairs),
+            ])
     return Table([*words, "share", "removed", "n", *numbers], rows, len(words))
 
 

@@ -19,19 +19,14 @@ Example:
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
-
-from drophot import _html, _tables, stats
+from drophot import _html, _plots, _tables
 from drophot._panels import Panels
+from drophot._plots import Ratio
 from drophot._store import write_whole
-from drophot._tables import EXTRAS, STEPS
 from drophot.records import Record
 from drophot.stats import Measure
 
@@ -39,19 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Format = Literal["text", "markdown", "csv"]
-Ratio = Literal["keep_ratio", "prune_ratio"]
-
-# Okabe and Ito's colours for all kinds of colour vision, and markers and line styles besides, so
-# that a figure reads without its colours. The first four are those of the paper's modes.
-_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#000000"]
-_COLOURS += ["#56B4E9", "#E69F00", "#CC79A7", "#999999"]
-_LOOKS = [
-    (marker, ("-", "--", ":", "-.")[number % 4], _COLOURS[number % 8])
-    for number, marker in enumerate("os^DvPX*<>phd|_1")
-]
-_MODES = ("low", "high", "random", "baseline")
-
-Looks = dict[str, tuple[str, str, str]]
 
 
 def table(records: Iterable[Record], format: Format = "markdown") -> str:
@@ -88,7 +70,8 @@ def differences(
     """What coresets gain or lose, in percentage points: the paper's Table 1, with intervals.
 
     A row for each data ratio and prune ratio; columns for each mode less the baseline and for each
-    less random, as far as they are there. A difference is the mean over `n` seeds, with
+    less random, as far as they are there. Where these are more than the paper's five, each mode has
+    a row of its own. A difference is the mean over `n` seeds, with
     its 95 % interval in brackets and `*` where p < 0.05 after Holm's correction for all
     differences in the table (see :func:`drophot.stats.compare`). One seed gives neither.
 
@@ -138,33 +121,7 @@ def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
             lengths in a group.
         ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
     """
-    return _curves(records, ax=ax, looks={})
-
-
-def _curves(records: Iterable[Record], *, ax: Axes | None, looks: Looks) -> Axes:
-    groups = _tables.groups(records)
-    if len(groups) > len(_LOOKS):
-        raise ValueError(
-            f"`records` should be of {len(_LOOKS)} groups at most. Found {len(groups)}; keep those "
-            f"of one data ratio and one prune ratio, with the baseline."
-        )
-    ax = _axes(ax)
-    for group, label, (marker, style, colour) in _labelled(groups, looks):
-        epochs = {len(record.finetune_curve) for record in group}
-        if len(epochs) > 1:
-            raise ValueError(
-                f"`records` should be of equally many epochs in each group. Found {sorted(epochs)} "
-                f"in {label}; draw them apart."
-            )
-        first = int(group[0].reinitialized or group[0].rewound)
-        curves = [(r.pruned_accuracy, *r.finetune_curve)[first:] for r in group]
-        x = range(first, first + len(curves[0]))
-        y, low, high = _intervals(zip(*curves, strict=True))
-        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(x, y, label=label, marker=marker, linestyle=style, color=colour)
-    ax.locator_params(axis="x", integer=True)
-    ax.set_xlabel("epochs of fine-tuning")
-    return _finished(ax)
+    return _plots.curves(records, ax=ax)
 
 
 def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
@@ -184,28 +141,7 @@ def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
         ValueError: If there are no records.
         ImportError: If matplotlib is not installed.
     """
-    return _steps(records, ax=ax, looks={})
-
-
-def _steps(records: Iterable[Record], *, ax: Axes | None, looks: Looks) -> Axes:
-    groups = _tables.groups(records)
-    ax = _axes(ax)
-    middle = (len(groups) - 1) / 2
-    for number, (group, label, look) in enumerate(_labelled(groups, looks)):
-        marker, style, colour = look
-        values = [[100 * getattr(record, step) for record in group] for step in STEPS]
-        ax.errorbar(
-            [step + 0.06 * (number - middle) for step in range(len(STEPS))],
-            [mean(value) for value in values],
-            yerr=[stdev(value) if len(value) > 1 else 0 for value in values],
-            label=label,
-            marker=marker,
-            linestyle=style,
-            color=colour,
-            capsize=3 if len(group) > 1 else 0,
-        )
-    ax.set_xticks(range(len(STEPS)), list(STEPS.values()))
-    return _finished(ax)
+    return _plots.steps(records, ax=ax)
 
 
 def plot_ratios(
@@ -218,7 +154,8 @@ def plot_ratios(
     """Draw test accuracy against the share of data kept, or of weights removed.
 
     A line for each mode, with 95 % intervals over seeds; against the share of data the baseline,
-    which keeps all of it, is a level line in a band.
+    which keeps all of it, is a level line in a band. Shares of data from little to much, a factor
+    of 20 and more, are on a logarithmic scale.
 
     Args:
         records: The runs, of one model and protocol, with one value of the ratio that is not `x`.
@@ -235,54 +172,7 @@ def plot_ratios(
     """
     _check("x", x, Ratio)
     _check("measure", measure, Measure)
-    return _ratios(records, x=x, measure=measure, ax=ax, looks={})
-
-
-def _ratios(
-    records: Iterable[Record],
-    *,
-    measure: Measure,
-    ax: Axes | None,
-    looks: Looks,
-    x: Ratio = "keep_ratio",
-) -> Axes:
-    groups = sorted(_tables.groups(records), key=lambda group: getattr(group[0], x))
-    coresets = [group for group in groups if group[0].mode != "baseline"]
-    for name in ({"keep_ratio": "prune_ratio", "prune_ratio": "keep_ratio"}[x], *EXTRAS):
-        # The baseline is of every data ratio's figure, and its steps are as many as equal ones.
-        compared = coresets if name in ("keep_ratio", "equal_steps") else groups
-        if len(values := {getattr(group[0], name): None for group in compared}) > 1:
-            raise ValueError(
-                f"`records` should have one {name}. Found {', '.join(map(repr, values))}; keep "
-                f"those of one of them, or draw one axes for each."
-            )
-    ax = _axes(ax)
-    modes = _looks(group[0].mode for group in groups)
-    looks = modes | looks
-    ends = [100 * getattr(group[0], x) for group in (coresets or groups)]
-    # Beside one another, since intervals on top of one another cannot be told apart.
-    step = 0.012 * (max(ends) - min(ends))
-    for number, mode in enumerate(modes):
-        line = [group for group in groups if group[0].mode == mode]
-        y, low, high = _intervals([getattr(r, measure) for r in group] for group in line)
-        marker, style, colour = looks[mode]
-        if mode == "baseline" and x == "keep_ratio":
-            ax.axhspan(low[0], high[0], color=colour, alpha=0.1, linewidth=0)
-            ax.axhline(y[0], label=mode, linestyle=style, color=colour)
-            continue
-        ax.errorbar(
-            [100 * getattr(g[0], x) + step * (number - (len(modes) - 1) / 2) for g in line],
-            y,
-            yerr=np.abs(np.subtract([low, high], y)),
-            label=mode,
-            marker=marker,
-            linestyle=style,
-            color=colour,
-            capsize=0 if low == high else 3,
-        )
-    ax.set_xticks(sorted(set(ends)))
-    ax.set_xlabel({"keep_ratio": "data kept (%)", "prune_ratio": "weights removed (%)"}[x])
-    return _finished(ax)
+    return _plots.ratios(records, x=x, measure=measure, ax=ax)
 
 
 def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
@@ -307,89 +197,18 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"`path` should be a file. Found the folder {path}; add the page's name.")
-    _axes(None)  # without matplotlib nothing is begun
+    _plots.axes(None)  # without matplotlib nothing is begun
     found = _html.load(source)
     compared = _tables.comparisons(found.records, "finetuned_accuracy")
-    looks = _looks(record.mode for record in found.records)
     page = _html.page(
         found,
         accuracies=_tables.accuracies(_tables.groups(found.records)),
         differences=_tables.against(compared) if compared else None,
-        panels=Panels(
-            looks=looks,
-            plot_ratios=partial(_ratios, measure="finetuned_accuracy", looks=looks),
-            plot_curves=partial(_curves, looks=looks),
-            plot_steps=partial(_steps, looks=looks),
-        ),
+        panels=Panels(record.mode for record in found.records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, page.encode())
     return path
-
-
-def _axes(ax: Axes | None) -> Axes:
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Figures come from matplotlib: pip install "drophot[plot]"') from error
-    return Figure(layout="constrained").subplots()
-
-
-def _finished(ax: Axes) -> Axes:
-    ax.set_ylabel("test accuracy (%)")
-    ax.grid(axis="y", alpha=0.3)
-    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return ax
-
-
-def _looks(modes: Iterable[str]) -> Looks:
-    """How each mode looks: the paper's always the same, others as they come."""
-    found = list(dict.fromkeys(modes))
-    others = [mode for mode in found if mode not in _MODES]
-    order = [*(mode for mode in _MODES if mode in found), *others]
-    places = dict(zip((*_MODES, *others), itertools.cycle(_LOOKS), strict=False))
-    return {mode: places[mode] for mode in order}
-
-
-def _labelled(
-    groups: Sequence[Sequence[Record]],
-    looks: Looks,
-) -> Iterable[tuple[Sequence[Record], str, tuple[str, str, str]]]:
-    """Each group with its label and look, its mode's look where that tells the groups apart."""
-    modes = [group[0].mode for group in groups]
-    found = [_LOOKS[number % len(_LOOKS)] for number in range(len(groups))]
-    if len(set(modes)) == len(modes):
-        looks = _looks(modes) | looks
-        found = [looks[mode] for mode in modes]
-    return zip(groups, _labels(groups), found, strict=True)
-
-
-def _labels(groups: Sequence[Sequence[Record]]) -> list[str]:
-    """What each group is: always its model, mode, share and n, and all that tells it apart."""
-    firsts = [group[0] for group in groups]
-    extras = [name for name in _tables.differing(firsts) if name != "model"]
-    removed = len({first.prune_ratio for first in firsts}) > 1
-    return [
-        ", ".join(
-            [f"{first.model}: {first.mode}"]
-            + [f"{_tables.percent(first.keep_ratio)} kept"] * (first.mode != "baseline")
-            + [f"{_tables.percent(first.prune_ratio)} removed"] * removed
-            + [f"{EXTRAS[name][0]} {_tables.word(first, name)}" for name in extras]
-            + [f"{len(group)} seeds"] * (len(group) > 1)
-        )
-        for first, group in zip(firsts, groups, strict=True)
-    ]
-
-
-def _intervals(samples: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
-    """Of each sample the mean and its 95 % interval's ends, in %; all three are one of one."""
-    found = [
-        (mean(v), *(stats.estimate(v).interval if len(v) > 1 else (v[0], v[0]))) for v in samples
-    ]
-    middle, low, high = ([100 * value for value in values] for values in zip(*found, strict=True))
-    return middle, low, high
 
 
 def _check(name: str, value: object, kind: Any) -> None:
