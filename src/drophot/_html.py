@@ -93,7 +93,8 @@ dd { margin: .1rem 0 0; font-size: .92rem }
 @media print { :root { --ink: #000; --soft: #444; --rule: #bbb; --hair: #e4e4e4; --paper: #fff }
   body { padding: 0; max-width: none; font-size: 9pt } table { font-size: 7.5pt }
   th, td { padding-inline: .35rem } .scroll, figure { overflow: visible }
-  figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } }
+  .panels.grid { grid-template-columns: repeat(var(--columns), minmax(0, 17rem)) }
+  figure, tr, .note { break-inside: avoid } h2, h3, .note { break-after: avoid } }
 """
 
 
