@@ -249,14 +249,6 @@ def test_the_test_of_the_changelog_can_fail() -> None:
     ]
 
 
-# Public names whose own docstring has no example, each because another one's shows it.
-SHOWN_ELSEWHERE = {
-    "Coreset": "k_center",  # what it returns
-    "Record": "DropHot",  # what its run returns
-    "evaluate": "fit",  # ends in it
-}
-
-
 def examples(name: str) -> list[doctest.Example]:
     found = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(drophot, name)) or "")
     return [example for example in found if doctest.SKIP not in example.options]
@@ -264,11 +256,7 @@ def examples(name: str) -> list[doctest.Example]:
 
 @pytest.mark.parametrize("name", drophot.__all__)
 def test_a_public_name_has_an_example_that_shows_what_comes_out(name: str) -> None:
-    found = examples(name)
-    if name in SHOWN_ELSEWHERE:
-        assert found == [], "it has one by now: take it off the list"
-        found = examples(SHOWN_ELSEWHERE[name])
-    assert any(example.want or example.source.startswith("assert ") for example in found)
+    assert any(example.want or example.source.startswith("assert ") for example in examples(name))
 
 
 API = sorted(path.stem for path in (ROOT / "docs" / "api").glob("*.md") if path.stem != "index")
@@ -303,12 +291,8 @@ def page(request: pytest.FixtureRequest) -> list[tuple[str, object]]:
     return list(documented(request.param))
 
 
-# Fields that are left to their names: a record's, once more, and the columns of a printed table.
-PLAIN = {
-    "Comparison": {field.name for field in dataclasses.fields(drophot.Record)},
-    "LayerSummary": {"name", "kind", "parameters", "nonzeros"},
-    "Summary": {"layers", "parameters", "nonzeros"},
-}
+# Fields that are described somewhere else: a record's, once more.
+PLAIN = {"Comparison": {field.name for field in dataclasses.fields(drophot.Record)}}
 
 
 def silent_fields(thing: type) -> list[str]:

@@ -25,6 +25,14 @@ class Coreset:
     """What a selector kept, and in which order.
 
     All tensors are on the CPU.
+
+    Example:
+        >>> from drophot import facility_location
+        >>> coreset = facility_location(torch.tensor([[0.0], [1.0], [2.0], [9.0]]), ratio=0.5)
+        >>> coreset.indices, coreset.weights
+        (tensor([1, 3]), tensor([3., 1.]))
+        >>> coreset.ranking, coreset.gains
+        (tensor([1, 3]), tensor([26.,  8.]))
     """
 
     indices: Tensor

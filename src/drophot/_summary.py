@@ -17,16 +17,18 @@ from drophot._weights import PRUNABLE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSummary:
-    """One layer: the parameters that belong to a module itself, not to its children.
-
-    `bytes` are those of the dense parameters.
-    """
+    """One layer: the parameters that belong to a module itself, not to its children."""
 
     name: str
+    """The module's name, as `named_modules` gives it."""
     kind: str
+    """The name of its class."""
     parameters: int
+    """The number of them, zeros included."""
     nonzeros: int
+    """The number of those that are not zero."""
     bytes: int
+    """Of the dense parameters."""
     compressed_bytes: int
     """Of a bit mask and the values that are not zero, where that is less."""
     flops: int | None
@@ -47,8 +49,11 @@ class Summary:
     """
 
     layers: tuple[LayerSummary, ...]
+    """Those with parameters or operations, in the order of `named_modules`."""
     parameters: int
+    """The number of them in all layers, zeros included; shared ones once."""
     nonzeros: int
+    """The number of those that are not zero."""
     bytes: int
     compressed_bytes: int
     flops: int | None

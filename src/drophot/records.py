@@ -25,6 +25,20 @@ class Record:
     Accuracies are on the test set, in [0, 1], each after the last epoch of its step, never the
     best one. Two records are equal if all but the seconds are; `pandas.DataFrame(records)` gives a
     row for each.
+
+    Example:
+        >>> from functools import partial
+        >>> from torch.utils.data import TensorDataset
+        >>> from drophot import DropHot
+        >>> from drophot.models import fcnet
+        >>> data = TensorDataset(torch.eye(8), torch.arange(8) % 2)
+        >>> model = partial(fcnet, in_features=8, hidden=4, num_classes=2)
+        >>> settings = dict(data_ratio=0.5, mode="random", prune_ratio=0.5)
+        >>> record = DropHot(model, data, data, **settings).run()
+        >>> record.mode, record.kept, record.sparsity
+        ('random', 4, 0.5)
+        >>> record.finetuned_accuracy == record.finetune_curve[-1]
+        True
     """
 
     model: str

@@ -48,7 +48,10 @@ class Paired:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A cell of the grid against its reference, paired by seed. Accuracies are in [0, 1]."""
+    """A cell of the grid against its reference, paired by seed. Accuracies are in [0, 1].
+
+    `model` to `structured` are what they are in a :class:`drophot.Record` of the cell.
+    """
 
     model: str
     protocol: str
@@ -270,7 +273,9 @@ def compare(
     The baseline of a cell was trained on everything and pruned and fine-tuned alike; its random
     subset is one of the same size, treated alike in everything else. Only seeds that both have
     count; a cell that shares none with its reference is left out. Of two baselines of one seed,
-    which differ in nothing that matters to it, the first counts.
+    which differ in nothing that matters to it, the first counts. The p-values are adjusted for the
+    rows of this call; :func:`drophot.report.differences` adjusts for those against the baseline and
+    against random together, as they stand in one table.
 
     Args:
         records: The runs.

@@ -142,6 +142,12 @@ def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
     Raises:
         ValueError: If the dataset is empty.
         TypeError: If the samples are no tuples of tensors and numbers.
+
+    Example:
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+        >>> evaluate(nn.Identity(), data)  # its inputs are the logits
+        0.75
     """
     with untouched(model) as device:
         data = in_memory(dataset, device)
