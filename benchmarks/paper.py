@@ -95,6 +95,7 @@ def tables() -> dict[str, str]:
             for r in read(f"fcnet_{name}")
             if r.prune_ratio or name == "schedules"
         ]),
+        "recovery": recovery([*wide, *read("fcnet_schedules"), *lenet]),
         "channels": report.table(read("lenet_channels")),
         **selected(),
         "latency": latency(),
@@ -254,6 +255,27 @@ def ablation(parts: dict[str, list[Record]]) -> str:
                     for share in SHARES
                 ]
                 lines.append(f"| {epochs} epochs | {balanced} | {words} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def recovery(runs: list[Record]) -> str:
+    """How soon the pruned baseline, in one shot and layer by layer, comes back."""
+    epochs = (1, 2, 3, 5, 10)
+    lines = [
+        f"| model | removed | n | after pruning | {' | '.join(f'epoch {e}' for e in epochs)} |",
+        f"| --- | ---: | ---: | ---: |{' ---: |' * len(epochs)}",
+    ]
+    cells: dict[tuple[str, float], list[Record]] = {}
+    for r in runs:
+        plain = r.schedule == "one-shot" and not r.rewound and uncontrolled(r)
+        if r.mode == "baseline" and plain:
+            cells.setdefault((r.model, r.prune_ratio), []).append(r)
+    for (model, removed), group in sorted(cells.items()):
+        if removed == 0:  # 0.95 has a dense network of its own, of three of the same seeds
+            group = list({r.seed: r for r in reversed(group)}.values())
+        curves = [(r.pruned_accuracy, *r.finetune_curve) for r in group]
+        means = [f"{100 * mean(curve[epoch] for curve in curves):.2f}" for epoch in (0, *epochs)]
+        lines.append(f"| {model} | {removed:.0%} | {len(group)} | {' | '.join(means)} |")
     return "\n".join(lines)
 
 
