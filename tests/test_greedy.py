@@ -356,7 +356,7 @@ from drophot import {selector.__name__} as selector
 said = io.StringIO()
 logging.basicConfig(stream=said, level="INFO")
 torch.set_num_threads(1)
-points = torch.randn(20_000, 512)
+points = torch.randn(20_000, {512 if selector is k_center else 64})
 targets = torch.arange(20_000) % 10 if {targets is not None} else None
 selector(points[:200], 0.1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
