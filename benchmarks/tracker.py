@@ -8,11 +8,13 @@ All in one run, in turn, medians of many rounds, batches of 128 of 50,000 sample
   appended to its lists), and the leanest we could write (two numbers a sample); twenty in a row,
   as benchmarks are run, and one after other work, when nothing is in the processor's caches, as in
   a training;
-- `update` for data sets of 5e4 to 1e8 samples, and the memory of the state, to 1e9 by arithmetic.
+- `update` for data sets of 5e4 to 1e8 samples, and the memory of the state, to 1e9 by arithmetic;
+- the memory that Python's objects take in the peers, a sample, once each was presented ten times.
 """
 
 import json
 import statistics
+import tracemalloc
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from drophot.models import resnet18
 SAMPLES, BATCH, CLASSES = 50_000, 128, 10
 TRACKERS = {"forgetting": ForgettingTracker, "dynamics": DynamicsTracker}
 Work = Callable[[], Any]
+Lists = dict[int, tuple[list[float], ...]]
 
 
 def main() -> None:
@@ -38,17 +41,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120, help="training steps of each kind")
     parser.add_argument("--rounds", type=int, default=600, help="updates of each kind")
     parser.add_argument("--most", type=float, default=1e8, help="samples of the largest data set")
+    parser.add_argument("--peers-memory", action="store_true", help="the last of these alone")
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
-    figures = {
-        "batch": BATCH,
-        "training_step": training_steps(device, options.steps),
-        "update": updates(device, options.rounds),
-        "samples": sizes(device, options.rounds, int(options.most)),
-    }
+    memory = {"bytes_a_sample": peers_memory()}
+    if options.peers_memory:
+        figures: dict[str, Any] = memory
+    else:
+        figures = {
+            "batch": BATCH,
+            "training_step": training_steps(device, options.steps),
+            "update": updates(device, options.rounds),
+            "samples": sizes(device, options.rounds, int(options.most)),
+            "peers": memory,
+        }
     print(json.dumps(figures, indent=2))
-    save(f"tracker_{device.type}", device, figures)
+    save(f"tracker_{'peers_memory' if options.peers_memory else device.type}", device, figures)
 
 
 def training_steps(device: torch.device, rounds: int) -> dict[str, Any]:
@@ -92,7 +101,7 @@ def updates(device: torch.device, rounds: int) -> dict[str, Any]:
     classes = torch.randint(CLASSES, (SAMPLES,))
     logits = torch.randn(BATCH, CLASSES, device=device)
     lean: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    toneva: dict[int, tuple[list[float], ...]] = {}
+    toneva: Lists = {}
 
     def batch() -> tuple[Tensor, Tensor]:
         index = torch.randperm(SAMPLES)[:BATCH]
@@ -103,18 +112,6 @@ def updates(device: torch.device, rounds: int) -> dict[str, Any]:
         right = (logits.argmax(1) == targets).tolist()
         for sample, loss, correct in zip(index.tolist(), losses, right, strict=True):
             lean[sample].append((loss, correct))
-
-    def toneva_loop(index: Tensor, targets: Tensor) -> None:
-        losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        right = logits.argmax(1) == targets
-        for row in range(len(index)):
-            ordered = logits[row].sort().values
-            other = ordered[-2] if right[row] else ordered[-1]
-            margin = logits[row, int(targets[row])].item() - other.item()
-            found = toneva.setdefault(int(index[row]), ([], [], []))
-            found[0].append(losses[row].item())
-            found[1].append(right[row].sum().item())
-            found[2].append(margin)
 
     def of(work: Callable[[Tensor, Tensor], Any]) -> Callable[[], Work]:
         def make() -> Work:
@@ -129,7 +126,7 @@ def updates(device: torch.device, rounds: int) -> dict[str, Any]:
         for name, tracker in trackers.items()
     }
     makes["lean_loop"] = of(lean_loop)
-    makes["toneva_loop"] = of(toneva_loop)
+    makes["toneva_loop"] = of(lambda index, targets: toneva_loop(toneva, index, logits, targets))
     try:
         aum = import_module("aum")
     except ImportError:
@@ -151,6 +148,41 @@ def updates(device: torch.device, rounds: int) -> dict[str, Any]:
                 for name in TRACKERS
             },
         }
+    return found
+
+
+def toneva_loop(found: Lists, index: Tensor, logits: Tensor, targets: Tensor) -> None:
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    right = logits.argmax(1) == targets
+    for row in range(len(index)):
+        ordered = logits[row].sort().values
+        other = ordered[-2] if right[row] else ordered[-1]
+        margin = logits[row, int(targets[row])].item() - other.item()
+        lists = found.setdefault(int(index[row]), ([], [], []))
+        lists[0].append(losses[row].item())
+        lists[1].append(right[row].sum().item())
+        lists[2].append(margin)
+
+
+def peers_memory(samples: int = SAMPLES, presentations: int = 10) -> dict[str, int]:
+    """What Python allocated for their state; the trackers' is in `sizes`."""
+    updates: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {}
+    lists: Lists = {}
+    updates["toneva_loop"] = lambda *batch: toneva_loop(lists, *batch)
+    try:
+        peer = import_module("aum").AUMCalculator("aum")
+    except ImportError:
+        print("aum is not installed, and left out: pip install aum==1.0.2")
+    else:
+        updates["aum"] = lambda index, logits, targets: peer.update(logits, targets, index.tolist())
+    found = {}
+    for name, update in updates.items():
+        tracemalloc.start()
+        for _ in range(presentations):
+            for index in torch.arange(samples).split(BATCH):
+                update(index, torch.randn(len(index), CLASSES), index % CLASSES)
+        found[name] = round(tracemalloc.get_traced_memory()[0] / samples)
+        tracemalloc.stop()
     return found
 
 

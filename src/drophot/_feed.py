@@ -297,6 +297,6 @@ def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
         raise TypeError(
             f"`{name}` should give samples (input, target) or (input, target, index) with a tensor "
             f"as input. Found {kinds}; images become tensors by a transform such as "
-            f"torchvision.transforms.ToTensor()."
+            f"torchvision.transforms.ToTensor(), and dicts are for a loop of your own."
         )
     return tuple(sample)

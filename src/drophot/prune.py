@@ -67,8 +67,8 @@ def magnitude_prune(
             layer a density in proportion to the sum of its dimensions over their product
             (Erdős–Rényi kernel), so that small layers lose less; `"lamp"` ranks
             :math:`w_i^2 / \sum_{|w_j| \ge |w_i|} w_j^2`, the sum within the layer, over all
-            layers, so that the last weights of a layer are the last to go. The total is exact in
-            each; within a layer the smallest magnitudes go.
+            layers, so that the last weights of a layer are the last to go. The total is exact,
+            with `"layer"` each layer's; within a layer the smallest magnitudes go.
         min_kept: With `"global"` and `"lamp"`, the share of each layer that stays at least, in
             [0, 1): a ranking of all layers can empty one.
         pattern: `"N:M"` keeps the N of largest magnitude, the first of equal ones, of each M
