@@ -234,7 +234,7 @@ def test_the_python_blocks_of_a_page_run(
 def test_readme_has_the_two_commands_and_ci_runs_the_second() -> None:
     commands = [line for block in blocks("README.md", "bash") for line in block.splitlines()]
     assert sum(c.startswith("python3 -m venv") and "quickstart.py" in c for c in commands) == 1
-    tests = [c for c in commands if c.startswith("python3 -m venv") and c.endswith("-m pytest")]
+    tests = [c for c in commands if c.startswith("python3 -m venv") and "-m pytest -n 2 " in c]
     assert len(tests) == 1
     script = (ROOT / ".ci" / "run").read_text()
     assert "README.md" in script
