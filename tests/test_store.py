@@ -287,6 +287,15 @@ def test_no_damage_passes(content: bytes, data: st.DataObject) -> None:
         assert store.load("one") is None
 
 
+def test_an_empty_stage_whose_head_is_cut_short_is_none(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store", {"a": 1}, {})
+    store.save("one", b"")
+    assert store.load("one") == b""
+    path = store.folder / "stages" / "one"
+    path.write_bytes(path.read_bytes().removesuffix(b"\n"))
+    assert store.load("one") is None
+
+
 def test_a_file_of_another_stage_or_configuration_is_none(tmp_path: Path) -> None:
     store = open_store(tmp_path / "store", {"a": 1}, {})
     store.save("one", b"content")

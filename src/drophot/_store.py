@@ -63,10 +63,10 @@ class Store:
             What was kept, or `None` if it is not there, damaged or of another configuration.
         """
         try:
-            head, _, content = (self.folder / "stages" / name).read_bytes().partition(b"\n")
+            head, line_end, content = (self.folder / "stages" / name).read_bytes().partition(b"\n")
         except FileNotFoundError:
             return None
-        return content if head == self._head(name, content) else None
+        return content if line_end and head == self._head(name, content) else None
 
     def append(self, record: Record) -> None:
         """Add a record's line.
