@@ -18,8 +18,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "drophot"
-html_static_path = ["gallery/gallery.css"]
-html_css_files = ["gallery.css"]
+html_static_path = ["_static/site.css"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build", "gallery"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
