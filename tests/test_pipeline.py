@@ -408,7 +408,10 @@ shared = small()
     ("change", "error", "message"),
     [
         ({"data_ratio": 0}, ValueError, r"`data_ratio` .* \(0, 1\]\. Found 0"),
-        ({"data_ratio": 10}, ValueError, "`data_ratio` .* Found 10; to keep 10 % give 0.1"),
+        ({"data_ratio": 25}, ValueError, "`data_ratio` .* Found 25; to keep 25 % give 0.25"),
+        ({"data_ratio": 0}, ValueError, "`data_ratio` .* Found 0; to keep 10 % give 0.1"),
+        ({"prune_ratio": 12.5}, ValueError, "`prune_ratio` .* 12.5; for 12.5 % give 0.125"),
+        ({"prune_ratio": 1}, ValueError, "`prune_ratio` .* Found 1; for 80 % give 0.8"),
         ({"data_ratio": float("nan")}, ValueError, "`data_ratio` .* Found nan"),
         ({"data_ratio": "a"}, TypeError, "`data_ratio` .* Found str"),
         ({"data_ratio": 0.01}, ValueError, r"`data_ratio` .*keeps 1 of 120 .* at least 0\.025"),

@@ -54,9 +54,10 @@ def check_ratio(name: str, ratio: Any) -> None:
             f"`{name}` should be a number in (0, 1]. Found {type(ratio).__name__}."
         ) from None
     if not inside:
+        meant = float(ratio) if 2 <= ratio <= 100 else 10.0
         raise ValueError(
             f"`{name}` should be the share of samples kept, in (0, 1]. Found {ratio}; to keep "
-            f"10 % give 0.1."
+            f"{meant:g} % give {meant / 100:g}."
         )
 
 

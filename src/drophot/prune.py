@@ -148,9 +148,10 @@ def check_ratio(name: str, ratio: Any) -> None:
             f"`{name}` should be a number in [0, 1). Found {type(ratio).__name__}."
         ) from None
     if not inside:
+        meant = float(ratio) if 2 <= ratio < 100 else 80.0
         raise ValueError(
-            f"`{name}` should be a share of the weights, in [0, 1). Found {ratio}; for 80 % give "
-            f"0.8."
+            f"`{name}` should be a share of the weights, in [0, 1). Found {ratio}; for {meant:g} % "
+            f"give {meant / 100:g}."
         )
 
 
