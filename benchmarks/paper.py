@@ -95,7 +95,11 @@ def tables() -> dict[str, str]:
             for r in read(f"fcnet_{name}")
             if r.prune_ratio or name == "schedules"
         ]),
-        "recovery": recovery([*wide, *read("fcnet_schedules"), *lenet]),
+        "recovery": recovery([
+            *wide,
+            *(r for r in read("fcnet_schedules") if r.prune_ratio),
+            *lenet,
+        ]),
         "channels": report.table(read("lenet_channels")),
         **selected(),
         "latency": latency(),
@@ -271,8 +275,6 @@ def recovery(runs: list[Record]) -> str:
         if r.mode == "baseline" and plain:
             cells.setdefault((r.model, r.prune_ratio), []).append(r)
     for (model, removed), group in sorted(cells.items()):
-        if removed == 0:  # 0.95 has a dense network of its own, of three of the same seeds
-            group = list({r.seed: r for r in reversed(group)}.values())
         curves = [(r.pruned_accuracy, *r.finetune_curve) for r in group]
         means = [f"{100 * mean(curve[epoch] for curve in curves):.2f}" for epoch in (0, *epochs)]
         lines.append(f"| {model} | {removed:.0%} | {len(group)} | {' | '.join(means)} |")

@@ -179,11 +179,11 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     rows = []
     for _, line in sorted(lines.items()):
         for pairs in parts:
-            found_here = [line[pair] for pair in pairs if pair in line]
-            if not found_here:
+            cells = [line[pair] for pair in pairs if pair in line]
+            if not cells:
                 continue
-            first = found_here[0]
-            seeds = sorted({one.n for one in found_here})
+            first = cells[0]
+            seeds = sorted({one.n for one in cells})
             rows.append([
                 *(word(first, name) for name in extras),
                 *[first.mode] * long,
