@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
 
 from drophot import _modes, _probe, coreset, released
-from drophot._feed import batches, targets_of
+from drophot._feed import batches
+from drophot._samples import targets_of
 from drophot.coreset import select
 from drophot.crest import CrestLoader
 from drophot.dynamics import DynamicsTracker
