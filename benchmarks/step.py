@@ -205,7 +205,6 @@ def ready(
         inputs = inputs.to(memory_format=torch.channels_last)
     replaced = {
         "fused optimiser": ("drophot._step._fused", lambda *_: nullcontext()),
-        "memory held": ("drophot._memory.held", nullcontext),
         "oneDNN for large layers": ("drophot._step.fast_linear", lambda model, device: model),
     }
     with ExitStack() as stack:

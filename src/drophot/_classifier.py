@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,10 +82,7 @@ def _needs_closure(optimizer: Any) -> bool:
         parameters = inspect.signature(optimizer.step).parameters.values()
     except (TypeError, ValueError):
         return False
-    return any(
-        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-        for one in parameters
-    )
+    return any(one.name == "closure" and one.default is one.empty for one in parameters)
 
 
 def logits_of(model: nn.Module, forward: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
@@ -121,13 +119,12 @@ def logits_of(model: nn.Module, forward: Callable[[Tensor], Any], inputs: Tensor
     return logits
 
 
-def check_loss(logits: Tensor, targets: Tensor, largest: int | None = None) -> None:
+def check_loss(logits: Tensor, targets: Tensor) -> None:
     """Refuse logits and targets of which there is no cross-entropy.
 
     Args:
         logits: Of a batch.
         targets: Classes, or probabilities of the logits' shape.
-        largest: The largest class in the whole data set, if it is known.
 
     Raises:
         ValueError: If the two do not go together.
@@ -145,11 +142,33 @@ def check_loss(logits: Tensor, targets: Tensor, largest: int | None = None) -> N
             f"{(len(logits), *logits.shape[2:])}. Found {targets.dtype} of shape "
             f"{tuple(targets.shape)}; take squeeze(1) of a column, argmax(1) of one-hot targets."
         )
-    if classes and largest is not None and largest >= logits.shape[1]:
-        raise ValueError(
-            f"`dataset` should have targets in [0, {logits.shape[1]}), the classes of the model. "
-            f"Found {largest}."
-        )
+
+
+@contextmanager
+def at_least(model: nn.Module, classes: int) -> Iterator[None]:
+    """Refuse a model's first logits, before anything is made of them, if these are too few.
+
+    Args:
+        model: The model.
+        classes: How many there are, by the targets of the whole data set.
+
+    Yields:
+        Nothing.
+    """
+
+    def check(module: nn.Module, given: Any, logits: Any) -> None:
+        handle.remove()
+        if isinstance(logits, Tensor) and logits.dim() > 1 and logits.shape[1] < classes:
+            raise ValueError(
+                f"`dataset` should have targets in [0, {logits.shape[1]}), the classes of the "
+                f"model. Found {classes - 1}."
+            )
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def check_classes(logits: Tensor, targets: Tensor) -> None:

@@ -52,7 +52,9 @@ def _of_groups(root: Path) -> Iterator[float]:
     """What each control group that the process is in leaves, of version 2 and of version 1."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            if not path:
+                continue
             if not controllers:
                 folder, limits, used = "", ("memory.max", "memory.high"), "memory.current"
                 cache = "inactive_file"

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -27,10 +27,6 @@ _TRANSFORMS = {
     *("ToTensor", "PILToTensor", "ToImage", "ToPILImage", "ToDtype", "ConvertImageDtype"),
     *("Normalize", "Resize", "CenterCrop", "Grayscale", "Pad", "ToPureTensor"),
 }
-_GENERATORS = (
-    *(random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator),
-    torch.Generator,
-)
 # What makes random numbers that no generator tells of, by the name that code calls it by.
 _FRESH = {
     *("default_rng", "RandomState", "Random", "SystemRandom", "urandom", "randbits"),
@@ -50,6 +46,13 @@ _LIBRARIES -= {"__main__"}
 _PLAIN = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, range)
 _ITEMS = 100  # of a container that are looked at
 _THINGS = 20_000  # that are looked at in all
+
+
+@cache
+def _generators() -> tuple[type, ...]:
+    # NumPy's are imported when they are first asked for.
+    numpy = (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
+    return (random.Random, *numpy, torch.Generator)
 
 
 def is_pure(dataset: Any) -> bool:
@@ -96,7 +99,7 @@ class Own:
         self.generators: list[Any] = []
         self.reason: str | None = None
         for thing in _reached(dataset):
-            if isinstance(thing, _GENERATORS):
+            if isinstance(thing, _generators()):
                 self.generators.append(thing)
             elif callable(getattr(type(thing), "set_epoch", None)):
                 self.reason = f"{type(thing).__name__} has set_epoch"
@@ -151,7 +154,7 @@ def _parts(thing: Any, owner: type | None) -> list[tuple[Any, type | None]]:
         return [(thing.__self__, None), (thing.__func__, type(thing.__self__))]
     if isinstance(thing, FunctionType):
         return _of_function(thing, owner)
-    if isinstance(thing, _GENERATORS):
+    if isinstance(thing, _generators()):
         return []
     if isinstance(thing, type):
         return _methods(thing, ("__init__", *_READS))

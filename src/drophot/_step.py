@@ -25,13 +25,7 @@ Step = Callable[..., Tensor]
 
 
 @contextmanager
-def fast_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    device: torch.device,
-    *,
-    largest: int | None = None,
-) -> Iterator[Step]:
+def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[Step]:
     """A step of training with cross-entropy: `step(inputs, targets)` gives the logits.
 
     `step(inputs, targets, weights)` takes the mean of the losses times the weights `(B,)`.
@@ -44,7 +38,6 @@ def fast_step(
         model: In training mode.
         optimizer: Holds the model's parameters. Its settings come back as they were.
         device: Where the model is.
-        largest: The largest class among all targets, if it is known.
 
     Yields:
         The step. It never waits for the device. Its logits `(B, C)` need no gradient.
@@ -53,7 +46,7 @@ def fast_step(
 
     def plain(inputs: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
         logits = logits_of(model, forward, inputs)
-        check_loss(logits, targets, largest)
+        check_loss(logits, targets)
         optimizer.zero_grad()
         if weights:
             (F.cross_entropy(logits, targets, reduction="none") * weights[0]).mean().backward()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from drophot._cache import Cache, Kept
-from drophot._classifier import check_classes, check_model, logits_of
+from drophot._classifier import check_model, logits_of
 from drophot._feed import batches
 from drophot._untouched import untouched
 
@@ -104,7 +104,8 @@ def errors(logits: Tensor, targets: Tensor) -> Tensor:
 def _error(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     def look(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = logits_of(model, model, inputs)
-        check_classes(logits, targets)
+        if logits.dim() != 2:
+            raise ValueError(f"`model` should give logits (B, C). Found {tuple(logits.shape)}.")
         return errors(logits, targets)
 
     return look

@@ -13,7 +13,14 @@ from torch.utils.data import Dataset
 
 from drophot import _random
 from drophot._cache import Cache, Kept, check_cache, in_memory
-from drophot._classifier import check_classes, check_model, check_optimizer, logits_of, right
+from drophot._classifier import (
+    at_least,
+    check_classes,
+    check_model,
+    check_optimizer,
+    logits_of,
+    right,
+)
 from drophot._feed import batches
 from drophot._samples import as_classes, first_sample, tensors_of
 from drophot._step import fast_forward, fast_step, takes_channels_last
@@ -96,12 +103,12 @@ def fit(
     indexed = on_batch is not None
     with _random.alone():
         if _is_loader(whole):
-            largest, epoch_of = None, _loaded(whole, epochs, device, indexed=indexed)
+            classes, epoch_of = 0, _loaded(whole, epochs, device, indexed=indexed)
         else:
             data = Kept(whole, device, cache, readings=epochs)
-            largest = _largest_class(data.data)
+            classes = _classes(data.data)
             epoch_of = _shuffled(model, data, batch_size, seed, device, indexed=indexed)
-        with fast_step(model, optimizer, device, largest=largest) as step:
+        with fast_step(model, optimizer, device) as step, at_least(model, classes):
             for epoch in range(epochs):
                 model.train()
                 for inputs, targets, *more in epoch_of(epoch):
@@ -144,19 +151,19 @@ def _shuffled(
     return batches_of
 
 
-def _largest_class(data: Any) -> int | None:
-    """The largest target of a dataset of tensors, to compare with the number of logits."""
+def _classes(data: Any) -> int:
+    """How many classes a dataset of tensors takes, to compare with the logits; else 0."""
     tensors = tensors_of(data)
     if tensors is None or tensors[1].is_floating_point() or tensors[1].is_meta:
-        return None
+        return 0
     targets = tensors[1]
-    least = int(targets.min())
-    if least < 0 and bool(((targets < 0) & (targets != _IGNORED)).any()):
+    wrong = (targets < 0) & (targets != _IGNORED)
+    if bool(wrong.any()):
         raise ValueError(
-            f"`dataset` should have targets from 0. Found {least}; cross-entropy leaves out "
-            f"{_IGNORED}, and no other number below 0."
+            f"`dataset` should have targets from 0. Found {int(targets[wrong][0])}; cross-entropy "
+            f"leaves out {_IGNORED}, and no other number below 0."
         )
-    return int(targets.max())
+    return int(targets.max()) + 1
 
 
 def _loaded(
