@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (resnet18, (3, 32, 32)),
     "resnet50": (resnet50, (3, 32, 32)),
 }
-PARTS = ("fused optimiser", "channels last", "memory held", "oneDNN for large layers")
+PARTS = ("fused optimiser", "channels last", "oneDNN for large layers")
 # The beginning of an operator's name, and what it does.
 KINDS = {
     "aten::mkldnn_convolution": "convolutions, forward",

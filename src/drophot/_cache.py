@@ -106,7 +106,6 @@ class Kept:
         self.source: Any = dataset
         self._name, self._device, self._cache, self._readings = name, device, cache, readings
         self.data: Any = dataset
-        self._is_guessed = False
         with _random.kept():
             self._decide()
 
@@ -117,18 +116,18 @@ class Kept:
                 if not _is_same(self._stamp, _stamp(self.source)):
                     with _random.kept():
                         self._decide()
-            elif self._is_guessed and self._has_changed():
+            elif self._has_changed():
                 self._let_go("they changed between two epochs")
         return self.data
 
     def _decide(self) -> None:
         dataset, name = self.source, self._name
         first = stacked([first_sample(name, dataset)])
-        self._stamp = _stamp(dataset)
+        tensors = tensors_of(dataset)
+        self._stamp = None if tensors is None else _stamp(dataset)
         if self._cache is False:
             self._let_go("cache=False")
             return
-        tensors = tensors_of(dataset)
         if tensors is None and self._cache == "auto" and self._readings <= 1:
             return
         size = len(dataset) * sum(tensor[0].nbytes for tensor in first)
@@ -143,7 +142,6 @@ class Kept:
         elif tensors is None:
             why = "two readings gave the same"
             tensors = self._decoded_twice(first)
-            self._is_guessed = True
         if tensors is None:
             return
         self.data = _on(self._device, tensors)

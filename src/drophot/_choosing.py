@@ -119,8 +119,8 @@ def _loader(run: Any, model: nn.Module) -> tuple[Any, Any]:
     """What chooses while the model trains, and what it wants to see of each batch."""
     total, ratio, seed = len(run.train_set), run.data_ratio, run.seed
     if run.mode == "crest":
-        size = run.batch_size
-        return CrestLoader(run.train_set, model, ratio, batch_size=size, seed=seed), None
+        options = {"batch_size": run.batch_size, "seed": seed, "cache": run.cache}
+        return CrestLoader(run.train_set, model, ratio, **options), None
     if run.mode == "fresh_subset":
         return _Sampled(run, FreshSubset(total, ratio, seed=seed), None), None
     sampling = LossSampling(total, ratio, seed=seed, device=run.device)

@@ -7,6 +7,7 @@ import random
 import sys
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache, partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -162,7 +163,9 @@ def _parts(thing: Any, owner: type | None) -> list[tuple[Any, type | None]]:
     held = list(getattr(thing, "__dict__", {}).values())
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
-        held += [getattr(thing, n, None) for n in ([names] if isinstance(names, str) else names)]
+        for name in [names] if isinstance(names, str) else names:
+            with suppress(Exception):  # an empty slot, or one that does more than hold
+                held.append(getattr(thing, name))
     return [(value, None) for value in held] + _methods(kind, _READS)
 
 
@@ -179,7 +182,10 @@ def _of_function(function: FunctionType, owner: type | None) -> list[tuple[Any, 
                 held += [vars(value)[n] for n in code.co_names if n in vars(value)]
             elif value is not None:
                 held.append(value)
-    found: list[tuple[Any, type | None]] = [(value, None) for value in held]
+    mine = () if owner is None else owner.__mro__  # `super()` names it, and makes none of it
+    found: list[tuple[Any, type | None]] = [
+        (value, None) for value in held if not any(value is kind for kind in mine)
+    ]
     names = tuple(name for code in _codes(function.__code__) for name in code.co_names)
     return found + (_methods(owner, names) if owner is not None else [])
 

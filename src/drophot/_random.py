@@ -15,6 +15,7 @@ import torch
 
 logger = logging.getLogger("drophot")
 
+_PATIENCE = 5.0  # seconds of silent waiting
 _turn = RLock()
 
 
@@ -23,17 +24,18 @@ def alone() -> Iterator[None]:
     """Let no other thread of this process draw from the global generators through drophot.
 
     The generators belong to the process. Two threads that train at the same time would take each
-    other's numbers, so the second one waits for the first, and a message says so. A thread can
-    enter again what it is in already.
+    other's numbers, so the second one waits for the first; if that takes long, a warning says so.
+    A thread can enter again what it is in already.
 
     Yields:
         Nothing.
     """
     turn = _turn
-    if not turn.acquire(blocking=False):
-        logger.info(
-            "waiting for another thread: random numbers belong to the process, and one seed gives "
-            "one result only if one thread draws at a time. To train side by side, use processes"
+    if not turn.acquire(timeout=_PATIENCE):
+        logger.warning(
+            "waiting for another thread that trains or evaluates: random numbers belong to the "
+            "process, and one seed gives one result only if one thread draws at a time. To train "
+            "side by side, use processes"
         )
         turn.acquire()
     try:

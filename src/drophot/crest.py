@@ -68,6 +68,7 @@ class CrestLoader:
         threshold: `τ`, the relative error of the modelled loss that is allowed.
         interval: `h`, by which the steps between two checks are multiplied.
         seed: Draws the subsets and the Hutchinson estimate.
+        cache: Whether the decoded dataset is kept, as in :func:`drophot.fit`.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -99,6 +100,7 @@ class CrestLoader:
         threshold: float = 0.1,
         interval: float = 1.0,
         seed: int = 0,
+        cache: training.Cache = "auto",
     ) -> None:
         check_ratio("ratio", ratio)
         check_ratio("subset", subset)
@@ -116,7 +118,8 @@ class CrestLoader:
         device = next(model.parameters()).device
         with _random.kept():  # a random transform may draw
             indexed = len(training.first_sample("dataset", dataset)) == 3
-        self.dataset = training.in_memory(dataset if indexed else IndexedDataset(dataset), device)
+        whole = dataset if indexed else IndexedDataset(dataset)
+        self.dataset = training.in_memory(whole, device, cache=cache)
         self._total = len(dataset)  # type: ignore[arg-type]
         self._steps = ceil(kept(self._total, ratio) / self.batch_size)
         self._size = min(self._total, max(kept(self._total, subset), 2 * self.batch_size))
