@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -296,6 +297,19 @@ def test_few_batches_are_read_here(two_threads: None) -> None:
 def test_a_daemon_has_no_workers(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_feed, "current_process", lambda: SimpleNamespace(daemon=True))
     assert {int(pid) for _, pids in batches(Processes(64), 2, CPU) for pid in pids} == {os.getpid()}
+
+
+def test_a_thread_beside_the_main_one_forks_nothing(two_threads: None) -> None:
+    """A fork has one thread, and what the others had locked stays so."""
+    readers: set[int] = set()
+
+    def look() -> None:
+        readers.update(int(pid) for _, pids in batches(Processes(64), 2, CPU) for pid in pids)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert readers == {os.getpid()}
 
 
 @pytest.mark.parametrize("source", GLOBAL)

@@ -158,7 +158,7 @@ def at_least(model: nn.Module, classes: int) -> Iterator[None]:
 
     def check(module: nn.Module, given: Any, logits: Any) -> None:
         handle.remove()
-        if isinstance(logits, Tensor) and logits.dim() > 1 and logits.shape[1] < classes:
+        if isinstance(logits, Tensor) and logits.dim() > 1 and 1 < logits.shape[1] < classes:
             raise ValueError(
                 f"`dataset` should have targets in [0, {logits.shape[1]}), the classes of the "
                 f"model. Found {classes - 1}."
