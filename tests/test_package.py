@@ -19,6 +19,7 @@ SOURCE = ROOT / "src" / "drophot"
 HOUSE = [
     "_random",
     "_progress",
+    "_classifier",
     "_untouched",
     "_memory",
     "indexing",
@@ -54,6 +55,9 @@ HOUSE = [
     "_shrink",
     "structured",
     "released",
+    "_samples",
+    "_purity",
+    "_cache",
     "_feed",
     "_step",
     "training",

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
 
 from drophot import _modes, _probe, coreset, released
-from drophot._feed import batches, targets_of
+from drophot._feed import batches
+from drophot._samples import targets_of
 from drophot.coreset import select
 from drophot.crest import CrestLoader
 from drophot.dynamics import DynamicsTracker
@@ -118,8 +119,8 @@ def _loader(run: Any, model: nn.Module) -> tuple[Any, Any]:
     """What chooses while the model trains, and what it wants to see of each batch."""
     total, ratio, seed = len(run.train_set), run.data_ratio, run.seed
     if run.mode == "crest":
-        size = run.batch_size
-        return CrestLoader(run.train_set, model, ratio, batch_size=size, seed=seed), None
+        options = {"batch_size": run.batch_size, "seed": seed, "cache": run.cache}
+        return CrestLoader(run.train_set, model, ratio, **options), None
     if run.mode == "fresh_subset":
         return _Sampled(run, FreshSubset(total, ratio, seed=seed), None), None
     sampling = LossSampling(total, ratio, seed=seed, device=run.device)

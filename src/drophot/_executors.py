@@ -15,6 +15,7 @@ from typing import Any
 from torch.utils.data import TensorDataset
 
 from drophot._memory import is_out_of_memory
+from drophot._samples import is_plainly
 from drophot._stages import Stage, compute
 from drophot._store import Store
 from drophot.pipeline import DropHot
@@ -55,7 +56,7 @@ def check(executor: Any, pipeline: DropHot, threads: int) -> None:
             dumps = import_module("cloudpickle").dumps
     things = {"model": pipeline.factory, "optimizer": pipeline.optimizer, "fit": pipeline.fit}
     for name, data in (("train_set", pipeline.train_set), ("test_set", pipeline.test_set)):
-        if not isinstance(data, TensorDataset):  # tensors go by the store
+        if not is_plainly(data, TensorDataset):  # tensors go by the store
             things[name] = data
     for name, thing in things.items():
         try:

@@ -134,6 +134,7 @@ def _check_features(features: Tensor | ArrayLike) -> Tensor:
             f"flatten(1) makes rows of images."
         )
     if not values.is_floating_point() or values.dtype.itemsize < 4:
+        _check_free(values, 4 * values.numel())
         values = values.float()
     wrong = torch.cat([~part.isfinite().all(1) for part in _parts(values)])
     if wrong.any():
@@ -224,7 +225,6 @@ def _check_memory(
     amount = needs(total, values.shape[1], size, values.dtype.itemsize) + values.nbytes
     if in_parts:
         amount += values.dtype.itemsize * total * values.shape[1]
-    free = _memory.available(values.device)
     logger.info(
         "%d of %d samples, %d features: %.2f GB of memory beside the features",
         size,
@@ -232,7 +232,11 @@ def _check_memory(
         values.shape[1],
         amount / 1e9,
     )
-    if amount > free:
+    _check_free(values, amount)
+
+
+def _check_free(values: Tensor, amount: int) -> None:
+    if amount > (free := _memory.available(values.device)):
         raise MemoryError(
             f"`features` of {tuple(values.shape)} need {amount / 1e9:.1f} GB more. Found "
             f"{free / 1e9:.1f} GB free on {values.device}; give `targets`, which takes one class "

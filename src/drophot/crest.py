@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from drophot import _feed, _random, training
 from drophot._medoids import medoids
+from drophot._samples import targets_of
 from drophot._shares import check_ratio, check_targets, dealt, kept, members
 from drophot._step import fast_forward
 from drophot._untouched import untouched
@@ -67,6 +68,7 @@ class CrestLoader:
         threshold: `τ`, the relative error of the modelled loss that is allowed.
         interval: `h`, by which the steps between two checks are multiplied.
         seed: Draws the subsets and the Hutchinson estimate.
+        cache: Whether the decoded dataset is kept, as in :func:`drophot.fit`.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -98,6 +100,7 @@ class CrestLoader:
         threshold: float = 0.1,
         interval: float = 1.0,
         seed: int = 0,
+        cache: training.Cache = "auto",
     ) -> None:
         check_ratio("ratio", ratio)
         check_ratio("subset", subset)
@@ -114,12 +117,13 @@ class CrestLoader:
         self.model = model
         device = next(model.parameters()).device
         with _random.kept():  # a random transform may draw
-            indexed = len(_feed.first_sample("dataset", dataset)) == 3
-        self.dataset = training.in_memory(dataset if indexed else IndexedDataset(dataset), device)
+            indexed = len(training.first_sample("dataset", dataset)) == 3
+        whole = dataset if indexed else IndexedDataset(dataset)
+        self.dataset = training.in_memory(whole, device, cache=cache)
         self._total = len(dataset)  # type: ignore[arg-type]
         self._steps = ceil(kept(self._total, ratio) / self.batch_size)
         self._size = min(self._total, max(kept(self._total, subset), 2 * self.batch_size))
-        targets = check_targets(_feed.targets_of(self.dataset), self._total)
+        targets = check_targets(targets_of(self.dataset), self._total)
         if targets.min() < 0:
             raise ValueError(f"`dataset` should have targets from 0. Found {targets.min()}.")
         self._classes = members(targets)

@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 from drophot import _executors, _memory, _modes, _probe, _progress, records
 from drophot._modes import Mode
 from drophot._plan import Plan, estimate
+from drophot._samples import is_plainly
 from drophot._stages import Stage, compute
 from drophot._store import Store, digest, open_store, write_whole
 from drophot.pipeline import CELL, DropHot
@@ -280,7 +281,7 @@ class Grid:
         tensors = {
             name: [tensor.cpu() for tensor in data.tensors]
             for name, data in sets.items()
-            if isinstance(data, TensorDataset)
+            if is_plainly(data, TensorDataset)
         }
         content = io.BytesIO()
         torch.save(tensors, content)
@@ -320,7 +321,7 @@ class Grid:
 
     def _tensors(self) -> list[Tensor]:
         sets = (self.pipeline.train_set, self.pipeline.test_set)
-        return [t for data in sets if isinstance(data, TensorDataset) for t in data.tensors]
+        return [t for data in sets if is_plainly(data, TensorDataset) for t in data.tensors]
 
 
 def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:

@@ -45,7 +45,7 @@ CELL = (
 )
 _SETTINGS = (
     *(*CELL, "forgetting", "scope", "structured", "prunings", "protocol", "batch_size"),
-    *("score_epochs", "train_epochs", "finetune_epochs"),
+    *("score_epochs", "train_epochs", "finetune_epochs", "cache"),
 )
 
 
@@ -104,6 +104,7 @@ class DropHot:
         seed: Of initialisation, order and ties; not negative.
         device: Where to run; `None` is a GPU if there is one.
         fit: The training loop; a user's own is called as :func:`drophot.training.fit` is.
+        cache: Whether decoded data is kept: see :func:`drophot.training.in_memory`.
         progress: Shows a bar for each training, by tqdm.
 
     Raises:
@@ -167,6 +168,7 @@ class DropHot:
         seed: int = 0,
         device: torch.device | str | None = None,
         fit: training.Fit = training.fit,
+        cache: training.Cache = "auto",
         progress: bool = False,
     ) -> None:
         self.factory = model
@@ -191,10 +193,18 @@ class DropHot:
         self.seed = seed
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.fit = fit
+        self.cache: training.Cache = cache
         self.progress = progress
         _probe.settle(self)
         self.train_set, self.test_set, self._classes, sizes = _probe.prepare(
-            model, optimizer, train_set, test_set, device=self.device, seed=self.seed
+            model,
+            optimizer,
+            train_set,
+            test_set,
+            device=self.device,
+            seed=self.seed,
+            cache=cache,
+            closure=fit is not training.fit,
         )
         _probe.check_sizes(self, self._classes)
         self._total = len(train_set)  # type: ignore[arg-type]
@@ -378,8 +388,11 @@ class DropHot:
         on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
         on_epoch: Callable[[int], object] | None = None,
     ) -> None:
+        fit = self.fit
+        if fit is training.fit:
+            fit = partial(training.fit, cache=self.cache)
         with _progress.bar(self.progress, epochs, self._doing, on_epoch) as after:
-            self.fit(
+            fit(
                 model,
                 dataset,
                 epochs,
