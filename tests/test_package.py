@@ -29,6 +29,8 @@ HOUSE = [
     "forgetting",
     "dynamics",
     "_radix",
+    "_exact",
+    "_arrays",
     "_shares",
     "_linear",
     "_stratified",
