@@ -30,6 +30,8 @@ HOUSE = [
     "forgetting",
     "dynamics",
     "_radix",
+    "_exact",
+    "_arrays",
     "_shares",
     "_linear",
     "_stratified",

@@ -107,7 +107,7 @@ def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
         return
     run._fit(model, _subset(run, run.indices), epochs, optimizer)
     if steps:  # of an epoch that is not whole: as many full batches
-        part = torch.randperm(len(run.indices))[: steps * run.batch_size]
+        part = torch.randperm(len(run.indices), device="cpu")[: steps * run.batch_size]
         run._fit(model, _subset(run, run.indices[part]), 1, optimizer)
 
 
@@ -139,7 +139,7 @@ class _Shuffled(Sampler[int]):
         self.total = total
 
     def __iter__(self) -> Iterator[int]:
-        yield from torch.randperm(self.total).tolist()
+        yield from torch.randperm(self.total, device="cpu").tolist()
 
 
 class _Sampled:

@@ -15,7 +15,17 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot import _memory
-from drophot._shares import Positions, check_ratio, check_targets, kept, members, shares
+from drophot._arrays import numbers
+from drophot._exact import exact
+from drophot._shares import (
+    Positions,
+    check_positions,
+    check_ratio,
+    check_targets,
+    kept,
+    members,
+    shares,
+)
 
 logger = logging.getLogger("drophot")
 
@@ -55,6 +65,7 @@ class Coreset:
 Greedy = Callable[[Tensor, int, Tensor, int], tuple[Tensor, Tensor, Tensor | None]]
 
 
+@exact()
 def greedy(
     algorithm: Greedy,
     needs: Callable[[int, int, int, int], int],
@@ -122,12 +133,7 @@ def greedy(
 
 
 def _check_features(features: Tensor | ArrayLike) -> Tensor:
-    if isinstance(features, Tensor):
-        values = features.detach()
-    else:
-        values = torch.as_tensor(np.require(features, requirements=["C", "W"]))
-    if values.is_complex():
-        raise TypeError(f"`features` should be real numbers. Found {values.dtype}.")
+    values = numbers("features", features)
     if values.dim() != 2 or 0 in values.shape:
         raise ValueError(
             f"`features` should have shape (N, D), both at least 1. Found {tuple(values.shape)}; "
@@ -151,7 +157,18 @@ def _centred(values: Tensor) -> tuple[Tensor, float]:
     power = frexp(largest)[1]
     # In two steps, as the power of the largest numbers is none itself.
     found = (values / 2.0 ** (power // 2)).div_(2.0 ** (power - power // 2))
-    return found.sub_(found.mean(0)), 2.0**power
+    return found.sub_(_middle(found)), 2.0**power
+
+
+def _middle(values: Tensor) -> Tensor:
+    """Of each column the number nearest to its mean."""
+    # The mean itself has more digits than the features: less it, equal distances would differ.
+    mean = values.mean(0)
+    found = values[0].clone()
+    for part in _parts(values):
+        nearest = part.gather(0, (part - mean).abs_().argmin(0, keepdim=True))[0]
+        found = torch.where((nearest - mean).abs() < (found - mean).abs(), nearest, found)
+    return found
 
 
 def _parts(values: Tensor) -> Iterator[Tensor]:
@@ -173,27 +190,12 @@ def square_norms(values: Tensor) -> Tensor:
 def _check_start(start: Any, total: int, size: int) -> Positions:
     if start is None:
         return np.empty(0, dtype=np.int64)
-    found = np.asarray(start.cpu() if isinstance(start, Tensor) else start)
-    if found.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if not np.issubdtype(found.dtype, np.integer):
-        raise TypeError(f"`start` should be positions of samples, integers. Found {found.dtype}.")
-    if found.ndim != 1 or found.min() < 0 or found.max() >= total:
-        wrong = found.flat[np.argmax((found < 0) | (found >= total))]
-        raise ValueError(
-            f"`start` should be positions in [0, {total}), one dimension. Found {wrong} in shape "
-            f"{found.shape}."
-        )
-    if len(np.unique(found)) < len(found):
-        raise ValueError(
-            f"`start` should name each sample once. Found {len(found) - len(np.unique(found))} "
-            f"repeated; give start.unique()."
-        )
+    found = check_positions("start", start, total, "; give mask.nonzero()[:, 0]")
     if len(found) > size:
         raise ValueError(
             f"`start` counts among the {size} samples kept. Found {len(found)}; raise the ratio."
         )
-    return found.astype(np.int64)
+    return found
 
 
 def _begun(
