@@ -65,7 +65,8 @@ class Record:
     sparsity: float
     """The share of prunable weights that is zero, or gone, after fine-tuning, counted in them."""
     seconds: dict[str, float] = field(compare=False)
-    """Wall-clock seconds of each step; a step that was not needed is missing."""
+    """Wall-clock seconds of each step; a step that was not needed is missing. Where a grid's
+    baseline is the network of step 1, it has the seconds of "score" and no "train"."""
     device: str
     """Where it ran."""
     versions: dict[str, str]
@@ -90,6 +91,13 @@ class Record:
     """Whether channels were removed, of which `prune_ratio` is the share."""
     parameters: int = 0
     """Those of the network in the end, zeros included; 0 in records of before this was counted."""
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The whole configuration that `fingerprint` is of, as JSON can hold it, without the seed;
+    empty in records of before this was kept."""
+    cell: str = field(default="", compare=False)
+    """The fingerprint of `settings`, the same for all seeds: what a row of a table is."""
+    test_samples: int = 0
+    """The size of the test set, whose counts accuracies are; 0 where it is not known."""
 
 
 def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -> Record:
@@ -105,6 +113,8 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         The record.
     """
     total = len(run.train_set)
+    configuration = json.loads(json.dumps(run.configuration))  # equal to what is read from a file
+    settings = {name: value for name, value in configuration.items() if name != "seed"}
     size = kept(total, run.data_ratio) if run.mode in _modes.DYNAMIC else len(run.indices)
     return Record(
         model=factory_name(run.factory, run.model),
@@ -121,7 +131,7 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         seconds=dict(run.seconds),
         device=device_name(run.device),
         versions=versions(),
-        fingerprint=fingerprint(run.configuration),
+        fingerprint=fingerprint(configuration),
         protocol=run.protocol,
         equal_steps=run.equal_steps,
         reinitialized=run.reinitialize,
@@ -131,6 +141,9 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         scope=run.scope,
         structured=run.structured,
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        settings=settings,
+        cell=fingerprint(settings),
+        test_samples=len(run.test_set),
     )
 
 
