@@ -17,9 +17,9 @@ FIELDS = (
 )
 """What a record says of its cell in fields of its own."""
 
-# Settings that a record names otherwise. "model" names the factory there, with its arguments.
+# Settings that a record names otherwise. A record's "model" is its name alone.
 _NAMES = {
-    "model": "factory",
+    "model": "network",
     "data_ratio": "keep_ratio",
     "reinitialize": "reinitialized",
     "rewind": "rewound",

@@ -55,7 +55,7 @@ def columns(rows: Sequence[Record | Comparison]) -> list[Column]:
             found.append(Column(name, name, words))
     for names in long.values():
         parts = [[settings(row).get(name) for name in names] for row in rows]
-        words = [_digest(part) for part in parts]
+        words = [fingerprint({"": p})[:8] if p != [None] * len(p) else _NONE for p in parts]
         found.append(Column(names[0], ", ".join(names), words))
     alike: dict[tuple[object, ...], set[str]] = {}
     texts = [_json(settings(row)) for row in rows]
@@ -109,17 +109,33 @@ def _natural(value: Any) -> tuple[bool, float, str]:
 
 def _words(values: Sequence[Any]) -> list[str] | None:
     """The values of one setting in short words that tell them apart, if there are such."""
-    if all(isinstance(value, Mapping) for value in values):
-        names = dict.fromkeys(name for value in values for name in value)
-        apart = [name for name in names if len({_json(v.get(name)) for v in values}) > 1]
-        if any(isinstance(v.get(name), (list, Mapping)) for v in values for name in apart):
-            return None
-        words = [", ".join(f"{name}={_text(v.get(name))}" for name in apart) for v in values]
-    else:
-        words = [_text(value) for value in values]
+    # Of nested settings the numbers in which they differ, and texts where these do not suffice.
+    leaves = [_leaves(value) for value in values]
+    names = dict.fromkeys(name for leaf in leaves for name in leaf)
+    apart = [name for name in names if len({_json(leaf.get(name)) for leaf in leaves}) > 1]
+    texts = [n for n in apart if any(isinstance(leaf.get(n), (str, list)) for leaf in leaves)]
+    shown = [name for name in apart if name not in texts]
+
+    def words() -> list[str]:
+        parts = [[(name, _text(leaf.get(name))) for name in shown] for leaf in leaves]
+        return [", ".join(f"{n}={t}" if n else t for n, t in part) for part in parts]
+
     distinct = len({_json(value) for value in values})
-    short = max(map(len, words)) <= _LONGEST and not any(map(_is_digest, values))
-    return words if short and len(set(words)) == distinct else None
+    while len(set(words())) < distinct and texts:
+        shown.append(texts.pop(0))
+    found = words()
+    short = max(map(len, found)) <= _LONGEST
+    return found if short and len(set(found)) == distinct else None
+
+
+def _leaves(value: Any, before: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names; a plain one by none."""
+    if not isinstance(value, Mapping):
+        return {before: value}
+    found = {}
+    for name, inner in value.items():
+        found |= _leaves(inner, f"{before}.{name}" if before else name)
+    return found
 
 
 def _text(value: Any) -> str:
@@ -127,23 +143,11 @@ def _text(value: Any) -> str:
     if value is None:
         return _NONE
     if isinstance(value, str):
-        return re.sub(r"(?<![\w.])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", value)
-    if isinstance(value, list):
+        value = re.sub(r"(?<![\w.])(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", value)
+        return re.sub(r"\b([0-9a-f]{8})[0-9a-f]{4,}\b", r"\1", value)  # a digest
+    if isinstance(value, list) and not any(isinstance(part, (list, Mapping)) for part in value):
         return ", ".join(map(_text, value))
     return json.dumps(value)
-
-
-def _digest(values: Sequence[Any]) -> str:
-    """8 digits for long values."""
-    if all(value is None for value in values):
-        return _NONE
-    if len(values) == 1 and _is_digest(values[0]):
-        return values[0][:8]
-    return fingerprint({"": values})[:8]
-
-
-def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{12,}", value) is not None
 
 
 def _json(value: Any) -> str:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from drophot import _plots
@@ -187,6 +188,7 @@ class Panels:
                 drawn.append(ax)
             for first in range(columns or 1):
                 column = [ax for ax in drawn[first :: columns or 1] if ax is not None]
+                column = [ax for ax in column if isfinite(ax.dataLim.ymin)]  # not all nan
                 ends = [end for ax in column for end in ax.get_ylim()]
                 for ax in column:
                     ax.set_ylim(min(ends), max(ends))
