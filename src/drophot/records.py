@@ -259,12 +259,27 @@ def from_line(line: str) -> Record:
     try:
         values = json.loads(line)
         values["finetune_curve"] = tuple(values["finetune_curve"])
-        return Record(**values)
+        return _checked(Record(**values))
     except (ValueError, TypeError, KeyError) as error:
         names = ", ".join(f.name for f in fields(Record))
         raise ValueError(
             f"`line` should be a record, with the fields {names}. Found {line[:40]!r}: {error}."
         ) from error
+
+
+# What the fields' types are in JSON.
+_KINDS = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "tuple": tuple}
+
+
+def _checked(record: Record) -> Record:
+    """The record, if its values are of the fields' types."""
+    for f in fields(Record):
+        name, value = str(f.type).partition("[")[0], getattr(record, f.name)
+        parts = value if isinstance(value, tuple) else ()
+        wrong = not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and name != "bool")
+        if wrong or not all(isinstance(part, (int, float)) for part in parts):
+            raise TypeError(f"`{f.name}` should be of type {f.type}, not {value!r:.40}")
+    return record
 
 
 def write(records: Iterable[Record], path: Path | str) -> None:
