@@ -159,7 +159,7 @@ def _score(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
     accuracy = nan
     if score_is_baseline(pipeline):
         accuracy = training.evaluate(run.scorer, run.test_set)
-    indices, seconds = torch.arange(len(found)), {"train": run.seconds["score"]}
+    indices, seconds = torch.arange(len(found)), dict(run.seconds)
     return _saved({"scores": scores, **_trained(run.scorer, indices, accuracy, seconds)})
 
 
@@ -169,6 +169,7 @@ def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
         run.scores = before["scores"][how.statistic]
     elif before:
         run.scorer = _network(run, before)
+    run.seconds = before.get("seconds", {})
     indices = run.select()
     model = run.train()
     seconds = dict(run.seconds)

@@ -65,7 +65,8 @@ class Record:
     sparsity: float
     """The share of prunable weights that is zero, or gone, after fine-tuning, counted in them."""
     seconds: dict[str, float] = field(compare=False)
-    """Wall-clock seconds of each step; a step that was not needed is missing."""
+    """Wall-clock seconds of each step; a step that was not needed is missing. Where a grid's
+    baseline is the network of step 1, it has the seconds of "score" and no "train"."""
     device: str
     """Where it ran."""
     versions: dict[str, str]
@@ -90,6 +91,13 @@ class Record:
     """Whether channels were removed, of which `prune_ratio` is the share."""
     parameters: int = 0
     """Those of the network in the end, zeros included; 0 in records of before this was counted."""
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The whole configuration that `fingerprint` is of, as JSON can hold it, without the seed;
+    empty in records of before this was kept."""
+    cell: str = field(default="", compare=False)
+    """The fingerprint of `settings`, the same for all seeds: what a row of a table is."""
+    test_samples: int = 0
+    """The size of the test set, whose counts accuracies are; 0 where it is not known."""
 
 
 def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -> Record:
@@ -105,6 +113,8 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         The record.
     """
     total = len(run.train_set)
+    configuration = json.loads(json.dumps(run.configuration))  # equal to what is read from a file
+    settings = {name: value for name, value in configuration.items() if name != "seed"}
     size = kept(total, run.data_ratio) if run.mode in _modes.DYNAMIC else len(run.indices)
     return Record(
         model=factory_name(run.factory, run.model),
@@ -121,7 +131,7 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         seconds=dict(run.seconds),
         device=device_name(run.device),
         versions=versions(),
-        fingerprint=fingerprint(run.configuration),
+        fingerprint=fingerprint(configuration),
         protocol=run.protocol,
         equal_steps=run.equal_steps,
         reinitialized=run.reinitialize,
@@ -131,6 +141,9 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         scope=run.scope,
         structured=run.structured,
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        settings=settings,
+        cell=fingerprint(settings),
+        test_samples=len(run.test_set),
     )
 
 
@@ -246,12 +259,27 @@ def from_line(line: str) -> Record:
     try:
         values = json.loads(line)
         values["finetune_curve"] = tuple(values["finetune_curve"])
-        return Record(**values)
+        return _checked(Record(**values))
     except (ValueError, TypeError, KeyError) as error:
         names = ", ".join(f.name for f in fields(Record))
         raise ValueError(
             f"`line` should be a record, with the fields {names}. Found {line[:40]!r}: {error}."
         ) from error
+
+
+# What the fields' types are in JSON.
+_KINDS = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "tuple": tuple}
+
+
+def _checked(record: Record) -> Record:
+    """The record, if its values are of the fields' types."""
+    for f in fields(Record):
+        name, value = str(f.type).partition("[")[0], getattr(record, f.name)
+        parts = value if isinstance(value, tuple) else ()
+        wrong = not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and name != "bool")
+        if wrong or not all(isinstance(part, (int, float)) for part in parts):
+            raise TypeError(f"`{f.name}` should be of type {f.type}, not {value!r:.40}")
+    return record
 
 
 def write(records: Iterable[Record], path: Path | str) -> None:
