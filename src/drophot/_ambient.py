@@ -17,6 +17,7 @@ import torch
 
 _TINY = 5e-324
 _BY_BACKEND = "by backend"
+_FULL = {"none": "ieee"}  # what was never set is as exact as what was set to be
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +123,12 @@ def _backend(path: str, default: Any) -> dict[str, _Switch]:
         getattr(owner, name)
     except (AttributeError, RuntimeError):
         return {}
+
+    def value() -> Any:
+        return _FULL.get(found := getattr(owner, name), found)
+
     return {
-        path.replace(".", "_"): _Switch(
-            default, lambda: getattr(owner, name), lambda value: setattr(owner, name, value)
-        )
+        path.replace(".", "_"): _Switch(default, value, lambda value: setattr(owner, name, value))
     }
 
 
@@ -138,11 +141,11 @@ def _attention(name: str) -> dict[str, _Switch]:
     }
 
 
+# In this order: the first are for all operations that have no precision of their own.
 _PRECISIONS = {
-    "fp32_precision": "none",
-    **dict.fromkeys((f"{b}.fp32_precision" for b in ("cudnn", "mkldnn", "cuda.matmul")), "none"),
-    **dict.fromkeys(("cudnn.conv.fp32_precision", "cudnn.rnn.fp32_precision"), "tf32"),
-    **dict.fromkeys((f"mkldnn.{op}.fp32_precision" for op in ("matmul", "conv", "rnn")), "none"),
+    **dict.fromkeys(("", "cudnn.", "mkldnn.", "cuda.matmul."), "ieee"),
+    **dict.fromkeys(("cudnn.conv.", "cudnn.rnn."), "tf32"),
+    **dict.fromkeys(("mkldnn.matmul.", "mkldnn.conv.", "mkldnn.rnn."), "ieee"),
 }
 _SWITCHES: dict[str, _Switch] = {
     "default_dtype": _Switch(
@@ -168,7 +171,7 @@ _SWITCHES: dict[str, _Switch] = {
     ),
 }
 for _path, _default in _PRECISIONS.items():
-    _SWITCHES |= _backend(_path, _default)
+    _SWITCHES |= _backend(f"{_path}fp32_precision", _default)
 for _path, _default in {
     "cuda.matmul.allow_fp16_reduced_precision_reduction": True,
     "cuda.matmul.allow_bf16_reduced_precision_reduction": True,

@@ -93,6 +93,30 @@ def filled(code: CodeType) -> set[str]:
     return found
 
 
+def counted(code: CodeType) -> set[str]:
+    """The globals, variables of a closure and attributes that code adds to by `+=`.
+
+    Args:
+        code: The code of a function; functions inside it count too.
+
+    Returns:
+        Their names, attributes as `"self.name"`.
+    """
+    found: set[str] = set()
+    for part in _parts(code):
+        added = False
+        for instruction in dis.get_instructions(part):
+            if instruction.opname == "BINARY_OP":
+                added = instruction.argrepr == "+="
+            elif added and instruction.opname in ("STORE_GLOBAL", "STORE_DEREF"):
+                found.add(instruction.argval)
+            elif added and instruction.opname == "STORE_ATTR":
+                found.add(f"self.{instruction.argval}")
+            if instruction.opname not in ("BINARY_OP", "SWAP"):
+                added = False
+    return found
+
+
 def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[str, ...], bool]]:
     """Loads of names, their attributes, and whether an item of the result is set."""
     for part in _parts(code):
@@ -105,7 +129,7 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[st
                 chain.append(found[end].argval)
                 end += 1
             after = [i.opname for i in found[end : end + 2]]
-            sets = len(after) == 2 and after[1] == "STORE_SUBSCR"
+            sets = len(after) == 2 and after[1] in ("STORE_SUBSCR", "COPY")  # = or +=
             sets = sets and after[0].removesuffix("_BORROW") in _SIMPLE
             yield part, tuple(chain), sets
 

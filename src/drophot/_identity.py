@@ -38,6 +38,7 @@ _LONG = 400  # characters of JSON, beyond which a digest stands for a value
 _CHUNK = 1 << 26  # bytes that are hashed at a time
 _MANY = 1 << 30  # bytes of an array that is not in memory, beyond which parts of it are hashed
 _PARTS = 1024
+_DEEP = 60  # attributes of attributes
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _UNVERSIONED = ("torch", "drophot", "builtins", *sys.stdlib_module_names)
@@ -66,7 +67,7 @@ def describe(thing: Any, *, data: bool = False) -> tuple[Any, list[str]]:
 
 
 def attributes(thing: Any, *, data: bool = False) -> dict[str, Any]:
-    """An object's attributes, each by itself, but for containers that it fills while it is used.
+    """An object's attributes, each by itself, but for what it fills or counts up while it is used.
 
     Args:
         thing: Any object.
@@ -171,6 +172,8 @@ class _Reader:
             found = self._container(thing)
             del self.seen[id(thing)]  # described wherever it is, but not within itself
             return found
+        if len(self.path) > _DEEP:
+            return self._unknown(thing)
         self._remember(thing)
         read = next((read for kinds, read in _READERS if isinstance(thing, kinds)), _Reader._object)
         found = read(self, thing)
@@ -186,15 +189,22 @@ class _Reader:
         finally:
             self.path.pop()
 
+    def _unknown(self, thing: Any) -> Any:
+        where = f" as `{'.'.join(self.path)}`" if self.path else ""
+        self.unknown.append(f"{named(type(thing))}{where}")
+        return {"unknown": named(type(thing))}
+
     def _remember(self, thing: Any) -> None:
         self.count += 1
         self.seen[id(thing)] = self.count, thing
 
     def _string(self, text: str) -> str:
-        folder = str(Path(tempfile.gettempdir()).resolve()), tempfile.gettempdir()
-        if (self.data and Path(text).is_absolute()) or text.startswith(folder):
-            name = Path(text).name
-            return name if "." in name else "a folder"
+        if "/" in text or "\\" in text:
+            path = Path(text)
+            if not _temporary().isdisjoint((path, *path.parents)):
+                return "a temporary path"
+            if self.data and path.is_absolute():
+                return path.name if path.suffix else "a folder"
         return text if len(text) <= _LONG else f"{text[:20]}… {digest_of(text)}"
 
     def _array(self, array: Any) -> Any:
@@ -245,42 +255,36 @@ class _Reader:
         if _library(function.__module__) and _found(function) is function:
             return name
         found: dict[str, Any] = {"function": name}
-        filled = _code.filled(code)
+        used = _used_up([code])
         for where, values in (
             ("defaults", _defaults(function)),
             ("closure", _closure(function)),
             ("attributes", {k: v for k, v in vars(function).items() if not k.startswith("__")}),
         ):
-            if values := self._values(where, values, filled):
-                found[where] = values
+            values = {name: v for name, v in sorted(values.items()) if not used(name, v)}
+            if values:
+                found[where] = {n: self.part(f"{where}.{n}", v) for n, v in values.items()}
         if not _installed(code.co_filename):
-            plain, others = self._globals(function, filled)
+            plain, others = self._globals(function, used)
             if plain:
                 found["globals"] = _brief(plain, len(plain))
             found["code"] = digest_of([self._code(code, function.__doc__), others])
         return found
-
-    def _values(self, where: str, values: dict[str, Any], filled: set[str]) -> dict[str, Any]:
-        return {
-            name: self.part(f"{where}.{name}", value)
-            for name, value in sorted(values.items())
-            if not (name in filled and isinstance(value, _CONTAINERS))
-        }
 
     def _code(self, code: types.CodeType, docstring: str | None = None) -> Any:
         found, constants = _code.content(code, docstring)
         return [*found, [self.value(constant) for constant in constants]]
 
     def _globals(
-        self, function: types.FunctionType, filled: set[str]
+        self, function: types.FunctionType, used: Callable[[str, Any], bool]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The globals that a function uses: numbers and words, to be read, and all others."""
         plain: dict[str, Any] = {}
         found: dict[str, Any] = {}
         for chain in sorted(set(_code.chains(function.__code__))):
             value = function.__globals__.get(chain[0], _MISSING)
-            if value is _MISSING or (chain[0] in filled and isinstance(value, _CONTAINERS)):
-                continue  # a built-in, or what is not there yet; a log or a cache
+            if value is _MISSING or used(chain[0], value):
+                continue  # a built-in, or what is not there yet; a log or a counter
             taken = 1
             while taken < len(chain) and (part := _attribute(value, chain[taken])) is not _MISSING:
                 value, taken = part, taken + 1
@@ -357,9 +361,7 @@ class _Reader:
                 warnings.simplefilter("ignore")
                 reduced = thing.__reduce_ex__(4)
         except Exception:
-            where = f" as `{'.'.join(self.path)}`" if self.path else ""
-            self.unknown.append(f"{named(kind)}{where}")
-            return {"unknown": named(kind)}
+            return self._unknown(thing)
         if isinstance(reduced, str):
             return found | {"name": reduced}
         make, arguments, state, items, pairs, *_ = (*reduced, None, None, None, None)
@@ -396,17 +398,27 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
 
 
 def _lasting(thing: Any, state: dict[str, Any]) -> dict[str, Any]:
-    """An object's attributes, but for containers that it fills while it is used."""
+    """An object's attributes, but for those that it fills or counts up while it is used."""
     methods = [getattr(type(thing), name, None) for name in _CALLED]
-    codes = [method.__code__ for method in methods if isinstance(method, types.FunctionType)]
-    filled = {name for code in codes for name in _code.filled(code)}
+    used = _used_up([m.__code__ for m in methods if isinstance(m, types.FunctionType)])
     empty = _MODULE if isinstance(thing, nn.Module) else ()
     return {
         name: value
         for name, value in state.items()
-        if not (f"self.{name}" in filled and isinstance(value, _CONTAINERS))
-        and not (name in empty and not value)
+        if not used(f"self.{name}", value) and not (name in empty and not value)
     }
+
+
+def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
+    """Whether code fills or counts up what is under a name: a log, a cache or a counter."""
+    filled = {name for code in codes for name in _code.filled(code)}
+    counted = {name for code in codes for name in _code.counted(code)}
+
+    def used(name: str, value: Any) -> bool:
+        filling = name in filled and isinstance(value, _CONTAINERS)
+        return filling or (name in counted and type(value) is int)
+
+    return used
 
 
 def _text(tree: Any) -> str:
@@ -457,6 +469,12 @@ def _library(module: str | None) -> bool:
         return True
     file = getattr(sys.modules.get(module or "") or sys.modules.get(top), "__file__", None)
     return file is not None and _installed(file)
+
+
+@cache
+def _temporary() -> set[Path]:
+    folder = Path(tempfile.gettempdir())
+    return {folder, folder.resolve()}
 
 
 @cache

@@ -249,13 +249,10 @@ def from_line(line: str) -> Record:
     """
     try:
         values = json.loads(line)
-        if not isinstance(values, dict):
-            raise TypeError(f"{type(values).__name__} instead of an object")  # noqa: TRY301
-        if isinstance(curve := values.get("finetune_curve"), list):
-            values["finetune_curve"] = tuple(curve)
+        values["finetune_curve"] = tuple(values["finetune_curve"])
         _check(values)
         return Record(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         names = ", ".join(f.name for f in fields(Record))
         raise ValueError(
             f"`line` should be a record, with the fields {names}. Found {line[:40]!r}: {error}."
@@ -272,7 +269,7 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     for name, value in values.items():
         if not _is_of(known[name], value):
-            raise TypeError(f"{name} should be of type {known[name]}, not {value!r}")
+            raise ValueError(f"{name} should be of type {known[name]}, not {value!r}")
 
 
 def _is_of(kind: str, value: Any) -> bool:
