@@ -102,7 +102,7 @@ def prepare(
     seed: int,
     cache: Cache = "auto",
     closure: bool = False,
-) -> tuple[Dataset[Any], Dataset[Any], int, dict[str, Any]]:
+) -> tuple[Dataset[Any], Dataset[Any], int]:
     """Try a model on the data, and put the data where it is wanted.
 
     Args:
@@ -117,25 +117,21 @@ def prepare(
 
     Returns:
         The training set with its index and the test set, both in memory where that is right; the
-        number of classes that occur; what a configuration says of the data and the model.
+        number of classes that occur.
 
     Raises:
         TypeError: If a factory is none.
         ValueError: If the data and the model do not fit each other.
     """
     with _random.kept(device, seed=seed):
-        probe, classes = build(factory, optimizer, train_set, test_set, closure=closure)
+        _, classes = build(factory, optimizer, train_set, test_set, closure=closure)
         train = Kept(IndexedDataset(train_set), device, cache, name="train_set").data
         test = Kept(test_set, device, cache, name="test_set").data
         occurring = check_targets("train_set", train, classes)
         check_targets("test_set", test, classes)
         check_inputs("train_set", train)
         check_inputs("test_set", test)
-    shapes = {name: list(tensor.shape) for name, tensor in probe.state_dict().items()}
-    sizes: dict[str, Any] = {"parameters": shapes}
-    for name, data in (("train_set", train_set), ("test_set", test_set)):
-        sizes[name] = [type(data).__name__, len(data)]  # type: ignore[arg-type]
-    return train, test, occurring, sizes
+    return train, test, occurring
 
 
 def build(

@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from drophot import _executors, _memory, _modes, _probe, _progress, records
+from drophot._ambient import surroundings
+from drophot._identity import short
 from drophot._modes import Mode
 from drophot._plan import Plan, estimate
 from drophot._samples import is_plainly
 from drophot._stages import Stage, compute
-from drophot._store import Store, digest, open_store, write_whole
+from drophot._store import Store, open_store, write_whole
 from drophot.pipeline import CELL, DropHot
-from drophot.records import Record
+from drophot.records import Record, fingerprint
 
 logger = logging.getLogger("drophot")
 
@@ -264,16 +266,23 @@ class Grid:
         return todo
 
     def _configuration(self) -> tuple[dict[str, Any], str]:
-        """What all cells have in common, and the digest of the data."""
-        found = self.pipeline.configuration
+        """What all cells have in common, and a name for the data."""
+        if unknown := self.pipeline._unknown:
+            raise TypeError(
+                f"A store needs to know which experiment it is of. Found {unknown[0]}, which no "
+                f"other process can compare; make it where it is used, or give its owner a "
+                f"`__getstate__` without it."
+            )
+        versions = records.versions()
+        found: dict[str, Any] = {
+            "versions": {name: short(versions[name]) for name in ("drophot", "torch", "python")}
+        }
+        found |= self.pipeline.configuration
         for name in CELL:  # what the cells differ in
             del found[name]
-        found["data"] = digest(self._tensors())
         found["threads"] = self.threads
         found["device"] = records.device_name(self.pipeline.device)
-        versions = records.versions()
-        found["versions"] = {name: versions[name] for name in ("drophot", "torch")}
-        return found, found["data"]
+        return found, fingerprint({name: found[name] for name in ("train_set", "test_set")})
 
     def _without_data(self, store: Store) -> DropHot:
         """The pipeline for a worker: what is in memory is read there from the store."""
@@ -288,6 +297,7 @@ class Grid:
         write_whole(store.folder / "data.pt", content.getvalue())
         light = copy.copy(self.pipeline)
         vars(light).update(dict.fromkeys(tensors))
+        light._ambient = surroundings(light.device)
         return light
 
     def _plan(self, cells: Sequence[Stage], todo: Iterable[Stage], executor: Any) -> Plan:

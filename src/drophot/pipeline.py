@@ -27,6 +27,8 @@ from drophot import (
     records,
     training,
 )
+from drophot._ambient import surroundings
+from drophot._experiment import experiment
 from drophot._modes import Mode
 from drophot._pruning import ScheduleName
 from drophot.dynamics import DynamicsTracker, Statistic
@@ -196,7 +198,7 @@ class DropHot:
         self.cache: training.Cache = cache
         self.progress = progress
         _probe.settle(self)
-        self.train_set, self.test_set, self._classes, sizes = _probe.prepare(
+        self.train_set, self.test_set, self._classes = _probe.prepare(
             model,
             optimizer,
             train_set,
@@ -208,14 +210,19 @@ class DropHot:
         )
         _probe.check_sizes(self, self._classes)
         self._total = len(train_set)  # type: ignore[arg-type]
-        self._fixed = {"model": records.describe(model), "optimizer": records.describe(optimizer)}
-        self._fixed |= {"fit": records.describe(fit), **sizes}
+        self._fixed, self._unknown = experiment(self, train_set, test_set)
+        self._ambient: dict[str, Any] | None = None  # on a worker: as it is where the grid runs
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """Everything that was asked for, as JSON can hold it: what a record's fingerprint is of."""
+        """Everything that a record depends on, as JSON can hold it: what its fingerprint is of.
+
+        The settings; the code and the arguments of the factories and of `fit`, and what the
+        factories make; the data; and `ambient`, the switches of torch that are set around it.
+        """
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        return self._fixed | settings | {"mode": _modes.name(self.mode)}
+        settings |= {"mode": _modes.name(self.mode), "ambient": surroundings(self.device)}
+        return self._fixed | settings
 
     def replace(self, **settings: Any) -> DropHot:
         """The same run with other settings and no results yet, on the same data in memory.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from drophot import _modes
+from drophot import _identity, _modes
 from drophot.coreset import kept
 
 
@@ -168,24 +168,28 @@ def fingerprint(configuration: Mapping[str, Any]) -> str:
 
 
 def describe(thing: Any) -> str:
-    """A callable as text, the same in every process, for a fingerprint.
+    """A callable in a sentence, for a message; what a fingerprint is of says more.
 
     Args:
         thing: A function, a class, a `functools.partial` or an object that can be called.
 
     Returns:
-        Its qualified name, and a partial's arguments.
+        Its qualified name, and a partial's arguments, without any address.
 
     Example:
         >>> describe(partial(sorted, reverse=True))
         'builtins.sorted(reverse=True)'
     """
     if isinstance(thing, partial):
-        arguments = [repr(argument) for argument in thing.args]
-        arguments += [f"{name}={value!r}" for name, value in sorted(thing.keywords.items())]
+        arguments = [_shown(argument) for argument in thing.args]
+        arguments += [f"{name}={_shown(value)}" for name, value in sorted(thing.keywords.items())]
         return f"{describe(thing.func)}({', '.join(arguments)})"
-    kind = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return _identity.named(thing)
+
+
+def _shown(argument: Any) -> str:
+    text = repr(argument)
+    return _identity.named(argument) if callable(argument) or " at 0x" in text else text
 
 
 def factory_name(factory: Any, made: object) -> str:
@@ -259,7 +263,8 @@ def from_line(line: str) -> Record:
     try:
         values = json.loads(line)
         values["finetune_curve"] = tuple(values["finetune_curve"])
-        return _checked(Record(**values))
+        _check(values)
+        return Record(**values)
     except (ValueError, TypeError, KeyError) as error:
         names = ", ".join(f.name for f in fields(Record))
         raise ValueError(
@@ -267,19 +272,33 @@ def from_line(line: str) -> Record:
         ) from error
 
 
-# What the fields' types are in JSON.
-_KINDS = {"str": str, "bool": bool, "int": int, "float": (int, float), "dict": dict, "tuple": tuple}
+def _check(values: Mapping[str, Any]) -> None:
+    """Refuse fields that are unknown, and values of another type than their field's."""
+    known = {f.name: str(f.type) for f in fields(Record)}
+    if newer := sorted(values.keys() - known.keys()):
+        raise ValueError(
+            f"unknown fields {', '.join(newer)}, which a newer drophot may have written; upgrade "
+            f"to read them"
+        )
+    for name, value in values.items():
+        if not _is_of(known[name], value):
+            raise ValueError(f"{name} should be of type {known[name]}, not {value!r}")
 
 
-def _checked(record: Record) -> Record:
-    """The record, if its values are of the fields' types."""
-    for f in fields(Record):
-        name, value = str(f.type).partition("[")[0], getattr(record, f.name)
-        parts = value if isinstance(value, tuple) else ()
-        wrong = not isinstance(value, _KINDS[name]) or (isinstance(value, bool) and name != "bool")
-        if wrong or not all(isinstance(part, (int, float)) for part in parts):
-            raise TypeError(f"`{f.name}` should be of type {f.type}, not {value!r:.40}")
-    return record
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value is of a field's type, as it is written in the class."""
+    outer, _, inner = kind.rstrip("]").partition("[")
+    inner = inner.rpartition(", ")[2] if outer == "dict" else inner.partition(",")[0]
+    if outer in ("dict", "tuple"):
+        values = value.values() if isinstance(value, dict) else value
+        whole = isinstance(value, dict if outer == "dict" else tuple)
+        return whole and (not inner or all(_is_of(inner, part) for part in values))
+    if outer not in _TYPES:  # Any
+        return True
+    return isinstance(value, _TYPES[outer]) and (outer == "bool" or not isinstance(value, bool))
+
+
+_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 def write(records: Iterable[Record], path: Path | str) -> None:
