@@ -395,11 +395,11 @@ def test_all_that_can_begin_is_handed_over_where_workers_are_not_known(tmp_path:
 
 def test_submitits_own_executors_say_that_they_are_local(tmp_path: Path) -> None:
     submitit = pytest.importorskip("submitit")
-    assert _executors._starts_all_at_once(submitit.LocalExecutor(tmp_path))
-    assert _executors._starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="local"))
-    assert not _executors._starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="debug"))
+    assert _executors.starts_all_at_once(submitit.LocalExecutor(tmp_path))
+    assert _executors.starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="local"))
+    assert not _executors.starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="debug"))
     with ThreadPoolExecutor(1) as executor:
-        assert not _executors._starts_all_at_once(executor)
+        assert not _executors.starts_all_at_once(executor)
 
 
 @pytest.mark.parametrize(("threads", "most"), [(1, 3), (2, 1)])

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
 from drophot import _modes, _progress, _pruning, _random, coreset, prune, training
-from drophot.forgetting import ForgettingTracker
 from drophot.indexing import IndexedDataset
 from drophot.training import first_sample
 
@@ -267,38 +266,6 @@ def check_sizes(run: Any, num_classes: int) -> None:
                 f"`batch_size` should not leave a last batch of one sample, on which this model "
                 f"cannot train. Found {run.batch_size}, and {what}; change `batch_size`. ({error})"
             ) from error
-
-
-def check_presented(tracker: ForgettingTracker) -> None:
-    """Refuse a training whose loop did not call back.
-
-    Args:
-        tracker: Was to see every sample.
-
-    Raises:
-        RuntimeError: If it did not.
-    """
-    if missed := int((tracker.presentations == 0).sum()):
-        raise RuntimeError(
-            f"`fit` should call on_batch for every batch and on_epoch after every epoch. Found "
-            f"{missed} of {len(tracker.presentations)} samples that were never presented."
-        )
-
-
-def check_called(calls: int, epochs: int) -> None:
-    """Refuse a training whose loop did not call back.
-
-    Args:
-        calls: How often `on_epoch` was called.
-        epochs: How often it was to be called.
-
-    Raises:
-        RuntimeError: If these differ.
-    """
-    if calls != epochs:
-        raise RuntimeError(
-            f"`fit` should call on_epoch after every epoch, {epochs} times. Found {calls} calls."
-        )
 
 
 def warn_of_empty_classes(run: Any) -> None:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from drophot import _executors, _memory, _modes, _probe, _progress, records
+from drophot import _dispatch, _executors, _memory, _modes, _probe, _progress, records
 from drophot._modes import Mode
 from drophot._plan import Plan, estimate
-from drophot._stages import Stage, compute
+from drophot._stages import Stage
 from drophot._store import Store, digest, open_store, write_whole
 from drophot.pipeline import CELL, DropHot
 from drophot.records import Record
@@ -187,14 +187,11 @@ class Grid:
                     if shown is not None:
                         shown.update(min(stage.epochs(pipeline), total - shown.n))
 
-                if executor is None:
-                    for stage in todo:
-                        finished(stage, compute(pipeline, opened, stage, self.threads, data))
-                else:
-                    task = (pipeline, opened, self.threads, data)
-                    _executors.send(
-                        executor, todo, task, finished, limit=self._room(executor, plan.memory)
-                    )
+                task, limit = (
+                    (pipeline, opened, self.threads, data),
+                    self._room(executor, plan.memory),
+                )
+                _dispatch.send(executor, todo, task, finished, limit=limit)
         except BaseException as error:
             error.add_note(f"What was finished is in {store}; the same call goes on from there.")
             raise

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from drophot import (
     _choosing,
+    _loop,
     _modes,
     _probe,
     _progress,
@@ -347,15 +348,13 @@ class DropHot:
         with self._step("finetune", 1):
             _pruning.start_over(self)
             optimizer = self.optimizer(model.parameters())
-            with _pruning.held(self, optimizer):
-                self._fit(
-                    model,
-                    self.train_set,
-                    self.finetune_epochs,
-                    optimizer,
-                    on_epoch=lambda _: curve.append(training.evaluate(model, self.test_set)),
-                )
-            _probe.check_called(len(curve), self.finetune_epochs)
+            with _pruning.held(self, optimizer) as check_pace:
+
+                def judge(_: int) -> None:
+                    curve.append(training.evaluate(model, self.test_set))
+                    check_pace(len(curve))
+
+                self._fit(model, self.train_set, self.finetune_epochs, optimizer, on_epoch=judge)
         accuracy = curve[-1] if curve else training.evaluate(model, self.test_set)
         self.record = records.of_run(self, curve, accuracy, _pruning.removed(self))
         return self.record
@@ -378,7 +377,10 @@ class DropHot:
         on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
         on_epoch: Callable[[int], object] | None = None,
     ) -> None:
-        with _progress.bar(self.progress, epochs, self._doing, on_epoch) as after:
+        with (
+            _loop.watched(model, epochs, self._doing, on_epoch) as watched,
+            _progress.bar(self.progress, epochs, self._doing, watched) as after,
+        ):
             self.fit(
                 model,
                 dataset,
