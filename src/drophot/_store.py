@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,9 @@ from torch import Tensor
 
 from drophot.records import Record, fingerprint, from_line, to_line
 
-_STALE = 3600  # seconds after which a file that was never renamed belongs to nobody
+# Seconds after which a file that was never renamed belongs to nobody, by the clock of the file
+# system itself: that of another machine may be hours off.
+_STALE = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +98,10 @@ class Store:
             if content is not None:
                 lines.append(to_line(from_line(content.decode())) + "\n")
         write_whole(self.folder / "records.jsonl", "".join(lines).encode())
+        now = (self.folder / "records.jsonl").stat().st_mtime
         for path in (*self.folder.glob(".*.tmp"), *(self.folder / "stages").glob(".*.tmp")):
             try:
-                if time.time() - path.stat().st_mtime > _STALE:
+                if now - path.stat().st_mtime > _STALE:
                     path.unlink()
             except FileNotFoundError:  # another process tidies too
                 pass
@@ -160,18 +162,22 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: If there is no room, or no right to write. What was there is as it was.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with part.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(*_whole(path, error)) from error
-        raise
+    for attempt in range(3):
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            return
+        except BaseException as error:
+            part.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError) and path.parent.is_dir() and attempt < 2:
+                continue  # somebody took it for what a killed process left
+            if isinstance(error, OSError):
+                raise OSError(*_whole(path, error)) from error
+            raise
 
 
 def digest(tensors: Iterable[Tensor]) -> str:

@@ -201,6 +201,8 @@ class Grid:
     def plan(self, store: Path | str | None = None, executor: Any = None) -> Plan:
         """What `run` would do, with an estimate of time and disk from a few measured steps.
 
+        A `fit` of your own is not called for it; how long it takes is then not known.
+
         Args:
             store: What is in it already is not computed again.
             executor: What would compute it.
@@ -303,7 +305,7 @@ class Grid:
             epochs=sum(stage.epochs(self.pipeline) for stage in stages),
             samples=len(self.pipeline.train_set),  # type: ignore[arg-type]
             workers=workers,
-            seconds=seconds / workers,
+            seconds=None if seconds is None else seconds / workers,
             bytes=size + data * bool(executor is not None and stages),
             memory=memory,
         )
