@@ -111,16 +111,15 @@ def needs_step_1(mode: Mode) -> bool:
     return mode in OF_FEATURES if how is None else how.mode != "random"
 
 
-def trains_itself(run: Any) -> bool:
-    """Whether a run trains with drophot's own loop.
+def is_drophots_own(fit: Any) -> bool:
+    """Whether a training loop is drophot's own, with `functools.partial` around it or not.
 
     Args:
-        run: Has `fit`.
+        fit: The loop.
 
     Returns:
-        Whether it does, with `functools.partial` around it or not.
+        Whether it is.
     """
-    fit = run.fit
     while isinstance(fit, partial):
         fit = fit.func
     return fit is training.fit
@@ -150,7 +149,7 @@ def check(run: Any) -> None:
             f'`protocol="released"` should choose as the released code does: mode "high", "low" '
             f'or "random". Found {name(run.mode)!r}.'
         )
-    if mode in DYNAMIC and not trains_itself(run):
+    if mode in DYNAMIC and not is_drophots_own(run.fit):
         raise ValueError(
             f"`mode={mode!r}` chooses while it trains, and gives weighted batches to drophot's own "
             f"loop. Found a `fit` of your own; leave it out, or iterate the loader in your loop."

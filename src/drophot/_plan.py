@@ -85,7 +85,7 @@ def estimate(
     run = pipeline
     total, tests = len(run.train_set), len(run.test_set)  # type: ignore[arg-type]
     few = Subset(run.train_set, range(min(total, 16 * run.batch_size)))
-    measured = _modes.trains_itself(run)
+    measured = _modes.is_drophots_own(run.fit)
     training_pass = evaluating = 0.0
     with limited_threads(threads), _random.kept(run.device, seed=0):
         model = run.factory().to(run.device)

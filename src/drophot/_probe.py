@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
 from drophot import _modes, _progress, _pruning, _random, coreset, prune, training
+from drophot._weights import prunable
 from drophot.indexing import IndexedDataset
 from drophot.training import first_sample
 
@@ -94,6 +96,7 @@ def prepare(
     *,
     device: torch.device,
     seed: int,
+    fit: Any = training.fit,
 ) -> tuple[Dataset[Any], Dataset[Any], int, dict[str, Any]]:
     """Try a model on the data, and put the data where it is wanted.
 
@@ -104,6 +107,7 @@ def prepare(
         test_set: Likewise.
         device: Where to run.
         seed: Of what the factory draws.
+        fit: The training loop.
 
     Returns:
         The training set with its index and the test set, both in memory where that is right; the
@@ -111,10 +115,13 @@ def prepare(
 
     Raises:
         TypeError: If a factory is none.
-        ValueError: If the data and the model do not fit each other.
+        ValueError: If the data and the model do not fit each other, or the model cannot be pruned.
     """
     with _random.kept(device, seed=seed):
         probe, classes = build(factory, optimizer, train_set, test_set)
+        prunable(probe, ())  # what it refuses, step 4 would refuse after two trainings
+        if _modes.is_drophots_own(fit):
+            check_optimizer(optimizer(probe.parameters()))
         train = training.in_memory(IndexedDataset(train_set), device)
         test = training.in_memory(test_set, device)
         occurring = check_targets("train_set", train, classes)
@@ -198,6 +205,24 @@ def build(
             f"`model` should give logits (B, C) with C at least 2. Found {found} for a batch of 2."
         )
     return model, logits.shape[1]
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimiser that drophot's own loop cannot step.
+
+    Args:
+        optimizer: What the factory made.
+
+    Raises:
+        ValueError: If its step needs a closure.
+    """
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"`optimizer` should give one whose step() needs no closure. Found "
+            f"{type(optimizer).__name__}, which evaluates the loss several times a step; take "
+            f"another one, or give a `fit` of your own that passes the closure."
+        )
 
 
 def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:

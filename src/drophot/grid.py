@@ -22,6 +22,7 @@ from drophot._modes import Mode
 from drophot._plan import Plan, estimate
 from drophot._stages import Stage
 from drophot._store import Store, digest, open_store, write_whole
+from drophot.coreset import kept
 from drophot.pipeline import CELL, DropHot
 from drophot.records import Record
 
@@ -120,15 +121,11 @@ class Grid:
         if unknown := set(self.controls) - set(get_args(Control)):
             choices = ", ".join(f'"{name}"' for name in _CONTROLS)
             raise ValueError(f"`controls` should be of {choices}. Found {unknown.pop()!r}.")
-        for control in self.controls:
-            pipeline.replace(**_CONTROLS[control])
-        if 1.0 in self.data_ratios:
-            raise ValueError(
-                "`data_ratios` should each be below 1. Found 1, which is the baseline, and that is "
-                "always there; leave it out."
-            )
-        for mode, data_ratio in product(self.modes, self.data_ratios):
-            pipeline.replace(mode=mode, data_ratio=data_ratio)
+        self._check_sizes(len(pipeline.train_set))  # type: ignore[arg-type]
+        for mode, ratio, equal in product(self.modes, self.data_ratios, self._equal_steps()):
+            pipeline.replace(mode=mode, data_ratio=ratio, equal_steps=equal)
+        for ratio, control in product(self.prune_ratios, self.controls):
+            pipeline.replace(prune_ratio=ratio, **_CONTROLS[control])
         _probe.check_counts(1, threads=threads)
         self.threads = threads
         self.pipeline = pipeline.replace()
@@ -220,9 +217,31 @@ class Grid:
             opened = open_store(Path(store), configuration, None)
         return self._plan(cells, self._missing(cells, opened), executor)
 
+    def _check_sizes(self, total: int) -> None:
+        """Refuse two names for one coreset."""
+        ratios: dict[int, float] = {}
+        for ratio in self.data_ratios:
+            size = kept(total, ratio)
+            if size == total:
+                raise ValueError(
+                    f"`data_ratios` should each leave out a sample. Found {ratio:g}, which keeps "
+                    f"{size} of {total}: that is the baseline, which is always there; leave "
+                    f"{ratio:g} out."
+                )
+            if size in ratios:
+                raise ValueError(
+                    f"`data_ratios` should each keep another number of samples. Found "
+                    f"{ratios[size]:g} and {ratio:g}, which both keep {size} of {total}; leave one "
+                    f"out."
+                )
+            ratios[size] = ratio
+
+    def _equal_steps(self) -> tuple[bool, ...]:
+        return (False, True) if "equal_steps" in self.controls else (False,)
+
     def _cells(self) -> Iterator[Stage]:
         coresets = [("baseline", 1.0, False)]
-        equal = (False, True) if "equal_steps" in self.controls else (False,)
+        equal = self._equal_steps()
         coresets += [(m, r, e) for r in self.data_ratios for m in self.modes for e in equal]
         dense = [] if 0.0 in self.prune_ratios else [0.0]
         for seed in self.seeds:

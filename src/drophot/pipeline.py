@@ -111,8 +111,9 @@ class DropHot:
         TypeError: If an argument is of the wrong kind: a model instead of a factory, say.
         ValueError: If a value is out of range, two settings do not go together, a data set is
             empty, the two data sets' inputs differ in shape, a target is no class of the model,
-            `data_ratio` keeps fewer samples than there are classes, or leaves the model a last
-            batch that it cannot train on.
+            the model has no weights to prune or computes them by a parametrization, `data_ratio`
+            keeps fewer samples than there are classes, or leaves the model a last batch that it
+            cannot train on.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
     Example:
@@ -195,7 +196,7 @@ class DropHot:
         self.progress = progress
         _probe.settle(self)
         self.train_set, self.test_set, self._classes, sizes = _probe.prepare(
-            model, optimizer, train_set, test_set, device=self.device, seed=self.seed
+            model, optimizer, train_set, test_set, device=self.device, seed=self.seed, fit=fit
         )
         _probe.check_sizes(self, self._classes)
         self._total = len(train_set)  # type: ignore[arg-type]
