@@ -1,18 +1,20 @@
 """A grid gives equal records wherever its stages are computed, and can be gone on with."""
 
+import errno
 import os
 import random
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import current_process, get_all_start_methods, get_context
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import Dataset, TensorDataset
 
-from drophot import DropHot, Grid, Record, _executors, _random, fit
+from drophot import DropHot, Grid, Record, _executors, _random, fit, records
 from drophot.models import fcnet
 
 # Workers import this module by its name: no conftest here, and what they need stands at the top.
@@ -91,13 +93,28 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield executor
 
 
+class AwkwardError(ArithmeticError):
+    """Cannot be read where it is sent."""
+
+    def __init__(self, words: str, number: int) -> None:
+        super().__init__(f"{words} {number}")
+
+
+FAULTS = {
+    "raise": FloatingPointError("as if"),
+    "awkward": AwkwardError("as if", 2),
+    "interrupt": KeyboardInterrupt(),
+    "full": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
 @dataclass(frozen=True)
 class Noting:
     """Trains as `fit` does, and writes down where; a file `fault` lets seed 1 go wrong."""
 
     folder: Path
     together: int = 1  # workers that wait for each other before they begin
-    parent: int = field(default_factory=os.getpid)  # trains a little too, for the plan
+    parent: int = field(default_factory=os.getpid)
 
     def __call__(
         self, model: nn.Module, dataset: Dataset[Any], epochs: int, *, seed: int, **how: Any
@@ -109,8 +126,8 @@ class Noting:
             time.sleep(0.01)
         fault = self.folder / "fault"
         if seed == 3 and fault.exists():  # what seed 1 draws from as it is fine-tuned
-            if fault.read_text() == "raise":
-                raise FloatingPointError("as if")
+            if fault.read_text() != "die":
+                raise FAULTS[fault.read_text()]
             fault.unlink()
             os._exit(1)
         fit(model, dataset, epochs, seed=seed, **how)
@@ -210,6 +227,11 @@ class Watching:
         # The class's own `done`: that of Late computes.
         self.most = max(self.most, sum(not Future.done(f) for f in self.futures.values()))
         return future
+
+    def good(self) -> set[Future[Any]]:
+        """Those that came to a good end."""
+        ended = (f for f in self.futures.values() if Future.done(f) and not f.cancelled())
+        return {future for future in ended if not future.exception()}
 
 
 # --- the same records everywhere ---------------------------------------------------------------
@@ -395,11 +417,11 @@ def test_all_that_can_begin_is_handed_over_where_workers_are_not_known(tmp_path:
 
 def test_submitits_own_executors_say_that_they_are_local(tmp_path: Path) -> None:
     submitit = pytest.importorskip("submitit")
-    assert _executors._starts_all_at_once(submitit.LocalExecutor(tmp_path))
-    assert _executors._starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="local"))
-    assert not _executors._starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="debug"))
+    assert _executors.starts_all_at_once(submitit.LocalExecutor(tmp_path))
+    assert _executors.starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="local"))
+    assert not _executors.starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="debug"))
     with ThreadPoolExecutor(1) as executor:
-        assert not _executors._starts_all_at_once(executor)
+        assert not _executors.starts_all_at_once(executor)
 
 
 @pytest.mark.parametrize(("threads", "most"), [(1, 3), (2, 1)])
@@ -441,43 +463,122 @@ def stamps(store: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in (store / "stages").iterdir()}
 
 
-@pytest.mark.parametrize("kind", ["backwards", "processes"])
-def test_a_stage_that_raises(kind: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
+FAILED = [
+    f"finetune-seed1-{mode}-keep{ratio}-prune{p}.json"
+    for mode, ratio in [
+        ("baseline", 1.0),
+        *((m, r) for r in (0.2, 0.5) for m in ("high", "random")),
+    ]
+    for p in ([0.0, 0.3, 0.8] if mode == "baseline" else [0.3, 0.8])
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "raised"),
+    [
+        ("here", "raise", FloatingPointError),
+        ("here", "awkward", AwkwardError),
+        ("backwards", "raise", FloatingPointError),
+        ("processes", "raise", FloatingPointError),
+        ("processes", "awkward", RuntimeError),
+    ],
+)
+def test_a_stage_that_raises_stops_no_other(
+    kind: str, fault: str, raised: type[Exception], pool: ProcessPoolExecutor, tmp_path: Path
+) -> None:
     noting = Noting(tmp_path)
     grid, store = tiny(fit=noting), tmp_path / "store"
-    (tmp_path / "fault").write_text("raise")
-    watching = Watching({"backwards": Backwards(2), "processes": pool}[kind])
-    with pytest.raises(FloatingPointError, match="as if") as caught:
+    (tmp_path / "fault").write_text(fault)
+    executor = {"here": None, "backwards": Backwards(2), "processes": pool}[kind]
+    watching = executor and Watching(executor)
+    with pytest.raises(raised, match="as if") as caught:
         grid.run(store, watching)
-    stage, where = caught.value.__notes__
-    assert re.fullmatch(r"This happened in the stage finetune-seed1-\S*\.json\.", stage)
-    assert str(store) in where
-
-    assert not wait(watching.futures.values(), timeout=600).not_done
+    notes = "\n".join(caught.value.__notes__)
+    assert all(name in notes for name in FAILED)
+    assert not re.search("finetune-seed0|train-|score-", notes)
+    assert str(store) in notes
     kept = stamps(store)
-    assert 0 < len(kept) < STAGES
-    good = (n for n, f in watching.futures.items() if not f.cancelled() and not f.exception())
-    assert kept.keys() == set(good)
+    assert len(kept) == STAGES - len(FAILED)
+    assert not kept.keys() & set(FAILED)
+    assert [record.seed for record in records.read(store / "records.jsonl")] == 11 * [0]
 
     (tmp_path / "fault").unlink()
-    again = Watching(watching.executor)
-    found = grid.run(store, again)
+    before = len(noting.notes)
+    found = grid.run(store, executor)
+    assert len(noting.notes) - before == len(FAILED)
     assert found == grid.run(tmp_path / "here")
-    assert again.futures.keys() == stamps(store).keys() - kept.keys()
     assert kept.items() <= stamps(store).items()
 
 
-def test_what_had_not_begun_is_cancelled(tmp_path: Path) -> None:
-    (tmp_path / "fault").write_text("raise")
+def test_what_needs_a_stage_that_failed_is_left_out(tmp_path: Path) -> None:
+    """The scoring of one seed: its modes by score and its baseline, and nothing else."""
+
+    def failing(model: nn.Module, data: Any, epochs: int, *, seed: int, **how: Any) -> None:
+        if seed == 2 and len(data) == 200:  # a scoring draws from twice the seed
+            raise FloatingPointError("as if")
+        fit(model, data, epochs, seed=seed, **how)
+
+    with pytest.raises(FloatingPointError) as caught:
+        tiny(fit=failing).run(tmp_path)
+    notes = "\n".join(caught.value.__notes__)
+    assert "score-seed1.pt" in notes
+    kept = stamps(tmp_path)
+    assert {name for name in kept if "seed1" in name and "random" not in name} == set()
+    assert len(kept) == STAGES - (1 + 3 + 2 * 3)
+
+
+@pytest.mark.parametrize(("fault", "raised"), [("interrupt", KeyboardInterrupt), ("full", OSError)])
+def test_what_had_not_begun_is_cancelled(
+    fault: str, raised: type[BaseException], tmp_path: Path
+) -> None:
+    """By what would stop everything else too."""
+    (tmp_path / "fault").write_text(fault)
     watching = Watching(Backwards())
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(raised):
         tiny(fit=Noting(tmp_path)).run(tmp_path / "store", watching)
+    good = {name for name, f in watching.futures.items() if f in watching.good()}
     cancelled = {name for name, future in watching.futures.items() if future.cancelled()}
-    begun = {name: future for name, future in watching.futures.items() if name not in cancelled}
-    (failed,) = (name for name, future in begun.items() if future.exception(timeout=0))
-    assert begun.keys() - {failed} == stamps(tmp_path / "store").keys()
+    assert stamps(tmp_path / "store").keys() == good
     assert len(cancelled) > 1
-    assert not watching.executor.queue[len(cancelled) :]
+    assert len(watching.futures) <= len(cancelled) + len(good) + 1
+
+
+def test_a_loop_that_no_stage_can_use_is_called_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def silent(model: nn.Module, data: Any, epochs: int, **how: Any) -> None:
+        calls.append(epochs)
+
+    with pytest.raises(RuntimeError, match="`fit` should call") as caught:
+        tiny(fit=silent).run(tmp_path)
+    assert calls == [3]
+    assert "score-seed0.pt" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("given", [None, "nothing", Promise(lambda: None)])
+def test_an_executor_that_gives_no_results(given: Any, tmp_path: Path) -> None:
+    class Forgetful:
+        def submit(self, *_: Any) -> Any:
+            return given
+
+    with pytest.raises(TypeError, match="`executor` should give .* Forgetful"):
+        tiniest().run(tmp_path, Forgetful())
+
+
+def test_futures_that_can_be_waited_for_are_not_looked_at_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Any] = []
+    done = Future.done
+    monkeypatch.setattr(Future, "done", lambda self: (looks.append(self), done(self))[1])
+
+    def slow(model: nn.Module, data: Any, epochs: int, **how: Any) -> None:
+        time.sleep(0.5)
+        fit(model, data, epochs, **how)
+
+    with ThreadPoolExecutor(1) as executor:
+        assert len(tiniest(fit=slow).run(tmp_path, executor)) == 2
+    assert len(looks) < 40  # of four stages
 
 
 def test_a_worker_that_dies(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -485,12 +586,51 @@ def test_a_worker_that_dies(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     (tmp_path / "fault").write_text("die")
     with spawned() as mortal, pytest.raises(BrokenProcessPool) as caught:
         grid.run(store, mortal)
+    named = re.findall(r"(?:score|train|finetune)-\S*\.(?:pt|json)", caught.value.__notes__[0])
+    assert len(named) == 1, "of the stages that ran, and those that waited for a worker"
+    assert named[0] in FAILED
     assert str(store) in caught.value.__notes__[-1]
     assert not (tmp_path / "fault").exists()
     kept = stamps(store)
     assert len(kept) < STAGES
+    done = [path.name for path in store.glob("stages/finetune-*")]
+    assert len(records.read(store / "records.jsonl")) == len(done)
     assert grid.run(store, pool) == grid.run(tmp_path / "here")
     assert kept.items() <= stamps(store).items()
+
+
+class Unborn:
+    """As a pool whose workers end before they have begun."""
+
+    _max_workers = 2
+
+    def __init__(self, method: str) -> None:
+        self._mp_context = get_context(method)
+        self._processes: dict[int, Any] = {}
+
+    def submit(self, *_: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(BrokenProcessPool("as if"))
+        return future
+
+
+@pytest.mark.parametrize("method", get_all_start_methods())
+@pytest.mark.parametrize("guard", [False, True])
+def test_a_pool_that_never_began(
+    method: str, guard: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most often the script does not look whether it is the main one."""
+    script = tmp_path / "script.py"
+    script.write_text("if __name__ == '__main__':\n    ..." if guard else "...")
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    with pytest.raises(BrokenProcessPool) as caught:
+        tiniest().run(tmp_path / "store", Unborn(method))
+    notes = "\n".join(caught.value.__notes__)
+    assert "memory" in notes
+    assert ('if __name__ == "__main__"' in notes) == (method != "fork")
+    assert (str(script) in notes) == (method != "fork")
+    assert ("no such line" in notes) == (method != "fork" and not guard)
+    assert not re.search("train-|score-|finetune-", notes)
 
 
 # --- before any work ---------------------------------------------------------------------------
@@ -511,6 +651,64 @@ def test_forks_and_several_threads_are_refused_before_any_work(tmp_path: Path) -
     ):
         tiniest(threads=2).run(tmp_path / "store", executor)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif("fork" not in get_all_start_methods(), reason="no fork here")
+def test_forks_of_a_process_that_uses_cuda_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor,
+        pytest.raises(ValueError, match="`executor` .* Found fork and .*CUDA.*'spawn'"),
+    ):
+        tiniest().run(tmp_path / "store", executor)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_worker_that_runs_the_script_again_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(current_process(), "_inheriting", True, raising=False)
+    with spawned() as executor, pytest.raises(RuntimeError, match='if __name__ == "__main__"'):
+        tiniest().run(tmp_path / "store", executor)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("method", get_all_start_methods())
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork, since Python 3.12
+@pytest.mark.parametrize("name", ["model", "optimizer", "fit"])
+def test_what_a_notebook_defines_goes_to_forks_only(
+    method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = ModuleType("__main__")
+    exec(NOTEBOOK, vars(notebook))
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    grid = tiniest(**{name: partial(getattr(notebook, name))})
+    with ProcessPoolExecutor(1, mp_context=get_context(method)) as executor:
+        if method == "fork":
+            assert len(grid.run(tmp_path / "store", executor)) == 2
+            return
+        with pytest.raises(TypeError, match=f"`{name}` .* notebook.*%%writefile") as caught:
+            grid.run(tmp_path / "store", executor)
+    assert ("fork" in str(caught.value)) == ("fork" in get_all_start_methods())
+    assert not (tmp_path / "store").exists()
+
+
+NOTEBOOK = """
+from torch.optim import Adam
+import drophot
+from drophot.models import fcnet
+
+def model():
+    return fcnet(in_features=2, hidden=8, num_classes=3)
+
+def optimizer(parameters):
+    return Adam(parameters, lr=0.02)
+
+def fit(*arguments, **settings):
+    drophot.fit(*arguments, **settings)
+"""
 
 
 def test_threads_are_sent_nothing(tmp_path: Path) -> None:

@@ -127,11 +127,21 @@ def test_what_cells_share_is_computed_once(tmp_path: Path) -> None:
     found = wanted.run(tmp_path)
     trainings = Counter(size for size in calls.sizes if size < 120)
     assert trainings == {24: 2 * 3, 60: 2 * 3}, "one for each seed, mode and ratio"
-    whole = len(calls.sizes) - sum(trainings.values())
-    measuring = whole - 2 - len(found)  # but for a scoring a seed and a fine-tuning a cell
-    assert 2 <= measuring <= 11, "a warm-up and a few steps more, before the start"
-    assert set(calls.sizes[:measuring]) == {120}
-    assert calls.sizes[measuring : measuring + 2] != [24, 60], "scores come first"
+    assert len(calls.sizes) - sum(trainings.values()) == 2 + len(found), (
+        "a scoring a seed and a fine-tuning a cell, and none to plan"
+    )
+    assert calls.sizes[0] == 120, "scores come first"
+
+
+def test_a_loop_of_ones_own_is_not_called_to_plan(tmp_path: Path) -> None:
+    calls = Calls()
+    plan = grid(drop_hot(fit=calls)).plan(tmp_path)
+    assert calls.sizes == []
+    assert plan.seconds is None
+    assert "time not known" in str(plan)
+    assert plan.memory > 0
+    assert plan.bytes > 0
+    assert grid(drop_hot(fit=partial(fit))).plan(tmp_path).seconds, "this is drophot's"
 
 
 @pytest.mark.parametrize("score_epochs", [10, 12])
@@ -321,7 +331,9 @@ def test_the_pipeline_is_left_alone(tmp_path: Path) -> None:
         ({"seeds": [0, 1, 1]}, ValueError, "`seeds` .* once. Found 1 twice"),
         ({"modes": ["low", "low"]}, ValueError, "`modes` .* once. Found 'low' twice"),
         ({"data_ratios": [50]}, ValueError, "`data_ratio` .* Found 50"),
-        ({"data_ratios": [0.5, 1.0]}, ValueError, "below 1. Found 1, which is the baseline"),
+        ({"data_ratios": [0.5, 1.0]}, ValueError, "leave out a sample. Found 1, .* baseline"),
+        ({"data_ratios": [0.5, 0.999]}, ValueError, "Found 0.999, which keeps 120 of 120"),
+        ({"data_ratios": [0.5, 0.501]}, ValueError, "Found 0.5 and 0.501, .* both keep 60 of 120"),
         ({"data_ratios": [0.01]}, ValueError, "should keep a sample of each class"),
         ({"data_ratios": 0.5}, TypeError, "`data_ratios` should be a list. Found 0.5"),
         ({"modes": "low"}, TypeError, "`modes` should be a list. Found 'low'"),

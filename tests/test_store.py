@@ -213,6 +213,44 @@ def test_what_a_killed_process_left_half_written_is_removed_when_it_is_old(tmp_p
     assert not left.exists()
 
 
+@pytest.mark.parametrize("hours", [-30, -3, 3, 30])
+def test_a_clock_that_is_off_costs_no_other_machines_file(
+    hours: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files have the time of the file server, which is not that of the machine that tidies."""
+    store = open_store(tmp_path / "store", {"a": 1}, {})
+    now, sync = time.time(), os.fsync
+
+    def tidied_meanwhile(descriptor: int) -> None:
+        sync(descriptor)
+        monkeypatch.setattr(os, "fsync", sync)
+        with monkeypatch.context() as other:
+            other.setattr(time, "time", lambda: now + 3600 * hours)
+            store.tidy({})
+        assert len(list(tmp_path.glob("store/stages/.*.tmp"))) == 1
+
+    monkeypatch.setattr(os, "fsync", tidied_meanwhile)
+    store.save("score-seed0.pt", b"hours of work")
+    assert store.load("score-seed0.pt") == b"hours of work"
+
+
+def test_a_file_that_vanishes_as_it_is_written_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, sync = open_store(tmp_path / "store", {"a": 1}, {}), os.fsync
+
+    def remove(descriptor: int) -> None:
+        sync(descriptor)
+        monkeypatch.setattr(os, "fsync", sync)
+        for part in tmp_path.glob("store/stages/.*.tmp"):
+            part.unlink()
+
+    monkeypatch.setattr(os, "fsync", remove)
+    store.save("score-seed0.pt", b"hours of work")
+    assert store.load("score-seed0.pt") == b"hours of work"
+    assert len(list((tmp_path / "store" / "stages").iterdir())) == 1
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_stops_cleanly(workers: int, tmp_path: Path, wanted: list[Record]) -> None:
     store = tmp_path / "store"

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
 
-from drophot import _modes, _probe, coreset, released
+from drophot import _loop, _modes, coreset, released
 from drophot._feed import batches
 from drophot._samples import targets_of
 from drophot.coreset import select
@@ -39,6 +39,9 @@ def score(run: Any) -> Tensor:
     counts = released.PositionCounts(total, seed=run.seed)
 
     def observe(_: int) -> None:
+        if toneva:  # which sees the batches themselves
+            _loop.check_presented(tracker, over=False)
+            return
         observer = counts if by_position else tracker
         observer.observe(model, batches(run.train_set, 1024, run.device))
 
@@ -48,13 +51,12 @@ def score(run: Any) -> Tensor:
         run.score_epochs,
         run.optimizer(model.parameters()),
         on_batch=tracker.update if toneva else None,
-        on_epoch=None if toneva else observe,
+        on_epoch=observe,
     )
     if by_position:
-        _probe.check_called(counts.walks, run.score_epochs)
         run.tracker = None
         return counts.scores
-    _probe.check_presented(tracker)
+    _loop.check_presented(tracker)
     how = _modes.scored(run.mode)
     return run.statistic("forgetting" if how is None else how.statistic)
 

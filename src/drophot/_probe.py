@@ -16,7 +16,7 @@ from drophot import _modes, _progress, _pruning, _random, coreset, prune
 from drophot._cache import Cache, Kept, check_cache
 from drophot._classifier import check_optimizer
 from drophot._samples import first_sample, tensors_of
-from drophot.forgetting import ForgettingTracker
+from drophot._weights import prunable
 from drophot.indexing import IndexedDataset
 
 _CHUNK = 1024  # samples looked at in one go
@@ -121,10 +121,11 @@ def prepare(
 
     Raises:
         TypeError: If a factory is none.
-        ValueError: If the data and the model do not fit each other.
+        ValueError: If the data and the model do not fit each other, or the model cannot be pruned.
     """
     with _random.kept(device, seed=seed):
-        _, classes = build(factory, optimizer, train_set, test_set, closure=closure)
+        probe, classes = build(factory, optimizer, train_set, test_set, closure=closure)
+        prunable(probe, ())  # what it refuses, step 4 would refuse after two trainings
         train = Kept(IndexedDataset(train_set), device, cache, name="train_set").data
         test = Kept(test_set, device, cache, name="test_set").data
         occurring = check_targets("train_set", train, classes)
@@ -309,38 +310,6 @@ def check_sizes(run: Any, num_classes: int) -> None:
                 f"`batch_size` should not leave a last batch of one sample, on which this model "
                 f"cannot train. Found {run.batch_size}, and {what}; change `batch_size`. ({error})"
             ) from error
-
-
-def check_presented(tracker: ForgettingTracker) -> None:
-    """Refuse a training whose loop did not call back.
-
-    Args:
-        tracker: Was to see every sample.
-
-    Raises:
-        RuntimeError: If it did not.
-    """
-    if missed := int((tracker.presentations == 0).sum()):
-        raise RuntimeError(
-            f"`fit` should call on_batch for every batch and on_epoch after every epoch. Found "
-            f"{missed} of {len(tracker.presentations)} samples that were never presented."
-        )
-
-
-def check_called(calls: int, epochs: int) -> None:
-    """Refuse a training whose loop did not call back.
-
-    Args:
-        calls: How often `on_epoch` was called.
-        epochs: How often it was to be called.
-
-    Raises:
-        RuntimeError: If these differ.
-    """
-    if calls != epochs:
-        raise RuntimeError(
-            f"`fit` should call on_epoch after every epoch, {epochs} times. Found {calls} calls."
-        )
 
 
 def warn_of_empty_classes(run: Any) -> None:

@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 import re
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,9 @@ from typing import Any
 from drophot.records import Record, fingerprint, from_line, to_line
 
 _NOTHING = "(nothing)"
-_STALE = 3600  # seconds after which a file that was never renamed belongs to nobody
+# Seconds after which a file that was never renamed belongs to nobody, by the clock of the file
+# system itself: that of another machine may be hours off.
+_STALE = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +117,12 @@ class Store:
             content = self.load(name)
             if content is not None:
                 lines.append(to_line(from_line(content.decode())) + "\n")
-        _refresh(self.folder / "records.jsonl", "".join(lines).encode())
+        records = self.folder / "records.jsonl"
+        _refresh(records, "".join(lines).encode())
+        now = records.stat().st_mtime
         for path in (*self.folder.glob(".*.tmp"), *(self.folder / "stages").glob(".*.tmp")):
             try:
-                if time.time() - path.stat().st_mtime > _STALE:
+                if now - path.stat().st_mtime > _STALE:
                     path.unlink()
             except OSError as error:  # another process tidies too
                 if not isinstance(error, FileNotFoundError) and not _is_read_only(error):
@@ -185,18 +188,22 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     if path.is_dir():
         raise ValueError(_folder_instead(path))
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with part.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(*_whole(path, error)) from error
-        raise
+    for attempt in range(3):
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            return
+        except BaseException as error:
+            part.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError) and path.parent.is_dir() and attempt < 2:
+                continue  # somebody took it for what a killed process left
+            if isinstance(error, OSError):
+                raise OSError(*_whole(path, error)) from error
+            raise
 
 
 def _refresh(path: Path, content: bytes) -> None:

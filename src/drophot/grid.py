@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from drophot import _executors, _memory, _modes, _probe, _progress, records
+from drophot import _dispatch, _executors, _memory, _modes, _probe, _progress, records
 from drophot._ambient import surroundings
 from drophot._identity import short
 from drophot._modes import Mode
 from drophot._plan import Plan, estimate
 from drophot._samples import is_plainly
-from drophot._stages import Stage, compute
+from drophot._stages import Stage
 from drophot._store import Store, open_store, write_whole
+from drophot.coreset import kept
 from drophot.pipeline import CELL, DropHot
 from drophot.records import Record, fingerprint
 
@@ -123,15 +124,11 @@ class Grid:
         if unknown := set(self.controls) - set(get_args(Control)):
             choices = ", ".join(f'"{name}"' for name in _CONTROLS)
             raise ValueError(f"`controls` should be of {choices}. Found {unknown.pop()!r}.")
-        for control in self.controls:
-            pipeline.replace(**_CONTROLS[control])
-        if 1.0 in self.data_ratios:
-            raise ValueError(
-                "`data_ratios` should each be below 1. Found 1, which is the baseline, and that is "
-                "always there; leave it out."
-            )
-        for mode, data_ratio in product(self.modes, self.data_ratios):
-            pipeline.replace(mode=mode, data_ratio=data_ratio)
+        self._check_sizes(len(pipeline.train_set))  # type: ignore[arg-type]
+        for mode, ratio, equal in product(self.modes, self.data_ratios, self._equal_steps()):
+            pipeline.replace(mode=mode, data_ratio=ratio, equal_steps=equal)
+        for ratio, control in product(self.prune_ratios, self.controls):
+            pipeline.replace(prune_ratio=ratio, **_CONTROLS[control])
         _probe.check_counts(1, threads=threads)
         self.threads = threads
         self.pipeline = pipeline.replace()
@@ -190,14 +187,11 @@ class Grid:
                     if shown is not None:
                         shown.update(min(stage.epochs(pipeline), total - shown.n))
 
-                if executor is None:
-                    for stage in todo:
-                        finished(stage, compute(pipeline, opened, stage, self.threads, data))
-                else:
-                    task = (pipeline, opened, self.threads, data)
-                    _executors.send(
-                        executor, todo, task, finished, limit=self._room(executor, plan.memory)
-                    )
+                task, limit = (
+                    (pipeline, opened, self.threads, data),
+                    self._room(executor, plan.memory),
+                )
+                _dispatch.send(executor, todo, task, finished, limit=limit)
         except BaseException as error:
             error.add_note(f"What was finished is in {store}; the same call goes on from there.")
             raise
@@ -206,6 +200,8 @@ class Grid:
 
     def plan(self, store: Path | str | None = None, executor: Any = None) -> Plan:
         """What `run` would do, with an estimate of time and disk from a few measured steps.
+
+        A `fit` of your own is not called for it; how long it takes is then not known.
 
         Args:
             store: What is in it already is not computed again.
@@ -224,9 +220,31 @@ class Grid:
             opened = open_store(Path(store), configuration, None)
         return self._plan(cells, self._missing(cells, opened), executor)
 
+    def _check_sizes(self, total: int) -> None:
+        """Refuse two names for one coreset."""
+        ratios: dict[int, float] = {}
+        for ratio in self.data_ratios:
+            size = kept(total, ratio)
+            if size == total:
+                raise ValueError(
+                    f"`data_ratios` should each leave out a sample. Found {ratio:g}, which keeps "
+                    f"{size} of {total}: that is the baseline, which is always there; leave "
+                    f"{ratio:g} out."
+                )
+            if size in ratios:
+                raise ValueError(
+                    f"`data_ratios` should each keep another number of samples. Found "
+                    f"{ratios[size]:g} and {ratio:g}, which both keep {size} of {total}; leave one "
+                    f"out."
+                )
+            ratios[size] = ratio
+
+    def _equal_steps(self) -> tuple[bool, ...]:
+        return (False, True) if "equal_steps" in self.controls else (False,)
+
     def _cells(self) -> Iterator[Stage]:
         coresets = [("baseline", 1.0, False)]
-        equal = (False, True) if "equal_steps" in self.controls else (False,)
+        equal = self._equal_steps()
         coresets += [(m, r, e) for r in self.data_ratios for m in self.modes for e in equal]
         dense = [] if 0.0 in self.prune_ratios else [0.0]
         for seed in self.seeds:
@@ -317,7 +335,7 @@ class Grid:
             epochs=sum(stage.epochs(self.pipeline) for stage in stages),
             samples=len(self.pipeline.train_set),  # type: ignore[arg-type]
             workers=workers,
-            seconds=seconds / workers,
+            seconds=None if seconds is None else seconds / workers,
             bytes=size + data * bool(executor is not None and stages),
             memory=memory,
         )

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from drophot import (
     _choosing,
+    _loop,
     _modes,
     _probe,
     _progress,
@@ -113,8 +114,9 @@ class DropHot:
         TypeError: If an argument is of the wrong kind: a model instead of a factory, say.
         ValueError: If a value is out of range, two settings do not go together, a data set is
             empty, the two data sets' inputs differ in shape, a target is no class of the model,
-            `data_ratio` keeps fewer samples than there are classes, or leaves the model a last
-            batch that it cannot train on.
+            the model has no weights to prune or computes them by a parametrization, `data_ratio`
+            keeps fewer samples than there are classes, or leaves the model a last batch that it
+            cannot train on.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
     Example:
@@ -206,7 +208,7 @@ class DropHot:
             device=self.device,
             seed=self.seed,
             cache=cache,
-            closure=fit is not training.fit,
+            closure=not _modes.is_drophots_own(fit),
         )
         _probe.check_sizes(self, self._classes)
         self._total = len(train_set)  # type: ignore[arg-type]
@@ -364,15 +366,13 @@ class DropHot:
         with self._step("finetune", 1):
             _pruning.start_over(self)
             optimizer = self.optimizer(model.parameters())
-            with _pruning.held(self, optimizer):
-                self._fit(
-                    model,
-                    self.train_set,
-                    self.finetune_epochs,
-                    optimizer,
-                    on_epoch=lambda _: curve.append(training.evaluate(model, self.test_set)),
-                )
-            _probe.check_called(len(curve), self.finetune_epochs)
+            with _pruning.held(self, optimizer) as check_pace:
+
+                def judge(_: int) -> None:
+                    curve.append(training.evaluate(model, self.test_set))
+                    check_pace(len(curve))
+
+                self._fit(model, self.train_set, self.finetune_epochs, optimizer, on_epoch=judge)
         accuracy = curve[-1] if curve else training.evaluate(model, self.test_set)
         self.record = records.of_run(self, curve, accuracy, _pruning.removed(self))
         return self.record
@@ -398,7 +398,10 @@ class DropHot:
         fit = self.fit
         if fit is training.fit:
             fit = partial(training.fit, cache=self.cache)
-        with _progress.bar(self.progress, epochs, self._doing, on_epoch) as after:
+        with (
+            _loop.watched(model, epochs, self._doing, on_epoch) as watched,
+            _progress.bar(self.progress, epochs, self._doing, watched) as after,
+        ):
             fit(
                 model,
                 dataset,
