@@ -2,8 +2,10 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from math import nan
 from typing import Any
 
+import numpy as np
 import pytest
 import references
 import torch
@@ -42,11 +44,21 @@ def test_counts_equal_the_definition(history: list[list[tuple[int, bool]]]) -> N
     assert tracker.counts.tolist() == counts
     assert tracker.learned.tolist() == learned
     assert tracker.presentations.tolist() == presented
-    assert tracker.scores("zero").tolist() == counts
-    assert tracker.scores().tolist() == [
-        count if right else shown
+    above = max(counts) + 1
+    hardest = [
+        count if right else max(shown, above)
         for count, right, shown in zip(counts, learned, presented, strict=True)
     ]
+    for word, scores in (("zero", counts), ("hardest", hardest)):
+        if all(presented):
+            assert tracker.scores(word).tolist() == scores
+            assert tracker.scores(word).dtype == torch.int64
+        else:
+            with pytest.raises(ValueError, match=f"{presented.count(0)} of {N}"):
+                tracker.scores(word)
+        missing = [nan if not shown else s for s, shown in zip(scores, presented, strict=True)]
+        found = tracker.scores(word, missing="nan")
+        np.testing.assert_array_equal(found, np.array(missing, np.float32))
 
 
 @given(histories, st.randoms())
@@ -120,7 +132,6 @@ def test_the_first_presentation_is_no_event_and_ties_go_to_the_first_class() -> 
 
 def test_a_nan_is_never_right() -> None:
     tracker = ForgettingTracker(3)
-    nan = float("nan")
     logits = torch.tensor([[nan, nan], [1.0, nan], [nan, 1.0]])
     tracker.update(torch.arange(3), logits, torch.tensor([0, 1, 1]))
     assert not tracker.learned.any()
@@ -128,11 +139,13 @@ def test_a_nan_is_never_right() -> None:
 
 def test_targets_of_any_integer_dtype_and_index_of_any() -> None:
     tracker = ForgettingTracker(300)
-    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+    signed = (torch.int8, torch.int16, torch.int32, torch.int64)
+    dtypes = (*signed, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    for dtype in dtypes:
         tracker.update(
             torch.tensor([7], dtype=dtype), torch.eye(3)[[2]], torch.tensor([2], dtype=dtype)
         )
-    assert tracker.presentations[7] == 4
+    assert tracker.presentations[7] == len(dtypes)
     assert tracker.counts.sum() == 0
 
 
@@ -350,7 +363,7 @@ def test_what_a_compiled_step_could_not_raise_is_raised_on_reading() -> None:
             with pytest.raises(ValueError, match=message):
                 read()
         tracker.reset()
-        assert tracker.scores().tolist() == [0] * 4
+        assert tracker.counts.tolist() == [0] * 4
 
 
 def test_the_state_follows_the_first_batch_and_then_stays() -> None:
