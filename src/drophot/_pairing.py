@@ -24,7 +24,7 @@ UNPAIRED = (
     "tensors or values. Take the index from the loader, and call `update(index, logits, targets)` "
     "with the batch's logits, without `watch` and `attach`."
 )
-UNCOUNTED = (
+_UNCOUNTED = (
     "No batch of this pass was counted: no attached model was called in training mode. Attach the "
     "model that the loop calls, and after `model.compile()` before its first call."
 )
@@ -61,6 +61,13 @@ class Pass:
         self.waiting: deque[Batch] = deque(maxlen=_DEPTH)
         self.handed_out = self.counted = 0
         self.ended = False
+        self._warned = False
+
+    def warn(self, more_than: int, stacklevel: int) -> None:
+        """Say once that nothing was counted, if more batches than that were handed out."""
+        if not self.counted and self.handed_out > more_than and not self._warned:
+            self._warned = True
+            warnings.warn(_UNCOUNTED, stacklevel=stacklevel + 1)
 
 
 class Call(NamedTuple):
@@ -149,8 +156,8 @@ class Pairing:
 
     def warn(self) -> None:
         """Say so if a pass is under way of which nothing was counted."""
-        if any(p.handed_out > 1 and not p.counted and not p.ended for p in self._passes):
-            warnings.warn(UNCOUNTED, stacklevel=4)
+        for one in list(self._passes):
+            one.warn(1, stacklevel=4)
 
     def give(self, tracker: Tracker, hook: Any, call: Call) -> None:
         """A forward in training mode: count it, if it is a batch's that waits.
