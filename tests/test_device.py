@@ -100,7 +100,11 @@ def assert_as_on_a_cpu(tracker: ForgettingTracker, seen: Any) -> None:
     if isinstance(plain, DynamicsTracker) and isinstance(tracker, DynamicsTracker):
         for name in ("aum", "el2n", "confidence", "variability", "loss"):
             torch.testing.assert_close(
-                tracker.scores(name, missing="nan").cpu(), plain.scores(name, missing="nan"), equal_nan=True, rtol=1e-4, atol=1e-5
+                tracker.scores(name, missing="nan").cpu(),
+                plain.scores(name, missing="nan"),
+                equal_nan=True,
+                rtol=1e-4,
+                atol=1e-5,
             )
 
 

@@ -154,6 +154,71 @@ def test_a_sample_never_presented_is_nan_and_select_says_so() -> None:
     assert tracker.columns()["variability"][:4].tolist() == [0.0] * 4
 
 
+def test_a_settled_mean_still_moves() -> None:
+    """Steps below half of a float32's last bit would be lost, and the mean stay where it was."""
+    tracker, index, targets = DynamicsTracker(2), torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    shown = [10.0] * 500 + [10.01] * 9_500
+    for margin in shown:
+        logits = torch.tensor([[margin, 0.0], [1000 * margin, 0.0]])
+        tracker.update(index, logits, targets)
+    margins = np.array(shown, np.float32).astype(np.float64)
+    large = np.array(1000 * margins, np.float32).astype(np.float64)
+    expected = [margins.mean(), large.mean()]
+    np.testing.assert_allclose(tracker.scores("aum"), expected, rtol=2e-7)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("row", "margin", "confidence", "error", "loss"),
+    [
+        ([-INF, 1.0, 1.0], -INF, 0.0, 1.5**0.5, INF),  # its own class masked
+        ([0.0, -INF, -INF], INF, 1.0, 0.0, 0.0),  # all others masked
+        ([INF, 1.0, 2.0], INF, 1.0, 0.0, 0.0),
+        ([0.0, INF, 2.0], -INF, 0.0, 2**0.5, INF),  # another one overflowed
+        ([0.0, -INF, 0.0], 0.0, 0.5, 0.5**0.5, np.log(2)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_infinite_logits_are_limits_and_what_is_infinite_stays_so(
+    row: list[float], margin: float, confidence: float, error: float, loss: float, dtype: Any
+) -> None:
+    tracker, target = DynamicsTracker(1), torch.tensor([0])
+    usual = {"aum": -1.0, "confidence": 1 / (1 + np.e), "loss": np.log(1 + np.e)}
+    usual["el2n"] = 2**0.5 * (1 - usual["confidence"])
+    first = {"aum": margin, "confidence": confidence, "el2n": error, "loss": loss}
+    names = ("infinite", "usual", "infinite", "infinite")
+    rows = {"infinite": row, "usual": [0.0, 1.0, -INF]}
+    sums = dict.fromkeys(first, 0.0)
+    for number, name in enumerate(names, 1):
+        logits = torch.tensor([rows[name]] * 2, dtype=dtype)
+        tracker.update(torch.tensor([0, 0]), logits, target.expand(2))
+        for statistic in sums:
+            sums[statistic] += (first if name == "infinite" else usual)[statistic]
+            found = tracker.scores(statistic).item()
+            assert found == pytest.approx(sums[statistic] / number, rel=1e-5, abs=1e-6), statistic
+        assert tracker.scores("variability").isfinite()
+
+
+def test_opposite_infinities_have_no_mean_and_only_where_they_are() -> None:
+    tracker, index = DynamicsTracker(2), torch.arange(2)
+    for row in ([INF, 0.0, 0.0], [-INF, 0.0, 0.0]):
+        tracker.update(index, torch.tensor([row, [1.0, 0.0, 0.0]]), torch.tensor([0, 0]))
+    assert tracker.scores("aum").isnan().tolist() == [True, False]
+    assert tracker.scores("confidence").isfinite().all()
+    assert tracker.scores("aum")[1] == 1
+
+
+def test_a_state_from_before_means_had_tails_is_taken_over() -> None:
+    tracker = fed(batches(([[0, 1, 2], [3, 4, 0]], 3)))
+    old = {name: column for name, column in tracker.state_dict().items() if name != "tails"}
+    again = DynamicsTracker(N)
+    again.load_state_dict(old)
+    for name in STATISTICS:
+        assert torch.equal(again.scores(name), tracker.scores(name))
+
+
 def test_a_nan_stays_with_its_sample() -> None:
     tracker = DynamicsTracker(2)
     logits = torch.tensor([[1.0, float("nan")], [1.0, 2.0]])

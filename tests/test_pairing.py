@@ -45,6 +45,11 @@ def assert_counted(tracker: DynamicsTracker, x: Tensor, y: Tensor, times: int = 
         torch.testing.assert_close(tracker.scores(name), expected.scores(name))
 
 
+def drive(batches: Iterable[Any], call: Callable[[Any], object]) -> None:
+    for x, _ in batches:
+        call(x)
+
+
 Loop = Callable[[nn.Module, Iterable[Any]], None]
 
 
@@ -156,9 +161,13 @@ def test_what_cannot_be_told_apart_is_an_error(name: str, mode: str) -> None:
     if mode == "compiled":
         torch.compiler.reset()
         called = torch.compile(model, fullgraph=True, backend="eager")
-    with pytest.raises(ValueError, match=r"`watch`.*update\(index, logits, targets\)"):
+
+    def work() -> None:
         WRONG[name](called, tracker.watch(loader()))
         tracker.scores("aum")
+
+    with pytest.raises(ValueError, match=r"`watch`.*update\(index, logits, targets\)"):
+        work()
 
 
 @pytest.mark.parametrize("change", [lambda x: x, lambda x: x.clone()])
@@ -181,9 +190,9 @@ def test_two_trackers_on_one_model(change: Callable[[Tensor], Tensor], nested: b
 
 def test_two_trackers_on_one_model_and_inputs_that_nobody_knows() -> None:
     model, one, two = network(), DynamicsTracker(SIZE), DynamicsTracker(SIZE)
+    pairs = zip(one.watch(loader()), two.watch(loader()), strict=True)
     with one.attach(model), two.attach(model), pytest.raises(ValueError, match="cannot tell"):
-        for (x, _), _ in zip(one.watch(loader()), two.watch(loader()), strict=True):
-            model(2 * x)
+        drive(pairs, lambda pair: model(2 * pair[0]))
     assert not one.presentations.any()
     assert not two.presentations.any()
 
@@ -239,6 +248,24 @@ def test_keyword_inputs_and_mappings_are_recognised() -> None:
         for batch in held:
             model(x=batch["x"].clone(), mask=batch["mask"].clone())
     assert_counted(tracker, X, Y)
+
+
+def test_what_compiled_code_noted_last_is_not_lost() -> None:
+    """The loop ends, and the tracker is read later."""
+    torch.compiler.reset()
+    model, tracker = network(), DynamicsTracker(SIZE)
+    tracker.attach(model)
+    compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
+    limited(compiled, tracker.watch(loader()))
+    assert tracker.presentations.sum() == 2 * B
+    for x, _ in tracker.watch(loader()):
+        compiled(OTHER_X[:B])
+        compiled(x)
+        break
+    with pytest.raises(ValueError, match="cannot tell"):
+        _ = tracker.presentations
+    tracker.reset()
+    assert not tracker.presentations.any()
 
 
 # --- the loader --------------------------------------------------------------------------------
@@ -322,8 +349,7 @@ def test_nothing_counted_is_said_while_an_endless_pass_goes_on() -> None:
     model, tracker = network(), ForgettingTracker(SIZE)
     batches = iter(tracker.watch(Endless()))
     with pytest.warns(UserWarning, match="No batch of this pass"):
-        for _ in range(200):
-            model(next(batches)[0])
+        drive(itertools.islice(batches, 200), model)
     handle = tracker.attach(model)
     for _ in range(3):
         model(next(batches)[0])
@@ -343,8 +369,7 @@ def test_batches_that_are_shown_again_are_not_silently_uncounted() -> None:
         for _ in range(3):
             model(next(batches)[0])
         with pytest.warns(UserWarning, match=r"3 batches .* `itertools\.cycle`"):
-            for _ in range(6):
-                model(next(batches)[0])
+            drive(itertools.islice(batches, 6), model)
 
 
 def test_indices_that_several_data_sets_share_are_refused() -> None:
@@ -375,12 +400,11 @@ def test_transforms_of_torch_func_are_refused_in_a_sentence(kind: str) -> None:
         return torch.func.functional_call(model, weights, (x,)).square().sum()
 
     plain = {name: weight.detach() for name, weight in weights.items()}
+    transforms = {
+        "grad": lambda x: torch.func.grad(loss)(plain, x),
+        "jvp": lambda x: torch.func.jvp(lambda w: loss(w, x), (plain,), (plain,)),
+        "vmap": lambda x: torch.func.vmap(loss, in_dims=(None, 0))(plain, x[:, None]),
+    }
     with tracker.attach(model), pytest.raises(RuntimeError, match=r"`torch\.func`.*`update`"):
-        for x, _ in tracker.watch(loader()):
-            if kind == "grad":
-                torch.func.grad(loss)(plain, x)
-            elif kind == "jvp":
-                torch.func.jvp(lambda w, x=x: loss(w, x), (plain,), (plain,))
-            else:
-                torch.func.vmap(loss, in_dims=(None, 0))(plain, x[:, None])
+        drive(tracker.watch(loader()), transforms[kind])
     assert not tracker.presentations.any()

@@ -96,6 +96,7 @@ class Pairing:
         self.waits = False
         self.first: Any = None  # forwards inside of compiled code: the first since `settle`,
         self.latest: Any = None  # and the last
+        self.error: Exception | None = None  # for whoever reads
         self._passes: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._last: Batch | None = None
         self._doubt: _Doubt | None = None
@@ -143,11 +144,14 @@ class Pairing:
             one.waiting.clear()
         self._last = self._doubt = None
         if gone is None:
-            self.first = self.latest = None
+            self.first = self.latest = self.error = None
         self._refresh()
 
     def settle(self, tracker: Tracker) -> None:
         """Take in what compiled code could only note down."""
+        if (error := self.error) is not None:
+            self.error = None
+            raise error
         calls, self.first, self.latest = (self.first, self.latest), None, None
         for call in calls:
             if call is not None:

@@ -381,4 +381,3 @@ def _settle(columns: Columns) -> None:
 
 def _select(columns: Columns, index: Tensor) -> Columns:
     return {name: column.index_select(0, index) for name, column in columns.items()}
-

@@ -137,11 +137,12 @@ class _Walk:
     def __del__(self) -> None:
         if not hasattr(self, "_batches"):  # it never began
             return
+        pairing = self._tracker._pairing
         try:
-            self._tracker._pairing.settle(self._tracker)
-        except (ValueError, TypeError):
-            pass  # whoever reads the tracker is told
-        self._tracker._pairing.give_up(self._pass)
+            pairing.settle(self._tracker)
+        except Exception as error:  # would be lost here
+            pairing.error = error
+        pairing.give_up(self._pass)
         self._pass.warn(0 if self._pass.ended else 1, stacklevel=2)
 
 

@@ -405,4 +405,3 @@ class _Rows(NamedTuple):
     place: Tensor
     order: Tensor
     again: Tensor | None
-
