@@ -11,7 +11,9 @@ from drophot._pairing import UNPAIRED
 
 NO_FAULT = torch.iinfo(torch.int64).max  # of several faults the least is kept
 _NO_PAIR = NO_FAULT - 1  # logits that may be another batch's
-_NO_CLASS = 1 << 62  # and below it the sample, and the target that is no class in 32 bits
+# Less the sample, and the target that is no class in 32 bits. Below all others: such a target may
+# be taken for the sample's first, and a right one later for another.
+_NO_CLASS = -(1 << 62)
 _MOST_SAMPLES = 1 << 29
 _HALF = 1 << 31
 
@@ -38,7 +40,7 @@ def found(
     # Not `where`, which brings a number to the device and waits for it.
     fault = index.masked_fill(~(wrong & fine), NO_FAULT)
     value = target.clamp(-_HALF, _HALF - 1) + _HALF
-    code = index.clamp(0, _MOST_SAMPLES - 1) * (1 << 32) + value + _NO_CLASS
+    code = _NO_CLASS - value - index.clamp(0, _MOST_SAMPLES - 1) * (1 << 32)
     return torch.minimum(fault, code.masked_fill(fine, NO_FAULT)).amin()
 
 
@@ -68,8 +70,8 @@ def explain(fault: int, num_samples: int, targets: Tensor) -> str:
     """
     if fault == _NO_PAIR:
         return UNPAIRED
-    if fault >= _NO_CLASS:
-        sample, value = divmod(fault - _NO_CLASS, 1 << 32)
+    if fault <= _NO_CLASS:
+        sample, value = divmod(_NO_CLASS - fault, 1 << 32)
         return (
             f"`targets` should be classes, from 0 to C - 1 for logits of shape (B, C). Found "
             f"{value - _HALF} for sample {sample}; leave such samples out: `keep = targets >= 0`, "

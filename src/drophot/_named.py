@@ -42,7 +42,7 @@ def _make(kind: type[Any], *values: Any) -> Any:
 
 @cache
 def _longer(kind: Any) -> Any:
-    longer: Any = namedtuple(kind.__name__, [*kind._fields, "index"])  # noqa: PYI024
+    longer: Any = namedtuple(kind.__name__, [*kind._fields, "index"])
 
     def reduce(self: Any) -> tuple[Any, ...]:  # a class that is made here is not found by its name
         return _make, (kind, *self)
@@ -62,4 +62,4 @@ def _longer(kind: Any) -> Any:
 
 @cache
 def _shorter(name: str, fields: tuple[str, ...]) -> Any:
-    return namedtuple(name, fields)  # noqa: PYI024
+    return namedtuple(name, fields)

@@ -17,7 +17,7 @@ from drophot import _watch
 from drophot._checks import describe
 from drophot._untouched import untouched
 
-_PARTS = ("sampler", "batch_sampler", "dataset")
+_PARTS = ("sampler", "batch_sampler", "dataset", "loader", "transform", "transforms")
 
 
 def observe(
@@ -68,7 +68,7 @@ def observe(
 
 
 def _own_workers(loader: Any) -> Any:
-    """The loader, or one that does not wake the workers whose random state training goes on from."""
+    """The loader, or one that leaves the workers alone with which training goes on."""
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
         return loader
     other = copy.copy(loader)

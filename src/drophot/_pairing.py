@@ -24,7 +24,7 @@ UNPAIRED = (
     "tensors or values. Take the index from the loader, and call `update(index, logits, targets)` "
     "with the batch's logits, without `watch` and `attach`."
 )
-UNCOUNTED = (
+_UNCOUNTED = (
     "No batch of this pass was counted: no attached model was called in training mode. Attach the "
     "model that the loop calls, and after `model.compile()` before its first call."
 )
@@ -61,6 +61,13 @@ class Pass:
         self.waiting: deque[Batch] = deque(maxlen=_DEPTH)
         self.handed_out = self.counted = 0
         self.ended = False
+        self._warned = False
+
+    def warn(self, more_than: int, stacklevel: int) -> None:
+        """Say once that nothing was counted, if more batches than that were handed out."""
+        if not self.counted and self.handed_out > more_than and not self._warned:
+            self._warned = True
+            warnings.warn(_UNCOUNTED, stacklevel=stacklevel + 1)
 
 
 class Call(NamedTuple):
@@ -89,6 +96,7 @@ class Pairing:
         self.waits = False
         self.first: Any = None  # forwards inside of compiled code: the first since `settle`,
         self.latest: Any = None  # and the last
+        self.error: Exception | None = None  # for whoever reads
         self._passes: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._last: Batch | None = None
         self._doubt: _Doubt | None = None
@@ -136,11 +144,14 @@ class Pairing:
             one.waiting.clear()
         self._last = self._doubt = None
         if gone is None:
-            self.first = self.latest = None
+            self.first = self.latest = self.error = None
         self._refresh()
 
     def settle(self, tracker: Tracker) -> None:
         """Take in what compiled code could only note down."""
+        if (error := self.error) is not None:
+            self.error = None
+            raise error
         calls, self.first, self.latest = (self.first, self.latest), None, None
         for call in calls:
             if call is not None:
@@ -149,8 +160,8 @@ class Pairing:
 
     def warn(self) -> None:
         """Say so if a pass is under way of which nothing was counted."""
-        if any(p.handed_out > 1 and not p.counted and not p.ended for p in self._passes):
-            warnings.warn(UNCOUNTED, stacklevel=4)
+        for one in list(self._passes):
+            one.warn(1, stacklevel=4)
 
     def give(self, tracker: Tracker, hook: Any, call: Call) -> None:
         """A forward in training mode: count it, if it is a batch's that waits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Columns = dict[str, Tensor]
+_ENOUGH = 8  # samples that ranks do not present alike by chance
 
 
 def bring(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -317,13 +319,16 @@ class State:
         if not any(of["rows"]):
             return whole | {"targets": targets}
         mine = _select(self.columns | {"targets": targets}, fresh) | {"index": fresh}
+        first, alike = None, min(of["rows"]) >= _ENOUGH
         for rows in _ranks.tables(mine, of["rows"], group, self.device):
+            first = first or dict(rows)
+            alike = alike and all(torch.equal(rows[name], first[name]) for name in rows)
             index = rows.pop("index")
             theirs, known = rows.pop("targets"), targets.index_select(0, index)
             clash = ((known >= 0) & (theirs >= 0) & (known != theirs)).nonzero()[:, 0]
             if len(clash):
-                first = (int(column[clash[0]]) for column in (index, known, theirs))
-                raise ValueError(_faults.mismatch(*first))
+                values = (int(column[clash[0]]) for column in (index, known, theirs))
+                raise ValueError(_faults.mismatch(*values))
             targets.index_copy_(0, index, torch.where(known < 0, theirs, known))
             # A sample that no rank before has seen is taken over as it is, bit for bit.
             before, start = (_select(part, index) for part in (whole, base))
@@ -332,6 +337,14 @@ class State:
                 column = rows[name]
                 shape = (-1, *(1,) * (column.dim() - 1))
                 whole[name].index_copy_(0, index, torch.where(again.view(shape), joined, column))
+        if alike:
+            warnings.warn(
+                f"Each of {len(of['rows'])} ranks has presented the same samples with the same "
+                f"outcome, and each is counted. Ranks that share their batches should not be in "
+                f"one `group`, nor should each `observe` all of the data; for ranks that should "
+                f"not share them, give the loader a DistributedSampler.",
+                stacklevel=4,
+            )
         return whole | {"targets": targets}
 
 
@@ -368,4 +381,3 @@ def _settle(columns: Columns) -> None:
 
 def _select(columns: Columns, index: Tensor) -> Columns:
     return {name: column.index_select(0, index) for name, column in columns.items()}
-

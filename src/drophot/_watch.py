@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from drophot._checks import describe as describe
 from drophot._checks import plain
 from drophot._named import without_index
-from drophot._pairing import UNCOUNTED, Batch, Call, Pass, Tracker, tensors
+from drophot._pairing import Batch, Call, Pass, Tracker, tensors
 from drophot.indexing import IndexedDataset
 
 _ATTACH = (
@@ -113,7 +112,7 @@ class _Walk:
         self, tracker: Tracker, loader: Iterable[Any], targets: Callable[[Any], Tensor] | None
     ) -> None:
         self._tracker, self._find_targets = tracker, targets
-        self._pass, self._warned = Pass(loader), False
+        self._pass = Pass(loader)
         self._batches = iter(loader)
         tracker._pairing.begin(self._pass)
 
@@ -128,30 +127,23 @@ class _Walk:
         except StopIteration:
             if not mine.ended:
                 tracker._pairing.end(mine)
-                self._warn(2, stacklevel=3)
+                mine.warn(2, stacklevel=2)
             raise
         rest, (index, targets) = split(batch, self._find_targets)
         tracker._pairing.hand_out(mine, Batch(index, targets, list(tensors(rest))))
-        self._warn(_MANY, stacklevel=3)
+        mine.warn(_MANY, stacklevel=2)
         return rest
 
     def __del__(self) -> None:
         if not hasattr(self, "_batches"):  # it never began
             return
+        pairing = self._tracker._pairing
         try:
-            self._tracker._pairing.settle(self._tracker)
-        except (ValueError, TypeError):
-            pass  # whoever reads the tracker is told
-        self._warn(0 if self._pass.ended else 1, stacklevel=2)
-        self._tracker._pairing.give_up(self._pass)
-
-    def _warn(self, more_than: int, stacklevel: int) -> None:
-        """Say once that nothing was counted of what was handed out."""
-        mine = self._pass
-        if mine.counted or mine.handed_out <= more_than or self._warned:
-            return
-        self._warned = True
-        warnings.warn(UNCOUNTED, stacklevel=stacklevel + 1)
+            pairing.settle(self._tracker)
+        except Exception as error:  # would be lost here
+            pairing.error = error
+        pairing.give_up(self._pass)
+        self._pass.warn(0 if self._pass.ended else 1, stacklevel=2)
 
 
 _MANY = 100

@@ -361,7 +361,7 @@ class ForgettingTracker:
 
     def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> _Rows:
         top = logits.max(dim=1)
-        correct = (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
+        correct = (top.indices == targets) & (top.values > -torch.inf)  # nor is NaN
         return self._record(index, correct, targets, logits.shape[1])
 
     def _record(
@@ -405,4 +405,3 @@ class _Rows(NamedTuple):
     place: Tensor
     order: Tensor
     again: Tensor | None
-

@@ -136,7 +136,7 @@ class IndexedDataset(Dataset[Any]):
 
 
 def _reads_in_batches(dataset: Any) -> bool:
-    """Whether it has a `__getitems__` that goes with its `__getitem__`, and is not only inherited."""
+    """Whether it has a `__getitems__` of the same class as its `__getitem__`, or a later one."""
     for kind in type(dataset).__mro__:
         if "__getitems__" in vars(kind):
             return True
