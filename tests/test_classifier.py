@@ -268,6 +268,31 @@ def test_inputs_that_no_network_learns_from_are_refused_at_once(place: int, valu
         pipeline(inputs)
 
 
+class Drawn(torch.utils.data.Dataset[Any]):
+    """Data that is not kept, so that only the first target is looked at."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, place: int) -> Any:
+        return torch.randn(4), self.target
+
+
+@pytest.mark.parametrize(
+    "target",
+    [3, -1, torch.tensor([1]), torch.tensor(1.0), torch.eye(3)[0], torch.zeros(2, 2).long()],
+)
+@pytest.mark.parametrize("name", ["train_set", "test_set"])
+def test_a_first_target_that_is_no_class_is_refused_at_once(target: Any, name: str) -> None:
+    settings: Any = {"data_ratio": 0.5, "mode": "high", "prune_ratio": 0.5, "device": "cpu"}
+    sets = {"train_set": Drawn(1), "test_set": Drawn(1), name: Drawn(target)}
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        DropHot(network, *sets.values(), **settings)
+
+
 def test_an_optimiser_that_cannot_train_is_refused_at_once_unless_the_loop_is_the_users() -> None:
     with pytest.raises(TypeError, match="`optimizer`.*LBFGS"):
         pipeline(optimizer=torch.optim.LBFGS)

@@ -129,6 +129,7 @@ class Kept:
             self._let_go("cache=False")
             return
         if tensors is None and self._cache == "auto" and self._readings <= 1:
+            logger.info("`%s`: samples are not kept in memory: they are read once", name)
             return
         size = len(dataset) * sum(tensor[0].nbytes for tensor in first)
         near = tensors is not None and tensors[0].device.type == torch.device(self._device).type

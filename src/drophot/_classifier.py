@@ -164,6 +164,9 @@ def at_least(model: nn.Module, classes: int) -> Iterator[None]:
                 f"model. Found {classes - 1}."
             )
 
+    if getattr(model, "_compiled_call_impl", None) is not None:
+        yield  # it would be compiled once with the hook and once without
+        return
     handle = model.register_forward_hook(check)
     try:
         yield

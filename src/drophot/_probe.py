@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from drophot import _modes, _progress, _pruning, _random, coreset, prune
 from drophot._cache import Cache, Kept, check_cache
 from drophot._classifier import check_optimizer
-from drophot._samples import first_sample, tensors_of
+from drophot._samples import first_sample, known_targets, tensors_of
 from drophot._weights import prunable
 from drophot.indexing import IndexedDataset
 
@@ -219,7 +219,7 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
-    """Refuse targets that are no classes of the model, as far as they are in memory.
+    """Refuse targets that are no classes of the model, as far as they are known.
 
     Args:
         name: What the caller calls the data set.
@@ -227,15 +227,14 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
         num_classes: `C`.
 
     Returns:
-        The number of classes that occur; 0 if the data set is not in memory.
+        The number of classes that occur; 0 if that takes reading all samples.
 
     Raises:
         ValueError: If a target is not in `[0, C)`.
     """
-    tensors = tensors_of(dataset)
-    if tensors is None:
-        return 0
-    targets = tensors[1]
+    known = known_targets(dataset)
+    with _random.kept():
+        targets = torch.as_tensor(first_sample(name, dataset)[1])[None] if known is None else known
     if targets.dim() != 1 or targets.is_floating_point():
         raise ValueError(
             f"`{name}` should have one integer as target. Found shape {tuple(targets.shape[1:])} "
@@ -247,7 +246,7 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
             f"`{name}` should have targets in [0, {num_classes}), the classes of the model. Found "
             f"{int(targets[wrong[0]])} at position {int(wrong[0])}."
         )
-    return len(targets.unique())
+    return 0 if known is None else len(targets.unique())
 
 
 def check_inputs(name: str, dataset: Dataset[Any]) -> None:
@@ -300,7 +299,7 @@ def check_sizes(run: Any, num_classes: int) -> None:
     ):
         if (count % run.batch_size or run.batch_size) != 1:
             continue
-        single = torch.as_tensor(first_sample("train_set", run.train_set)[0])[None]
+        single = torch.torch.as_tensor(first_sample("train_set", run.train_set)[0])[None]
         try:
             with _random.kept(run.device, seed=run.seed):
                 model = run.factory().train()
@@ -318,10 +317,10 @@ def warn_of_empty_classes(run: Any) -> None:
     Args:
         run: Has `train_set`, `indices`, `data_ratio` and `mode`.
     """
-    tensors = tensors_of(run.train_set)
-    if tensors is None:
+    known = known_targets(run.train_set)
+    if known is None:
         return
-    targets = tensors[1].cpu()
+    targets = known.cpu()
     empty = sorted(set(targets.unique().tolist()) - set(targets[run.indices].unique().tolist()))
     if empty:
         warnings.warn(

@@ -148,7 +148,7 @@ def targets_of(dataset: Any) -> Tensor:
     Returns:
         Integers, shape `(N,)`, on the CPU.
     """
-    if (known := _known_targets(dataset)) is not None:
+    if (known := known_targets(dataset)) is not None:
         return as_classes(known.cpu())
     found = []
     with _random.kept():
@@ -174,13 +174,21 @@ def as_classes(targets: Tensor) -> Tensor:
 _CHUNK = 256  # samples that are read in one go, of which only the targets stay
 
 
-def _known_targets(dataset: Any) -> Tensor | None:
+def known_targets(dataset: Any) -> Tensor | None:
+    """The targets of all samples, if they are known without reading the samples.
+
+    Args:
+        dataset: Any data set.
+
+    Returns:
+        As they stand there, or `None`.
+    """
     if (tensors := tensors_of(dataset)) is not None:
         return tensors[1]
     if is_plainly(dataset, IndexedDataset):
-        return _known_targets(dataset.dataset)
+        return known_targets(dataset.dataset)
     if is_plainly(dataset, Subset):
-        inner, places = _known_targets(dataset.dataset), _places(dataset.indices)
+        inner, places = known_targets(dataset.dataset), _places(dataset.indices)
         return None if inner is None or places is None else inner[places.to(inner.device)]
     if is_torchvisions(dataset, _BY_TARGETS) and dataset.target_transform is None:
         return torch.as_tensor(dataset.targets)
