@@ -73,7 +73,8 @@ def test_equal_distances_go_to_the_sample_that_stands_first() -> None:
 
 def in_order(points: np.ndarray, size: int, start: list[int]) -> list[int]:
     """The farthest of whole numbers, one after the other, the first of equal ones: exact."""
-    away = ((points[:, None] - points[None]) ** 2).sum(-1)
+    norms = (points**2).sum(1)
+    away = norms[:, None] + norms - 2 * points @ points.T
     nearest, found = away[start].min(0), []
     nearest[start] = -1
     while len(found) < size - len(start):
