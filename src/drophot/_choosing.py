@@ -72,14 +72,14 @@ def choose(run: Any) -> Tensor:
     """
     mode, ratio, total = run.mode, run.data_ratio, len(run.train_set)
     if mode in _modes.DYNAMIC or coreset.kept(total, ratio) == total:
-        return torch.arange(total)
+        return torch.arange(total, device="cpu")
     if mode == "random":
-        return select(torch.zeros(total), ratio, "random", seed=run.seed)
+        return select(torch.zeros(total, device="cpu"), ratio, "random", seed=run.seed)
     if run.protocol == "released":
         return released.select(run.scores, ratio, mode)
     if (how := _modes.scored(mode)) is not None:
         targets = targets_of(run.train_set) if how.balanced else None
-        scores = torch.zeros(total) if how.mode == "random" else run.scores
+        scores = torch.zeros(total, device="cpu") if how.mode == "random" else run.scores
         return select(scores, ratio, how.mode, targets=targets, seed=run.seed)
     kind = "penultimate" if mode == "k_center" else "error"
     selector = coreset.k_center if mode == "k_center" else coreset.facility_location
@@ -151,7 +151,7 @@ class _Sampled:
         self.run, self.sampler, self.sampling = run, sampler, sampling
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        run, order = self.run, torch.tensor(list(self.sampler), dtype=torch.int64)
+        run, order = self.run, torch.tensor(list(self.sampler), dtype=torch.int64, device="cpu")
         for batch in batches(run.train_set, run.batch_size, run.device, shuffle=order):
             yield batch if self.sampling is None else (*batch, self.sampling.weights(batch[2]))
 

@@ -211,7 +211,7 @@ def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name:
     count = entry.get("nonzeros", total)
     if not isinstance(count, int) or not 0 <= count <= total:
         raise ValueError(f"`path` should be whole. Found {count!r} values of {total} in `{name}`.")
-    values = torch.empty(count, dtype=like.dtype)
+    values = torch.empty(count, dtype=like.dtype, device="cpu")
     if count:
         _bytes(values).numpy()[:] = _exactly(archive, entry["file"], count * size, name)
     if "nonzeros" not in entry:
@@ -220,7 +220,7 @@ def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name:
     kept = torch.from_numpy(np.unpackbits(packed, count=total).view(bool))
     if int(kept.sum()) != count:
         raise ValueError(f"`path` should be whole. Found another number of values in `{name}`.")
-    flat = torch.zeros(total, dtype=like.dtype)
+    flat = torch.zeros(total, dtype=like.dtype, device="cpu")
     flat[kept] = values
     return flat.view(like.shape)
 

@@ -14,13 +14,15 @@ _restore = ExitStack()
 
 
 @contextmanager
-def exact(*, in_place: bool = False) -> Iterator[None]:
+def exact(*, products: bool = False, in_place: bool = False) -> Iterator[None]:
     """Compute in the tensors' own precision, without gradients and outside inference mode.
 
-    Autocast is off, products of float32 matrices are in float32, and tensors are made on the CPU
-    unless a device is named. Also a decorator: `@exact()`.
+    Autocast is off, and tensors are made on the CPU unless a device is named. Also a decorator:
+    `@exact()`.
 
     Args:
+        products: Products of float32 matrices are in float32 too. torch has one setting of that for
+            all threads of a process, so that it is changed only where there are such products.
         in_place: Tensors of the caller's are changed, which may be some of inference mode: stay in
             it.
 
@@ -37,7 +39,8 @@ def exact(*, in_place: bool = False) -> Iterator[None]:
         modes.enter_context(torch.no_grad())
         if torch.empty(0).device.type != "cpu":  # set by set_default_device, or a surrounding one
             modes.enter_context(torch.device("cpu"))
-        modes.enter_context(_full_precision())
+        if products:
+            modes.enter_context(_full_precision())
         yield
 
 

@@ -65,7 +65,7 @@ class Coreset:
 Greedy = Callable[[Tensor, int, Tensor, int], tuple[Tensor, Tensor, Tensor | None]]
 
 
-@exact()
+@exact(products=True)
 def greedy(
     algorithm: Greedy,
     needs: Callable[[int, int, int, int], int],

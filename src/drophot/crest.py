@@ -158,7 +158,7 @@ class CrestLoader:
             inputs, targets, index = _feed.at(self.dataset, self._batches[number], device)
             yield inputs, targets, index, self._weights[number].to(device)
 
-    @exact()
+    @exact(products=True)
     def _select(self) -> None:
         """New mini-batches for the weights as they are, and the loss around these."""
         count = min(_SETS * self.check_every, self._steps)
@@ -264,7 +264,7 @@ class CrestLoader:
         drawn = torch.randint(0, 2, like.shape, generator=self._draws, dtype=torch.int8)
         return (2 * drawn - 1).to(like)
 
-    @exact()
+    @exact(products=True)
     def _has_moved_on(self) -> bool:
         """Whether the modelled loss is no longer the loss."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
