@@ -28,6 +28,7 @@ HOUSE = [
     "_state",
     "forgetting",
     "dynamics",
+    "_presenter",
     "_radix",
     "_shares",
     "_linear",
