@@ -29,6 +29,7 @@ HOUSE = [
     "_state",
     "forgetting",
     "dynamics",
+    "_presenter",
     "_radix",
     "_exact",
     "_arrays",
