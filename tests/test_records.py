@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drophot import Record
-from drophot.records import describe, factory_name, fingerprint, read, versions, write
+from drophot.records import (
+    describe,
+    factory_name,
+    fingerprint,
+    from_line,
+    read,
+    versions,
+    write,
+)
 
 share = st.floats(0, 1)
 text = st.text(max_size=20)
@@ -33,6 +41,9 @@ records = st.builds(
     device=text,
     versions=st.dictionaries(text, text),
     fingerprint=text,
+    settings=st.dictionaries(text, st.integers() | text | st.lists(st.integers(), max_size=2)),
+    cell=text,
+    test_samples=st.integers(0, 10**6),
 )
 
 
@@ -98,6 +109,35 @@ def test_a_foreign_line_is_named(bad: str, tmp_path: Path) -> None:
     extra.write_text(json.dumps({**dataclasses.asdict(one()), "flavour": 1}) + "\n")
     with pytest.raises(ValueError, match="flavour"):
         read(extra)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("seed", "zero"),
+        ("seed", True),
+        ("trained_accuracy", "x"),
+        ("finetune_curve", ["x"]),
+        ("finetune_curve", "0.5"),
+        ("structured", 1),
+        ("model", None),
+        ("versions", []),
+        ("settings", "{}"),
+    ],
+)
+def test_a_value_of_another_type_is_named(field: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps({**dataclasses.asdict(one()), field: value}) + "\n")
+    with pytest.raises(ValueError, match=f"line 1.*`{field}`"):
+        read(path)
+
+
+def test_old_records_are_read() -> None:
+    new = {"settings", "cell", "test_samples", "parameters", "structured"}
+    values = {k: v for k, v in dataclasses.asdict(one()).items() if k not in new}
+    found = from_line(json.dumps(values))
+    assert found == one()
+    assert (found.settings, found.cell, found.test_samples) == ({}, "", 0)
 
 
 json_values = st.recursive(

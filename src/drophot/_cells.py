@@ -81,11 +81,11 @@ def cells(records: Iterable[Record], name: str = "records") -> list[list[Record]
         runs = found.setdefault(identity(record), {})
         first = runs.setdefault(record.seed, record)
         if first is not record and _found(first) != _found(record):
-            where = {r.device: None for r in (first, record)}
+            devices = dict.fromkeys(run.device for run in (first, record))
+            where = f" on {' and '.join(devices)}" * (len(devices) > 1)
             raise ValueError(
                 f"`{name}` should hold each seed of a cell once. Found seed {record.seed} twice in "
-                f"{cell_words(record)}, with different results ({' and '.join(where)}); keep one "
-                f"of the two."
+                f"{cell_words(record)}, with different results{where}; keep one of the two."
             )
     if not found:
         raise ValueError(f"`{name}` should hold at least one record. Found none.")
