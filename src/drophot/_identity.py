@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import random
 import re
 import sys
@@ -45,7 +46,10 @@ _UNVERSIONED = ("torch", "drophot", "builtins", *sys.stdlib_module_names)
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set, deque)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
-_MISSING = object()
+_MISSING, _OF_LIBRARY = object(), object()
+_NAMED_BY_MODULE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+# Python's and NumPy's global generators, whose methods are functions of their modules.
+_GLOBAL = (random.random.__self__, np.random.rand.__self__)  # type: ignore[attr-defined]
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
@@ -287,8 +291,14 @@ class _Reader:
                 continue  # a built-in, or what is not there yet; a log or a counter
             taken = 1
             while taken < len(chain) and (part := _attribute(value, chain[taken])) is not _MISSING:
+                installed = isinstance(value, types.ModuleType) and _library(value.__name__)
                 value, taken = part, taken + 1
+                if installed and not isinstance(value, _NAMED_BY_MODULE):
+                    value = _OF_LIBRARY  # os.environ, sys.stdout: not of the experiment
+                    break
             name = ".".join(chain[:taken])
+            if value is _OF_LIBRARY:
+                continue
             if value is None or isinstance(value, _PLAIN):
                 plain[name] = self.value(value)
             elif name not in found:
@@ -321,10 +331,14 @@ class _Reader:
         return {"call": self.value(call.func), **({"with": found} if found else {})}
 
     def method(self, method: types.MethodType) -> Any:
+        if _is_global(method.__self__):
+            return named(method)
         return {"method": self.value(method.__func__), "of": self.value(method.__self__)}
 
     def builtin(self, function: types.BuiltinFunctionType) -> Any:
         owner = function.__self__
+        if _is_global(owner):
+            return named(function)
         if owner is None or isinstance(owner, types.ModuleType | type):
             where = owner.__name__ if owner is not None else function.__module__
             return f"{where}.{function.__name__}"
@@ -341,7 +355,7 @@ class _Reader:
         return {"module": module.__name__, "code": hashlib.sha256(content).hexdigest()[:16]}
 
     def random(self, generator: Any) -> Any:
-        if self.data:
+        if self.data or _is_global(generator):
             return {"random": named(type(generator))}
         if isinstance(generator, torch.Generator):
             return {"generator": str(generator.device), "seed": generator.initial_seed()}
@@ -393,6 +407,7 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     (types.CodeType, _Reader._code),
     (_RANDOM, _Reader.random),
     ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
+    (type(os.environ), lambda _, __: "os.environ"),
     (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
 )
 
@@ -419,6 +434,10 @@ def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
         return filling or (name in counted and type(value) is int)
 
     return used
+
+
+def _is_global(owner: Any) -> bool:
+    return any(owner is generator for generator in _GLOBAL)
 
 
 def _text(tree: Any) -> str:
