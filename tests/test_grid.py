@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipeline import TEST, drop_hot, points
+from test_pipeline import TEST, drop_hot, points, small
 from torch import nn
 from torch.optim import Adam
 from torch.utils.data import Dataset
@@ -390,7 +390,7 @@ def test_a_store_can_be_extended(tmp_path: Path) -> None:
         ({"scope": "global"}, "scope", "'layer' there, 'global' here"),
         ({"protocol": "released"}, "protocol", "'paper' there, 'released' here"),
         ({"optimizer": partial(Adam, lr=0.01)}, "optimizer", "lr 0.02 there, 0.01 here"),
-        ({"model": partial(fcnet, 2, 9, 3)}, "model", "hidden 16 there"),
+        ({"model": partial(small, hidden=9)}, "model", "hidden 16 there, 9 here"),
         ({"train_set": points(120, 5)}, "train_set", "inputs"),
         ({"test_set": points(60, 5)}, "test_set", "inputs"),
         ({"fit": Calls()}, "fit", "drophot.training.fit' there"),

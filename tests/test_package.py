@@ -63,6 +63,8 @@ HOUSE = [
     "epochwise",
     "_modes",
     "_ambient",
+    "_packages",
+    "_digests",
     "_code",
     "_identity",
     "_experiment",

@@ -25,7 +25,7 @@ from test_pipeline import drop_hot
 from torch import nn
 from torch.utils.data import Dataset
 
-from drophot import Grid, Record, _identity, _store, fit, records
+from drophot import Grid, Record, _digests, _store, fit, records
 from drophot._store import Store, open_store, write_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
@@ -560,8 +560,8 @@ def test_what_is_written_whole_replaces_or_leaves(tmp_path: Path) -> None:
 )
 def test_digests_differ(tensors: list[torch.Tensor]) -> None:
     others = [[torch.ones(2)], [torch.zeros(5)], [torch.zeros(2, 1)]]
-    assert all(_identity.digest(tensors) != _identity.digest(other) for other in others)
-    assert _identity.digest(tensors) == _identity.digest([t.clone() for t in tensors])
+    assert all(_digests.digest(tensors) != _digests.digest(other) for other in others)
+    assert _digests.digest(tensors) == _digests.digest([t.clone() for t in tensors])
 
 
 def main() -> None:
