@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipeline import TEST, drop_hot, points
+from test_pipeline import TEST, drop_hot, points, small
 from torch import nn
 from torch.optim import Adam
 from torch.utils.data import Dataset
@@ -401,14 +401,10 @@ def test_a_store_can_be_extended(tmp_path: Path) -> None:
         ({"finetune_epochs": 2}, "finetune_epochs", "1 there, 2 here"),
         ({"scope": "global"}, "scope", "'layer' there, 'global' here"),
         ({"protocol": "released"}, "protocol", "'paper' there, 'released' here"),
-        (
-            {"optimizer": partial(Adam, lr=0.01)},
-            "optimizer",
-            r"lr=0\.02\)' there.*lr=0\.01\)' here",
-        ),
-        ({"model": partial(fcnet, 2, 9, 3)}, "model", "hidden=16"),
-        ({"train_set": points(120, 5)}, "data", "there"),
-        ({"test_set": points(60, 5)}, "data", "there"),
+        ({"optimizer": partial(Adam, lr=0.01)}, "optimizer", "lr 0.02 there, 0.01 here"),
+        ({"model": partial(small, hidden=9)}, "model", "hidden 16 there, 9 here"),
+        ({"train_set": points(120, 5)}, "train_set", "inputs"),
+        ({"test_set": points(60, 5)}, "test_set", "inputs"),
         ({"fit": Calls()}, "fit", "drophot.training.fit' there"),
     ],
     ids=lambda value: str(value)[:30],
@@ -434,9 +430,24 @@ def test_threads_belong_to_the_configuration(tmp_path: Path) -> None:
 def test_test_sets_of_another_size_are_another_configuration(tmp_path: Path) -> None:
     grid(seeds=[0]).run(tmp_path)
     same = {"score_epochs": 2, "train_epochs": 2, "finetune_epochs": 1}
-    with pytest.raises(ValueError, match=r"`test_set`.*60\] there.*50\] here"):
+    with pytest.raises(ValueError, match=r"`test_set`.* 60 there, 50 here"):
         grid(drop_hot(**same, test_set=points(50, 1)), seeds=[0]).run(tmp_path)
     assert TEST.tensors[0].shape == (60, 2)
+
+
+def test_a_patch_release_takes_the_store_and_another_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = grid(seeds=[0]).run(tmp_path)
+    here = records.versions()
+    major, minor = here["torch"].split(".")[:2]
+    for changed in (f"{major}.{minor}.99+cpu", f"{major}.{int(minor) + 1}.0"):
+        monkeypatch.setattr(records, "versions", lambda t=changed: here | {"torch": t})
+        if ".99" in changed:
+            assert grid(seeds=[0]).run(tmp_path) == found
+        else:
+            with pytest.raises(ValueError, match=rf"`versions`.* torch '{major}.{minor}' there"):
+                grid(seeds=[0]).run(tmp_path)
 
 
 def test_each_mode_is_held_against_each_ratio_before_any_work() -> None:

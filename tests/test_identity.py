@@ -7,6 +7,7 @@ import functools
 import json
 import logging
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from os import environ
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -185,6 +188,8 @@ VALUES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "whole or not": (lambda: 1, lambda: 1.0),
     "true or one": (lambda: True, lambda: 1),
     "no number": (lambda: float("nan"), lambda: float("inf")),
+    "function of random": (lambda: random.random, lambda: random.gauss),
+    "function of NumPy": (lambda: np.random.rand, lambda: np.random.randn),
     "path": (lambda: Path("a/b.pt"), lambda: Path("a/c.pt")),
 }
 
@@ -266,6 +271,8 @@ def logging_fit(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> Non
     counter += 1
     calls.append(epochs)
     logger.info("training")
+    if os.environ.get("DROPHOT_TEST_LOG") or environ.get("DROPHOT_TEST_LOG"):
+        sys.stderr.write(f"{random.random()}")
     fit(model, dataset, epochs, **rest)
 
 

@@ -70,6 +70,8 @@ HOUSE = [
     "epochwise",
     "_modes",
     "_ambient",
+    "_packages",
+    "_digests",
     "_code",
     "_identity",
     "_experiment",

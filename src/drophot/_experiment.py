@@ -16,7 +16,9 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 from drophot import _random
-from drophot._identity import attributes, describe, digest, digest_of, named
+from drophot._digests import digest, digest_of
+from drophot._identity import attributes, describe
+from drophot._packages import named
 
 _SAMPLES = 32  # of data that is not in memory, which are compared
 # What every module has: its parts and hooks, which are compared by themselves or by their code.

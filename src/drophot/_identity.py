@@ -9,21 +9,18 @@ that it uses. Objects go by type and by what pickle would keep of them, arrays b
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import json
+import os
 import random
 import re
-import sys
-import sysconfig
 import tempfile
 import types
 import warnings
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property, lru_cache, partial
-from importlib import metadata
 from math import isfinite
 from pathlib import Path, PurePath
 from typing import Any
@@ -33,19 +30,29 @@ import torch
 from torch import Tensor, nn
 
 from drophot import _code
+from drophot._digests import digest, digest_of, text_of
+from drophot._packages import (
+    file_of_user,
+    is_installed,
+    is_installed_file,
+    named,
+    of_name,
+    versioned,
+)
 
 _LONG = 400  # characters of JSON, beyond which a digest stands for a value
-_CHUNK = 1 << 26  # bytes that are hashed at a time
 _MANY = 1 << 30  # bytes of an array that is not in memory, beyond which parts of it are hashed
 _PARTS = 1024
 _DEEP = 60  # attributes of attributes
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-_UNVERSIONED = ("torch", "drophot", "builtins", *sys.stdlib_module_names)
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set, deque)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
-_MISSING = object()
+_MISSING, _OF_LIBRARY = object(), object()
+_NAMED_BY_MODULE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+# Python's and NumPy's global generators, whose methods are functions of their modules.
+_GLOBAL = (random.random.__self__, np.random.rand.__self__)
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
@@ -78,64 +85,6 @@ def attributes(thing: Any, *, data: bool = False) -> dict[str, Any]:
     """
     own = getattr(thing, "__dict__", {})
     return {name: describe(value, data=data)[0] for name, value in _lasting(thing, own).items()}
-
-
-def named(thing: Any) -> str:
-    """The qualified name of a function, a class or an object's class.
-
-    Args:
-        thing: Any of these.
-
-    Returns:
-        The name.
-    """
-    kind = thing if isinstance(getattr(thing, "__qualname__", None), str) else type(thing)
-    module = getattr(kind, "__module__", None) or "builtins"
-    return f"{module}.{kind.__qualname__}"
-
-
-def digest(tensors: Iterable[Tensor]) -> str:
-    """The SHA-256 of tensors' values, shapes and types.
-
-    Args:
-        tensors: On any device, in any layout of memory.
-
-    Returns:
-        16 hexadecimal digits of it.
-    """
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
-        rows = max(1, len(tensor) * _CHUNK // max(1, tensor.nbytes)) if tensor.dim() else 1
-        for part in tensor.split(rows) if tensor.dim() and tensor.numel() else (tensor,):
-            part = part.detach().cpu().resolve_neg().reshape(-1).contiguous()
-            found.update(part.view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
-
-
-def digest_of(tree: Any) -> str:
-    """The SHA-256 of what JSON can hold.
-
-    Args:
-        tree: Any of it; the order of names does not matter.
-
-    Returns:
-        16 hexadecimal digits of it.
-    """
-    return hashlib.sha256(_text(tree).encode()).hexdigest()[:16]
-
-
-def short(version: str) -> str:
-    """The part of a version that a patch release leaves alone.
-
-    Args:
-        version: "2.6.1+cpu".
-
-    Returns:
-        "2.6".
-    """
-    return ".".join(version.partition("+")[0].split(".")[:2])
 
 
 class _Reader:
@@ -241,18 +190,18 @@ class _Reader:
                     found = re.sub(r'"/(?:[^"\\]|\\.)*/', '"', found)
                 return {"items": len(thing), "digest": digest_of(found)}
         if isinstance(thing, set | frozenset):
-            return _brief(sorted((self.value(item) for item in thing), key=_text), len(thing))
+            return _brief(sorted((self.value(item) for item in thing), key=text_of), len(thing))
         if not isinstance(thing, dict | types.MappingProxyType):
             return _brief([self.part(str(i), item) for i, item in enumerate(thing)], len(thing))
         if all(type(key) is str for key in thing):
             pairs: Any = {key: self.part(key, thing[key]) for key in sorted(thing)}
         else:
-            pairs = sorted(([self.value(k), self.value(v)] for k, v in thing.items()), key=_text)
+            pairs = sorted(([self.value(k), self.value(v)] for k, v in thing.items()), key=text_of)
         return _brief(pairs, len(thing))
 
     def function(self, function: types.FunctionType) -> Any:
-        name, code = _versioned(function), function.__code__
-        if _library(function.__module__) and _found(function) is function:
+        name, code = versioned(function), function.__code__
+        if is_installed(function.__module__) and of_name(function) is function:
             return name
         found: dict[str, Any] = {"function": name}
         used = _used_up([code])
@@ -264,7 +213,7 @@ class _Reader:
             values = {name: v for name, v in sorted(values.items()) if not used(name, v)}
             if values:
                 found[where] = {n: self.part(f"{where}.{n}", v) for n, v in values.items()}
-        if not _installed(code.co_filename):
+        if not is_installed_file(code.co_filename):
             plain, others = self._globals(function, used)
             if plain:
                 found["globals"] = _brief(plain, len(plain))
@@ -287,25 +236,26 @@ class _Reader:
                 continue  # a built-in, or what is not there yet; a log or a counter
             taken = 1
             while taken < len(chain) and (part := _attribute(value, chain[taken])) is not _MISSING:
+                installed = isinstance(value, types.ModuleType) and is_installed(value.__name__)
                 value, taken = part, taken + 1
+                if installed and not isinstance(value, _NAMED_BY_MODULE):
+                    value = _OF_LIBRARY  # os.environ, sys.stdout: not of the experiment
+                    break
             name = ".".join(chain[:taken])
+            if value is _OF_LIBRARY:
+                continue
             if value is None or isinstance(value, _PLAIN):
                 plain[name] = self.value(value)
             elif name not in found:
                 found[name] = self.part(f"globals.{name}", value)
-        package = function.__globals__.get("__package__") or ""
         for name in sorted(set(_code.imports(function.__code__))):
-            try:
-                module = importlib.util.resolve_name(name, package)
-            except ImportError:
-                continue
-            if module in sys.modules:
-                found[f"import {name}"] = self.value(sys.modules[module])
+            if file := file_of_user(name, function.__globals__.get("__package__")):
+                found[f"import {name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
         return plain, found
 
     def type(self, cls: type) -> Any:
-        if _library(cls.__module__):
-            return _versioned(cls)
+        if is_installed(cls.__module__):
+            return versioned(cls)
         parts = {
             name: self.part(name, member)
             for name, member in sorted(vars(cls).items())
@@ -321,10 +271,14 @@ class _Reader:
         return {"call": self.value(call.func), **({"with": found} if found else {})}
 
     def method(self, method: types.MethodType) -> Any:
+        if _is_global(method.__self__):
+            return named(method)
         return {"method": self.value(method.__func__), "of": self.value(method.__self__)}
 
     def builtin(self, function: types.BuiltinFunctionType) -> Any:
         owner = function.__self__
+        if _is_global(owner):
+            return named(function)
         if owner is None or isinstance(owner, types.ModuleType | type):
             where = owner.__name__ if owner is not None else function.__module__
             return f"{where}.{function.__name__}"
@@ -334,14 +288,13 @@ class _Reader:
         return f"{named(thing.__objclass__)}.{thing.__name__}"
 
     def module(self, module: types.ModuleType) -> Any:
-        file = getattr(module, "__file__", None)
-        if _library(module.__name__) or file is None or not Path(file).is_file():
-            return {"module": module.__name__}
-        content = Path(file).read_bytes()
-        return {"module": module.__name__, "code": hashlib.sha256(content).hexdigest()[:16]}
+        if file := file_of_user(module.__name__, None):
+            content = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+            return {"module": module.__name__, "code": content}
+        return {"module": module.__name__}
 
     def random(self, generator: Any) -> Any:
-        if self.data:
+        if self.data or _is_global(generator):
             return {"random": named(type(generator))}
         if isinstance(generator, torch.Generator):
             return {"generator": str(generator.device), "seed": generator.initial_seed()}
@@ -364,7 +317,7 @@ class _Reader:
             return self._unknown(thing)
         if isinstance(reduced, str):
             return found | {"name": reduced}
-        make, arguments, state, items, pairs, *_ = (*reduced, None, None, None, None)
+        make, arguments, state, items, pairs, *_ = (*reduced, None, None, None)
         plain = getattr(make, "__name__", "") in ("__newobj__", "__newobj_ex__", "_reconstructor")
         if not plain:
             found["call"] = self.value(make)
@@ -393,6 +346,7 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     (types.CodeType, _Reader._code),
     (_RANDOM, _Reader.random),
     ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
+    (type(os.environ), lambda _, __: "os.environ"),
     (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
 )
 
@@ -421,13 +375,13 @@ def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
     return used
 
 
-def _text(tree: Any) -> str:
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
+def _is_global(owner: Any) -> bool:
+    return any(owner is generator for generator in _GLOBAL)
 
 
 def _brief(tree: Any, items: int) -> Any:
     """A container, or where that would be long its digest."""
-    return tree if len(_text(tree)) <= _LONG else {"items": items, "digest": digest_of(tree)}
+    return tree if len(text_of(tree)) <= _LONG else {"items": items, "digest": digest_of(tree)}
 
 
 def _defaults(function: types.FunctionType) -> dict[str, Any]:
@@ -454,51 +408,7 @@ def _attribute(value: Any, name: str) -> Any:
     return getattr(value, "__dict__", {}).get(name, _MISSING)
 
 
-def _found(thing: Any) -> Any:
-    """What there is under a thing's own name."""
-    found: Any = sys.modules.get(thing.__module__)
-    for name in thing.__qualname__.split("."):
-        found = getattr(found, name, None)
-    return found
-
-
-def _library(module: str | None) -> bool:
-    """Whether a module is Python's, or was installed, and so is known by its version."""
-    top = (module or "builtins").partition(".")[0]
-    if top in _UNVERSIONED:
-        return True
-    file = getattr(sys.modules.get(module or "") or sys.modules.get(top), "__file__", None)
-    return file is not None and _installed(file)
-
-
 @cache
 def _temporary() -> set[Path]:
     folder = Path(tempfile.gettempdir())
     return {folder, folder.resolve()}
-
-
-@cache
-def _installed(file: str) -> bool:
-    if file.startswith("<frozen") or {"site-packages", "dist-packages"} & {*PurePath(file).parts}:
-        return True
-    paths = sysconfig.get_paths()
-    folders = [Path(paths["stdlib"]), Path(paths["platstdlib"])]
-    folders += [Path(module.__file__ or "").parent for module in (torch, np)]
-    folders.append(Path(__file__).parent)
-    return any(PurePath(file).is_relative_to(folder) for folder in folders)
-
-
-def _versioned(thing: Any) -> str:
-    """A thing's name, with the version of the package that it was installed by."""
-    name = named(thing)
-    top = name.partition(".")[0]
-    if top in _UNVERSIONED or not _library(getattr(thing, "__module__", None)):
-        return name
-    return f"{name} ({top} {version})" if (version := _version(top)) else name
-
-
-@cache
-def _version(package: str) -> str:
-    with suppress(metadata.PackageNotFoundError):
-        return short(metadata.version(package))
-    return short(str(getattr(sys.modules.get(package), "__version__", "")))

@@ -111,7 +111,7 @@ def estimate(
             training_pass = _seconds(train) / len(few) * total
             evaluating = _seconds(lambda: training.evaluate(model, few)) / len(few)
     seconds, size = 0.0, 0
-    state = sum(tensor.nbytes for tensor in model.state_dict().values())
+    state = sum(getattr(value, "nbytes", 0) for value in model.state_dict().values())
     for stage in stages:
         epochs = stage.epochs(run)
         seconds += epochs * training_pass

@@ -280,4 +280,5 @@ def _digest(value: str) -> re.Match[str] | None:
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value == _NOTHING else repr(value)
+    text = "nothing" if value == _NOTHING else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

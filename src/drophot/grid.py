@@ -19,8 +19,8 @@ from torch.utils.data import TensorDataset
 
 from drophot import _dispatch, _executors, _memory, _modes, _probe, _progress, records
 from drophot._ambient import surroundings
-from drophot._identity import short
 from drophot._modes import Mode
+from drophot._packages import short
 from drophot._plan import Plan, estimate
 from drophot._samples import is_plainly
 from drophot._stages import Stage

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from drophot import _identity, _modes
+from drophot import _modes
+from drophot._packages import named
 from drophot.coreset import kept
 
 
@@ -184,12 +185,12 @@ def describe(thing: Any) -> str:
         arguments = [_shown(argument) for argument in thing.args]
         arguments += [f"{name}={_shown(value)}" for name, value in sorted(thing.keywords.items())]
         return f"{describe(thing.func)}({', '.join(arguments)})"
-    return _identity.named(thing)
+    return named(thing)
 
 
 def _shown(argument: Any) -> str:
     text = repr(argument)
-    return _identity.named(argument) if callable(argument) or " at 0x" in text else text
+    return named(argument) if callable(argument) or " at 0x" in text else text
 
 
 def factory_name(factory: Any, made: object) -> str:
