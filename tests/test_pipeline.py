@@ -381,9 +381,15 @@ class Bare(nn.Module):
         return inputs @ self.weight
 
 
+class Scaled(nn.Sequential):
+    def forward(self, inputs: Tensor) -> Tensor:
+        return super().forward(inputs) * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
+        ({"model": lambda: Scaled(nn.Linear(2, 3)), "mode": "k_center"}, "model"),
         ({"model": lambda: weight_norm(nn.Linear(2, 3))}, "model"),
         ({"model": lambda: spectral_norm(nn.Linear(2, 3))}, "model"),
         ({"model": lambda: torch_prune.identity(nn.Linear(2, 3), "weight")}, "model"),

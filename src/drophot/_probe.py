@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
-from drophot import _modes, _progress, _pruning, _random, coreset, prune, training
+from drophot import _choosing, _modes, _progress, _pruning, _random, coreset, prune, training
 from drophot._weights import prunable
 from drophot.indexing import IndexedDataset
 from drophot.training import first_sample
@@ -268,6 +268,7 @@ def check_sizes(run: Any, num_classes: int) -> None:
             is a single sample and the model cannot train on one.
     """
     _pruning.check_model(run)
+    _choosing.check(run)
     total = len(run.train_set)
     size = coreset.kept(total, run.data_ratio)
     if size < num_classes:
