@@ -195,6 +195,7 @@ def test_the_plan_counts_the_stages(
     equal = "equal_steps" in controls
     rounds = 2 * len(seeds) * (1 + len(modes) * (sum(ratios) + len(ratios) * equal))
     assert plan.epochs == pytest.approx(rounds + cells)
+    assert plan.seconds is not None
     assert plan.seconds > 0
     assert plan.bytes > 0
 
@@ -460,12 +461,14 @@ def test_each_mode_is_held_against_each_ratio_before_any_work() -> None:
     Grid(drop_hot(mode=Stratified(cutoff=0.3)), data_ratios=[0.8], modes=["random"], **settings)
 
 
-def test_two_modes_of_one_name_are_one_mode() -> None:
-    with pytest.raises(ValueError, match="hold each value once. Found Scored"):
-        Grid(
-            drop_hot(),
-            data_ratios=[0.3],
-            modes=["random", Scored("aum", "random")],
-            prune_ratios=[0.5],
-            seeds=[0],
-        )
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ["random", Scored("aum", "random")],
+        ["high", Scored("forgetting", "high")],
+        [Scored(mode=Stratified(bins=9)), Stratified(bins=9)],
+    ],
+)
+def test_one_mode_under_two_names_is_refused(modes: list[Any]) -> None:
+    with pytest.raises(ValueError, match="`modes` should hold each value once"):
+        grid(modes=modes)

@@ -381,9 +381,21 @@ class Bare(nn.Module):
         return inputs @ self.weight
 
 
+class Scaled(nn.Module):
+    """Ends in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs) * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
+        ({"model": Scaled, "mode": "k_center"}, "model"),
         ({"model": lambda: weight_norm(nn.Linear(2, 3))}, "model"),
         ({"model": lambda: spectral_norm(nn.Linear(2, 3))}, "model"),
         ({"model": lambda: torch_prune.identity(nn.Linear(2, 3), "weight")}, "model"),

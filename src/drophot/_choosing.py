@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
 
-from drophot import _loop, _modes, coreset, released
+from drophot import _loop, _modes, _random, coreset, released
 from drophot._feed import batches
 from drophot._samples import targets_of
 from drophot.coreset import select
@@ -61,6 +61,27 @@ def score(run: Any) -> Tensor:
     return run.statistic("forgetting" if how is None else how.statistic)
 
 
+def check(run: Any) -> None:
+    """Refuse a mode that goes by features which the model does not give.
+
+    Args:
+        run: With the settings, the factory and the data of a :class:`drophot.DropHot`.
+
+    Raises:
+        ValueError: If it does not give them.
+    """
+    total = len(run.train_set)
+    if run.mode not in _modes.OF_FEATURES or coreset.kept(total, run.data_ratio) == total:
+        return
+    with _random.kept(run.device, seed=run.seed):
+        model = run.factory().to(run.device)
+        try:
+            _vectors(run.mode, model, Subset(run.train_set, [0]))
+        except ValueError as error:
+            error.add_note(f"`mode={run.mode!r}` needs these features of `model`.")
+            raise
+
+
 def choose(run: Any) -> Tensor:
     """Keep a share of a run's training samples.
 
@@ -81,9 +102,8 @@ def choose(run: Any) -> Tensor:
         targets = targets_of(run.train_set) if how.balanced else None
         scores = torch.zeros(total, device="cpu") if how.mode == "random" else run.scores
         return select(scores, ratio, how.mode, targets=targets, seed=run.seed)
-    kind = "penultimate" if mode == "k_center" else "error"
     selector = coreset.k_center if mode == "k_center" else coreset.facility_location
-    vectors = features(run.scorer, run.train_set, kind)
+    vectors = _vectors(mode, run.scorer, run.train_set)
     found = selector(vectors, ratio, targets=targets_of(run.train_set), seed=run.seed)
     return found.indices
 
@@ -111,6 +131,11 @@ def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
     if steps:  # of an epoch that is not whole: as many full batches
         part = torch.randperm(len(run.indices), device="cpu")[: steps * run.batch_size]
         run._fit(model, _subset(run, run.indices[part]), 1, optimizer)
+
+
+def _vectors(mode: str, model: nn.Module, dataset: Dataset[Any]) -> Tensor:
+    """The features of each sample that a mode goes by, `(N, D)`."""
+    return features(model, dataset, "penultimate" if mode == "k_center" else "error")
 
 
 def _subset(run: Any, indices: Tensor) -> Dataset[Any]:

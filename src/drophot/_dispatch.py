@@ -137,7 +137,8 @@ class _Sending:
             del self.waiting[stage]
             self.running.append((future, stage))
             pending.add(stage)
-            self.processes |= getattr(self.executor, "_processes", None) or {}
+            if isinstance(processes := getattr(self.executor, "_processes", None), dict):
+                self.processes |= processes
 
     def take(self, future: Any, stage: Stage) -> None:
         """Go on from a stage that is done or failed."""
@@ -205,7 +206,7 @@ class _Sending:
                 hit.append(stage)
             else:
                 self.finished(stage, found[1])
-        ran = {int(mark.name): mark.read_text() for mark in self.marks.iterdir()}
+        ran = _marked(self.marks)
         if names := sorted(_killed(self.processes, ran) or ran.values()):
             error.add_note(
                 f"This happened in the stage {' or '.join(names)}. Systems end processes where "
@@ -273,6 +274,15 @@ def _pause(running: list[tuple[Any, Stage]], pause: float) -> float:
         return pause
     time.sleep(pause)
     return min(2 * pause, 1.0)
+
+
+def _marked(folder: Path) -> dict[int, str]:
+    """The stages that processes of a broken pool were at, by process."""
+    found = {}
+    for mark in folder.iterdir():
+        with suppress(FileNotFoundError):  # it ended after all
+            found[int(mark.name)] = mark.read_text()
+    return {pid: name for pid, name in found.items() if name}
 
 
 def _killed(processes: Mapping[int, Any], ran: Mapping[int, str]) -> set[str]:

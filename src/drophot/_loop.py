@@ -61,12 +61,12 @@ def check_finite(model: nn.Module, step: str, when: str) -> None:
         when: At what point of it.
 
     Raises:
-        ValueError: If a weight is NaN or infinite.
+        ValueError: If a weight that is trained is NaN or infinite.
     """
     found = {
         name: weight.detach().isfinite().all()
         for name, weight in model.named_parameters()
-        if weight.is_floating_point() and weight.dtype.itemsize > 1
+        if weight.requires_grad and weight.is_floating_point() and weight.dtype.itemsize > 1
     }
     if not found:
         return

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from drophot import _modes, _progress, _pruning, _random, coreset, prune
+from drophot import _choosing, _modes, _progress, _pruning, _random, coreset, prune
 from drophot._cache import Cache, Kept, check_cache
 from drophot._classifier import check_optimizer
 from drophot._samples import first_sample, known_targets, tensors_of
@@ -285,6 +285,7 @@ def check_sizes(run: Any, num_classes: int) -> None:
             is a single sample and the model cannot train on one.
     """
     _pruning.check_model(run)
+    _choosing.check(run)
     total = len(run.train_set)
     size = coreset.kept(total, run.data_ratio)
     if size < num_classes:

@@ -153,10 +153,13 @@ class Grid:
             ratio.
 
         Raises:
+            Exception: The first error of a stage, when all stages that do not need it are done; its
+                notes name every stage that failed. The next call tries these again.
             ValueError: If the store holds other things, or results of another configuration, or
-                the executor forks and `threads` is above 1.
+                the executor forks and `threads` is above 1 or CUDA is in use.
             TypeError: If the executor is none, or the model's factory, the optimiser's, `fit` or a
                 data set cannot be sent to a worker.
+            RuntimeError: If a `fit` of your own does not call back. No other stage is tried then.
             ImportError: If `progress` is asked for and tqdm is not installed.
             OSError: If the disk is full. What is in the store stays good.
         """
@@ -365,7 +368,13 @@ def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
         except (ValueError, TypeError) as error:
             error.add_note(f"This was found in `{name}`.")
             raise
-        names = map(_modes.name, found[:position])  # what a file and a record call a mode
-        if value in found[:position] or (name == "modes" and _modes.name(value) in names):
+        before = found[:position]
+        if name == "modes":  # by what a file and a record call it, and by what it means
+            same = _modes.name(value) in map(_modes.name, before)
+            long = _modes.scored(value)
+            same |= long is not None and long in map(_modes.scored, before)
+        else:
+            same = value in before
+        if same:
             raise ValueError(f"`{name}` should hold each value once. Found {value!r} twice.")
     return found
