@@ -45,7 +45,6 @@ _MANY = 1 << 30  # bytes of an array that is not in memory, beyond which parts o
 _PARTS = 1024
 _DEEP = 60  # attributes of attributes
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-_RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set, deque)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
@@ -124,7 +123,9 @@ class _Reader:
         if len(self.path) > _DEEP:
             return self._unknown(thing)
         self._remember(thing)
-        read = next((read for kinds, read in _READERS if isinstance(thing, kinds)), _Reader._object)
+        read = next(
+            (read for kinds, read in _readers() if isinstance(thing, kinds)), _Reader._object
+        )
         found = read(self, thing)
         if isinstance(found, str):  # as short as "again"
             del self.seen[id(thing)]
@@ -334,21 +335,25 @@ class _Reader:
         return found
 
 
-_READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
-    (types.FunctionType, _Reader.function),
-    (type, _Reader.type),
-    (partial, _Reader.partial),
-    (types.MethodType, _Reader.method),
-    (types.BuiltinFunctionType, _Reader.builtin),
-    ((types.MethodDescriptorType, types.WrapperDescriptorType), _Reader.descriptor),
-    ((types.MemberDescriptorType, types.GetSetDescriptorType), _Reader.descriptor),
-    (types.ModuleType, _Reader.module),
-    (types.CodeType, _Reader._code),
-    (_RANDOM, _Reader.random),
-    ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
-    (type(os.environ), lambda _, __: "os.environ"),
-    (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
-)
+@cache
+def _readers() -> tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...]:
+    # NumPy's generators are imported when they are first asked for.
+    generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+    return (
+        (types.FunctionType, _Reader.function),
+        (type, _Reader.type),
+        (partial, _Reader.partial),
+        (types.MethodType, _Reader.method),
+        (types.BuiltinFunctionType, _Reader.builtin),
+        ((types.MethodDescriptorType, types.WrapperDescriptorType), _Reader.descriptor),
+        ((types.MemberDescriptorType, types.GetSetDescriptorType), _Reader.descriptor),
+        (types.ModuleType, _Reader.module),
+        (types.CodeType, _Reader._code),
+        (generators, _Reader.random),
+        ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
+        (type(os.environ), lambda _, __: "os.environ"),
+        (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
+    )
 
 
 def _lasting(thing: Any, state: dict[str, Any]) -> dict[str, Any]:
