@@ -51,7 +51,6 @@ _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 _MISSING, _OF_LIBRARY = object(), object()
 _NAMED_BY_MODULE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
 # Python's and NumPy's global generators, whose methods are functions of their modules.
-_GLOBAL = (random.random.__self__, np.random.rand.__self__)
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
@@ -381,7 +380,9 @@ def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
 
 
 def _is_global(owner: Any) -> bool:
-    return any(owner is generator for generator in _GLOBAL)
+    return any(
+        owner is generator for generator in (random.random.__self__, np.random.rand.__self__)
+    )
 
 
 def _brief(tree: Any, items: int) -> Any:
