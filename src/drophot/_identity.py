@@ -50,7 +50,6 @@ _CONTAINERS = (list, dict, set, deque)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 _MISSING, _OF_LIBRARY = object(), object()
 _NAMED_BY_MODULE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-# Python's and NumPy's global generators, whose methods are functions of their modules.
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
@@ -380,9 +379,8 @@ def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
 
 
 def _is_global(owner: Any) -> bool:
-    return any(
-        owner is generator for generator in (random.random.__self__, np.random.rand.__self__)
-    )
+    """Whether it is Python's or NumPy's global generator, whose methods are functions there."""
+    return owner is random.random.__self__ or owner is np.random.rand.__self__
 
 
 def _brief(tree: Any, items: int) -> Any:
