@@ -45,14 +45,11 @@ _MANY = 1 << 30  # bytes of an array that is not in memory, beyond which parts o
 _PARTS = 1024
 _DEEP = 60  # attributes of attributes
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
-_RANDOM = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 _PLAIN = (bool, int, float, str)
 _CONTAINERS = (list, dict, set, deque)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 _MISSING, _OF_LIBRARY = object(), object()
 _NAMED_BY_MODULE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
-# Python's and NumPy's global generators, whose methods are functions of their modules.
-_GLOBAL = (random.random.__self__, np.random.rand.__self__)
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
@@ -124,7 +121,8 @@ class _Reader:
         if len(self.path) > _DEEP:
             return self._unknown(thing)
         self._remember(thing)
-        read = next((read for kinds, read in _READERS if isinstance(thing, kinds)), _Reader._object)
+        readers = (*_READERS, (_generators(), _Reader.random))
+        read = next((read for kinds, read in readers if isinstance(thing, kinds)), _Reader._object)
         found = read(self, thing)
         if isinstance(found, str):  # as short as "again"
             del self.seen[id(thing)]
@@ -344,7 +342,6 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     ((types.MemberDescriptorType, types.GetSetDescriptorType), _Reader.descriptor),
     (types.ModuleType, _Reader.module),
     (types.CodeType, _Reader._code),
-    (_RANDOM, _Reader.random),
     ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
     (type(os.environ), lambda _, __: "os.environ"),
     (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
@@ -376,7 +373,13 @@ def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
 
 
 def _is_global(owner: Any) -> bool:
-    return any(owner is generator for generator in _GLOBAL)
+    """Whether it is a generator whose methods are functions of Python's or NumPy's module."""
+    return owner is random.random.__self__ or owner is np.random.rand.__self__
+
+
+@cache
+def _generators() -> tuple[type, ...]:  # NumPy loads its own when they are asked for
+    return torch.Generator, random.Random, np.random.Generator, np.random.RandomState
 
 
 def _brief(tree: Any, items: int) -> Any:
