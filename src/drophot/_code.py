@@ -122,9 +122,12 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[st
     for part in _parts(code):
         found = list(dis.get_instructions(part))
         for position, instruction in enumerate(found):
-            if instruction.opname.removesuffix("_BORROW") not in names:
+            name, root = instruction.opname.removesuffix("_BORROW"), instruction.argval
+            if isinstance(root, tuple) and name.endswith("LOAD_FAST"):  # two instructions in one
+                name, root = "LOAD_FAST", root[-1]
+            if name not in names:
                 continue
-            chain, end = [instruction.argval], position + 1
+            chain, end = [root], position + 1
             while end < len(found) and found[end].opname in _ATTRIBUTE:
                 chain.append(found[end].argval)
                 end += 1
