@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -72,6 +73,7 @@ def imports(code: CodeType) -> Iterator[str]:
                 yield "." * dots + instruction.argval
 
 
+@lru_cache(maxsize=1024)
 def filled(code: CodeType) -> set[str]:
     """The globals, variables of a closure and attributes of `self` that code appends or writes to.
 
@@ -93,6 +95,7 @@ def filled(code: CodeType) -> set[str]:
     return found
 
 
+@lru_cache(maxsize=1024)
 def counted(code: CodeType) -> set[str]:
     """The globals, variables of a closure and attributes that code adds to by `+=`.
 
