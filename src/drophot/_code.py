@@ -125,7 +125,8 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[st
     for part in _parts(code):
         found = list(dis.get_instructions(part))
         for position, instruction in enumerate(found):
-            name, root = instruction.opname.removesuffix("_BORROW"), instruction.argval
+            name = instruction.opname.removesuffix("_BORROW")
+            root: Any = instruction.argval
             if isinstance(root, tuple) and name.endswith("LOAD_FAST"):  # two instructions in one
                 name, root = "LOAD_FAST", root[-1]
             if name not in names:
