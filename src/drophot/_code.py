@@ -131,7 +131,7 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[st
                 name, root = "LOAD_FAST", root[-1]
             if name not in names:
                 continue
-            chain, end = [root], position + 1
+            chain, end = [str(root)], position + 1
             while end < len(found) and found[end].opname in _ATTRIBUTE:
                 chain.append(found[end].argval)
                 end += 1
