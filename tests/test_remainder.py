@@ -39,7 +39,7 @@ class Projection(Plain):
         self.register_buffer("weight", torch.randn(6, 6), persistent=False)
 
     def changed(self, inputs: Tensor) -> Tensor:
-        return inputs @ self.weight
+        return inputs @ self.get_buffer("weight")
 
 
 class Order(Plain):

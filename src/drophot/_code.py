@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from functools import lru_cache
 from types import CodeType
 from typing import Any
 
@@ -72,6 +73,7 @@ def imports(code: CodeType) -> Iterator[str]:
                 yield "." * dots + instruction.argval
 
 
+@lru_cache(maxsize=1024)
 def filled(code: CodeType) -> set[str]:
     """The globals, variables of a closure and attributes of `self` that code appends or writes to.
 
@@ -93,6 +95,7 @@ def filled(code: CodeType) -> set[str]:
     return found
 
 
+@lru_cache(maxsize=1024)
 def counted(code: CodeType) -> set[str]:
     """The globals, variables of a closure and attributes that code adds to by `+=`.
 
@@ -122,9 +125,13 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[st
     for part in _parts(code):
         found = list(dis.get_instructions(part))
         for position, instruction in enumerate(found):
-            if instruction.opname.removesuffix("_BORROW") not in names:
+            name = instruction.opname.removesuffix("_BORROW")
+            root: Any = instruction.argval
+            if isinstance(root, tuple) and name.endswith("LOAD_FAST"):  # two instructions in one
+                name, root = "LOAD_FAST", root[-1]
+            if name not in names:
                 continue
-            chain, end = [instruction.argval], position + 1
+            chain, end = [str(root)], position + 1
             while end < len(found) and found[end].opname in _ATTRIBUTE:
                 chain.append(found[end].argval)
                 end += 1

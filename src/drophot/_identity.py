@@ -121,9 +121,8 @@ class _Reader:
         if len(self.path) > _DEEP:
             return self._unknown(thing)
         self._remember(thing)
-        read = next(
-            (read for kinds, read in _readers() if isinstance(thing, kinds)), _Reader._object
-        )
+        readers = (*_READERS, (_generators(), _Reader.random))
+        read = next((read for kinds, read in readers if isinstance(thing, kinds)), _Reader._object)
         found = read(self, thing)
         if isinstance(found, str):  # as short as "again"
             del self.seen[id(thing)]
@@ -333,25 +332,20 @@ class _Reader:
         return found
 
 
-@cache
-def _readers() -> tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...]:
-    # NumPy's generators are imported when they are first asked for.
-    generators = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-    return (
-        (types.FunctionType, _Reader.function),
-        (type, _Reader.type),
-        (partial, _Reader.partial),
-        (types.MethodType, _Reader.method),
-        (types.BuiltinFunctionType, _Reader.builtin),
-        ((types.MethodDescriptorType, types.WrapperDescriptorType), _Reader.descriptor),
-        ((types.MemberDescriptorType, types.GetSetDescriptorType), _Reader.descriptor),
-        (types.ModuleType, _Reader.module),
-        (types.CodeType, _Reader._code),
-        (generators, _Reader.random),
-        ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
-        (type(os.environ), lambda _, __: "os.environ"),
-        (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
-    )
+_READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
+    (types.FunctionType, _Reader.function),
+    (type, _Reader.type),
+    (partial, _Reader.partial),
+    (types.MethodType, _Reader.method),
+    (types.BuiltinFunctionType, _Reader.builtin),
+    ((types.MethodDescriptorType, types.WrapperDescriptorType), _Reader.descriptor),
+    ((types.MemberDescriptorType, types.GetSetDescriptorType), _Reader.descriptor),
+    (types.ModuleType, _Reader.module),
+    (types.CodeType, _Reader._code),
+    ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
+    (type(os.environ), lambda _, __: "os.environ"),
+    (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
+)
 
 
 def _lasting(thing: Any, state: dict[str, Any]) -> dict[str, Any]:
@@ -379,8 +373,13 @@ def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
 
 
 def _is_global(owner: Any) -> bool:
-    """Whether it is Python's or NumPy's global generator, whose methods are functions there."""
+    """Whether it is a generator whose methods are functions of Python's or NumPy's module."""
     return owner is random.random.__self__ or owner is np.random.rand.__self__
+
+
+@cache
+def _generators() -> tuple[type, ...]:  # NumPy loads its own when they are asked for
+    return torch.Generator, random.Random, np.random.Generator, np.random.RandomState
 
 
 def _brief(tree: Any, items: int) -> Any:
