@@ -277,9 +277,9 @@ class ForgettingTracker:
         this does nothing, so that the same script runs with and without torchrun.
 
         It takes one gather of the rows of samples that were presented since the last `sync`, 20
-        bytes each (40 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
+        bytes each (44 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
         the ranks agree. From then on the tracker also keeps what all of them started from, 8 bytes
-        a sample (28).
+        a sample (32).
 
         Args:
             group: The ranks that take part, each with batches of its own; `None` means all. Of
