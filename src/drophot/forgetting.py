@@ -132,10 +132,9 @@ class ForgettingTracker:
     def observe(self, model: nn.Module, loader: Iterable[Any]) -> None:
         """Present every sample of a loader to a model as it stands: the paper's definition.
 
-        One pass in evaluation mode, without gradients. Afterwards each submodule is in the mode
-        it was in, and torch's random state and the loader's own generators are what they were, so
-        that training goes on bit for bit as it would have. A loader with persistent workers is
-        read by workers of its own, as the others' random state is out of reach.
+        One pass in evaluation mode, without gradients. Afterwards modes, random state and the
+        loader's own generators are what they were, so that training goes on bit for bit as it would
+        have. A loader with persistent workers is read by other workers.
 
         Args:
             model: Called as `model(inputs)`, gives logits `(B, C)`.
@@ -155,9 +154,7 @@ class ForgettingTracker:
         """The same loader, for a loop that knows nothing of indices; goes with `attach`.
 
         Batches come without their index: `(x, y)`, or a dict without `"index"`. The tracker keeps
-        index and targets until an attached model gives the logits of the batch. Where something
-        reads ahead, such as a prefetcher, batches are told apart by their tensors or, on a CPU,
-        their values; where that cannot be done it is an error.
+        index and targets until an attached model gives the logits of the batch.
 
         Args:
             loader: Gives batches `(inputs, targets, index)` or dicts with the key `"index"`, as a
@@ -190,13 +187,11 @@ class ForgettingTracker:
     ) -> RemovableHandle:
         """Read the logits on their way out of a model, for the batches of `watch`.
 
-        The first forward in training mode on a batch is its presentation: the one on the very
-        tensors that `watch` handed out, on a view of them or, on a CPU, on their values. If there
-        is none, since the loop moves, casts, normalises or augments them, it is the only forward of
-        as many rows; a second one on other inputs, a second batch or a second tracker that waits on
-        the same model is then an error. Recomputation in a backward pass, other forwards on the
-        same batch, and whatever the model does in evaluation mode are not counted. Copies and
-        pickles of the model are not tracked.
+        The first forward in training mode on a batch is its presentation: on the tensors that
+        `watch` handed out, a view of them or, on a CPU, their values. Where the loop moves or
+        changes them, it is the only forward; a second one on other inputs, a second batch or a
+        second tracker that waits on the model is then an error. Recomputation in a backward pass,
+        other forwards on the batch, evaluation mode and copies of the model are not counted.
 
         Args:
             model: The model that the loop calls; compiled, wrapped by DDP or plain.
