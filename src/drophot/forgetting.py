@@ -114,7 +114,7 @@ class ForgettingTracker:
 
         Raises:
             TypeError: If an argument is not a tensor, `index` not of integers or `correct` not
-                of bools, or one is spread over ranks.
+                of bools.
             ValueError: If a shape is wrong; on a CPU also if an index is out of range. Nothing is
                 counted then.
         """
@@ -163,8 +163,8 @@ class ForgettingTracker:
                 second of a pair, or a dict's one entry of `targets`, `target`, `labels`, `label`.
 
         Returns:
-            An iterable, to be iterated once an epoch. `len` and attributes are the loader's, and
-            so are its errors, after which it can be asked for the next batch. It raises a TypeError
+            An iterable, to be iterated once an epoch; `len`, attributes and errors are the
+            loader's, and an error does not end the epoch. It raises a TypeError
             where a batch has no index or its targets cannot be recognised, and a ValueError where
             the loader's data set joins several IndexedDatasets. It warns of a pass of which no
             batch was counted, however that ends.
@@ -247,8 +247,7 @@ class ForgettingTracker:
             Scores, shape `(N,)`, on the tracker's device: int64, or float32 if `missing="nan"`.
 
         Raises:
-            ValueError: If a word is none of those above, a sample was never presented, or a batch
-                came with wrong indices.
+            ValueError: If a word is none of those, a sample was never presented, or an index wrong.
         """
         if never_learned not in ("hardest", "zero"):
             raise ValueError(
