@@ -230,9 +230,7 @@ class ForgettingTracker:
     def scores(
         self, never_learned: NeverLearned = "hardest", *, missing: Missing = "raise"
     ) -> Tensor:
-        """The forgetting score of each sample: higher is harder.
-
-        Scores of several runs add up.
+        """The forgetting score of each sample: higher is harder. Scores of several runs add up.
 
         Args:
             never_learned: What a sample scores that was presented and never right, and so has no
