@@ -167,7 +167,7 @@ def test_a_key_named_index_that_is_the_index_stays() -> None:
 
 class Wrapped(NamedTuple):
     image: Any
-    index: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class Pair(NamedTuple):

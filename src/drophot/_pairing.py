@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -45,7 +46,8 @@ class Tracker(Protocol):
         ...
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Batch:
     """What was handed out: for the tracker, and to be recognised by."""
 
     index: Tensor
@@ -258,7 +260,7 @@ class Pairing:
                 raise ValueError(UNPAIRED)
             return
         first = _on_device(doubt.batch, doubt.probes, probed=True)
-        again = _on_device(Batch(*doubt.batch[:2], doubt.probes), call.inputs, before=True)
+        again = _on_device(replace(doubt.batch, tensors=doubt.probes), call.inputs, before=True)
         right = [equal for equal in (first, again) if equal is not None]
         if not right:
             raise ValueError(UNPAIRED)

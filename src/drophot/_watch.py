@@ -46,8 +46,8 @@ def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Pre
         rest: Any = copy.copy(batch)
         index = rest["index"]
         del rest["index"]
-    elif hasattr(batch, "_fields") and "index" in batch._fields:
-        rest, index = without_index(batch), batch.index
+    elif "index" in getattr(batch, "_fields", ()):
+        rest, index = without_index(batch), getattr(batch, "index")  # noqa: B009 - for the type
     elif isinstance(batch, tuple | list) and len(batch) > 1:
         rest, index = batch[:-1], batch[-1]
     else:

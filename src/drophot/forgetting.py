@@ -114,7 +114,7 @@ class ForgettingTracker:
 
         Raises:
             TypeError: If an argument is not a tensor, `index` not of integers or `correct` not
-                of bools, or one is spread over ranks.
+                of bools.
             ValueError: If a shape is wrong; on a CPU also if an index is out of range. Nothing is
                 counted then.
         """
@@ -132,10 +132,9 @@ class ForgettingTracker:
     def observe(self, model: nn.Module, loader: Iterable[Any]) -> None:
         """Present every sample of a loader to a model as it stands: the paper's definition.
 
-        One pass in evaluation mode, without gradients. Afterwards each submodule is in the mode
-        it was in, and torch's random state and the loader's own generators are what they were, so
-        that training goes on bit for bit as it would have. A loader with persistent workers is
-        read by workers of its own, as the others' random state is out of reach.
+        One pass in evaluation mode, without gradients. Afterwards modes, random state and the
+        loader's own generators are what they were, so that training goes on bit for bit as it would
+        have. A loader with persistent workers is read by other workers.
 
         Args:
             model: Called as `model(inputs)`, gives logits `(B, C)`.
@@ -155,9 +154,7 @@ class ForgettingTracker:
         """The same loader, for a loop that knows nothing of indices; goes with `attach`.
 
         Batches come without their index: `(x, y)`, or a dict without `"index"`. The tracker keeps
-        index and targets until an attached model gives the logits of the batch. Where something
-        reads ahead, such as a prefetcher, batches are told apart by their tensors or, on a CPU,
-        their values; where that cannot be done it is an error.
+        index and targets until an attached model gives the logits of the batch.
 
         Args:
             loader: Gives batches `(inputs, targets, index)` or dicts with the key `"index"`, as a
@@ -166,8 +163,8 @@ class ForgettingTracker:
                 second of a pair, or a dict's one entry of `targets`, `target`, `labels`, `label`.
 
         Returns:
-            An iterable, to be iterated once an epoch. `len` and attributes are the loader's, and
-            so are its errors, after which it can be asked for the next batch. It raises a TypeError
+            An iterable, to be iterated once an epoch; `len`, attributes and errors are the
+            loader's, and an error does not end the epoch. It raises a TypeError
             where a batch has no index or its targets cannot be recognised, and a ValueError where
             the loader's data set joins several IndexedDatasets. It warns of a pass of which no
             batch was counted, however that ends.
@@ -190,13 +187,11 @@ class ForgettingTracker:
     ) -> RemovableHandle:
         """Read the logits on their way out of a model, for the batches of `watch`.
 
-        The first forward in training mode on a batch is its presentation: the one on the very
-        tensors that `watch` handed out, on a view of them or, on a CPU, on their values. If there
-        is none, since the loop moves, casts, normalises or augments them, it is the only forward of
-        as many rows; a second one on other inputs, a second batch or a second tracker that waits on
-        the same model is then an error. Recomputation in a backward pass, other forwards on the
-        same batch, and whatever the model does in evaluation mode are not counted. Copies and
-        pickles of the model are not tracked.
+        The first forward in training mode on a batch is its presentation: on the tensors that
+        `watch` handed out, a view of them or, on a CPU, their values. Where the loop moves or
+        changes them, it is the only forward; a second one on other inputs, a second batch or a
+        second tracker that waits on the model is then an error. Recomputation in a backward pass,
+        other forwards on the batch, evaluation mode and copies of the model are not counted.
 
         Args:
             model: The model that the loop calls; compiled, wrapped by DDP or plain.
@@ -235,9 +230,7 @@ class ForgettingTracker:
     def scores(
         self, never_learned: NeverLearned = "hardest", *, missing: Missing = "raise"
     ) -> Tensor:
-        """The forgetting score of each sample: higher is harder.
-
-        Scores of several runs add up.
+        """The forgetting score of each sample: higher is harder. Scores of several runs add up.
 
         Args:
             never_learned: What a sample scores that was presented and never right, and so has no
@@ -252,8 +245,7 @@ class ForgettingTracker:
             Scores, shape `(N,)`, on the tracker's device: int64, or float32 if `missing="nan"`.
 
         Raises:
-            ValueError: If a word is none of those above, a sample was never presented, or a batch
-                came with wrong indices.
+            ValueError: If a word is none of those, a sample was never presented, or an index wrong.
         """
         if never_learned not in ("hardest", "zero"):
             raise ValueError(
@@ -277,9 +269,9 @@ class ForgettingTracker:
         this does nothing, so that the same script runs with and without torchrun.
 
         It takes one gather of the rows of samples that were presented since the last `sync`, 20
-        bytes each (40 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
+        bytes each (44 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
         the ranks agree. From then on the tracker also keeps what all of them started from, 8 bytes
-        a sample (28).
+        a sample (32).
 
         Args:
             group: The ranks that take part, each with batches of its own; `None` means all. Of

@@ -148,26 +148,31 @@ def _reads_in_batches(dataset: Any) -> bool:
 def _with_index(sample: Any, index: Any) -> Any:
     if sample is None:
         return None
-    named = isinstance(sample, tuple) and hasattr(sample, "_fields")
-    if isinstance(sample, Mapping) or named:
-        if "index" in (sample._fields if named else sample):  # type: ignore[union-attr]
-            value = sample.index if named else sample["index"]  # type: ignore[union-attr]
-            if _equal(value, index):
-                return sample
-            raise ValueError(
-                f'A sample should have no key "index" of its own. Found {value!r} at '
-                f"position {index}; rename or drop that key before wrapping the dataset."
-            )
-        if named:
-            return with_index(sample, index)
+    if isinstance(sample, Mapping):
+        if "index" in sample:
+            return _checked(sample, sample["index"], index)
         if isinstance(sample, MutableMapping) and type(sample) is not dict:
             sample = copy.copy(sample)
             sample["index"] = index
             return sample
         return {**sample, "index": index}
+    if isinstance(sample, tuple) and hasattr(sample, "_fields"):
+        if "index" in getattr(sample, "_fields", ()):
+            return _checked(sample, sample.index, index)
+        return with_index(sample, index)
     if isinstance(sample, tuple | list):
         return (*sample, index)
     return (sample, index)
+
+
+def _checked(sample: Any, value: Any, index: Any) -> Any:
+    """A sample that has an index, if that is the one."""
+    if not _equal(value, index):
+        raise ValueError(
+            f'A sample should have no key "index" of its own. Found {value!r} at '
+            f"position {index}; rename or drop that key before wrapping the dataset."
+        )
+    return sample
 
 
 def _equal(value: Any, index: Any) -> bool:
