@@ -265,7 +265,9 @@ def test_batches_of_other_kinds(tmp_path: Path, name: str) -> None:
 @pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument")
 def test_a_step_that_takes_its_batch_from_an_iterator(tmp_path: Path) -> None:
     class Iterating(Classifier):
-        def training_step(self, dataloader_iter: Any) -> Any:
+        def training_step(  # pyright: ignore[reportIncompatibleMethodOverride] # by its name
+            self, dataloader_iter: Any
+        ) -> Any:
             return takes_from_an_iterator(self, dataloader_iter)
 
     callback = TrackerCallback(DynamicsTracker(SIZE))

@@ -105,6 +105,15 @@ def test_a_loop_that_knows_nothing_of_indices_under_ddp(found: Any) -> None:
     assert tracker.presentations.min() == 3
 
 
+def test_ranks_that_share_a_batch_count_it_once(found: Any) -> None:
+    tracker = DynamicsTracker(8)
+    for epoch in range(3):
+        for part in range(len(found) // 2):
+            tracker.update(*worker.batch(range(part, 8, len(found) // 2), 10 * epoch + part))
+    for rank in found:
+        assert_same(rank["shared"], tracker.state_dict(), 0.0)
+
+
 def test_distributed_checkpoint_takes_the_tracker(found: Any) -> None:
     for rank in found:
         assert_same(rank["checkpointed"]["loaded"], found[0]["checkpointed"]["saved"], 0.0)
