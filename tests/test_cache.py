@@ -324,7 +324,6 @@ def test_a_pipeline_reads_anew_what_it_is_told_not_to_keep(mode: str) -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (TensorDataset(torch.zeros(3, 2), torch.arange(3)), "in memory already"),
         ([(torch.zeros(2), 0)] * 3, "known to stay the same"),
         (Samples(), "two readings gave the same"),
         (Samples(Torch()), "random numbers"),
