@@ -38,9 +38,9 @@ class Merging(nn.Linear):
             self.merged = not mode
         return self
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight = self.weight if self.merged else self.weight + self.adapter
-        return nn.functional.linear(inputs, weight, self.bias)
+        return nn.functional.linear(input, weight, self.bias)
 
 
 class Outer(nn.Module):

@@ -53,8 +53,9 @@ def in_memory(
       dataset, its transforms or their code hold.
 
     What escapes this is a change that comes less often than once in as many samples as there are,
-    by random numbers from where nobody sees them; `cache=False` is for that. The choice and its
-    reason are logged (INFO, logger `drophot`). Random state is left as it was.
+    by random numbers from where nobody sees them; `cache=False` is for that. What was chosen for
+    data that is not made of tensors is logged with its reason (INFO, logger `drophot`). Random
+    state is left as it was.
 
     Images have their channels last in memory, as convolutions like them; shapes are as before.
 
@@ -136,11 +137,13 @@ class Kept:
         if not near and self._cache == "auto" and size > _memory.available(self._device) / 2:
             self._do_not_fit(size)
             return
-        why = "they are in memory already" if tensors is not None else "cache=True"
-        if tensors is None and (self._cache is True or is_pure(dataset)):
-            why = why if self._cache is True else "they are known to stay the same"
+        if tensors is not None:
+            self.data = _on(self._device, tensors)  # there was nothing to choose
+            return
+        if self._cache is True or is_pure(dataset):
+            why = "cache=True" if self._cache is True else "they are known to stay the same"
             tensors = self._decoded(first)
-        elif tensors is None:
+        else:
             why = "two readings gave the same"
             tensors = self._decoded_twice(first)
         if tensors is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -13,12 +13,14 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from drophot import _random
 from drophot.indexing import IndexedDataset
 
+T = TypeVar("T")
+
 # torchvision's data sets that give `targets[i]` as the target, and those that give `samples[i][1]`.
 _BY_TARGETS = {"MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100"}
 _BY_SAMPLES = {"DatasetFolder", "ImageFolder", "ImageNet"}
 
 
-def is_plainly(dataset: Any, kind: type) -> bool:
+def is_plainly(dataset: Any, kind: type[T]) -> TypeGuard[T]:
     """Whether a data set is of a kind exactly, so that it is known what reading it gives.
 
     A subclass may give anything else, and so may an object with a method of its own.
