@@ -202,3 +202,17 @@ def test_a_pool_that_never_began(
     assert (str(script) in notes) == (method != "fork")
     assert ("no such line" in notes) == (method != "fork" and not guard)
     assert not re.search("train-|score-|finetune-", notes)
+
+
+def test_a_pool_that_broke_before(tmp_path: Path) -> None:
+    """Has run none of these stages, and its workers came up."""
+
+    class Broken:
+        def submit(self, *_: Any) -> None:
+            raise BrokenProcessPool("as if")
+
+    with pytest.raises(BrokenProcessPool) as caught:
+        tiniest().run(tmp_path, Broken())
+    notes = "\n".join(caught.value.__notes__)
+    assert "before this call" in notes
+    assert not re.search("__main__|memory|train-", notes)

@@ -89,10 +89,9 @@ class _Sending:
         if _executors.starts_all_at_once(executor):
             most = max(1, (os.cpu_count() or 1) // task[2])
         self.most = min(most, limit or most)
-        here = hasattr(
-            executor, "_processes"
-        )  # they can say what they were at when they are killed
-        self.work = partial(_work, marks if here else None, os.getpid())
+        # Processes of a pool leave a mark of what they are at, for when one is killed.
+        marked = hasattr(executor, "_processes")
+        self.work = partial(_work, marks if marked else None, os.getpid())
 
     def run(self) -> None:
         pause = _SHORT
@@ -126,7 +125,10 @@ class _Sending:
             try:
                 future = self.executor.submit(self.work, pipeline, store, stage, *others)
             except BrokenExecutor as error:
-                self.broken(error, [])
+                if self.running or self.begun:
+                    self.broken(error)
+                else:
+                    error.add_note("The pool broke before this call: give a new one.")
                 raise
             if not callable(getattr(future, "result", None)):
                 raise TypeError(
@@ -145,7 +147,7 @@ class _Sending:
         try:
             found = future.result()
         except BrokenExecutor as error:
-            self.broken(error, [stage])
+            self.broken(error)
             raise
         except Exception as error:
             if is_out_of_memory(error) and stage not in self.alone and self.most > 1:
@@ -164,8 +166,8 @@ class _Sending:
         if not (isinstance(found, tuple) and found[:1] == (stage.name,)):
             raise TypeError(
                 f"`executor` should give what the function that it was handed returned. Found "
-                f"{found!r} for the stage {stage.name} from {type(self.executor).__name__}; let "
-                f"result() wait for that and return it."
+                f"{type(found).__name__} for the stage {stage.name} from "
+                f"{type(self.executor).__name__}; let result() wait for that and return it."
             )
         self.begun = True
         self.finished(stage, found[1])
@@ -195,17 +197,13 @@ class _Sending:
         error.add_note(f"All other stages are done{left}.")
         return error
 
-    def broken(self, error: BrokenExecutor, hit: list[Stage]) -> None:
+    def broken(self, error: BrokenExecutor) -> None:
         """Keep what was done when a pool broke, and say which stages ran."""
         futures, self.running = self.running, []
         end = time.monotonic() + 10
         for future, stage in futures:  # all of them are told, one after the other
-            try:
-                found = future.result(max(0.0, end - time.monotonic()))
-            except Exception:
-                hit.append(stage)
-            else:
-                self.finished(stage, found[1])
+            with suppress(Exception):
+                self.finished(stage, future.result(max(0.0, end - time.monotonic()))[1])
         ran = _marked(self.marks)
         if names := sorted(_killed(self.processes, ran) or ran.values()):
             error.add_note(
