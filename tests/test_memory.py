@@ -1,6 +1,8 @@
 import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_step import mlp, samples
@@ -148,9 +150,22 @@ def test_memory_is_what_the_process_may_have(
     assert _memory.available("cpu", root=machine(tmp_path, "", {}, pages)) == 54 * MB
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        torch.zeros(1000, 8, dtype=torch.float16),
+        torch.zeros(1000, 8, dtype=torch.int64),
+        np.zeros((1000, 8), np.float16),
+    ],
+    ids=lambda features: f"{type(features).__name__} of {features.dtype}",
+)
 def test_features_that_would_not_fit_once_converted_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
+    features: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def converted(*_: object) -> None:
+        raise AssertionError("the features were converted before there was memory for it")
+
     monkeypatch.setattr("drophot._memory.available", lambda device: 4 * 1000 * 8 - 1)
+    monkeypatch.setattr("drophot._greedy.numbers", converted)
     with pytest.raises(MemoryError, match="`features`"):
-        k_center(torch.zeros(1000, 8, dtype=torch.float16), 0.1)
+        k_center(features, 0.1)

@@ -6,7 +6,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import frexp
+from math import frexp, prod
 from typing import Any
 
 import numpy as np
@@ -133,14 +133,18 @@ def greedy(
 
 
 def _check_features(features: Tensor | ArrayLike) -> Tensor:
+    if isinstance(features, Tensor | np.ndarray):
+        wide = "float32" in str(features.dtype) or "float64" in str(features.dtype)
+        if not wide:  # they are copied as float32 before anything else
+            device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+            _check_free(tuple(features.shape), device, 4 * prod(features.shape))
     values = numbers("features", features)
     if values.dim() != 2 or 0 in values.shape:
         raise ValueError(
             f"`features` should have shape (N, D), both at least 1. Found {tuple(values.shape)}; "
             f"flatten(1) makes rows of images."
         )
-    if not values.is_floating_point() or values.dtype.itemsize < 4:
-        _check_free(values, 4 * values.numel())
+    if not values.is_floating_point():
         values = values.float()
     wrong = torch.cat([~part.isfinite().all(1) for part in _parts(values)])
     if wrong.any():
@@ -234,14 +238,14 @@ def _check_memory(
         values.shape[1],
         amount / 1e9,
     )
-    _check_free(values, amount)
+    _check_free(tuple(values.shape), values.device, amount)
 
 
-def _check_free(values: Tensor, amount: int) -> None:
-    if amount > (free := _memory.available(values.device)):
+def _check_free(shape: tuple[int, ...], device: torch.device, amount: int) -> None:
+    if amount > (free := _memory.available(device)):
         raise MemoryError(
-            f"`features` of {tuple(values.shape)} need {amount / 1e9:.1f} GB more. Found "
-            f"{free / 1e9:.1f} GB free on {values.device}; give `targets`, which takes one class "
+            f"`features` of {shape} need {amount / 1e9:.1f} GB more. Found "
+            f"{free / 1e9:.1f} GB free on {device}; give `targets`, which takes one class "
             f"at a time, fewer features or another device."
         )
 
