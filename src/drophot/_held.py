@@ -104,7 +104,7 @@ def _value(thing: Any) -> Any:
             return id(thing), version
         rows = thing.detach().reshape(1) if thing.dim() == 0 else thing.detach()
         part = rows[:: _step(rows)].resolve_conj().resolve_neg().contiguous()
-        return version, thing.shape, zlib.crc32(part.view(-1).view(torch.uint8).numpy())
+        return version, thing.shape, zlib.crc32(part.view(-1).view(torch.uint8).numpy().data)
     if isinstance(thing, np.ndarray):
         if thing.dtype.hasobject:
             return id(thing), thing.shape

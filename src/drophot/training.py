@@ -49,8 +49,8 @@ def fit(
     """Train a classifier with cross-entropy: every sample once an epoch, in a fresh order.
 
     The data is decoded once and kept on the model's device where that is the same as decoding it
-    anew: see `in_memory`. Before each epoch what was kept is compared with the dataset, and what has
-    changed is read anew. No step waits for the device. The model is left in training mode.
+    anew: see `in_memory`. Before each epoch what was kept is compared with the dataset, and what
+    has changed is read anew. No step waits for the device. The model is left in training mode.
 
     Another thread that trains or evaluates through drophot meanwhile waits until this returns, as
     both would draw from the same random numbers.
