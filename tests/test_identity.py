@@ -335,6 +335,35 @@ def test_a_comment_and_a_docstring_change_nothing(
     assert found[0] == found[1] != found[2]
 
 
+def frozen() -> nn.Module:
+    layer = nn.Linear(4, 2)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
+def uniform(weight: Tensor, std: float) -> None:
+    nn.init.uniform_(weight, -std * 3**0.5, std * 3**0.5)
+
+
+class Drawing:
+    """Draws a network's weights in a way that only the weights show."""
+
+    def __init__(self, spread: float, draw: Any) -> None:
+        self.spread, self.draw = spread, draw
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self) -> nn.Module:
+        layer = nn.Linear(4, 2)
+        self.draw(layer.weight, std=self.spread)
+        return layer
+
+
+def drawn_by(spread: float, draw: Any = nn.init.normal_) -> Any:
+    return Drawing(spread, draw)
+
+
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lambda": (
         {"optimizer": lambda p: SGD(p, lr=0.001)},
@@ -359,6 +388,12 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "weights that are not drawn": (
         {"model": lambda: constant(0.1)},
         {"model": lambda: constant(0.2)},
+    ),
+    "frozen weights": ({"model": net}, {"model": frozen}),
+    "weights drawn otherwise": ({"model": drawn_by(0.1)}, {"model": drawn_by(0.2)}),
+    "weights drawn from another distribution": (
+        {"model": drawn_by(0.1)},
+        {"model": drawn_by(0.1, uniform)},
     ),
     "targets": ({"train_set": DATA}, {"train_set": TensorDataset(INPUTS, 1 - TARGETS)}),
     "test targets": ({"test_set": DATA}, {"test_set": TensorDataset(INPUTS, 1 - TARGETS)}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from math import floor, isfinite, log10
 from typing import Any
 
 import torch
@@ -40,6 +41,8 @@ def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any],
     with _random.kept(run.device, seed=0):
         model, twin = run.factory(), run.factory()
         made = run.optimizer(model.parameters())
+    with _random.kept(run.device, seed=0):
+        again = _summaries(run.factory())
     unknown: list[str] = []
 
     def told(name: str, thing: Any) -> Any:
@@ -48,7 +51,7 @@ def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any],
         return found
 
     found = {
-        "model": {"factory": told("model", run.factory), **_network(model, twin, unknown)},
+        "model": {"factory": told("model", run.factory), **_network(model, twin, again, unknown)},
         "optimizer": {**_optimizer(made, told), "factory": told("optimizer", run.optimizer)},
         "fit": told("fit", run.fit),
         "train_set": _data(train_set, run.train_set),
@@ -57,8 +60,10 @@ def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any],
     return found, unknown
 
 
-def _network(model: nn.Module, twin: nn.Module, unknown: list[str]) -> dict[str, Any]:
-    """A network as it was built, without what is drawn at random: that differs in its twin."""
+def _network(
+    model: nn.Module, twin: nn.Module, again: dict[str, Any], unknown: list[str]
+) -> dict[str, Any]:
+    """A network as it was built; what is drawn at random, which differs in its twin, in outline."""
     modules, others = dict(model.named_modules()), dict(twin.named_modules())
     settings = {}
     for name, module in modules.items():
@@ -69,10 +74,11 @@ def _network(model: nn.Module, twin: nn.Module, unknown: list[str]) -> dict[str,
             if key not in _PARTS
         ]
     values = {}
-    other = dict([*twin.named_parameters(), *twin.named_buffers()])
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    other = _tensors(twin)
+    for name, tensor in _tensors(model).items():
         same = name in other and _equal(tensor, other[name])
-        values[name] = describe(tensor)[0] if same else [str(tensor.dtype), list(tensor.shape)]
+        value = describe(tensor)[0] if same else _drawn(tensor, again.get(name))
+        values[name] = [value, tensor.requires_grad]
     extra = {k: v for k, v in model.state_dict().items() if not isinstance(v, Tensor)}
     for name, value in extra.items():
         if not can_be_loaded(value):
@@ -85,6 +91,40 @@ def _network(model: nn.Module, twin: nn.Module, unknown: list[str]) -> dict[str,
         "network": digest_of([settings, values, describe(extra)[0]]),
         "code": digest_of(codes),
     }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _summaries(model: nn.Module) -> dict[str, Any]:
+    return {name: _summary(tensor) for name, tensor in _tensors(model).items()}
+
+
+def _drawn(tensor: Tensor, again: Any) -> list[Any]:
+    """A drawn tensor in outline, without its values where the same seed draws others."""
+    found = _summary(tensor)
+    return [str(tensor.dtype), list(tensor.shape), found if found == again else "random"]
+
+
+def _summary(tensor: Tensor) -> list[float] | None:
+    """The mean, standard deviation and largest size of values, to two digits of the latter two.
+
+    Rounded, because a patch release of torch may draw numbers that differ in their last bits.
+    """
+    usable = tensor.layout == torch.strided and not tensor.is_quantized and tensor.numel()
+    if not usable or tensor.device.type == "meta":
+        return None
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = tensor.detach().double()
+    mean, spread, largest = (
+        float(value) for value in (values.mean(), values.std(correction=0), values.abs().max())
+    )
+    if not isfinite(mean) or not isfinite(spread):
+        return None
+    digits = 1 - floor(log10(largest)) if largest else 0
+    spread, largest = (float(f"{value:.1e}") for value in (spread, largest))
+    return [round(mean, digits) + 0.0, spread, largest]  # 0.0: no negative zero
 
 
 def _optimizer(made: Optimizer, told: Any) -> dict[str, Any]:
