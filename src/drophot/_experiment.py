@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 from drophot import _random
-from drophot._digests import digest, digest_of
+from drophot._digests import digest, digest_of, text_of
 from drophot._identity import attributes, describe
-from drophot._packages import named
+from drophot._packages import name_of, named
 
 _SAMPLES = 32  # of data that is not in memory, which are compared
 # What every module has: its parts and hooks, which are compared by themselves or by their code.
@@ -68,7 +68,7 @@ def _network(
     settings = {}
     for name, module in modules.items():
         own, drawn = attributes(module), attributes(others.get(name))
-        settings[name] = [named(type(module))] + [
+        settings[name] = [name_of(type(module))] + [
             [key, value if drawn.get(key) == value else "drawn"]
             for key, value in sorted(own.items())
             if key not in _PARTS
@@ -84,7 +84,7 @@ def _network(
         if not can_be_loaded(value):
             unknown.append(f"{named(type(value))} as the state `{name}` of `model`")
     classes = {type(module) for module in modules.values()}
-    codes = {named(cls): describe(cls)[0] for cls in sorted(classes, key=named)}
+    codes = sorted((describe(cls)[0] for cls in classes), key=text_of)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": dict(sorted(Counter(type(m).__name__ for m in modules.values()).items())),
@@ -108,10 +108,8 @@ def _drawn(tensor: Tensor, again: Any) -> list[Any]:
 
 
 def _summary(tensor: Tensor) -> list[float] | None:
-    """The mean, standard deviation and largest size of values, to two digits of the latter two.
-
-    Rounded, because a patch release of torch may draw numbers that differ in their last bits.
-    """
+    """The mean, standard deviation and largest size of values, to two digits of the latter two."""
+    # Rounded: a patch release of torch may draw numbers that differ in their last bits.
     usable = tensor.layout == torch.strided and not tensor.is_quantized and tensor.numel()
     if not usable or tensor.device.type == "meta":
         return None
