@@ -344,8 +344,11 @@ class _Reader:
             return {"module": module.__name__, "code": content}
         code = compile(file.read_bytes(), "", "exec", dont_inherit=True, optimize=2)
         package = getattr(module, "__package__", None)
-        names = [names for *names, _ in _code.imports(code) if is_users(*names, package)]
-        uses = [imported(*found, package) for found in names]
+        uses = [
+            imported(where, name, package)
+            for where, name, _ in _code.imports(code)
+            if is_users(where, name, package)
+        ]
         return {"module": module.__name__, "code": digest_of([self._code(code), self.value(uses)])}
 
     def random(self, generator: Any) -> Any:
