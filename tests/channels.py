@@ -1,4 +1,4 @@
-"""Channels that are gone against channels of zeros; which are gone is seen from the values alone."""
+"""Channels that are gone against channels of zeros; which are gone is seen from the values."""
 
 from collections.abc import Callable
 from copy import deepcopy

@@ -407,10 +407,9 @@ class Fails(nn.Module):
     "error", [torch.OutOfMemoryError("no memory"), MemoryError("none"), RuntimeError("own")]
 )
 def test_errors_that_have_nothing_to_do_with_channels_are_raised(error: BaseException) -> None:
-    model, Fails.number = Fails(error, 6), 0
+    model, Fails.number = Fails(error, 4), 0
     weight = model.a.weight
     with pytest.raises(type(error)) as raised:
-        for _ in range(10):
-            prune_channels(model, 0.1, torch.ones(2, 4))
+        prune_channels(model, 0.5, torch.ones(2, 4))
     assert raised.value is error or isinstance(error, MemoryError)
     assert model.a.weight is weight

@@ -408,6 +408,19 @@ MOVES: dict[str, Rule] = {
 }
 
 # What is done over the channels that are kept where channels are gone, not over zeros.
-OVER = frozenset(
-    ["mean", "sum", "amax", "amin", "var", "std", "var_mean", "linalg_vector_norm", "norm", "native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit"]
-)
+OVER = frozenset([
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "linalg_vector_norm",
+    "norm",
+    "native_layer_norm",
+    "_fused_rms_norm",
+    "native_group_norm",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+])

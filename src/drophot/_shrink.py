@@ -81,9 +81,11 @@ class Shrink:
         try:
             while True:
                 self._apply()
-                if not self._fails(example_inputs, self.calls, False) and not (
-                    self.training and self._fails(example_inputs, self.training, True)
-                ) and not self._other_values(example_inputs):
+                if (
+                    not self._fails(example_inputs, self.calls, False)
+                    and not (self.training and self._fails(example_inputs, self.training, True))
+                    and not self._other_values(example_inputs)
+                ):
                     return
         except BaseException:
             self.restore()

@@ -19,9 +19,36 @@ from drophot._ties import Axis, Shape, Ties
 from drophot._untouched import followed, untouched
 
 # Operators whose whole numbers are sizes, which follow from the channels that are left.
-SIZED = frozenset(
-    ["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "native_layer_norm", "native_group_norm", "_fused_rms_norm", "as_strided", "as_strided_", "new_zeros", "new_ones", "new_empty", "new_full", "zeros", "ones", "empty", "full", "rand", "randn", "new_empty_strided", "empty_strided"]
-)
+SIZED = frozenset([
+    "view",
+    "_unsafe_view",
+    "reshape",
+    "_reshape_alias",
+    "expand",
+    "repeat",
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "chunk",
+    "native_layer_norm",
+    "native_group_norm",
+    "_fused_rms_norm",
+    "as_strided",
+    "as_strided_",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    "new_full",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "new_empty_strided",
+    "empty_strided",
+])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +166,7 @@ def record(
     Raises:
         ValueError: If the model does not take the inputs.
         MemoryError: If there is no memory for them.
+        torch.OutOfMemoryError: If a device has none.
     """
     ties = Ties(model, whole_heads)
     recorder = Recorder(ties)
@@ -169,9 +197,26 @@ def record(
 
 
 # What dropout and norms do in training only; shapes are those of evaluation.
-RANDOM = frozenset(
-    ["native_dropout", "bernoulli", "bernoulli_", "new_empty", "rand_like", "div_", "div", "mul", "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_functional", "cudnn_batch_norm", "_batch_norm_with_update", "add_", "empty_like", "rand", "floor_", "floor"]
-)
+RANDOM = frozenset([
+    "native_dropout",
+    "bernoulli",
+    "bernoulli_",
+    "new_empty",
+    "rand_like",
+    "div_",
+    "div",
+    "mul",
+    "native_batch_norm",
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_functional",
+    "cudnn_batch_norm",
+    "_batch_norm_with_update",
+    "add_",
+    "empty_like",
+    "rand",
+    "floor_",
+    "floor",
+])
 
 
 def run(

@@ -81,9 +81,19 @@ class Pruned:
 
 
 # What torch's own layers say of their shapes, which follow from their weights.
-_LAYERS = frozenset(
-    ["in_features", "out_features", "in_channels", "out_channels", "groups", "num_features", "num_channels", "embedding_dim", "normalized_shape", "input_size", "hidden_size"]
-)
+_LAYERS = frozenset([
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "groups",
+    "num_features",
+    "num_channels",
+    "embedding_dim",
+    "normalized_shape",
+    "input_size",
+    "hidden_size",
+])
 
 
 def prune_channels(
