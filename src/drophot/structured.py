@@ -137,7 +137,8 @@ def prune_channels(
     Raises:
         TypeError: If `ratio` is not a number, or a weight not of floats.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
-            take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed by a parametrization, or no channel can go. The model is
+            take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed
+            by a parametrization, or no channel can go. The model is
             untouched then.
 
     Example:
