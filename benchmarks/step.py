@@ -39,7 +39,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet18": (resnet18, (3, 32, 32)),
     "resnet50": (resnet50, (3, 32, 32)),
 }
-PARTS = ("fused optimiser", "channels last", "memory held", "oneDNN for large layers")
+PARTS = ("fused optimiser", "channels last", "oneDNN for large layers")
 # The beginning of an operator's name, and what it does.
 KINDS = {
     "aten::mkldnn_convolution": "convolutions, forward",
@@ -205,7 +205,6 @@ def ready(
         inputs = inputs.to(memory_format=torch.channels_last)
     replaced = {
         "fused optimiser": ("drophot._step._fused", lambda *_: nullcontext()),
-        "memory held": ("drophot._memory.held", nullcontext),
         "oneDNN for large layers": ("drophot._step.fast_linear", lambda model, device: model),
     }
     with ExitStack() as stack:

@@ -197,6 +197,16 @@ def trained(rank: int, ranks: int, watched: bool) -> dict[str, Any]:
     return {"weights": list(model.parameters()), "tracker": tracker.state_dict()}
 
 
+def shared(rank: int, ranks: int) -> dict[str, Any]:
+    """Tensor parallel: two ranks see one batch, and each is merged with those that see others."""
+    groups = [dist.new_group(list(range(first, ranks, 2))) for first in range(2)]
+    tracker = DynamicsTracker(8)
+    for epoch in range(3):
+        tracker.update(*batch(range(rank // 2, 8, ranks // 2), 10 * epoch + rank // 2))
+        tracker.sync(groups[rank % 2])
+    return tracker.state_dict()
+
+
 def checkpointed(folder: Path, rank: int) -> dict[str, Any]:
     """torch.distributed.checkpoint takes the tracker itself."""
     tracker = DynamicsTracker(20)
@@ -220,6 +230,7 @@ def main(folder: Path) -> None:
     found["errors"] = errors(rank)
     found["trained"] = trained(rank, ranks, watched=False)
     found["watched"] = trained(rank, ranks, watched=True)
+    found["shared"] = shared(rank, ranks)
     found["checkpointed"] = checkpointed(folder, rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()  # nobody leaves while another still listens

@@ -221,7 +221,11 @@ def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
         (([1.0], 0.5, ["high"]), ValueError, "`mode`"),
         (([], 0.5), ValueError, r"N at least 1. Found \(0,\)"),
         (([[1.0]], 0.5), ValueError, r"Found \(1, 1\)"),
-        (([1.0, float("nan"), float("nan")], 0.5), ValueError, "Found 2, the first at position 1"),
+        (
+            ([1.0, float("nan"), float("nan")], 0.5),
+            ValueError,
+            "`scores`.* Found 2 of 3, .*position 1",
+        ),
         ((torch.tensor([1j]), 0.5), TypeError, "complex64"),
     ],
 )

@@ -100,7 +100,11 @@ def assert_as_on_a_cpu(tracker: ForgettingTracker, seen: Any) -> None:
     if isinstance(plain, DynamicsTracker) and isinstance(tracker, DynamicsTracker):
         for name in ("aum", "el2n", "confidence", "variability", "loss"):
             torch.testing.assert_close(
-                tracker.scores(name).cpu(), plain.scores(name), equal_nan=True, rtol=1e-4, atol=1e-5
+                tracker.scores(name, missing="nan").cpu(),
+                plain.scores(name, missing="nan"),
+                equal_nan=True,
+                rtol=1e-4,
+                atol=1e-5,
             )
 
 
@@ -147,6 +151,98 @@ def test_a_wrong_index_on_a_gpu_is_raised_on_reading() -> None:
     tracker.update(index, torch.zeros(2, C, device="cuda"), index % C)
     with pytest.raises(ValueError, match=rf"Found {N + 5}"):
         tracker.scores()
+
+
+@gpu
+@pytest.mark.parametrize("target", [-100, C])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_that_is_no_class_is_raised_on_reading(kind: Any, target: int) -> None:
+    tracker, index = kind(N, device="cuda"), torch.tensor([3, 5], device="cuda")
+    tracker.update(index, torch.zeros(2, C, device="cuda"), torch.tensor([1, target]).cuda())
+    tracker.update(index, torch.zeros(2, C, device="cuda"), index % C)
+    with pytest.raises(ValueError, match=rf"Found {target} for sample 5"):
+        _ = tracker.presentations
+
+
+def there(x: Tensor) -> Tensor:
+    return x.to("cuda", non_blocking=True)
+
+
+def moved(model: Any, batches: Any) -> None:
+    for x, _ in batches:
+        z = there(x)
+        model(z)
+        model(z + 0.1)  # adversarial
+
+
+def left_out(model: Any, batches: Any) -> None:
+    for number, (x, _) in enumerate(batches):
+        if number != 1:
+            model(there(x))
+
+
+def changed(model: Any, batches: Any) -> None:
+    for x, _ in batches:
+        model(2 * there(x))
+
+
+def others_first(model: Any, batches: Any) -> None:
+    for x, _ in batches:
+        model(there(x.flip(0) + 1))
+        model(there(x))
+
+
+def ahead(model: Any, batches: Any) -> None:
+    on_their_way = (there(x) for x, _ in batches)
+    held = next(on_their_way)
+    for z in on_their_way:
+        model(held)
+        held = z
+    model(held)
+
+
+@gpu
+@pytest.mark.parametrize("loop", [moved, left_out, changed, others_first, ahead])
+@pytest.mark.parametrize("shape", [(4,), (1, 4, 4)])
+def test_batches_are_told_apart_without_waiting(loop: Any, shape: Any, request: Any) -> None:
+    """`watch` gives tensors on the CPU, and the model has only ever seen copies of them."""
+    x, size = torch.randn(32, *shape), 8
+    y = torch.arange(32) % C
+    batches = [(x[i], y[i], i) for i in torch.arange(32).split(size)]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), C)).cuda()
+    tracker = DynamicsTracker(32, device="cuda")
+    with tracker.attach(model):
+        tracker.update(batches[0][2].cuda(), model(there(x[:size])), y[:size].cuda())
+        tracker.reset()
+        request.getfixturevalue("no_waiting")
+        loop(model, tracker.watch(batches))
+        torch.cuda.set_sync_debug_mode("default")
+    if loop in (others_first, ahead):
+        with pytest.raises(ValueError, match="cannot tell"):
+            _ = tracker.presentations
+        return
+    seen = torch.arange(4) != (1 if loop is left_out else 4)
+    assert tracker.presentations.view(4, size)[:, 0].tolist() == seen.int().tolist()
+    plain = DynamicsTracker(32, device="cuda")
+    shown = 2 * x if loop is changed else x
+    for i in torch.arange(32).split(size):
+        plain.update(i, model(shown[i].cuda()), y[i])
+    for name in ("aum", "loss"):
+        found = tracker.scores(name, missing="nan").view(4, size)[seen]
+        torch.testing.assert_close(found, plain.scores(name).view(4, size)[seen])
+
+
+@gpu
+def test_two_trackers_on_one_model_that_see_copies_on_a_gpu() -> None:
+    model, x = nn.Linear(4, C).cuda(), torch.randn(8, 4)
+    one, two = ForgettingTracker(8), ForgettingTracker(8)
+    one.attach(model)
+    two.attach(model)
+    batch = (x, torch.arange(8), torch.arange(8))
+    walks = [iter(tracker.watch([batch])) for tracker in (one, two)]
+    (z, _), _ = (next(walk) for walk in walks)
+    with pytest.raises(ValueError, match="cannot tell"):
+        model(z.cuda())
 
 
 @pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="torch has no NCCL")

@@ -56,8 +56,9 @@ def test_each_statistic_is_its_papers_formula(dtype: torch.dtype, history: Any) 
     seen = batches(history, dtype)
     tracker = fed(seen)
     for name, values in expected(seen).items():
-        assert tracker.scores(name).dtype == torch.float32
-        np.testing.assert_allclose(tracker.scores(name), values, rtol=2e-5, atol=2e-5)
+        found = tracker.scores(name, missing="nan")
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found, values, rtol=2e-5, atol=2e-5)
 
 
 @given(histories)
@@ -66,10 +67,13 @@ def test_forgetting_is_that_of_the_plain_tracker(history: Any) -> None:
     for index, logits in batches(history):
         tracker.update(index, logits, TARGETS[index])
         plain.update(index, logits, TARGETS[index])
-    assert torch.equal(tracker.scores(), plain.scores())
-    assert torch.equal(tracker.scores(never_learned="zero"), plain.scores("zero"))
-    assert torch.equal(tracker.scores("zero"), plain.scores("zero"))
-    assert torch.equal(tracker.scores("hardest"), plain.scores("hardest"))
+    for words in ("hardest", "zero"):
+        expected = plain.scores(words, missing="nan").numpy()
+        for found in (
+            tracker.scores(words, missing="nan"),
+            tracker.scores(never_learned=words, missing="nan"),
+        ):
+            np.testing.assert_array_equal(found, expected)
     for name in ("counts", "learned", "presentations"):
         assert torch.equal(getattr(tracker, name), getattr(plain, name))
 
@@ -82,7 +86,7 @@ def test_one_batch_or_many_give_the_same(history: Any) -> None:
     whole = [(torch.cat([i for i, _ in seen]), torch.cat([z for _, z in seen]))]
     for name in STATISTICS:
         np.testing.assert_allclose(
-            fed(seen).scores(name), fed(whole).scores(name), rtol=1e-5, atol=1e-5
+            fed(seen).columns()[name], fed(whole).columns()[name], rtol=1e-5, atol=1e-5
         )
 
 
@@ -129,11 +133,11 @@ def test_the_columns_of_all_samples() -> None:
     assert columns["learned"].tolist() == tracker.learned.tolist()
     assert columns["forgetting"].tolist() == tracker.counts.tolist()
     for name in STATISTICS:
-        np.testing.assert_array_equal(columns[name], tracker.scores(name).numpy())
+        np.testing.assert_array_equal(columns[name], tracker.scores(name, missing="nan"))
     columns["target"][:] = 7
     columns["aum"][:] = 7
     assert tracker.columns()["target"][0] == 0
-    assert tracker.scores("aum")[0] != 7
+    assert tracker.columns()["aum"][0] != 7
     pandas = pytest.importorskip("pandas")
     assert len(pandas.DataFrame(columns)) == N
 
@@ -141,10 +145,78 @@ def test_the_columns_of_all_samples() -> None:
 def test_a_sample_never_presented_is_nan_and_select_says_so() -> None:
     tracker = fed(batches(([[0, 1, 2, 3]], 1)))
     for name in STATISTICS:
-        assert tracker.scores(name).isnan().tolist() == [False] * 4 + [True]
+        found = tracker.scores(name, missing="nan")
+        assert found.isnan().tolist() == [False] * 4 + [True]
         with pytest.raises(ValueError, match="NaN"):
-            select(tracker.scores(name), 0.5)
-    assert tracker.scores("variability")[:4].tolist() == [0.0] * 4
+            select(found, 0.5)
+        with pytest.raises(ValueError, match="1 of 5"):
+            tracker.scores(name)
+    assert tracker.columns()["variability"][:4].tolist() == [0.0] * 4
+
+
+def test_a_settled_mean_still_moves() -> None:
+    """Steps below half of a float32's last bit would be lost, and the mean stay where it was."""
+    tracker, index, targets = DynamicsTracker(2), torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    shown = [10.0] * 500 + [10.01] * 9_500
+    for margin in shown:
+        logits = torch.tensor([[margin, 0.0], [1000 * margin, 0.0]])
+        tracker.update(index, logits, targets)
+    margins = np.array(shown, np.float32).astype(np.float64)
+    large = np.array(1000 * margins, np.float32).astype(np.float64)
+    expected = [margins.mean(), large.mean()]
+    np.testing.assert_allclose(tracker.scores("aum"), expected, rtol=2e-7)
+
+
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("row", "margin", "confidence", "error", "loss"),
+    [
+        ([-INF, 1.0, 1.0], -INF, 0.0, 1.5**0.5, INF),  # its own class masked
+        ([0.0, -INF, -INF], INF, 1.0, 0.0, 0.0),  # all others masked
+        ([INF, 1.0, 2.0], INF, 1.0, 0.0, 0.0),
+        ([0.0, INF, 2.0], -INF, 0.0, 2**0.5, INF),  # another one overflowed
+        ([0.0, -INF, 0.0], 0.0, 0.5, 0.5**0.5, np.log(2)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_infinite_logits_are_limits_and_what_is_infinite_stays_so(
+    row: list[float], margin: float, confidence: float, error: float, loss: float, dtype: Any
+) -> None:
+    tracker, target = DynamicsTracker(1), torch.tensor([0])
+    usual = {"aum": -1.0, "confidence": 1 / (1 + np.e), "loss": np.log(1 + np.e)}
+    usual["el2n"] = 2**0.5 * (1 - usual["confidence"])
+    first = {"aum": margin, "confidence": confidence, "el2n": error, "loss": loss}
+    names = ("infinite", "usual", "infinite", "infinite")
+    rows = {"infinite": row, "usual": [0.0, 1.0, -INF]}
+    sums = dict.fromkeys(first, 0.0)
+    for number, name in enumerate(names, 1):
+        logits = torch.tensor([rows[name]] * 2, dtype=dtype)
+        tracker.update(torch.tensor([0, 0]), logits, target.expand(2))
+        for statistic in sums:
+            sums[statistic] += (first if name == "infinite" else usual)[statistic]
+            found = tracker.scores(statistic).item()
+            assert found == pytest.approx(sums[statistic] / number, rel=1e-5, abs=1e-6), statistic
+        assert tracker.scores("variability").isfinite()
+
+
+def test_opposite_infinities_have_no_mean_and_only_where_they_are() -> None:
+    tracker, index = DynamicsTracker(2), torch.arange(2)
+    for row in ([INF, 0.0, 0.0], [-INF, 0.0, 0.0]):
+        tracker.update(index, torch.tensor([row, [1.0, 0.0, 0.0]]), torch.tensor([0, 0]))
+    assert tracker.scores("aum").isnan().tolist() == [True, False]
+    assert tracker.scores("confidence").isfinite().all()
+    assert tracker.scores("aum")[1] == 1
+
+
+def test_a_state_from_before_means_had_tails_is_taken_over() -> None:
+    tracker = fed(batches(([[0, 1, 2], [3, 4, 0]], 3)))
+    old = {name: column for name, column in tracker.state_dict().items() if name != "tails"}
+    again = DynamicsTracker(N)
+    again.load_state_dict(old)
+    for name in STATISTICS:
+        assert torch.equal(again.scores(name), tracker.scores(name))
 
 
 def test_a_nan_stays_with_its_sample() -> None:
@@ -177,18 +249,19 @@ def test_the_states_of_the_two_trackers_are_not_mixed_up() -> None:
         ForgettingTracker(N).load_state_dict(DynamicsTracker(N).state_dict())
 
 
-def test_state_is_thirty_two_bytes_a_sample() -> None:
+def test_state_is_thirty_six_bytes_a_sample() -> None:
     tensors = [v for v in DynamicsTracker(1000).state_dict().values() if torch.is_tensor(v)]
-    assert sum(tensor.nbytes for tensor in tensors) == 32 * 1000
+    assert sum(tensor.nbytes for tensor in tensors) == 36 * 1000
 
 
 def test_reset_is_as_new() -> None:
     tracker = fed(batches(([[0, 1, 2, 3, 4]], 3)))
     tracker.reset()
-    assert tracker.scores("aum").isnan().all()
+    assert np.isnan(tracker.columns()["aum"]).all()
     index, logits = batches(([[0, 1]], 5))[0]
     tracker.update(index, logits, TARGETS[index])
-    assert torch.equal(tracker.scores("aum")[:2], fed([(index, logits)]).scores("aum")[:2])
+    other = fed([(index, logits)]).columns()
+    np.testing.assert_array_equal(tracker.columns()["aum"], other["aum"])
 
 
 def test_autocast_and_gradients_change_nothing() -> None:
@@ -200,8 +273,8 @@ def test_autocast_and_gradients_change_nothing() -> None:
     wanted.sum().backward()
     assert wanted.grad is not None
     for name in STATISTICS:
-        assert torch.equal(plain.scores(name)[:3], inside.scores(name)[:3])
-        assert not inside.scores(name).requires_grad
+        np.testing.assert_array_equal(plain.columns()[name], inside.columns()[name])
+        assert not inside.scores(name, missing="nan").requires_grad
 
 
 @settings(max_examples=5)
@@ -220,7 +293,7 @@ def test_a_compiled_step_has_no_graph_break(seed: int) -> None:
         compiled(inputs, TARGETS[index], index)
         plain.update(index, model(inputs), TARGETS[index])
     for name in STATISTICS:
-        np.testing.assert_array_equal(tracker.scores(name), plain.scores(name))
+        np.testing.assert_array_equal(tracker.columns()[name], plain.columns()[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
@@ -261,7 +334,7 @@ def test_wrong_use_is_that_of_the_plain_tracker() -> None:
     with pytest.raises(ValueError, match="do not follow their samples"):
         tracker.update(torch.tensor([0]), torch.zeros(1, C), torch.tensor([0]))
     assert tracker.presentations.tolist() == [1, 0, 0, 0, 0]
-    assert tracker.scores("loss")[0] == pytest.approx(np.log(C))
+    assert tracker.columns()["loss"][0] == pytest.approx(np.log(C))
     with pytest.raises(TypeError, match="`update_correct` .* call `update`"):
         tracker.update_correct(torch.tensor([0]), torch.tensor([True]))
     with pytest.raises(ValueError, match="Found 'margin'"):

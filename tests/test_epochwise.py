@@ -210,3 +210,79 @@ def test_one_infinite_loss_makes_the_others_no_easier() -> None:
     sampling.update(torch.arange(10), torch.tensor([1.0] * 7 + [5.0, 6.0, torch.inf]))
     for _ in range(5):
         assert {7, 8, 9} <= set(sampling.begin().tolist())
+
+
+@pytest.mark.parametrize("index", [[-1], [10], [0, 3, 12], [2**40]])
+def test_a_position_out_of_range_is_named_and_changes_nothing(index: list[int]) -> None:
+    sampling = LossSampling(10, 0.5)
+    sampling.update(torch.arange(10), torch.ones(10))
+    found = index[-1]
+    for do in (
+        lambda: sampling.update(torch.tensor(index), torch.full((len(index),), 7.0)),
+        lambda: sampling.loss(torch.tensor(index), torch.full((len(index),), 7.0)),
+        lambda: sampling.weights(torch.tensor(index)),
+    ):
+        with pytest.raises(ValueError, match=rf"`index` .*\[0, 10\)\. Found {found}"):
+            do()
+    assert (sampling.losses == 1).all()
+
+
+@pytest.mark.parametrize("use", ["update", "weights"])
+def test_where_looking_means_waiting_the_next_epoch_names_it(
+    use: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the first of them is kept there until somebody reads."""
+    sampling = LossSampling(10, 0.5)
+    sampling.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        if use == "update":
+            sampling.update(torch.tensor([1, 12, 3]), torch.ones(3))
+            sampling.update(torch.tensor([], dtype=torch.int64), torch.ones(0))
+            assert sampling.losses[[1, 3]].tolist() == [1, 1]
+        else:
+            assert sampling.weights(torch.tensor([-4, 0])).isnan().tolist() == [True, False]
+    with pytest.raises(ValueError, match=f"`index` .* Found {12 if use == 'update' else -4}"):
+        sampling.begin()
+
+
+@pytest.mark.parametrize(
+    ("index", "found"),
+    [
+        (torch.tensor([0.0, 1.0]), "torch.float32"),
+        (torch.tensor([True, False]), "torch.bool"),
+        ([0, 1], "list"),
+    ],
+)
+def test_positions_that_are_none_are_named(index: Any, found: str) -> None:
+    sampling = LossSampling(2, 0.5)
+    with pytest.raises(TypeError, match=f"`index` .*Found {found}"):
+        sampling.update(index, torch.ones(2))
+    with pytest.raises(TypeError, match=f"`index` .*Found {found}"):
+        sampling.weights(index)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_positions_of_any_integers_and_twice(dtype: torch.dtype) -> None:
+    sampling = LossSampling(4, 0.5)
+    sampling.update(torch.tensor([1, 1, 0], dtype=dtype), torch.tensor([2.0, 2.0, 3.0]))
+    assert sampling.losses[:2].tolist() == [3, 2]
+    assert sampling.losses[2:].isnan().all()
+    assert sampling.weights(torch.tensor([1, 1, 0], dtype=dtype)).shape == (3,)
+
+
+@pytest.mark.parametrize("inner", [[0, -1], range(5), [[0, 1]], [0.0]])
+def test_a_sampler_of_something_else_is_named(inner: Any) -> None:
+    sampling = LossSampling(4, 1.0)
+    with pytest.raises(ValueError, match=r"`sampler` .*\[0, 4\)"):
+        list(sampling.sampler(inner))
+
+
+def test_the_loss_of_low_precision_is_averaged_in_float32() -> None:
+    sampling = LossSampling(300, 0.5)
+    sampling.begin()
+    losses = torch.rand(300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = sampling.loss(torch.arange(300), losses)
+    expected = (losses.float() * sampling.weights(torch.arange(300))).mean()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)

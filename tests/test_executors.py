@@ -1,18 +1,19 @@
 """A grid gives equal records wherever its stages are computed, and can be gone on with."""
 
+import errno
 import os
 import random
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import current_process, get_all_start_methods, get_context
 from pathlib import Path
 from threading import Lock
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -91,13 +92,28 @@ def pool() -> Iterator[ProcessPoolExecutor]:
         yield executor
 
 
+class AwkwardError(ArithmeticError):
+    """Cannot be read where it is sent."""
+
+    def __init__(self, words: str, number: int) -> None:
+        super().__init__(f"{words} {number}")
+
+
+FAULTS = {
+    "raise": FloatingPointError("as if"),
+    "awkward": AwkwardError("as if", 2),
+    "interrupt": KeyboardInterrupt(),
+    "full": OSError(errno.ENOSPC, "No space left on device"),
+}
+
+
 @dataclass(frozen=True)
 class Noting:
     """Trains as `fit` does, and writes down where; a file `fault` lets seed 1 go wrong."""
 
     folder: Path
     together: int = 1  # workers that wait for each other before they begin
-    parent: int = field(default_factory=os.getpid)  # trains a little too, for the plan
+    parent: int = field(default_factory=os.getpid)
 
     def __call__(
         self, model: nn.Module, dataset: Dataset[Any], epochs: int, *, seed: int, **how: Any
@@ -109,8 +125,8 @@ class Noting:
             time.sleep(0.01)
         fault = self.folder / "fault"
         if seed == 3 and fault.exists():  # what seed 1 draws from as it is fine-tuned
-            if fault.read_text() == "raise":
-                raise FloatingPointError("as if")
+            if fault.read_text() != "die":
+                raise FAULTS[fault.read_text()]
             fault.unlink()
             os._exit(1)
         fit(model, dataset, epochs, seed=seed, **how)
@@ -210,6 +226,11 @@ class Watching:
         # The class's own `done`: that of Late computes.
         self.most = max(self.most, sum(not Future.done(f) for f in self.futures.values()))
         return future
+
+    def good(self) -> set[Future[Any]]:
+        """Those that came to a good end."""
+        ended = (f for f in self.futures.values() if Future.done(f) and not f.cancelled())
+        return {future for future in ended if not future.exception()}
 
 
 # --- the same records everywhere ---------------------------------------------------------------
@@ -395,11 +416,11 @@ def test_all_that_can_begin_is_handed_over_where_workers_are_not_known(tmp_path:
 
 def test_submitits_own_executors_say_that_they_are_local(tmp_path: Path) -> None:
     submitit = pytest.importorskip("submitit")
-    assert _executors._starts_all_at_once(submitit.LocalExecutor(tmp_path))
-    assert _executors._starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="local"))
-    assert not _executors._starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="debug"))
+    assert _executors.starts_all_at_once(submitit.LocalExecutor(tmp_path))
+    assert _executors.starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="local"))
+    assert not _executors.starts_all_at_once(submitit.AutoExecutor(tmp_path, cluster="debug"))
     with ThreadPoolExecutor(1) as executor:
-        assert not _executors._starts_all_at_once(executor)
+        assert not _executors.starts_all_at_once(executor)
 
 
 @pytest.mark.parametrize(("threads", "most"), [(1, 3), (2, 1)])
@@ -411,6 +432,10 @@ def test_jobs_on_this_machine_are_as_many_as_it_has_cores_for(
     watching.cluster = "local"  # submitit's
     (tiny() if threads == 1 else tiniest(threads=threads)).run(tmp_path, watching)
     assert watching.most == most
+
+
+def stamps(store: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (store / "stages").iterdir()}
 
 
 class Overtaken(Plain):
@@ -434,65 +459,6 @@ def test_what_another_run_was_faster_with_is_not_computed_again(tmp_path: Path) 
     assert found == tiniest().run(tmp_path / "here")
 
 
-# --- errors ------------------------------------------------------------------------------------
-
-
-def stamps(store: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (store / "stages").iterdir()}
-
-
-@pytest.mark.parametrize("kind", ["backwards", "processes"])
-def test_a_stage_that_raises(kind: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
-    noting = Noting(tmp_path)
-    grid, store = tiny(fit=noting), tmp_path / "store"
-    (tmp_path / "fault").write_text("raise")
-    watching = Watching({"backwards": Backwards(2), "processes": pool}[kind])
-    with pytest.raises(FloatingPointError, match="as if") as caught:
-        grid.run(store, watching)
-    stage, where = caught.value.__notes__
-    assert re.fullmatch(r"This happened in the stage finetune-seed1-\S*\.json\.", stage)
-    assert str(store) in where
-
-    assert not wait(watching.futures.values(), timeout=600).not_done
-    kept = stamps(store)
-    assert 0 < len(kept) < STAGES
-    good = (n for n, f in watching.futures.items() if not f.cancelled() and not f.exception())
-    assert kept.keys() == set(good)
-
-    (tmp_path / "fault").unlink()
-    again = Watching(watching.executor)
-    found = grid.run(store, again)
-    assert found == grid.run(tmp_path / "here")
-    assert again.futures.keys() == stamps(store).keys() - kept.keys()
-    assert kept.items() <= stamps(store).items()
-
-
-def test_what_had_not_begun_is_cancelled(tmp_path: Path) -> None:
-    (tmp_path / "fault").write_text("raise")
-    watching = Watching(Backwards())
-    with pytest.raises(FloatingPointError):
-        tiny(fit=Noting(tmp_path)).run(tmp_path / "store", watching)
-    cancelled = {name for name, future in watching.futures.items() if future.cancelled()}
-    begun = {name: future for name, future in watching.futures.items() if name not in cancelled}
-    (failed,) = (name for name, future in begun.items() if future.exception(timeout=0))
-    assert begun.keys() - {failed} == stamps(tmp_path / "store").keys()
-    assert len(cancelled) > 1
-    assert not watching.executor.queue[len(cancelled) :]
-
-
-def test_a_worker_that_dies(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
-    grid, store = tiny(fit=Noting(tmp_path)), tmp_path / "store"
-    (tmp_path / "fault").write_text("die")
-    with spawned() as mortal, pytest.raises(BrokenProcessPool) as caught:
-        grid.run(store, mortal)
-    assert str(store) in caught.value.__notes__[-1]
-    assert not (tmp_path / "fault").exists()
-    kept = stamps(store)
-    assert len(kept) < STAGES
-    assert grid.run(store, pool) == grid.run(tmp_path / "here")
-    assert kept.items() <= stamps(store).items()
-
-
 # --- before any work ---------------------------------------------------------------------------
 
 
@@ -511,6 +477,64 @@ def test_forks_and_several_threads_are_refused_before_any_work(tmp_path: Path) -
     ):
         tiniest(threads=2).run(tmp_path / "store", executor)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.skipif("fork" not in get_all_start_methods(), reason="no fork here")
+def test_forks_of_a_process_that_uses_cuda_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor,
+        pytest.raises(ValueError, match="`executor` .* Found fork and .*CUDA.*'spawn'"),
+    ):
+        tiniest().run(tmp_path / "store", executor)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_worker_that_runs_the_script_again_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(current_process(), "_inheriting", True, raising=False)
+    with spawned() as executor, pytest.raises(RuntimeError, match='if __name__ == "__main__"'):
+        tiniest().run(tmp_path / "store", executor)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("method", get_all_start_methods())
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # fork, since Python 3.12
+@pytest.mark.parametrize("name", ["model", "optimizer", "fit"])
+def test_what_a_notebook_defines_goes_to_forks_only(
+    method: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = ModuleType("__main__")
+    exec(NOTEBOOK, vars(notebook))
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    grid = tiniest(**{name: partial(getattr(notebook, name))})
+    with ProcessPoolExecutor(1, mp_context=get_context(method)) as executor:
+        if method == "fork":
+            assert len(grid.run(tmp_path / "store", executor)) == 2
+            return
+        with pytest.raises(TypeError, match=f"`{name}` .* notebook.*%%writefile") as caught:
+            grid.run(tmp_path / "store", executor)
+    assert ("fork" in str(caught.value)) == ("fork" in get_all_start_methods())
+    assert not (tmp_path / "store").exists()
+
+
+NOTEBOOK = """
+from torch.optim import Adam
+import drophot
+from drophot.models import fcnet
+
+def model():
+    return fcnet(in_features=2, hidden=8, num_classes=3)
+
+def optimizer(parameters):
+    return Adam(parameters, lr=0.02)
+
+def fit(*arguments, **settings):
+    drophot.fit(*arguments, **settings)
+"""
 
 
 def test_threads_are_sent_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -179,8 +180,8 @@ def test_tensors_too_large_for_the_device_stay_where_they_are_and_are_read_in_ba
     monkeypatch.setattr("drophot._memory.available", lambda device: 2 * 10 * (3 * 4 + 8) - 1)
     assert in_memory(far, "cpu") is far
     reads = []
-    plain = _feed._read
-    monkeypatch.setattr(_feed, "_read", lambda data, at: reads.append(len(at)) or plain(data, at))
+    plain = _feed.read
+    monkeypatch.setattr(_feed, "read", lambda data, at: reads.append(len(at)) or plain(data, at))
     near = TensorDataset(inputs, torch.arange(10))
     with monkeypatch.context() as patch:
         patch.setattr(TensorDataset, "__getitem__", lambda *_: pytest.fail("one by one"))
@@ -298,6 +299,19 @@ def test_a_daemon_has_no_workers(two_threads: None, monkeypatch: pytest.MonkeyPa
     assert {int(pid) for _, pids in batches(Processes(64), 2, CPU) for pid in pids} == {os.getpid()}
 
 
+def test_a_thread_beside_the_main_one_forks_nothing(two_threads: None) -> None:
+    """A fork has one thread, and what the others had locked stays so."""
+    readers: set[int] = set()
+
+    def look() -> None:
+        readers.update(int(pid) for _, pids in batches(Processes(64), 2, CPU) for pid in pids)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert readers == {os.getpid()}
+
+
 @pytest.mark.parametrize("source", GLOBAL)
 def test_augmentation_is_the_same_whoever_reads(
     source: str, monkeypatch: pytest.MonkeyPatch
@@ -369,27 +383,56 @@ def test_what_a_worker_raises_reaches_the_caller(two_threads: None) -> None:
         list(batches(Broken(64), 2, CPU))
 
 
-def test_targets_that_stand_there_are_believed_only_if_the_samples_have_them() -> None:
-    class Coarse(Dataset[Any]):
-        """Gives other targets than stand there, as a target transform does."""
+class Relabelled(Dataset[Any]):
+    """Hands on the targets of what it wraps, and gives others for some samples."""
 
-        targets = tuple(range(10))
+    def __init__(self, inner: Dataset[Any], others: dict[int, int]) -> None:
+        self.inner, self.others = inner, others
 
-        def __len__(self) -> int:
-            return 10
+    def __len__(self) -> int:
+        return len(self.inner)  # type: ignore[arg-type]
 
-        def __getitem__(self, place: int) -> Any:
-            return torch.zeros(2), self.targets[place] % 2
+    def __getitem__(self, place: int) -> Any:
+        inputs, target = self.inner[place]
+        return inputs, self.others.get(place, target)
 
-    class Fine(Coarse):
-        read = 0
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
 
-        def __getitem__(self, place: int) -> Any:
-            Fine.read += 1
-            return torch.zeros(2), self.targets[place]
 
-    assert targets_of(Coarse()).tolist() == [0, 1] * 5
-    assert targets_of(IndexedDataset(Coarse())).tolist() == [0, 1] * 5
-    assert targets_of(Subset(Coarse(), [3, 4])).tolist() == [1, 0]
-    assert targets_of(Fine()).tolist() == list(range(10))
-    assert Fine.read == 3, "without reading all"
+class WithTargets(TensorDataset):
+    @property
+    def targets(self) -> Tensor:
+        return self.tensors[1]
+
+
+@given(st.dictionaries(st.integers(0, 19), st.integers(0, 3), max_size=5))
+def test_targets_are_those_of_the_samples_whatever_an_attribute_says(
+    others: dict[int, int],
+) -> None:
+    data = Relabelled(WithTargets(torch.rand(20, 2), torch.arange(20) % 3), others)
+    given = [data[place][1] for place in range(20)]
+    assert targets_of(data).tolist() == given
+    assert targets_of(IndexedDataset(data)).tolist() == given
+    assert targets_of(Subset(data, [3, 19, 4])).tolist() == [given[i] for i in (3, 19, 4)]
+
+
+def test_targets_of_torchvisions_own_sets_are_not_read_unless_somebody_transforms_them() -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    data = datasets.CIFAR10.__new__(datasets.CIFAR10)
+    data.targets, data.target_transform = [3, 1, 2], None
+    assert targets_of(Subset(data, [2, 0])).tolist() == [2, 3]
+    data.target_transform, data.transform = (lambda target: target - 1), None
+    data.data = np.zeros((3, 4, 4, 3), dtype=np.uint8)
+    assert targets_of(data).tolist() == [2, 0, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.int32])
+def test_classes_of_any_integer_type_are_those_that_losses_take(dtype: torch.dtype) -> None:
+    base = TensorDataset(torch.rand(9, 2), (torch.arange(9) % 2).to(dtype))
+    for data in (base, Subset(list(base), range(9))):
+        assert targets_of(data).dtype == torch.int64
+        for _, targets in batches(data, 4, CPU):
+            assert targets.dtype == torch.int64

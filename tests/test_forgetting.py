@@ -1,18 +1,22 @@
 import copy
 import io
 import pickle
+import random
 from collections.abc import Iterator
+from math import nan
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import numpy as np
 import pytest
 import references
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, TensorDataset
 
-from drophot import ForgettingTracker, IndexedDataset
+from drophot import DynamicsTracker, ForgettingTracker, IndexedDataset, select
 
 N = 6
 
@@ -42,11 +46,21 @@ def test_counts_equal_the_definition(history: list[list[tuple[int, bool]]]) -> N
     assert tracker.counts.tolist() == counts
     assert tracker.learned.tolist() == learned
     assert tracker.presentations.tolist() == presented
-    assert tracker.scores("zero").tolist() == counts
-    assert tracker.scores().tolist() == [
-        count if right else shown
+    above = max(counts) + 1
+    hardest = [
+        count if right else max(shown, above)
         for count, right, shown in zip(counts, learned, presented, strict=True)
     ]
+    for word, scores in (("zero", counts), ("hardest", hardest)):
+        if all(presented):
+            assert tracker.scores(word).tolist() == scores
+            assert tracker.scores(word).dtype == torch.int64
+        else:
+            with pytest.raises(ValueError, match=f"{presented.count(0)} of {N}"):
+                tracker.scores(word)
+        missing = [nan if not shown else s for s, shown in zip(scores, presented, strict=True)]
+        found = tracker.scores(word, missing="nan")
+        np.testing.assert_array_equal(found, np.array(missing, np.float32))
 
 
 @given(histories, st.randoms())
@@ -120,19 +134,21 @@ def test_the_first_presentation_is_no_event_and_ties_go_to_the_first_class() -> 
 
 def test_a_nan_is_never_right() -> None:
     tracker = ForgettingTracker(3)
-    nan = float("nan")
     logits = torch.tensor([[nan, nan], [1.0, nan], [nan, 1.0]])
     tracker.update(torch.arange(3), logits, torch.tensor([0, 1, 1]))
+    tracker.update(torch.tensor([0]), torch.full((1, 2), -torch.inf), torch.tensor([0]))
     assert not tracker.learned.any()
 
 
 def test_targets_of_any_integer_dtype_and_index_of_any() -> None:
     tracker = ForgettingTracker(300)
-    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+    signed = (torch.int8, torch.int16, torch.int32, torch.int64)
+    dtypes = (*signed, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    for dtype in dtypes:
         tracker.update(
             torch.tensor([7], dtype=dtype), torch.eye(3)[[2]], torch.tensor([2], dtype=dtype)
         )
-    assert tracker.presentations[7] == 4
+    assert tracker.presentations[7] == len(dtypes)
     assert tracker.counts.sum() == 0
 
 
@@ -143,6 +159,35 @@ def test_scores_of_runs_add_up_and_never_learned_is_above_every_count() -> None:
     assert tracker.scores().tolist() == [4, 9]
     assert (tracker.scores() + tracker.scores()).tolist() == [8, 18]
     assert tracker.scores("zero").tolist() == [4, 0]
+
+
+def test_never_learned_is_the_hardest_however_often_samples_were_presented() -> None:
+    """A sampler with replacement: one is forgotten twenty times, one seldom comes at all."""
+    tracker = ForgettingTracker(3)
+    for turn in range(40):
+        tracker.update_correct(torch.tensor([0]), torch.tensor([turn % 2 == 0]))
+    tracker.update_correct(torch.tensor([1, 1, 2]), torch.tensor([False, False, True]))
+    assert tracker.scores().tolist() == [20, 21, 0]
+    assert select(tracker.scores(), 1 / 3).tolist() == [1]
+    assert tracker.scores("zero").tolist() == [20, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [ForgettingTracker, DynamicsTracker])
+def test_scores_of_samples_that_were_never_presented(kind: Any) -> None:
+    tracker, train = kind(10), torch.tensor([1, 2, 4, 5, 9])
+    with pytest.raises(ValueError, match="10 of 10 .*`tracker.watch.*`tracker.attach"):
+        tracker.scores()
+    for _ in range(2):
+        tracker.update(train, torch.eye(2)[train % 2], torch.zeros_like(train))
+    with pytest.raises(ValueError, match='5 of 10 .*missing="nan".*among='):
+        tracker.scores()
+    scores = tracker.scores(missing="nan")
+    assert scores.isnan().nonzero()[:, 0].tolist() == [0, 3, 6, 7, 8]
+    assert scores[train].tolist() == [2, 0, 0, 2, 2]
+    with pytest.raises(ValueError, match="`missing` .* 'zero'"):
+        tracker.scores(missing="zero")
+    tracker.update(torch.arange(10), torch.eye(2)[torch.arange(10) % 2], torch.zeros(10).long())
+    assert tracker.scores().dtype == torch.int64
 
 
 # --- observe -----------------------------------------------------------------------------------
@@ -190,6 +235,70 @@ def test_observe_leaves_no_trace() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+class Noisy(Dataset[Any]):
+    """Draws its augmentation from every kind of generator that there is."""
+
+    def __init__(self) -> None:
+        self.python, self.numpy = random.Random(0), np.random.default_rng(0)
+        self.old, self.torch = np.random.RandomState(0), torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        own = torch.randn(1, generator=self.torch)
+        drawn = [self.python.random(), self.numpy.random(), self.old.random_sample()]
+        return torch.tensor([*drawn, float(own)]), i % 3
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1, "persistent_workers": True}])
+def test_observe_moves_no_generator_of_the_loaders(options: dict[str, Any]) -> None:
+    """The training's next batches are those that they would have been."""
+
+    def seen(observed: bool) -> list[Any]:
+        torch.manual_seed(0)
+        data, order = IndexedDataset(Noisy()), torch.Generator().manual_seed(1)
+        sampler = RandomSampler(data, generator=torch.Generator().manual_seed(2))
+        batches = BatchSampler(sampler, 4, drop_last=False)
+        loaders = [
+            DataLoader(data, 4, shuffle=True, generator=order, **options),
+            DataLoader(data, 4, sampler=sampler),
+            DataLoader(data, batch_sampler=batches),
+        ]
+        tracker, model, found = ForgettingTracker(12), small_network(), []
+        for _ in range(2):
+            for loader in loaders[: 1 if options else 3]:
+                found += [batch for one in loader for batch in one]
+                if observed:
+                    tracker.observe(model, loader)
+        return found
+
+    plain, observed = seen(False), seen(True)
+    assert all(torch.equal(*pair) for pair in zip(plain, observed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda m, d, b: (m, d), "`loader` .* Found IndexedDataset; .*DataLoader"),
+        (lambda m, d, b: (m, d.dataset), "`loader` .* Found TensorDataset; .*DataLoader"),
+        (lambda m, d, b: (b, m), "`model` .* Found DataLoader; .*first"),
+        (lambda m, d, b: (m, [([0, 1], torch.zeros(2), torch.arange(2))]), "inputs .* a list of 2"),
+    ],
+)
+def test_arguments_of_observe_that_are_something_else(arguments: Any, message: str) -> None:
+    data = indexed_data()
+    with pytest.raises(TypeError, match=message):
+        ForgettingTracker(40).observe(*arguments(small_network(), data, DataLoader(data, 8)))
+
+
+def test_a_tracker_in_the_place_of_something_else() -> None:
+    with pytest.raises(TypeError, match=r"`num_samples` .* Found TensorDataset; give len\(dataset"):
+        ForgettingTracker(indexed_data().dataset)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Found the DynamicsTracker itself; give its `scores\(\)`"):
+        select(DynamicsTracker(3), 0.5)  # type: ignore[arg-type]
+
+
 def test_observe_puts_the_mode_back_after_an_error() -> None:
     model = small_network().train()
     with pytest.raises(TypeError, match=r"\(inputs, targets, index\)\. Found a list of 2"):
@@ -225,6 +334,31 @@ def test_loading_a_state_leaves_an_old_fault_behind() -> None:
     good.update(torch.tensor([1]), torch.zeros(1, 3), torch.tensor([0]))
     tracker.load_state_dict(good.state_dict())
     assert tracker.presentations.tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [ForgettingTracker, DynamicsTracker])
+@pytest.mark.parametrize("target", [-100, -1, 3, 1 << 20, -(1 << 40), 1 << 40])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_target_that_is_no_class_is_refused_by_both(kind: Any, target: int, later: bool) -> None:
+    """`ignore_index`, another head's classes; also where nobody looks, and after a good one."""
+    shown = max(min(target, (1 << 31) - 1), -(1 << 31))
+    index, logits = torch.tensor([2, 3]), torch.eye(3)[:2]
+    good, bad = torch.tensor([0, 1]), torch.tensor([0, target])
+    tracker, unchecked = kind(4), kind(4)
+    if later:
+        tracker.update(index, logits, good)
+        unchecked.update(index, logits, good)
+    with pytest.raises(ValueError, match=rf"`targets` .* Found {shown} for sample 3.*keep"):
+        tracker.update(index, logits, bad)
+    assert tracker.presentations.sum() == 2 * later
+    tracker.update(index, logits, good)
+    update = torch.compile(unchecked.update, fullgraph=True, backend="eager")
+    update(index, logits, bad)
+    update(index, logits, good)
+    with pytest.raises(ValueError, match=rf"`targets` .* Found {shown} for sample 3"):
+        unchecked.sync()
+    keep = bad.clamp(0, 2) == bad
+    kind(4).update(index[keep], logits[keep], bad[keep])
 
 
 def test_the_target_check_survives_a_restart() -> None:
@@ -289,6 +423,23 @@ def test_copies_and_pickles_are_independent() -> None:
     assert tracker.counts.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("kind", [ForgettingTracker, DynamicsTracker])
+def test_a_tracker_sent_to_another_process_shares_no_memory(kind: type[ForgettingTracker]) -> None:
+    """As by `mp.spawn` and queues, whose pickler moves tensors into memory that all share."""
+    index, targets = torch.arange(2), torch.tensor([0, 1])
+    tracker = kind(2)
+    tracker.update(index, torch.eye(2), targets)
+    sent = bytes(ForkingPickler.dumps(tracker))
+    others = [pickle.loads(sent) for _ in range(2)]
+    for number, other in enumerate([*others, tracker]):
+        for _ in range(number):
+            other.update(index, torch.eye(2), targets)
+    shown = [int(other.presentations[0]) for other in (*others, tracker)]
+    assert shown == [1, 2, 3]
+    with pytest.raises(ValueError, match="sample 1 with target 1"):
+        others[0].update(torch.tensor([1]), torch.eye(2)[:1], torch.tensor([0]))
+
+
 def test_state_is_twelve_bytes_a_sample() -> None:
     for size in (1, 1000):
         tensors = [v for v in ForgettingTracker(size).state_dict().values() if torch.is_tensor(v)]
@@ -304,9 +455,14 @@ def test_more_presentations_than_fit_are_an_error_not_a_number() -> None:
     tracker.update_correct(batch[:-1], flips[:-1])
     assert tracker.presentations[0] == (1 << 20) - 1
     assert tracker.counts[0] == (1 << 19) - 1
-    tracker.update_correct(batch[:1], flips[:1])
-    with pytest.raises(ValueError, match="at most 1048575 times"):
-        _ = tracker.counts
+    for times in (1, 1 << 18, 1 << 19, 1 << 20, (1 << 20) - (1 << 18) - 1, 1):  # past 2 ** 21
+        for part in torch.arange(times).split(1 << 18):
+            tracker.update_correct(batch[: len(part)], flips[: len(part)])
+        with pytest.raises(ValueError, match="at most 1048575 times"):
+            _ = tracker.counts
+    huge = torch.zeros(1 << 21, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at most 1048575 rows. Found 2097152"):
+        ForgettingTracker(2).update_correct(huge, huge > 0)
 
 
 # --- where it runs -----------------------------------------------------------------------------
@@ -350,7 +506,7 @@ def test_what_a_compiled_step_could_not_raise_is_raised_on_reading() -> None:
             with pytest.raises(ValueError, match=message):
                 read()
         tracker.reset()
-        assert tracker.scores().tolist() == [0] * 4
+        assert tracker.counts.tolist() == [0] * 4
 
 
 def test_the_state_follows_the_first_batch_and_then_stays() -> None:
@@ -373,6 +529,21 @@ def test_a_first_update_in_inference_mode_does_not_spoil_later_ones() -> None:
         tracker.update(torch.tensor([0]), logits[[1]], targets)
         if device == "cpu":
             assert tracker.counts.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", [ForgettingTracker, DynamicsTracker])
+def test_a_tracker_made_in_inference_mode_can_be_updated_outside(kind: Any) -> None:
+    index, targets = torch.arange(2), torch.tensor([0, 1])
+    with torch.inference_mode():
+        made = kind(2)
+        copied = copy.deepcopy(kind(2))
+        loaded = kind(2)
+        loaded.load_state_dict(made.state_dict())
+    for tracker in (made, copied, loaded):
+        tracker.update(index, torch.eye(2), targets)
+        tracker.reset()
+        tracker.update(index, torch.eye(2).flip(0), targets)
+        assert tracker.presentations.tolist() == [1, 1]
 
 
 def test_autograd_is_left_alone() -> None:

@@ -71,6 +71,59 @@ def test_equal_distances_go_to_the_sample_that_stands_first() -> None:
         assert found.ranking.tolist() == [1, 2, 3, 4]
 
 
+def in_order(points: np.ndarray, size: int, start: list[int]) -> list[int]:
+    """The farthest of whole numbers, one after the other, the first of equal ones: exact."""
+    norms = (points**2).sum(1)
+    away = norms[:, None] + norms - 2 * points @ points.T
+    nearest, found = away[start].min(0), []
+    nearest[start] = -1
+    while len(found) < size - len(start):
+        found.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, away[found[-1]])
+        nearest[[*start, *found]] = -1
+    return found
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 6)),
+    most=st.integers(1, 12),
+    offset=st.sampled_from([0, 1, -7, 1000, 2**20]),
+    scale=st.sampled_from([1.0, 2.0**-10, 2.0**-140, 2.0**90]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    candidates=st.sampled_from([1, 3, 2048]),
+    data=st.data(),
+)
+def test_exact_distances_that_are_equal_go_to_the_first(
+    shape: tuple[int, int],
+    most: int,
+    offset: int,
+    scale: float,
+    dtype: torch.dtype,
+    candidates: int,
+    data: st.DataObject,
+) -> None:
+    draws = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    points = draws.integers(0, most + 1, shape)
+    size = data.draw(st.integers(1, len(points)))
+    count = data.draw(st.integers(1, size))
+    start = draws.choice(len(points), count, replace=False).tolist()
+    rows = torch.from_numpy(points + offset).to(dtype) * scale
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_k_center, "_CANDIDATES", candidates)
+        found = k_center(rows, size / len(points), start=start)
+    assert found.ranking.tolist() == in_order(points, size, start)
+
+
+def test_bits_and_pixels_choose_the_same_in_either_precision() -> None:
+    draws = np.random.default_rng(0)
+    for most, width in ((1, 30), (255, 40), (1, 4000)):
+        points = draws.integers(0, most + 1, (300, width))
+        expected = in_order(points, 40, [0])
+        for kind in (np.uint8, np.float32, np.float64):
+            found = k_center(points.astype(kind), 40 / 300, start=[0])
+            assert found.ranking.tolist() == expected
+
+
 @given(grids(), st.floats(0.01, 1), st.sampled_from([0, 40, 1 << 24]), st.data())
 @settings(max_examples=60)
 def test_each_medoid_lowers_the_sum_most_whatever_pairs_are_kept(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_pipeline import TEST, drop_hot, points
+from test_pipeline import TEST, drop_hot, points, small
 from torch import nn
 from torch.optim import Adam
 from torch.utils.data import Dataset
@@ -127,11 +127,21 @@ def test_what_cells_share_is_computed_once(tmp_path: Path) -> None:
     found = wanted.run(tmp_path)
     trainings = Counter(size for size in calls.sizes if size < 120)
     assert trainings == {24: 2 * 3, 60: 2 * 3}, "one for each seed, mode and ratio"
-    whole = len(calls.sizes) - sum(trainings.values())
-    measuring = whole - 2 - len(found)  # but for a scoring a seed and a fine-tuning a cell
-    assert 2 <= measuring <= 11, "a warm-up and a few steps more, before the start"
-    assert set(calls.sizes[:measuring]) == {120}
-    assert calls.sizes[measuring : measuring + 2] != [24, 60], "scores come first"
+    assert len(calls.sizes) - sum(trainings.values()) == 2 + len(found), (
+        "a scoring a seed and a fine-tuning a cell, and none to plan"
+    )
+    assert calls.sizes[0] == 120, "scores come first"
+
+
+def test_a_loop_of_ones_own_is_not_called_to_plan(tmp_path: Path) -> None:
+    calls = Calls()
+    plan = grid(drop_hot(fit=calls)).plan(tmp_path)
+    assert calls.sizes == []
+    assert plan.seconds is None
+    assert "time not known" in str(plan)
+    assert plan.memory > 0
+    assert plan.bytes > 0
+    assert grid(drop_hot(fit=partial(fit))).plan(tmp_path).seconds, "this is drophot's"
 
 
 @pytest.mark.parametrize("score_epochs", [10, 12])
@@ -185,6 +195,7 @@ def test_the_plan_counts_the_stages(
     equal = "equal_steps" in controls
     rounds = 2 * len(seeds) * (1 + len(modes) * (sum(ratios) + len(ratios) * equal))
     assert plan.epochs == pytest.approx(rounds + cells)
+    assert plan.seconds is not None
     assert plan.seconds > 0
     assert plan.bytes > 0
 
@@ -321,7 +332,9 @@ def test_the_pipeline_is_left_alone(tmp_path: Path) -> None:
         ({"seeds": [0, 1, 1]}, ValueError, "`seeds` .* once. Found 1 twice"),
         ({"modes": ["low", "low"]}, ValueError, "`modes` .* once. Found 'low' twice"),
         ({"data_ratios": [50]}, ValueError, "`data_ratio` .* Found 50"),
-        ({"data_ratios": [0.5, 1.0]}, ValueError, "below 1. Found 1, which is the baseline"),
+        ({"data_ratios": [0.5, 1.0]}, ValueError, "leave out a sample. Found 1, .* baseline"),
+        ({"data_ratios": [0.5, 0.999]}, ValueError, "Found 0.999, which keeps 120 of 120"),
+        ({"data_ratios": [0.5, 0.501]}, ValueError, "Found 0.5 and 0.501, .* both keep 60 of 120"),
         ({"data_ratios": [0.01]}, ValueError, "should keep a sample of each class"),
         ({"data_ratios": 0.5}, TypeError, "`data_ratios` should be a list. Found 0.5"),
         ({"modes": "low"}, TypeError, "`modes` should be a list. Found 'low'"),
@@ -389,14 +402,10 @@ def test_a_store_can_be_extended(tmp_path: Path) -> None:
         ({"finetune_epochs": 2}, "finetune_epochs", "1 there, 2 here"),
         ({"scope": "global"}, "scope", "'layer' there, 'global' here"),
         ({"protocol": "released"}, "protocol", "'paper' there, 'released' here"),
-        (
-            {"optimizer": partial(Adam, lr=0.01)},
-            "optimizer",
-            r"lr=0\.02\)' there.*lr=0\.01\)' here",
-        ),
-        ({"model": partial(fcnet, 2, 9, 3)}, "model", "hidden=16"),
-        ({"train_set": points(120, 5)}, "data", "there"),
-        ({"test_set": points(60, 5)}, "data", "there"),
+        ({"optimizer": partial(Adam, lr=0.01)}, "optimizer", "lr 0.02 there, 0.01 here"),
+        ({"model": partial(small, hidden=9)}, "model", "hidden 16 there, 9 here"),
+        ({"train_set": points(120, 5)}, "train_set", "inputs"),
+        ({"test_set": points(60, 5)}, "test_set", "inputs"),
         ({"fit": Calls()}, "fit", "drophot.training.fit' there"),
     ],
     ids=lambda value: str(value)[:30],
@@ -422,9 +431,24 @@ def test_threads_belong_to_the_configuration(tmp_path: Path) -> None:
 def test_test_sets_of_another_size_are_another_configuration(tmp_path: Path) -> None:
     grid(seeds=[0]).run(tmp_path)
     same = {"score_epochs": 2, "train_epochs": 2, "finetune_epochs": 1}
-    with pytest.raises(ValueError, match=r"`test_set`.*60\] there.*50\] here"):
+    with pytest.raises(ValueError, match=r"`test_set`.* 60 there, 50 here"):
         grid(drop_hot(**same, test_set=points(50, 1)), seeds=[0]).run(tmp_path)
     assert TEST.tensors[0].shape == (60, 2)
+
+
+def test_a_patch_release_takes_the_store_and_another_one_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = grid(seeds=[0]).run(tmp_path)
+    here = records.versions()
+    major, minor = here["torch"].split(".")[:2]
+    for changed in (f"{major}.{minor}.99+cpu", f"{major}.{int(minor) + 1}.0"):
+        monkeypatch.setattr(records, "versions", lambda t=changed: here | {"torch": t})
+        if ".99" in changed:
+            assert grid(seeds=[0]).run(tmp_path) == found
+        else:
+            with pytest.raises(ValueError, match=rf"`versions`.* torch '{major}.{minor}' there"):
+                grid(seeds=[0]).run(tmp_path)
 
 
 def test_each_mode_is_held_against_each_ratio_before_any_work() -> None:
@@ -437,12 +461,14 @@ def test_each_mode_is_held_against_each_ratio_before_any_work() -> None:
     Grid(drop_hot(mode=Stratified(cutoff=0.3)), data_ratios=[0.8], modes=["random"], **settings)
 
 
-def test_two_modes_of_one_name_are_one_mode() -> None:
-    with pytest.raises(ValueError, match="hold each value once. Found Scored"):
-        Grid(
-            drop_hot(),
-            data_ratios=[0.3],
-            modes=["random", Scored("aum", "random")],
-            prune_ratios=[0.5],
-            seeds=[0],
-        )
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ["random", Scored("aum", "random")],
+        ["high", Scored("forgetting", "high")],
+        [Scored(mode=Stratified(bins=9)), Stratified(bins=9)],
+    ],
+)
+def test_one_mode_under_two_names_is_refused(modes: list[Any]) -> None:
+    with pytest.raises(ValueError, match="`modes` should hold each value once"):
+        grid(modes=modes)

@@ -10,7 +10,9 @@ import pytest
 import references
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam
+from torch.nn.utils import prune as torch_prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.optim import LBFGS, SGD, Adam
 from torch.utils.data import Dataset, TensorDataset
 
 from drophot import DropHot, IndexedDataset, Masks, Record, evaluate, fit, magnitude_prune, select
@@ -312,15 +314,107 @@ def test_a_loop_of_the_users_own() -> None:
     assert calls == 4 * [6, 3, 2]
 
 
-def test_a_loop_that_does_not_call_back_is_found_out() -> None:
-    def silent(*_: Any, **__: Any) -> None: ...
+class Odd:
+    """Trains as `fit` does, but for what it does not call, and notes its epochs."""
 
-    for forgetting in ("paper", "toneva"):
-        with pytest.raises(RuntimeError, match="Found 120 of 120 samples .* never presented"):
-            drop_hot(fit=silent, forgetting=forgetting).score()
-    run = drop_hot(fit=silent, mode="random")
-    with pytest.raises(RuntimeError, match="on_epoch after every epoch, 2 times. Found 0"):
-        run.run()
+    def __init__(self, *lacks: str) -> None:
+        self.lacks = lacks
+        self.epochs = 0
+
+    def __call__(self, model: nn.Module, data: Any, epochs: int, **how: Any) -> None:
+        for name in self.lacks:
+            how[name] = None
+        for epoch in range(epochs):
+            self.epochs += 1
+            fit(model, data, 1, **(how | {"on_epoch": None}))
+            if how["on_epoch"] is not None:
+                how["on_epoch"](epoch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "lacks", "epochs"),
+    [
+        ({}, ["on_epoch"], 6),  # the first training
+        ({"mode": "random"}, ["on_epoch"], 3),
+        ({"protocol": "released"}, ["on_epoch"], 6),
+        ({"forgetting": "toneva"}, ["on_epoch", "on_batch"], 6),
+        ({"forgetting": "toneva"}, ["on_batch"], 1),  # the first epoch
+    ],
+)
+def test_a_loop_that_does_not_call_back_is_found_out_as_soon_as_it_shows(
+    settings: dict[str, Any], lacks: list[str], epochs: int
+) -> None:
+    odd = Odd(*lacks)
+    with pytest.raises(RuntimeError, match="`fit` should call"):
+        drop_hot(fit=odd, **settings).run()
+    assert odd.epochs == epochs
+
+
+@pytest.mark.parametrize("step", ["score", "train", "finetune"])
+def test_a_training_that_diverges_is_an_error_in_the_epoch_in_which_it_does(step: str) -> None:
+    seen: list[int] = []
+    steps = iter(["score", "train", "finetune"])
+
+    def diverging(model: nn.Module, data: Any, epochs: int, **how: Any) -> None:
+        now = next(steps)
+        for epoch in range(epochs):
+            fit(model, data, 1, **(how | {"on_epoch": None}))
+            if now == step and epoch == 1:
+                with torch.no_grad():
+                    list(model.parameters())[-1][0] = torch.inf
+            seen.append(epoch)
+            how["on_epoch"](epoch)
+
+    with pytest.raises(ValueError, match=f"`{step}` .* after epoch 2 of 3"):
+        drop_hot(score_epochs=3, train_epochs=3, finetune_epochs=3, fit=diverging).run()
+    assert seen[-2:] == [0, 1]
+
+
+class Bare(nn.Module):
+    """Weights that are no layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs @ self.weight
+
+
+class Scaled(nn.Module):
+    """Ends in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(inputs) * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"model": Scaled, "mode": "k_center"}, "model"),
+        ({"model": lambda: weight_norm(nn.Linear(2, 3))}, "model"),
+        ({"model": lambda: spectral_norm(nn.Linear(2, 3))}, "model"),
+        ({"model": lambda: torch_prune.identity(nn.Linear(2, 3), "weight")}, "model"),
+        ({"model": Bare}, "model"),
+        ({"optimizer": LBFGS}, "optimizer"),
+        ({"optimizer": partial(LBFGS, max_iter=2)}, "optimizer"),
+    ],
+)
+def test_what_a_later_step_could_not_do_is_refused_before_the_first(
+    changes: dict[str, Any], name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` should"):
+        drop_hot(**changes)
+
+
+def test_a_loop_of_ones_own_may_have_an_optimiser_with_a_closure() -> None:
+    def mine(*_: Any, **__: Any) -> None: ...
+
+    drop_hot(optimizer=LBFGS, fit=mine)
 
 
 def test_steps_out_of_order_say_what_is_missing() -> None:

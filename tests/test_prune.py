@@ -370,7 +370,8 @@ def test_holding_zeroes_at_once_and_only_what_the_optimizer_trains() -> None:
     optimizer = SGD([model[4].weight], lr=0.1)
     handle = masks.hold(optimizer)
     assert zeros(model, ["4.weight"]) == int((~masks["4.weight"]).sum())
-    steps(model, optimizer, 1)
+    with pytest.warns(UserWarning, match="13 of 1,194"):
+        steps(model, optimizer, 1)
     assert zeros(model, ["4.weight"]) == int((~masks["4.weight"]).sum())
     handle.remove()
     steps(model, optimizer, 1)
@@ -550,6 +551,9 @@ def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
     ("arguments", "error", "message"),
     [
         ({"ratio": None}, TypeError, "`ratio` should be a number .* NoneType"),
+        ({"ratio": "0.8"}, TypeError, "`ratio` .* Found str"),
+        ({"ratio": b"0.8"}, TypeError, "`ratio` .* Found bytes"),
+        ({"ratio": True}, TypeError, "`ratio` .* Found bool"),
         ({"scope": "all"}, ValueError, "`scope` .* Found 'all'"),
         ({"skip": "4"}, TypeError, r"Found '4'; give \('4',\)"),
         ({"skip": ["4.weigth"]}, ValueError, "Found '4.weigth', near to '4.weight'"),
@@ -594,6 +598,16 @@ def test_a_model_that_cannot_be_pruned_says_why(
 ) -> None:
     with pytest.raises(error, match=message):
         magnitude_prune(model, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "found"),
+    [(network().state_dict(), "OrderedDict"), ("model.pt", "'model.pt'"), (0.8, "0.8")],
+)
+def test_what_is_no_module_is_named(model: Any, found: str) -> None:
+    for do in (Masks.from_zeros, lambda model: magnitude_prune(model, 0.5)):
+        with pytest.raises(TypeError, match=f"`model` .* Found .*{found}"):
+            do(model)
 
 
 def test_weights_that_are_not_plain_floats_are_refused() -> None:

@@ -5,6 +5,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from math import ceil
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import DataLoader
 
-from drophot import Grid, Masks, evaluate
+from drophot import Grid, Masks, evaluate, fit
 from drophot.prune import magnitude_prune, recalibrate_bn
 from drophot.records import Record, from_line, to_line
 from drophot.report import differences, table
@@ -243,6 +244,27 @@ def test_what_does_not_go_together_is_refused_before_any_work(settings: dict, me
     if settings.keys() <= {"schedule", "rewind", "recalibrate_bn", "reinitialize"}:
         with pytest.raises(ValueError, match=message):
             drop_hot().replace(**settings)
+
+
+@pytest.mark.parametrize("schedule", ["gradual", "iterative"])
+def test_a_loop_too_slow_for_the_schedule_is_found_out_after_an_epoch(schedule: Any) -> None:
+    """One step for every eight batches: the gradual schedule takes half of the steps."""
+    epochs: list[int] = []
+
+    def accumulating(model: nn.Module, data: Any, count: int, **how: Any) -> None:
+        how["batch_size"] *= 8
+        after = how["on_epoch"]
+        how["on_epoch"] = lambda epoch: (epochs.append(epoch), after(epoch))
+        fit(model, data, count, **how)
+
+    run = drop_hot(mode="random", schedule=schedule, finetune_epochs=4, fit=accumulating)
+    run.select()
+    run.train()
+    run.prune()
+    epochs.clear()
+    with pytest.raises(RuntimeError, match=r"`fit` should step .* Found 1 steps in 1 of 4 epochs"):
+        run.finetune()
+    assert epochs == [0]
 
 
 @pytest.mark.parametrize("name", ["rewind", "recalibrate_bn", "structured"])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drophot import Record
-from drophot.records import describe, factory_name, fingerprint, read, versions, write
+from drophot.records import describe, factory_name, fingerprint, from_line, read, versions, write
 
 share = st.floats(0, 1)
 text = st.text(max_size=20)
@@ -33,6 +33,9 @@ records = st.builds(
     device=text,
     versions=st.dictionaries(text, text),
     fingerprint=text,
+    settings=st.dictionaries(text, st.integers() | text | st.lists(st.integers(), max_size=2)),
+    cell=text,
+    test_samples=st.integers(0, 10**6),
 )
 
 
@@ -100,6 +103,40 @@ def test_a_foreign_line_is_named(bad: str, tmp_path: Path) -> None:
         read(extra)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("seed", value) for value in ("zero", 0.5, True, None)],
+        *[("trained_accuracy", value) for value in ("x", None, [0.5], True)],
+        *[("finetune_curve", value) for value in (0.5, ["x"], [None], "0.5")],
+        *[("seconds", value) for value in ([1], {"train": "x"})],
+        *[("versions", {"torch": 2}), ("equal_steps", 1), ("model", 3), ("kept", 1.5)],
+    ],
+    ids=str,
+)
+def test_a_value_of_another_type_is_named(name: str, value: Any) -> None:
+    line = json.dumps(dataclasses.asdict(one()) | {name: value})
+    with pytest.raises(ValueError, match=name):
+        from_line(line)
+
+
+def test_a_missing_and_a_newer_field_are_named() -> None:
+    values = dataclasses.asdict(one())
+    with pytest.raises(ValueError, match=r"flavour.*newer drophot"):
+        from_line(json.dumps(values | {"flavour": 1}))
+    del values["seed"]
+    with pytest.raises(ValueError, match="'seed'"):
+        from_line(json.dumps(values))
+
+
+def test_old_records_are_read() -> None:
+    new = {"settings", "cell", "test_samples", "parameters", "structured"}
+    values = {k: v for k, v in dataclasses.asdict(one()).items() if k not in new}
+    found = from_line(json.dumps(values))
+    assert found == one()
+    assert (found.settings, found.cell, found.test_samples) == ({}, "", 0)
+
+
 json_values = st.recursive(
     st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), text),
     lambda inner: st.lists(inner, max_size=3),
@@ -129,6 +166,9 @@ def test_callables_are_described_without_addresses() -> None:
     assert describe(adam) == "torch.optim.adam.Adam(betas=(0.9, 0.99), lr=0.1)"
     assert describe(describe) == "drophot.records.describe"
     assert describe(Callable()).endswith("Callable")
+    norm = partial(Callable, norm=lambda x: x, model=object())
+    assert "norm=" in describe(norm)
+    assert "0x" not in describe(norm)
     assert "0x" not in describe(lambda: 0) + describe(Callable())
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_records import one
 
 from drophot import Record
+from drophot.records import fingerprint
 from drophot.stats import Comparison, compare, estimate, holm, paired, seeds_needed
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="`scipy` is not installed")
@@ -99,8 +100,9 @@ def test_turned_round_it_is_the_same_difference(values: list[tuple[float, float]
     one_way, other = paired(a, b), paired(b, a)
     assert one_way.difference == -other.difference
     assert one_way.p_value == other.p_value
-    assert one_way.effect_size == -other.effect_size
-    assert one_way.interval == tuple(-x for x in reversed(other.interval))
+    assert one_way.effect_size == pytest.approx(-other.effect_size, nan_ok=True)
+    turned = tuple(-x for x in reversed(other.interval))
+    assert one_way.interval == pytest.approx(turned, nan_ok=True)
 
 
 @given(pairs)
@@ -121,24 +123,22 @@ def test_a_single_pair_is_no_test() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "p_value", "effect"),
+    ("a", "b"),
     [
-        ([0.9, 0.8], [0.9, 0.8], 1.0, 0.0),
-        ([0.9, 0.8, 0.3], [0.8, 0.7, 0.2], 0.0, math.inf),
-        ([0.8, 0.7, 0.2], [0.9, 0.8, 0.3], 0.0, -math.inf),
-        ([0.1 + 0.2, 0.3], [0.3, 0.3], 1.0, 0.0),
-        ([0.75, 0.5], [0.5, 0.25], 0.0, math.inf),
-        ([0.0, 0.0], [0.0, 0.0], 1.0, 0.0),
+        ([0.9, 0.8], [0.9, 0.8]),
+        ([0.9, 0.8, 0.3], [0.8, 0.7, 0.2]),
+        ([0.8, 0.7, 0.2], [0.9, 0.8, 0.3]),
+        ([0.1 + 0.2, 0.3], [0.3, 0.3]),
+        ([0.75, 0.5], [0.5, 0.25]),
+        ([0.0, 0.0], [0.0, 0.0]),
     ],
 )
-def test_differences_that_are_all_equal(
-    a: list[float], b: list[float], p_value: float, effect: float
-) -> None:
+def test_differences_that_are_all_equal_are_no_finding(a: list[float], b: list[float]) -> None:
     """0.9 - 0.8 and 0.8 - 0.7 are not the same float."""
     assert 0.9 - 0.8 != 0.8 - 0.7
     found = paired(a, b)
-    assert (found.p_value, found.effect_size) == (p_value, effect)
-    assert found.interval == (found.difference, found.difference)
+    assert found.p_value == 1
+    assert all(math.isnan(x) for x in (*found.interval, found.effect_size))
     assert found.difference == pytest.approx(a[0] - b[0], abs=1e-15)
 
 
@@ -420,11 +420,11 @@ def test_one_seed_is_a_difference_and_no_test() -> None:
 @pytest.mark.parametrize(
     ("records", "choices", "words"),
     [
-        (CELLS[3:], {}, "Found none of mode 'baseline'"),
-        (CELLS[:9], {"against": "random"}, "Found none of mode 'random'"),
-        ([], {}, "Found none of mode"),
-        ([*CELLS, CELLS[4]], {}, "Found seed 1 twice in .*'mode': 'low'"),
-        (CELLS, {"against": "low"}, "`against` should be one of baseline, random. Found 'low'"),
+        (CELLS[3:], {}, "`against` .*'baseline'"),
+        (CELLS[:9], {"against": "random"}, "`against` .*'random'"),
+        (CELLS, {"against": "fresh_subset"}, "`against` .*'fresh_subset'.* baseline, low, high"),
+        ([], {}, "at least one record"),
+        ([*CELLS, replace(CELLS[4], sparsity=0.1)], {}, "seed 1 twice in lenet: low"),
         (CELLS, {"measure": "best"}, "`measure` should be one of .*Found 'best'"),
     ],
 )
@@ -433,6 +433,71 @@ def test_no_comparison_of_wrong_records(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         compare(records, **choices)
+
+
+def test_against_any_mode_that_is_there() -> None:
+    rows = compare(CELLS, against="low")
+    assert [(row.mode, row.against) for row in rows] == [("high", "low"), ("random", "low")]
+    assert rows[0].difference == pytest.approx((0.11 + 0.10 + 0.13) / 3)
+    fresh = [replace(r, mode="fresh_subset") for r in CELLS if r.mode == "random"]
+    crest = [replace(r, mode="crest") for r in CELLS if r.mode == "high"]
+    (row,) = compare([*CELLS[:3], *fresh, *crest], against="fresh_subset")
+    assert (row.mode, row.n) == ("crest", 3)
+
+
+def with_settings(records: list[Record], **settings: Any) -> list[Record]:
+    """As runs give them: each with its whole configuration."""
+    found = []
+    for r in records:
+        asked = {"mode": r.mode, "data_ratio": r.keep_ratio, "prune_ratio": r.prune_ratio}
+        asked |= {"score_epochs": 10, "optimizer": "SGD(lr=0.1)", **settings}
+        found.append(replace(r, settings=asked, cell=fingerprint(asked)))
+    return found
+
+
+def test_a_pair_was_asked_for_alike_in_all_but_the_mode() -> None:
+    slow = with_settings(CELLS, optimizer="SGD(lr=0.01)")
+    slow = [replace(r, finetuned_accuracy=r.finetuned_accuracy / 2) for r in slow]
+    both = compare(with_settings(CELLS) + slow)
+    assert [row.n for row in both] == [3] * 6, "three seeds, not six"
+    assert [row.difference for row in both[:3]] == [row.difference for row in compare(CELLS)]
+    assert [row.settings["optimizer"] for row in both] == ["SGD(lr=0.1)"] * 3 + ["SGD(lr=0.01)"] * 3
+    alone = [r for r in slow if r.mode != "baseline"]
+    assert len(compare(with_settings(CELLS) + alone)) == 3, "no reference of its own, left out"
+
+
+def test_a_reference_that_needs_no_scores_serves_all_ways_of_scoring() -> None:
+    longer = [r for r in with_settings(CELLS, score_epochs=40) if r.mode == "high"]
+    assert [row.mode for row in compare(with_settings(CELLS) + longer)].count("high") == 2
+    of_random = compare(with_settings(CELLS) + longer, against="random")
+    assert [row.mode for row in of_random] == ["low", "high", "high"]
+    of_low = compare(with_settings(CELLS) + longer, against="low")
+    assert [row.mode for row in of_low] == ["high", "random"], "low was scored for 10 epochs only"
+    own = [replace(r, finetuned_accuracy=0.5) for r in with_settings(CELLS[:3], score_epochs=40)]
+    high = compare([*with_settings(CELLS), *longer, *own])[-1]
+    assert high.difference == pytest.approx((0.91 + 0.92 + 0.94) / 3 - 0.5), "its own comes first"
+
+
+def test_a_run_that_is_there_twice_counts_once() -> None:
+    again = [replace(r, seconds={"train": 99.0}) for r in CELLS]
+    assert compare(CELLS + again) == compare(CELLS)
+    nan = [replace(r, trained_accuracy=math.nan) for r in CELLS]
+    same = [replace(r, trained_accuracy=float("nan")) for r in CELLS]
+    assert compare(nan + same) == compare(CELLS)
+
+
+def test_an_accuracy_that_is_nan_counts_for_no_seed() -> None:
+    lost = [replace(r, finetuned_accuracy=math.nan) if r.seed == 1 else r for r in CELLS]
+    rows = compare(lost)
+    assert [row.n for row in rows] == [2, 2, 2]
+    assert rows[0].difference == pytest.approx((0.80 - 0.90 + 0.81 - 0.92) / 2)
+    none = [replace(r, finetuned_accuracy=math.nan) if r.mode == "low" else r for r in CELLS]
+    low, high, _ = compare(none)
+    assert low.n == 0
+    assert math.isnan(low.difference)
+    assert math.isnan(low.p_holm)
+    two = [r for r in CELLS if r.mode != "low"]
+    assert high.p_holm == compare(two)[0].p_holm, "no test does not count"
 
 
 def test_rows_make_a_data_frame() -> None:

@@ -1,9 +1,11 @@
 """A grid's folder under `kill -9`, damage, company and a full disk."""
 
+import errno
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +25,7 @@ from test_pipeline import drop_hot
 from torch import nn
 from torch.utils.data import Dataset
 
-from drophot import Grid, Record, _store, fit, records
+from drophot import Grid, Record, _digests, _store, fit, records
 from drophot._store import Store, open_store, write_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
@@ -211,6 +213,44 @@ def test_what_a_killed_process_left_half_written_is_removed_when_it_is_old(tmp_p
     os.utime(left, (0, 0))
     store.tidy({})
     assert not left.exists()
+
+
+@pytest.mark.parametrize("hours", [-30, -3, 3, 30])
+def test_a_clock_that_is_off_costs_no_other_machines_file(
+    hours: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files have the time of the file server, which is not that of the machine that tidies."""
+    store = open_store(tmp_path / "store", {"a": 1}, {})
+    now, sync = time.time(), os.fsync
+
+    def tidied_meanwhile(descriptor: int) -> None:
+        sync(descriptor)
+        monkeypatch.setattr(os, "fsync", sync)
+        with monkeypatch.context() as other:
+            other.setattr(time, "time", lambda: now + 3600 * hours)
+            store.tidy({})
+        assert len(list(tmp_path.glob("store/stages/.*.tmp"))) == 1
+
+    monkeypatch.setattr(os, "fsync", tidied_meanwhile)
+    store.save("score-seed0.pt", b"hours of work")
+    assert store.load("score-seed0.pt") == b"hours of work"
+
+
+def test_a_file_that_vanishes_as_it_is_written_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, sync = open_store(tmp_path / "store", {"a": 1}, {}), os.fsync
+
+    def remove(descriptor: int) -> None:
+        sync(descriptor)
+        monkeypatch.setattr(os, "fsync", sync)
+        for part in tmp_path.glob("store/stages/.*.tmp"):
+            part.unlink()
+
+    monkeypatch.setattr(os, "fsync", remove)
+    store.save("score-seed0.pt", b"hours of work")
+    assert store.load("score-seed0.pt") == b"hours of work"
+    assert len(list((tmp_path / "store" / "stages").iterdir())) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -475,6 +515,64 @@ def test_a_new_or_an_empty_folder_is_taken(tmp_path: Path, wanted: list[Record])
     assert grid().run(tmp_path / "empty") == wanted
 
 
+def test_a_finished_store_can_be_read_where_it_cannot_be_written(
+    tmp_path: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid().run(tmp_path)
+    part = grid().run(tmp_path)  # and so can a part of it, whose lines and plan would be others
+    with monkeypatch.context() as patched:
+        for name in ("touch", "unlink", "replace", "mkdir", "write_bytes"):
+            patched.setattr(Path, name, read_only)
+        open_ = Path.open
+        patched.setattr(
+            Path,
+            "open",
+            lambda path, mode="r", *rest, **how: (
+                read_only() if set(mode) & set("wxa") else open_(path, mode, *rest, **how)
+            ),
+        )
+        assert grid().run(tmp_path) == part == wanted
+        cells: dict[str, Any] = {"data_ratios": [0.2], "modes": ["high"], "prune_ratios": [0.6]}
+        few = Grid(grid().pipeline, **cells, seeds=[0])
+        assert [record in wanted for record in few.run(tmp_path)] == [True] * 3
+        called: list[str] = []
+        patched.setattr(_store.Store, "save", lambda *_: called.append("save"))
+        more = Grid(grid().pipeline, **cells, seeds=[7])
+        with pytest.raises(OSError, match="Read-only"):
+            more.run(tmp_path)
+        assert called == [], "before anything is computed"
+    assert records.read(tmp_path / "records.jsonl") == wanted
+
+
+def read_only(*_: Any, **__: Any) -> Any:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["grid.json", "records.jsonl", "stages/finetune-seed0-random-keep0.5-prune0.6.json"],
+)
+def test_a_folder_in_place_of_a_file_is_named(name: str, tmp_path: Path) -> None:
+    grid().run(tmp_path)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf"`store`.*{Path(name).name}.*folder"):
+        grid().run(tmp_path)
+
+
+def test_stages_that_were_removed_by_hand_are_computed_again(
+    tmp_path: Path, wanted: list[Record]
+) -> None:
+    grid().run(tmp_path)
+    shutil.rmtree(tmp_path / "stages")
+    assert grid().plan(tmp_path).finetunings == 10
+    assert grid().run(tmp_path) == wanted
+    shutil.rmtree(tmp_path / "stages")
+    (tmp_path / "stages").touch()
+    with pytest.raises(ValueError, match="`store`.*stages"):
+        grid().run(tmp_path)
+
+
 def test_what_is_written_whole_replaces_or_leaves(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_whole(path, b"one")
@@ -500,8 +598,8 @@ def test_what_is_written_whole_replaces_or_leaves(tmp_path: Path) -> None:
 )
 def test_digests_differ(tensors: list[torch.Tensor]) -> None:
     others = [[torch.ones(2)], [torch.zeros(5)], [torch.zeros(2, 1)]]
-    assert all(_store.digest(tensors) != _store.digest(other) for other in others)
-    assert _store.digest(tensors) == _store.digest([t.clone() for t in tensors])
+    assert all(_digests.digest(tensors) != _digests.digest(other) for other in others)
+    assert _digests.digest(tensors) == _digests.digest([t.clone() for t in tensors])
 
 
 def main() -> None:

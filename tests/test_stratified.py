@@ -92,6 +92,21 @@ def test_any_dtype_gives_the_same(dtype: torch.dtype) -> None:
     assert torch.equal(select(scores.to(dtype), 0.3, Stratified(cutoff=0.1)), expected)
 
 
+@given(
+    st.lists(st.integers(-300, 300).map(float), min_size=1, max_size=40),
+    st.floats(0.01, 1),
+    st.sampled_from([700, 4096, 10**9]),
+    seeds,
+)
+def test_bins_without_a_sample_cost_nothing_and_change_nothing(
+    scores: list[float], ratio: float, bins: int, seed: int
+) -> None:
+    """More bins than whole numbers: each has its own, however many are empty."""
+    found = select(scores, ratio, Stratified(bins), seed=seed)
+    size = kept(len(scores), ratio)
+    assert found.tolist() == references.stratified(scores, size, 700, 0.0, "high", seed)
+
+
 def test_the_widest_range_of_floats_has_bins() -> None:
     largest = float(np.finfo(np.float64).max)
     scores = torch.tensor([-largest, 0.0, 0.0, largest], dtype=torch.float64)
@@ -106,6 +121,9 @@ def test_the_widest_range_of_floats_has_bins() -> None:
     ("settings", "error", "message"),
     [
         ({"bins": 0}, ValueError, "`bins` should be at least 1. Found 0"),
+        ({"bins": True}, TypeError, "`bins` should be an integer. Found True"),
+        ({"bins": 10**10}, ValueError, "`bins` .* Found 10,000,000,000"),
+        ({"cutoff": True}, TypeError, "`cutoff` .* Found True"),
         ({"bins": 2.5}, TypeError, "`bins` should be an integer. Found 2.5"),
         ({"cutoff": 1}, ValueError, r"`cutoff` .* \[0, 1\). Found 1; to leave out 10 % give 0.1"),
         ({"cutoff": -0.1}, ValueError, "Found -0.1"),

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
 
-from drophot import _modes, _probe, coreset, released
-from drophot._feed import batches, targets_of
+from drophot import _loop, _modes, _random, coreset, released
+from drophot._feed import batches
+from drophot._samples import targets_of
 from drophot.coreset import select
 from drophot.crest import CrestLoader
 from drophot.dynamics import DynamicsTracker
@@ -38,6 +39,9 @@ def score(run: Any) -> Tensor:
     counts = released.PositionCounts(total, seed=run.seed)
 
     def observe(_: int) -> None:
+        if toneva:  # which sees the batches themselves
+            _loop.check_presented(tracker, over=False)
+            return
         observer = counts if by_position else tracker
         observer.observe(model, batches(run.train_set, 1024, run.device))
 
@@ -47,15 +51,35 @@ def score(run: Any) -> Tensor:
         run.score_epochs,
         run.optimizer(model.parameters()),
         on_batch=tracker.update if toneva else None,
-        on_epoch=None if toneva else observe,
+        on_epoch=observe,
     )
     if by_position:
-        _probe.check_called(counts.walks, run.score_epochs)
         run.tracker = None
         return counts.scores
-    _probe.check_presented(tracker)
+    _loop.check_presented(tracker)
     how = _modes.scored(run.mode)
     return run.statistic("forgetting" if how is None else how.statistic)
+
+
+def check(run: Any) -> None:
+    """Refuse a mode that goes by features which the model does not give.
+
+    Args:
+        run: With the settings, the factory and the data of a :class:`drophot.DropHot`.
+
+    Raises:
+        ValueError: If it does not give them.
+    """
+    total = len(run.train_set)
+    if run.mode not in _modes.OF_FEATURES or coreset.kept(total, run.data_ratio) == total:
+        return
+    with _random.kept(run.device, seed=run.seed):
+        model = run.factory().to(run.device)
+        try:
+            _vectors(run.mode, model, Subset(run.train_set, [0]))
+        except ValueError as error:
+            error.add_note(f"`mode={run.mode!r}` needs these features of `model`.")
+            raise
 
 
 def choose(run: Any) -> Tensor:
@@ -69,18 +93,17 @@ def choose(run: Any) -> Tensor:
     """
     mode, ratio, total = run.mode, run.data_ratio, len(run.train_set)
     if mode in _modes.DYNAMIC or coreset.kept(total, ratio) == total:
-        return torch.arange(total)
+        return torch.arange(total, device="cpu")
     if mode == "random":
-        return select(torch.zeros(total), ratio, "random", seed=run.seed)
+        return select(torch.zeros(total, device="cpu"), ratio, "random", seed=run.seed)
     if run.protocol == "released":
         return released.select(run.scores, ratio, mode)
     if (how := _modes.scored(mode)) is not None:
         targets = targets_of(run.train_set) if how.balanced else None
-        scores = torch.zeros(total) if how.mode == "random" else run.scores
+        scores = torch.zeros(total, device="cpu") if how.mode == "random" else run.scores
         return select(scores, ratio, how.mode, targets=targets, seed=run.seed)
-    kind = "penultimate" if mode == "k_center" else "error"
     selector = coreset.k_center if mode == "k_center" else coreset.facility_location
-    vectors = features(run.scorer, run.train_set, kind)
+    vectors = _vectors(mode, run.scorer, run.train_set)
     found = selector(vectors, ratio, targets=targets_of(run.train_set), seed=run.seed)
     return found.indices
 
@@ -106,8 +129,13 @@ def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
         return
     run._fit(model, _subset(run, run.indices), epochs, optimizer)
     if steps:  # of an epoch that is not whole: as many full batches
-        part = torch.randperm(len(run.indices))[: steps * run.batch_size]
+        part = torch.randperm(len(run.indices), device="cpu")[: steps * run.batch_size]
         run._fit(model, _subset(run, run.indices[part]), 1, optimizer)
+
+
+def _vectors(mode: str, model: nn.Module, dataset: Dataset[Any]) -> Tensor:
+    """The features of each sample that a mode goes by, `(N, D)`."""
+    return features(model, dataset, "penultimate" if mode == "k_center" else "error")
 
 
 def _subset(run: Any, indices: Tensor) -> Dataset[Any]:
@@ -118,8 +146,8 @@ def _loader(run: Any, model: nn.Module) -> tuple[Any, Any]:
     """What chooses while the model trains, and what it wants to see of each batch."""
     total, ratio, seed = len(run.train_set), run.data_ratio, run.seed
     if run.mode == "crest":
-        size = run.batch_size
-        return CrestLoader(run.train_set, model, ratio, batch_size=size, seed=seed), None
+        options = {"batch_size": run.batch_size, "seed": seed, "cache": run.cache}
+        return CrestLoader(run.train_set, model, ratio, **options), None
     if run.mode == "fresh_subset":
         return _Sampled(run, FreshSubset(total, ratio, seed=seed), None), None
     sampling = LossSampling(total, ratio, seed=seed, device=run.device)
@@ -138,7 +166,7 @@ class _Shuffled(Sampler[int]):
         self.total = total
 
     def __iter__(self) -> Iterator[int]:
-        yield from torch.randperm(self.total).tolist()
+        yield from torch.randperm(self.total, device="cpu").tolist()
 
 
 class _Sampled:
@@ -148,7 +176,7 @@ class _Sampled:
         self.run, self.sampler, self.sampling = run, sampler, sampling
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        run, order = self.run, torch.tensor(list(self.sampler), dtype=torch.int64)
+        run, order = self.run, torch.tensor(list(self.sampler), dtype=torch.int64, device="cpu")
         for batch in batches(run.train_set, run.batch_size, run.device, shuffle=order):
             yield batch if self.sampling is None else (*batch, self.sampling.weights(batch[2]))
 

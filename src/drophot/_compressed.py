@@ -6,6 +6,8 @@ import json
 import os
 import zipfile
 import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from drophot._weights import check_module
+
 _FORMAT = "drophot compressed 1"
 _HEADER = "drophot.json"
+_NO_NOTE = {"version": 1}
 
 # What reading a file that is not one of these, or no longer, can end in.
 _DAMAGE = (
@@ -50,7 +55,8 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
         path: The file; one that is there is replaced.
 
     Raises:
-        TypeError: If the `state_dict` holds something else than dense tensors.
+        TypeError: If `model` is no module, `path` no path, or the `state_dict` holds something else
+            than dense tensors.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -63,10 +69,11 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
         >>> torch.equal(model.weight, other.weight)
         True
     """
+    check_module("model", model)
+    path = _path(path)
     state = model.state_dict()
     for name, tensor in state.items():
         _check_dense(name, tensor)
-    path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     entries: dict[str, dict[str, Any]] = {}
     shared: dict[tuple[Any, ...], str] = {}
@@ -79,8 +86,8 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
                     continue
                 shared[memory] = name
                 entries[name] = _write(archive, str(number), tensor.detach())
-            header = {"format": _FORMAT, "tensors": entries}
-            archive.writestr(_HEADER, json.dumps(header))
+            header = {"format": _FORMAT, "tensors": entries, "metadata": _metadata(state)}
+            archive.writestr(_HEADER, json.dumps(header, default=_refuse))
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -89,19 +96,28 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
 def load_compressed(model: nn.Module, path: Path | str) -> None:
     """Load what `save_compressed` wrote into a model of the same architecture, in place.
 
-    Every tensor is equal to the one that was saved. A zero's sign may differ: masks that hold make
-    zeros of either, which are one here.
+    As `model.load_state_dict` loads the `state_dict` that was saved, by it: modules with a way of
+    their own to load, and hooks, come into their own. Every tensor is equal to the one that was
+    saved. A zero's sign may differ: those of either are one here.
 
     Args:
         model: On any device.
         path: The file.
 
     Raises:
-        ValueError: If the file is damaged or something else, or names, shapes or dtypes are not
-            the model's. Nothing is changed then.
+        TypeError: If `model` is no module or `path` no path.
+        ValueError: If the file is damaged or something else, names, shapes or dtypes are not the
+            model's, or the model is on the meta device. Nothing is changed then.
     """
+    check_module("model", model)
+    path = _path(path)
     state = model.state_dict()
-    with Path(path).open("rb") as file:
+    if empty := [name for name, tensor in state.items() if getattr(tensor, "is_meta", False)]:
+        raise ValueError(
+            f"`model` should have memory for its tensors. Found `{empty[0]}` on meta; call "
+            f"model.to_empty(device=...) first."
+        )
+    with path.open("rb") as file:
         try:
             found = _read(file, state)
         except _DAMAGE as error:
@@ -109,9 +125,22 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
                 f"`path` should be a file of save_compressed, whole. Found {path}, which is "
                 f"damaged or something else ({type(error).__name__}: {error})."
             ) from error
-    with torch.no_grad():
-        for name, tensor in found.items():
-            state[name].copy_(tensor)
+    model.load_state_dict(found)
+
+
+def _path(path: Any) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            f"`path` should be a path. Found a {type(path).__name__}; the model comes first, then "
+            f"the path."
+        )
+    return Path(path)
+
+
+def _metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What modules note of their part of a state, by path: versions above the first, most often."""
+    notes = getattr(state, "_metadata", {})
+    return {path: dict(note) for path, note in notes.items() if note != _NO_NOTE}
 
 
 def _write(archive: zipfile.ZipFile, number: str, tensor: Tensor) -> dict[str, Any]:
@@ -133,6 +162,7 @@ def _write(archive: zipfile.ZipFile, number: str, tensor: Tensor) -> dict[str, A
 
 
 def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state of the same tensors and notes as the one that was written."""
     with zipfile.ZipFile(file) as archive:
         header = json.loads(archive.read(_HEADER))
         if header.get("format") != _FORMAT:
@@ -146,7 +176,8 @@ def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"`model` should have the tensors of the file. Found a difference in {strange}; "
                 f"it is of another model."
             )
-        found: dict[str, Tensor] = {}
+        found: OrderedDict[str, Tensor] = OrderedDict()
+        found._metadata = _noted(header, state)  # type: ignore[attr-defined]
         for name, entry in entries.items():
             source = entry.get("same as", name)
             own = entries[source]
@@ -163,13 +194,24 @@ def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _noted(header: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the modules noted when the file was written, by which they know how to read it."""
+    own = {path: dict(note) for path, note in getattr(state, "_metadata", {}).items()}
+    if "metadata" not in header:  # written before that was
+        return own
+    notes = header["metadata"]
+    if not all(isinstance(note, dict) for note in notes.values()):
+        raise ValueError(f"`path` should be whole. Found {notes!r} for what modules noted.")
+    return {path: dict(notes.get(path, _NO_NOTE)) for path in own}
+
+
 def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name: str) -> Tensor:
     # The model says how much there is to read, not the file.
     total, size = like.numel(), like.element_size()
     count = entry.get("nonzeros", total)
     if not isinstance(count, int) or not 0 <= count <= total:
         raise ValueError(f"`path` should be whole. Found {count!r} values of {total} in `{name}`.")
-    values = torch.empty(count, dtype=like.dtype)
+    values = torch.empty(count, dtype=like.dtype, device="cpu")
     if count:
         _bytes(values).numpy()[:] = _exactly(archive, entry["file"], count * size, name)
     if "nonzeros" not in entry:
@@ -178,7 +220,7 @@ def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name:
     kept = torch.from_numpy(np.unpackbits(packed, count=total).view(bool))
     if int(kept.sum()) != count:
         raise ValueError(f"`path` should be whole. Found another number of values in `{name}`.")
-    flat = torch.zeros(total, dtype=like.dtype)
+    flat = torch.zeros(total, dtype=like.dtype, device="cpu")
     flat[kept] = values
     return flat.view(like.shape)
 
@@ -204,6 +246,13 @@ def _may_be_sparse(tensor: Tensor) -> bool:
 def _sparse_bytes(total: int, nonzeros: int, tensor: Tensor) -> int:
     size = tensor.element_size()
     return min(total * size, (total + 7) // 8 + nonzeros * size)
+
+
+def _refuse(note: Any) -> Any:
+    raise TypeError(
+        f"`model` should note in its state's metadata what JSON can hold. Found a "
+        f"{type(note).__name__}; save it with torch.save."
+    )
 
 
 def _check_dense(name: str, tensor: Any) -> None:

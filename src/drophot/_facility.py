@@ -97,7 +97,11 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
         gains.append(min(gain, *gains[-1:]) if gains else gain)  # rounding makes no gain rise
         chosen.append(place)
         state.take(place)
-    return torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains), state.owner
+    return (
+        torch.tensor(chosen, dtype=torch.int64),
+        torch.tensor(gains, dtype=torch.float64),
+        state.owner,
+    )
 
 
 class _Medoids:

@@ -6,7 +6,7 @@ import logging
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import frexp
+from math import frexp, prod
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,17 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot import _memory
-from drophot._shares import Positions, check_ratio, check_targets, kept, members, shares
+from drophot._arrays import numbers
+from drophot._exact import exact
+from drophot._shares import (
+    Positions,
+    check_positions,
+    check_ratio,
+    check_targets,
+    kept,
+    members,
+    shares,
+)
 
 logger = logging.getLogger("drophot")
 
@@ -55,6 +65,7 @@ class Coreset:
 Greedy = Callable[[Tensor, int, Tensor, int], tuple[Tensor, Tensor, Tensor | None]]
 
 
+@exact(products=True)
 def greedy(
     algorithm: Greedy,
     needs: Callable[[int, int, int, int], int],
@@ -122,18 +133,18 @@ def greedy(
 
 
 def _check_features(features: Tensor | ArrayLike) -> Tensor:
-    if isinstance(features, Tensor):
-        values = features.detach()
-    else:
-        values = torch.as_tensor(np.require(features, requirements=["C", "W"]))
-    if values.is_complex():
-        raise TypeError(f"`features` should be real numbers. Found {values.dtype}.")
+    if isinstance(features, Tensor | np.ndarray):
+        wide = "float32" in str(features.dtype) or "float64" in str(features.dtype)
+        if not wide:  # they are copied as float32 before anything else
+            device = features.device if isinstance(features, Tensor) else torch.device("cpu")
+            _check_free(tuple(features.shape), device, 4 * prod(features.shape))
+    values = numbers("features", features)
     if values.dim() != 2 or 0 in values.shape:
         raise ValueError(
             f"`features` should have shape (N, D), both at least 1. Found {tuple(values.shape)}; "
             f"flatten(1) makes rows of images."
         )
-    if not values.is_floating_point() or values.dtype.itemsize < 4:
+    if not values.is_floating_point():
         values = values.float()
     wrong = torch.cat([~part.isfinite().all(1) for part in _parts(values)])
     if wrong.any():
@@ -150,7 +161,18 @@ def _centred(values: Tensor) -> tuple[Tensor, float]:
     power = frexp(largest)[1]
     # In two steps, as the power of the largest numbers is none itself.
     found = (values / 2.0 ** (power // 2)).div_(2.0 ** (power - power // 2))
-    return found.sub_(found.mean(0)), 2.0**power
+    return found.sub_(_middle(found)), 2.0**power
+
+
+def _middle(values: Tensor) -> Tensor:
+    """Of each column the number nearest to its mean."""
+    # The mean itself has more digits than the features: less it, equal distances would differ.
+    mean = values.mean(0)
+    found = values[0].clone()
+    for part in _parts(values):
+        nearest = part.gather(0, (part - mean).abs_().argmin(0, keepdim=True))[0]
+        found = torch.where((nearest - mean).abs() < (found - mean).abs(), nearest, found)
+    return found
 
 
 def _parts(values: Tensor) -> Iterator[Tensor]:
@@ -172,27 +194,12 @@ def square_norms(values: Tensor) -> Tensor:
 def _check_start(start: Any, total: int, size: int) -> Positions:
     if start is None:
         return np.empty(0, dtype=np.int64)
-    found = np.asarray(start.cpu() if isinstance(start, Tensor) else start)
-    if found.size == 0:
-        return np.empty(0, dtype=np.int64)
-    if not np.issubdtype(found.dtype, np.integer):
-        raise TypeError(f"`start` should be positions of samples, integers. Found {found.dtype}.")
-    if found.ndim != 1 or found.min() < 0 or found.max() >= total:
-        wrong = found.flat[np.argmax((found < 0) | (found >= total))]
-        raise ValueError(
-            f"`start` should be positions in [0, {total}), one dimension. Found {wrong} in shape "
-            f"{found.shape}."
-        )
-    if len(np.unique(found)) < len(found):
-        raise ValueError(
-            f"`start` should name each sample once. Found {len(found) - len(np.unique(found))} "
-            f"repeated; give start.unique()."
-        )
+    found = check_positions("start", start, total, "; give mask.nonzero()[:, 0]")
     if len(found) > size:
         raise ValueError(
             f"`start` counts among the {size} samples kept. Found {len(found)}; raise the ratio."
         )
-    return found.astype(np.int64)
+    return found
 
 
 def _begun(
@@ -224,7 +231,6 @@ def _check_memory(
     amount = needs(total, values.shape[1], size, values.dtype.itemsize) + values.nbytes
     if in_parts:
         amount += values.dtype.itemsize * total * values.shape[1]
-    free = _memory.available(values.device)
     logger.info(
         "%d of %d samples, %d features: %.2f GB of memory beside the features",
         size,
@@ -232,10 +238,14 @@ def _check_memory(
         values.shape[1],
         amount / 1e9,
     )
-    if amount > free:
+    _check_free(tuple(values.shape), values.device, amount)
+
+
+def _check_free(shape: tuple[int, ...], device: torch.device, amount: int) -> None:
+    if amount > (free := _memory.available(device)):
         raise MemoryError(
-            f"`features` of {tuple(values.shape)} need {amount / 1e9:.1f} GB more. Found "
-            f"{free / 1e9:.1f} GB free on {values.device}; give `targets`, which takes one class "
+            f"`features` of {shape} need {amount / 1e9:.1f} GB more. Found "
+            f"{free / 1e9:.1f} GB free on {device}; give `targets`, which takes one class "
             f"at a time, fewer features or another device."
         )
 

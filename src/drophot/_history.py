@@ -1,8 +1,8 @@
 """A sample's history as one int64, so that a batch costs one gather and one addition.
 
 Three counters of 20 bits say how often, three bits how the sample stands. Events and rights never
-exceed presentations; presentations that outgrow their counter turn the sign bit on, which every
-read of a tracker checks. 0 is a sample that was never presented.
+exceed presentations; presentations that outgrow their counter turn the sign bit on, which stays on
+and which every read of a tracker checks. 0 is a sample that was never presented.
 
 Two of the bits are there for training on several ranks: whether the sample was presented since the
 ranks last compared, and whether it was right then for the first time. With them the histories of
@@ -18,6 +18,7 @@ LAST, SEEN, FIRST = 1, 2, 4  # right last time; presented since then; right the 
 _EVENT, _RIGHT, _PRESENTED = 1 << 3, 1 << 23, 1 << 43
 _COUNTER = (1 << 20) - 1
 _COUNTERS = ~(LAST | SEEN | FIRST)
+_OUTGROWN = torch.iinfo(torch.int64).min
 MOST_PRESENTATIONS = _COUNTER
 
 
@@ -47,16 +48,19 @@ def present(
 
     Args:
         history: The histories, int64, shape `(N,)`.
-        place: The samples presented, ascending, int64, shape `(B,)`.
+        place: The samples presented, ascending, int64, shape `(B,)`, at most `MOST_PRESENTATIONS`.
         correct: Whether they are right, bool, shape `(B,)`.
         again: Whether each but the first is the same sample as the one before, bool, shape
             `(B - 1,)`; `None` if none is.
         steps: What `steps` gave.
     """
-    before = history.index_select(0, place) & (SEEN | LAST)
+    found = history.index_select(0, place)
+    before = found & (SEEN | LAST)
     if again is not None:
         before[1:] = torch.where(again, correct[:-1] + SEEN, before[1:])
-    history.index_add_(0, place, steps.index_select(0, 2 * before + correct))
+    # What has outgrown its counter is not added to: it would come round to a valid history again.
+    step = steps.index_select(0, 2 * before + correct).masked_fill_(found < 0, 0)
+    history.index_add_(0, place, step)
 
 
 def join(before: Tensor, base: Tensor, after: Tensor) -> Tensor:
@@ -73,7 +77,8 @@ def join(before: Tensor, base: Tensor, after: Tensor) -> Tensor:
     # Its first presentation was compared with the base, and now comes after another one.
     event = ((before & LAST) - (base & LAST)) * _EVENT
     joined = (before & _COUNTERS) + ((after & _COUNTERS) - (base & _COUNTERS))
-    return (joined + torch.where(after & FIRST == 0, event, 0)) | (after & LAST) | SEEN
+    joined = (joined + torch.where(after & FIRST == 0, event, 0)) | (after & LAST) | SEEN
+    return torch.where((before < 0) | (after < 0), _OUTGROWN, joined)
 
 
 def events(history: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from drophot import _cells
+from drophot._columns import EXTRAS, columns, order
 from drophot._panels import NAMES, ONE_SEED, Panels, note, several, values
-from drophot._tables import EXTRAS, Table, percent, word
+from drophot._tables import Table, percent
 from drophot.records import Record, from_line
 
 _HOW = {
@@ -30,13 +32,14 @@ _HOW = {
     "to how that mode chose; what random gains over the baseline is due to the size alone.",
     "[ ]": "A 95 % interval of Student's t. For a difference it is that of the differences within "
     "each seed. With few seeds it is wide, as it should be.",
+    "–": "No accuracy: the run diverged, or it was never measured. Means are of the others, and "
+    "(n = ...) says of how many.",
     "*": "p < 0.05 in the paired t-test after Holm's correction for all differences of the table: "
     "if none of them were real, any star in it would have a chance of 5 % at most. No star is no "
     "proof that two are equal.",
     "Last epoch": "Every accuracy is the one on the test set after the last epoch. The best epoch "
     "is never picked, since that would be to choose by the test set.",
 }
-_BLOCK = {"share", *(heading for heading, _ in EXTRAS.values())}
 _CSS = """
 :root { color-scheme: light dark; --ink: #1c1f23; --soft: #5d6570; --rule: #d9dde2;
   --hair: #eceef1; --paper: #fff; --link: #0072b2 }
@@ -119,16 +122,22 @@ def load(source: Iterable[Record] | Path | str) -> Source:
         The records, each cell once, and what is known of the grid.
 
     Raises:
-        ValueError: If there are none, or a line is no record.
+        TypeError: If one is no record.
+        ValueError: If there are none, a line is no record, or one of two of a cell and seed found
+            something else.
     """
     grid: dict[str, Any] = {}
     if isinstance(source, (Path, str)):
-        grid, source = _read(Path(source))
-    names = (*EXTRAS, "mode", "keep_ratio", "prune_ratio", "seed")
-    cells = {tuple(getattr(record, name) for name in names): record for record in source}
-    if not cells:
+        grid, lines = _read(Path(source))
+        # A stage that two processes computed, or one again, has two lines: the last counts.
+        source = {(_cells.identity(line), line.seed): line for line in lines}.values()
+    source = _cells.checked(source, "source")
+    if not source:
         raise ValueError("`source` should hold at least one record. Found none so far.")
-    records = sorted(cells.values(), key=_order)
+    found = _cells.cells(source, "source")
+    more = order([runs[0] for runs in found])
+    keys = [((*more(runs[0]), *_order(run)), run) for runs in found for run in runs]
+    records = [run for _, run in sorted(keys, key=lambda pair: pair[0])]
     plan = int(grid.get("plan", {}).get("cells", 0))
     return Source(records, max(plan, len(records)), grid.get("configuration", {}))
 
@@ -145,13 +154,13 @@ def page(source: Source, *, accuracies: Table, differences: Table | None, panels
     Returns:
         The page.
     """
-    settings = _settings(source.records)
+    parts_of = _figures(source.records)
 
     def drawn(draw: Callable[[list[Record]], str]) -> str:
-        if len(settings) == 1:
-            return draw(settings[0][1])
+        if len(parts_of) == 1:
+            return draw(parts_of[0][1])
         names: dict[str, list[str]] = {}  # where all is left out, the reason is the same text
-        for name, runs in settings:
+        for name, runs in parts_of:
             names.setdefault(draw(runs), []).append(name)
         if len(names) == 1:
             return next(iter(names))
@@ -204,27 +213,28 @@ def _order(record: Record) -> tuple[Any, ...]:
     return (*setting, record.keep_ratio, record.prune_ratio, mode, record.seed)
 
 
-def _settings(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Records that one figure can show, each baseline with fewer and with equal steps."""
-
-    def setting(record: Record, names: Iterable[str] = EXTRAS) -> tuple[Any, ...]:
-        return tuple(getattr(record, name) for name in names)
-
-    coresets = [record for record in records if record.mode != "baseline"] or records
-    firsts = {setting(record): record for record in coresets}
-    shared = [name for name in EXTRAS if name != "equal_steps"]
-    differing = [i for i, name in enumerate(EXTRAS) if len({key[i] for key in firsts}) > 1]
+def _figures(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Records that one figure can show, each with the baseline that serves it."""
+    inside = {"mode", "keep_ratio", "prune_ratio"}  # what differs within a figure
+    loose = inside | _cells.independent_of("baseline")
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    baselines: dict[object, list[Record]] = {}
+    only = all(record.mode == "baseline" for record in records)
+    for runs in _cells.cells(records):
+        if runs[0].mode == "baseline" and not only:
+            for free in (loose, loose - _cells.STEP_1):
+                key = (len(free), _cells.key(runs[0], free))
+                baselines.setdefault(key, []).extend(runs)
+        else:
+            groups.setdefault(_cells.key(runs[0], inside), []).extend(runs)
+    extras = columns([runs[0] for runs in groups.values()])
     found = []
-    for key, first in firsts.items():
-        runs = [
-            record
-            for record in records
-            if setting(record) == key
-            or (record.mode == "baseline" and setting(record, shared) == setting(first, shared))
-        ]
-        names = [list(EXTRAS)[i] for i in differing]
-        label = ", ".join(f"{EXTRAS[name][0]}: {word(first, name)}" for name in names)
-        found.append((label, runs))
+    for number, runs in enumerate(groups.values()):
+        label = ", ".join(f"{column.heading}: {column.words[number]}" for column in extras)
+        # The baselines that were scored alike, or if there are none, those that were not.
+        frees = (loose - _cells.STEP_1, loose)
+        served = [baselines.get((len(free), _cells.key(runs[0], free)), []) for free in frees]
+        found.append((label, runs + (served[0] or served[1])))
     return found
 
 
@@ -282,10 +292,12 @@ def _summary(source: Source) -> str:
 def _seconds(records: Sequence[Record]) -> str:
     # What cells share has the same seconds in each of them.
     found: dict[str, dict[tuple[object, ...], float]] = {}
-    for record in records:
-        for step, seconds in record.seconds.items():
-            key = (record.model, record.protocol, record.seed, seconds)
-            found.setdefault(step, {})[key] = seconds
+    for runs in _cells.cells(records):
+        # What the cells of one grid have in common.
+        grid = _cells.key(runs[0], set(_cells.FIELDS) - {"model", "protocol", "structured"})
+        for run in runs:
+            for step, seconds in run.seconds.items():
+                found.setdefault(step, {})[grid, run.seed, seconds] = seconds
     rows = [
         [step, f"{len(times):,}", f"{mean(times.values()):,.1f}", f"{sum(times.values()):,.1f}"]
         for step, times in ((step, found[step]) for step in found)
@@ -327,7 +339,11 @@ def _table(table: Table) -> str:
 
     head = "".join(tag("th", column, escape(name)) for column, name in enumerate(table.head))
     # A thin rule where the data ratio changes, or the network, the protocol or a control.
-    block = [column for column, name in enumerate(table.head) if name in _BLOCK]
+    block = [
+        column
+        for column, name in enumerate(table.head)
+        if "share" in table.head and (name == "share" or (column < table.left and name != "kept"))
+    ]
     before, lines = None, []
     for row in table.rows:
         cells = "".join(tag("td", column, _cell(cell)) for column, cell in enumerate(row))

@@ -50,7 +50,8 @@ def k_center(
         start: Positions of samples that are kept already. They count in `K`, cover what is near
             them, and are not in the ranking.
         seed: Draws the first sample where there is no start, and breaks ties among the classes'
-            shares. Equal distances go to the sample that stands first.
+            shares. Equal distances go to the first of the samples, as far as the features'
+            precision holds the squares of their differences: for whole numbers of few digits.
 
     Returns:
         The coreset. Its gains are the distances at which the samples were chosen, falling, in the
@@ -112,7 +113,7 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
             centre = centres[count] = values[chosen[-1]]
             count += 1
             _take(near, own, squares, centre[None])
-    return torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains), None
+    return torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64), None
 
 
 def _farthest(nearest: Tensor, few: int) -> Tensor:

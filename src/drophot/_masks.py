@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot._weights import prunable
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Masks(Mapping[str, Tensor]):
@@ -35,8 +39,15 @@ class Masks(Mapping[str, Tensor]):
 
     def __init__(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         self._weights = dict(weights)
-        self._masks = dict(masks)
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self._masks = {name: _usable(mask) for name, mask in masks.items()}
+        self._pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        # What is held, by which hooks, and whether a step has shown what is not.
+        self._held: list[tuple[RemovableHandle, list[str]]] = []
+        self._compared = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is held by nobody."""
+        return self.__dict__ | {"_pairs": {}, "_held": []}
 
     @classmethod
     def from_zeros(cls, model: nn.Module, *, skip: Collection[str] = ()) -> Masks:
@@ -83,11 +94,16 @@ class Masks(Mapping[str, Tensor]):
         """Keep the removed weights at zero through every step of an optimiser.
 
         After each step they are set to zero again, so that neither gradients nor momentum nor
-        weight decay, nor state from dense training, bring them back. While held, a copy of the
-        masks in the weights' dtype makes that one fused multiplication.
+        weight decay, nor state from dense training, bring them back, and no step that overflows
+        makes them anything else. While held, a copy of the masks of the weights' size makes that
+        one fused multiplication.
+
+        An optimiser holds the weights that it trains. Where several train one model, hold each of
+        them; if at the first step some of the weights that are trained are held by none, a warning
+        says how many.
 
         Args:
-            optimizer: The optimiser that trains the model.
+            optimizer: The optimiser that trains the model, or a part of it.
 
         Returns:
             A handle: `handle.remove()` lifts the masks, and so does leaving `with handle:`.
@@ -98,7 +114,37 @@ class Masks(Mapping[str, Tensor]):
         """
         names = self.check(optimizer)
         self.apply()
-        return optimizer.register_step_post_hook(lambda *_: self.zero(names))
+
+        def after_step(*_: Any) -> None:
+            self.zero(names)
+            if not (self._compared or torch.compiler.is_compiling()):
+                self._compare()
+
+        handle = optimizer.register_step_post_hook(after_step)
+        self._held.append((handle, names))
+        self._compared = False
+        return handle
+
+    def _compare(self) -> None:
+        """Say once what is trained and held by no optimiser."""
+        self._compared = True
+        self._held = [(h, names) for h, names in self._held if h.id in (h.hooks_dict_ref() or ())]
+        held = {name for _, names in self._held for name in names}
+        loose = [
+            name
+            for name, weight in self._weights.items()
+            if name not in held and weight.requires_grad and not self._masks[name].all()
+        ]
+        if loose:
+            removed = sum(int((~self._masks[name]).sum()) for name in loose)
+            shown = ", ".join(f"`{name}`" for name in loose[:3]) + ", …" * (len(loose) > 3)
+            warnings.warn(
+                f"`hold` keeps the weights that its optimizer trains. Found {removed:,} of "
+                f"{self._count()[0]:,} removed weights in none that is held ({shown}): they can "
+                f"grow back. Call masks.hold(optimizer) for each optimizer that trains them; if "
+                f"none does, requires_grad_(False) says so.",
+                stacklevel=2,
+            )
 
     def check(self, optimizer: Optimizer) -> list[str]:
         """Refuse an optimiser that does not train what was pruned.
@@ -122,30 +168,41 @@ class Masks(Mapping[str, Tensor]):
         if not names:
             raise ValueError(
                 "`optimizer` should train the model that was pruned. Found none of its pruned "
-                "weights in it; prune the model whose parameters the optimiser was given, not a "
-                "copy."
+                "weights in it. If it trains a copy of that model, or one that was loaded anew, "
+                "hold Masks.from_zeros(copy); else prune the model whose parameters it was given."
             )
         return names
 
     def zero(self, names: Sequence[str] | None = None) -> None:
-        """Set the removed weights to zero, by one fused multiplication.
+        """Set the removed weights to zero, by one fused multiplication of their bits.
 
         What `hold` calls after each step, for loops that would rather call it themselves. It keeps
-        a copy of the masks in the weights' dtype; `apply` does the same once, without.
+        a copy of the masks of the weights' size; `apply` does the same once, without.
 
         Args:
             names: Of these parameters; `None` is all of them.
         """
         names = list(self._weights) if names is None else names
-        weights: list[Tensor] = [self._weights[name] for name in names]
-        for name, weight in zip(names, weights, strict=True):
-            mask, factor = self._masks[name], self._factors.get(name)
-            # Loaded anew, or the model has moved, or become another dtype.
-            if factor is None or factor[0] is not mask or not _alike(factor[1], weight):
-                self._factors[name] = mask, torch.empty_like(weight).copy_(mask)
-        factors = [self._factors[name][1] for name in names]
-        with torch.no_grad():
-            torch._foreach_mul_(weights, factors)  # pyright: ignore[reportPrivateImportUsage]
+        looks = not torch.compiler.is_compiling()  # which has no addresses
+        pairs = [self._pair(name, looks) for name in names]
+        weights, factors = ([pair[side] for pair in pairs] for side in (0, 1))
+        torch._foreach_mul_(weights, factors)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _pair(self, name: str, looks: bool) -> tuple[Tensor, Tensor]:
+        """A weight's bits and its mask, as integers: zero times infinity or NaN is not zero."""
+        weight, mask, known = self._weights[name], self._masks[name], self._pairs.get(name)
+        if known is not None and known[2] is not mask:  # loaded anew
+            known = None
+        if looks and known is not None and _same_memory(known[0], weight):
+            return known[:2]
+        bits = weight.detach().view(_BITS[weight.element_size()])
+        if known is not None and _alike(known[1], bits):
+            factor = known[1]
+        else:
+            factor, looks = torch.empty_like(bits).copy_(mask), True
+        if looks:
+            self._pairs[name] = bits, factor, mask
+        return bits, factor
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masks, by parameter name, for `torch.save`.
@@ -178,7 +235,7 @@ class Masks(Mapping[str, Tensor]):
                     f"{tuple(mine.shape)}. Found {mask.dtype}, {tuple(mask.shape)}."
                 )
         for name, mask in state_dict.items():
-            self._masks[name] = mask.to(self._masks[name].device, copy=True)
+            self._masks[name] = _usable(mask.to(self._masks[name].device, copy=True))
         self.apply()
 
     def __repr__(self) -> str:
@@ -194,5 +251,18 @@ class Masks(Mapping[str, Tensor]):
         return total - sum(int(mask.sum()) for mask in self._masks.values()), total
 
 
-def _alike(factor: Tensor, weight: Tensor) -> bool:
-    return factor.device == weight.device and factor.dtype == weight.dtype
+def _usable(mask: Tensor) -> Tensor:
+    """A mask that training can use, wherever it was made."""
+    if not mask.is_inference():
+        return mask
+    with torch.inference_mode(False):
+        return mask.clone()
+
+
+def _same_memory(bits: Tensor, weight: Tensor) -> bool:
+    """Whether a weight is where it was: nothing else can be, while its memory is kept."""
+    return bits.data_ptr() == weight.data_ptr() and bits.stride() == weight.stride()
+
+
+def _alike(factor: Tensor, bits: Tensor) -> bool:
+    return factor.device == bits.device and factor.dtype == bits.dtype

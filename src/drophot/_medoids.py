@@ -8,9 +8,12 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from drophot._exact import exact
+
 _DISTANCES = 1 << 24  # held at a time
 
 
+@exact()
 def medoids(
     groups: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]]
 ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
@@ -25,7 +28,7 @@ def medoids(
         and their weights, float32, both on the CPU.
     """
     chosen = [[torch.empty(0, dtype=torch.int64) for _ in group] for group in groups]
-    weights = [[torch.empty(0) for _ in group] for group in groups]
+    weights = [[torch.empty(0, dtype=torch.float32) for _ in group] for group in groups]
     wanted = [
         (subset, number)
         for subset, of_classes in enumerate(sizes)
@@ -80,6 +83,6 @@ def _greedy(parts: list[Tensor], wanted: Tensor, longest: int) -> tuple[Tensor, 
     owner = apart.masked_fill_(beyond[:, None, :], torch.inf).argmin(2)
     group, number = (~beyond).nonzero(as_tuple=True)
     owner[group, order[group, number]] = number
-    counts = torch.zeros(order.shape, device=device)
+    counts = torch.zeros(order.shape, dtype=torch.float32, device=device)
     counts.scatter_add_(1, owner, there.float())
     return order.cpu(), counts.cpu()

@@ -1,42 +1,103 @@
-"""How much memory there is, how much a training step takes, and how to get more out of it."""
+"""How much memory there is, and how much a training step takes."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
+from math import inf
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_GLIBC = platform.libc_ver()[0] == "glibc"
-_TRIM, _TOP_PAD, _MMAP = -1, -2, -3  # numbers of mallopt's options, from malloc.h
-_MB = 1 << 20
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
-def available(device: torch.device | str) -> float:
+def available(device: torch.device | str, *, root: Path = Path("/")) -> float:
     """The memory that can still be had.
+
+    On a CPU the least of what the machine has left, what the control groups of a container or a
+    scheduler's job leave, and what the process's own limits (`ulimit`) leave.
 
     Args:
         device: A GPU, or the CPU.
+        root: Where `proc` and `sys` are.
 
     Returns:
         Bytes; infinity where nobody says.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    left = [_of_machine(root), *_of_groups(root), *_of_process(root)]
+    return max(0, min(left))
+
+
+def _of_machine(root: Path) -> float:
     with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
         return 1024 * int(
             next(line for line in lines if line.startswith("MemAvailable")).split()[1]
         )
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return float("inf")
+    return inf
+
+
+def _of_groups(root: Path) -> Iterator[float]:
+    """What each control group that the process is in leaves, of version 2 and of version 1."""
+    with suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            if not path:
+                continue
+            if not controllers:
+                folder, limits, used = "", ("memory.max", "memory.high"), "memory.current"
+                cache = "inactive_file"
+            elif "memory" in controllers.split(","):
+                folder, limits = "memory", ("memory.limit_in_bytes",)
+                used, cache = "memory.usage_in_bytes", "total_inactive_file"
+            else:
+                continue
+            top = root / "sys/fs/cgroup" / folder
+            inside = PurePosixPath(path.lstrip("/"))
+            # A group's limit holds for the groups in it; in a container the path may be the host's.
+            for group in (top / inside, *(top / parent for parent in inside.parents)):
+                for limit in limits:
+                    with suppress(OSError, ValueError):  # "max" is no number
+                        most = int((group / limit).read_text())
+                        taken = int((group / used).read_text())
+                        yield most - taken + _number(group / "memory.stat", cache)
+
+
+def _number(file: Path, name: str) -> int:
+    """A number that stands in a file after its name, 0 if it does not."""
+    with suppress(OSError, ValueError):
+        return next(
+            (int(line.split()[1]) for line in file.read_text().splitlines() if _named(line, name)),
+            0,
+        )
+    return 0
+
+
+def _named(line: str, name: str) -> bool:
+    return line.split()[:1] == [name]
+
+
+def _of_process(root: Path) -> Iterator[float]:
+    """What the limits of this process leave: of its addresses, and of its data."""
+    if resource is None:
+        return
+    with suppress(OSError, ValueError, IndexError):
+        pages = (root / "proc/self/statm").read_text().split()
+        for limit, place in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+            most = resource.getrlimit(limit)[0]
+            if most != resource.RLIM_INFINITY:
+                yield most - int(pages[place]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def needed(model: nn.Module, inputs: Tensor, targets: Tensor) -> int:
@@ -79,33 +140,3 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-@contextmanager
-def held() -> Iterator[None]:
-    """Let the C library keep the memory that tensors give back, for those of the next step.
-
-    By default glibc returns it to the system at once, and each step of a small convolutional
-    network pays again for a thousand pages: up to a third of its time. Elsewhere this does nothing.
-
-    Yields:
-        Nothing. What was held is given back afterwards.
-    """
-    if not _GLIBC:
-        yield
-        return
-    library = ctypes.CDLL(None)
-
-    def set_limits(mmap: int, trim: int, pad: int) -> None:
-        if not library.mallopt(_MMAP, mmap):
-            library.mallopt(_MMAP, 32 * _MB)  # the most that older versions take
-        library.mallopt(_TRIM, trim)
-        library.mallopt(_TOP_PAD, pad)
-
-    set_limits(1024 * _MB, 1024 * _MB, 64 * _MB)
-    try:
-        yield
-    finally:
-        # What glibc's own limits grow to; below these it would return memory ever more often.
-        set_limits(32 * _MB, 64 * _MB, _MB // 8)
-        library.malloc_trim(0)

@@ -111,6 +111,20 @@ def needs_step_1(mode: Mode) -> bool:
     return mode in OF_FEATURES if how is None else how.mode != "random"
 
 
+def is_drophots_own(fit: Any) -> bool:
+    """Whether a training loop is drophot's own, with `functools.partial` around it or not.
+
+    Args:
+        fit: The loop.
+
+    Returns:
+        Whether it is.
+    """
+    while isinstance(fit, partial):
+        fit = fit.func
+    return fit is training.fit
+
+
 def check(run: Any) -> None:
     """Refuse an unknown mode, or one that does not go with the other settings.
 
@@ -135,10 +149,7 @@ def check(run: Any) -> None:
             f'`protocol="released"` should choose as the released code does: mode "high", "low" '
             f'or "random". Found {name(run.mode)!r}.'
         )
-    fit = run.fit
-    while isinstance(fit, partial):
-        fit = fit.func
-    if mode in DYNAMIC and fit is not training.fit:
+    if mode in DYNAMIC and not is_drophots_own(run.fit):
         raise ValueError(
             f"`mode={mode!r}` chooses while it trains, and gives weighted batches to drophot's own "
             f"loop. Found a `fit` of your own; leave it out, or iterate the loader in your loop."

@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from html import escape
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from drophot import _plots
-from drophot._tables import groups, percent
+from drophot._cells import cells
+from drophot._tables import finite, percent
 from drophot.records import Record
 
 if TYPE_CHECKING:
@@ -95,16 +97,19 @@ class Panels:
         Returns:
             HTML: the figure, or why there is none.
         """
-        lengths = {len(record.finetune_curve) for record in runs}
-        if lengths == {0} or len(lengths) > 1:
-            why = "no epochs of fine-tuning" if lengths == {0} else "runs of different lengths"
-            return note(f"Left out: there are {why}.")
+        if not any(record.finetune_curve for record in runs):
+            return note("Left out: there are no epochs of fine-tuning.")
         ratios = values(runs, "prune_ratio")
         panels = {
             f"{percent(share)} kept, {percent(ratio)} removed": _at(runs, share, ratio)
             for share in values(runs, "keep_ratio")
             for ratio in ratios
         }
+        most = max(len(cells(found)) for found in panels.values() if found)
+        if most > _plots.MOST:
+            return note(f"Left out: {most} lines in one figure; {_plots.MOST} can be told apart.")
+        if not finite(accuracy for record in runs for accuracy in record.finetune_curve):
+            return note("Left out: every run diverged.")
         bands = "bands are 95 % intervals over seeds" if several(runs) else "one seed"
         start = "and may lie below the frame"
         if runs[0].reinitialized or runs[0].rewound:
@@ -114,10 +119,12 @@ class Panels:
 
         def draw(found: Sequence[Record], ax: Axes) -> None:
             _plots.curves(found, ax=ax, looks=self._looks).set_xlabel("")
-            later = [100 * accuracy for record in found for accuracy in record.finetune_curve]
+            later = finite(100 * a for record in found for a in record.finetune_curve)
+            if not later:
+                return
             low, high = min(later), max(later)
             # Where pruning took most of the accuracy, a frame down to there would show no more.
-            start = 100 * min(record.pruned_accuracy for record in found)
+            start = min(finite(100 * record.pruned_accuracy for record in found), default=low)
             if not (found[0].reinitialized or found[0].rewound) and start > 2 * low - high:
                 low = min(low, start)
             edge = 0.06 * (high - low) or 1
@@ -181,6 +188,7 @@ class Panels:
                 drawn.append(ax)
             for first in range(columns or 1):
                 column = [ax for ax in drawn[first :: columns or 1] if ax is not None]
+                column = [ax for ax in column if isfinite(ax.dataLim.ymin)]  # not all nan
                 ends = [end for ax in column for end in ax.get_ylim()]
                 for ax in column:
                     ax.set_ylim(min(ends), max(ends))
@@ -248,7 +256,7 @@ def several(runs: Sequence[Record]) -> bool:
     Returns:
         Whether there is one that has.
     """
-    return any(len(group) > 1 for group in groups(runs))
+    return any(len(found) > 1 for found in cells(runs))
 
 
 def _at(runs: Sequence[Record], share: float, ratio: float | None = None) -> list[Record]:

@@ -75,7 +75,7 @@ def fitting(
         warnings.warn(
             f'`pattern="{pattern}"` leaves layers dense whose inputs {of} does not divide: '
             f"{', '.join(others)}.",
-            stacklevel=3,
+            stacklevel=4,
         )
     return fits
 

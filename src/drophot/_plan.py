@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import Subset
 
-from drophot import _memory, _random, training
+from drophot import _memory, _modes, _random, training
 from drophot._stages import Stage, limited_threads
 from drophot.coreset import kept
 from drophot.pipeline import DropHot
@@ -35,8 +35,9 @@ class Plan:
     """The size of the full training set."""
     workers: int
     """Stages side by side, as far as that is known."""
-    seconds: float
-    """An estimate, from a few measured steps on this machine."""
+    seconds: float | None
+    """An estimate, from a few measured steps on this machine; `None` with a `fit` of your own,
+    which is not called to measure it."""
     bytes: int
     """An estimate of what the store will hold more than it does."""
     memory: int
@@ -48,18 +49,27 @@ class Plan:
         return self.scorings + self.trainings + self.finetunings
 
     def __str__(self) -> str:
-        minutes = f"{self.seconds / 60:.0f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
+        if self.seconds is None:
+            duration = "time not known, for `fit` is your own,"
+        elif self.seconds > 90:
+            duration = f"about {self.seconds / 60:.0f} min"
+        else:
+            duration = f"about {self.seconds:.0f} s"
         return (
             f"{self.stages} stages to do for {self.finetunings} of {self.cells} cells "
             f"({self.scorings} scorings, {self.trainings} trainings, {self.finetunings} "
-            f"fine-tunings), {self.epochs:,.0f} epochs of {self.samples:,} samples: about "
-            f"{minutes} on {self.workers} worker{'s' * (self.workers > 1)} of "
+            f"fine-tunings), {self.epochs:,.0f} epochs of {self.samples:,} samples: {duration} "
+            f"on {self.workers} worker{'s' * (self.workers > 1)} of "
             f"{self.memory / 1e9:.1f} GB, {self.bytes / 1e6:,.1f} MB to store."
         )
 
 
-def estimate(pipeline: DropHot, stages: Sequence[Stage], threads: int) -> tuple[float, int, int]:
+def estimate(
+    pipeline: DropHot, stages: Sequence[Stage], threads: int
+) -> tuple[float | None, int, int]:
     """What stages cost, from a few measured steps.
+
+    A user's `fit` is never called for it: it may log, write checkpoints or count its calls.
 
     Args:
         pipeline: Whose stages they are.
@@ -67,38 +77,41 @@ def estimate(pipeline: DropHot, stages: Sequence[Stage], threads: int) -> tuple[
         threads: Of the CPU for each stage.
 
     Returns:
-        Seconds on one worker; bytes in the store; bytes in memory that each worker takes, without
-        the data.
+        Seconds on one worker, if they are known; bytes in the store; bytes in memory that each
+        worker takes, without the data.
     """
     if not stages:
         return 0.0, 0, 0
     run = pipeline
     total, tests = len(run.train_set), len(run.test_set)  # type: ignore[arg-type]
     few = Subset(run.train_set, range(min(total, 16 * run.batch_size)))
+    measured = _modes.is_drophots_own(run.fit)
+    training_pass = evaluating = 0.0
     with limited_threads(threads), _random.kept(run.device, seed=0):
         model = run.factory().to(run.device)
-        optimizer = run.optimizer(model.parameters())
         first = next(
             training.batches(training.in_memory(few, run.device), run.batch_size, run.device)
         )
         memory = _PROCESS[run.device.type == "cuda"] + _memory.needed(model, *first[:2])
+        if measured:
+            optimizer = run.optimizer(model.parameters())
 
-        def train() -> None:
-            run.fit(
-                model,
-                few,
-                1,
-                optimizer=optimizer,
-                batch_size=run.batch_size,
-                seed=0,
-                on_batch=None,
-                on_epoch=None,
-            )
+            def train() -> None:
+                run.fit(
+                    model,
+                    few,
+                    1,
+                    optimizer=optimizer,
+                    batch_size=run.batch_size,
+                    seed=0,
+                    on_batch=None,
+                    on_epoch=None,
+                )
 
-        training_pass = _seconds(train) / len(few) * total
-        evaluating = _seconds(lambda: training.evaluate(model, few)) / len(few)
+            training_pass = _seconds(train) / len(few) * total
+            evaluating = _seconds(lambda: training.evaluate(model, few)) / len(few)
     seconds, size = 0.0, 0
-    state = sum(tensor.nbytes for tensor in model.state_dict().values())
+    state = sum(getattr(value, "nbytes", 0) for value in model.state_dict().values())
     for stage in stages:
         epochs = stage.epochs(run)
         seconds += epochs * training_pass
@@ -110,7 +123,7 @@ def estimate(pipeline: DropHot, stages: Sequence[Stage], threads: int) -> tuple[
         else:
             seconds += epochs * total * evaluating
             size += 28 * total + state
-    return seconds, size, memory
+    return seconds if measured else None, size, memory
 
 
 def _seconds(do: Callable[[], object]) -> float:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from drophot import _tables, stats
-from drophot._tables import EXTRAS, STEPS
+from drophot import _cells, _columns, stats
+from drophot._columns import EXTRAS
+from drophot._tables import STEPS, average, deviation, finite, percent
 from drophot.records import Record
 from drophot.stats import Measure
 
@@ -29,6 +30,8 @@ _LOOKS = [
     (marker, ("-", "--", ":", "-.")[(number + number // 8) % 4], _COLOURS[number % 8])
     for number, marker in enumerate("os^DvPX*<>phd|_1")
 ]
+MOST = len(_LOOKS)
+"""How many lines can be told apart."""
 _MODES = ("low", "high", "random", "baseline")
 
 
@@ -46,26 +49,20 @@ def curves(
         The axes.
 
     Raises:
-        ValueError: If there are too many groups, or unequally many epochs in one.
+        ValueError: If there are too many groups.
     """
-    groups = _tables.groups(records)
-    if len(groups) > len(_LOOKS):
+    groups = _cells.cells(records)
+    if len(groups) > MOST:
         raise ValueError(
-            f"`records` should be of {len(_LOOKS)} groups at most. Found {len(groups)}; keep those "
+            f"`records` should be of {MOST} groups at most. Found {len(groups)}; keep those "
             f"of one data ratio and one prune ratio, with the baseline."
         )
     ax = axes(ax)
     for group, label, (marker, style, colour) in _labelled(groups, looks):
-        epochs = {len(record.finetune_curve) for record in group}
-        if len(epochs) > 1:
-            raise ValueError(
-                f"`records` should be of equally many epochs in each group. Found {sorted(epochs)} "
-                f"in {label}; draw them apart."
-            )
         first = int(group[0].reinitialized or group[0].rewound)
         curves = [(r.pruned_accuracy, *r.finetune_curve)[first:] for r in group]
-        x = range(first, first + len(curves[0]))
         y, low, high = _intervals(zip(*curves, strict=True))
+        x = range(first, first + len(y))
         ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         ax.plot(x, y, label=label, marker=marker, linestyle=style, color=colour)
     ax.locator_params(axis="x", integer=True)
@@ -84,7 +81,7 @@ def steps(records: Iterable[Record], *, ax: Axes | None = None, looks: Looks | N
     Returns:
         The axes.
     """
-    groups = _tables.groups(records)
+    groups = _cells.cells(records)
     ax = axes(ax)
     middle = (len(groups) - 1) / 2
     for number, (group, label, look) in enumerate(_labelled(groups, looks)):
@@ -92,8 +89,8 @@ def steps(records: Iterable[Record], *, ax: Axes | None = None, looks: Looks | N
         values = [[100 * getattr(record, step) for record in group] for step in STEPS]
         ax.errorbar(
             [step + 0.06 * (number - middle) for step in range(len(STEPS))],
-            [mean(value) for value in values],
-            yerr=[stdev(value) if len(value) > 1 else 0 for value in values],
+            [average(value) for value in values],
+            yerr=[0 if math.isnan(spread := deviation(value)) else spread for value in values],
             label=label,
             marker=marker,
             linestyle=style,
@@ -127,15 +124,24 @@ def ratios(
     Raises:
         ValueError: If the runs differ in what the figure does not show.
     """
-    groups = sorted(_tables.groups(records), key=lambda group: getattr(group[0], x))
+    groups = sorted(_cells.cells(records), key=lambda group: getattr(group[0], x))
     coresets = [group for group in groups if group[0].mode != "baseline"]
-    for name in ({"keep_ratio": "prune_ratio", "prune_ratio": "keep_ratio"}[x], *EXTRAS):
-        # The baseline is of every data ratio's figure, and its steps are as many as equal ones.
-        compared = coresets if name in ("keep_ratio", "equal_steps") else groups
-        if len(values := {getattr(group[0], name): None for group in compared}) > 1:
+    firsts = [group[0] for group in groups]
+    more = _columns.differing(firsts)
+    # The baseline is of every data ratio's figure, its steps are as many as equal ones, and it
+    # needs no scores.
+    shared = _cells.independent_of("baseline")
+    for name in ({"keep_ratio": "prune_ratio", "prune_ratio": "keep_ratio"}[x], *EXTRAS, *more):
+        found = more[name] if name in more else [getattr(first, name) for first in firsts]
+        compared = [
+            value
+            for first, value in zip(firsts, found, strict=True)
+            if not (name in shared and coresets and first.mode == "baseline")
+        ]
+        if len(values := dict.fromkeys(f"{value!r:.80}" for value in compared)) > 1:
             raise ValueError(
-                f"`records` should have one {name}. Found {', '.join(map(repr, values))}; keep "
-                f"those of one of them, or draw one axes for each."
+                f"`records` should have one {name}. Found {', '.join(values)}; keep those of one "
+                f"of them, or draw one axes for each."
             )
     ax = axes(ax)
     modes = looks_of(group[0].mode for group in groups)
@@ -150,8 +156,9 @@ def ratios(
         y, low, high = _intervals([getattr(r, measure) for r in group] for group in line)
         marker, style, colour = looks[mode]
         if mode == "baseline" and x == "keep_ratio":
-            ax.axhspan(low[0], high[0], color=colour, alpha=0.1, linewidth=0)
-            ax.axhline(y[0], label=mode, linestyle=style, color=colour)
+            if not math.isnan(y[0]):
+                ax.axhspan(low[0], high[0], color=colour, alpha=0.1, linewidth=0)
+            ax.axhline(y[0], label=_shown(mode), linestyle=style, color=colour)
             continue
         shift = step * (number - (len(modes) - 1) / 2)
         at = np.array([100 * getattr(group[0], x) for group in line])
@@ -159,7 +166,7 @@ def ratios(
             at * np.exp(shift) if scale == "log" else at + shift,
             y,
             yerr=np.abs(np.subtract([low, high], y)),
-            label=mode,
+            label=_shown(mode),
             marker=marker,
             linestyle=style,
             color=colour,
@@ -227,30 +234,38 @@ def _labelled(
     if len(set(modes)) == len(modes):
         looks = {**looks_of(modes), **(looks or {})}
         found = [looks[mode] for mode in modes]
-    return zip(groups, _labels(groups), found, strict=True)
+    return zip(groups, map(_shown, _labels(groups)), found, strict=True)
 
 
 def _labels(groups: Sequence[Sequence[Record]]) -> list[str]:
     """What each group is: always its model, mode, share and n, and all that tells it apart."""
     firsts = [group[0] for group in groups]
-    extras = [name for name in _tables.differing(firsts) if name != "model"]
+    extras = [column for column in _columns.columns(firsts) if column.name != "model"]
     removed = len({first.prune_ratio for first in firsts}) > 1
     return [
         ", ".join(
             [f"{first.model}: {first.mode}"]
-            + [f"{_tables.percent(first.keep_ratio)} kept"] * (first.mode != "baseline")
-            + [f"{_tables.percent(first.prune_ratio)} removed"] * removed
-            + [f"{EXTRAS[name][0]} {_tables.word(first, name)}" for name in extras]
+            + [f"{percent(first.keep_ratio)} kept"] * (first.mode != "baseline")
+            + [f"{percent(first.prune_ratio)} removed"] * removed
+            + [f"{column.heading} {column.words[number]}" for column in extras]
             + [f"{len(group)} seeds"] * (len(group) > 1)
         )
-        for first, group in zip(firsts, groups, strict=True)
+        for number, (first, group) in enumerate(zip(firsts, groups, strict=True))
     ]
+
+
+def _shown(label: str) -> str:
+    """A label as matplotlib shows it as it is: no formula, and not left out of the legend."""
+    label = label.replace("$", r"\$")
+    return f" {label}" if label.startswith("_") else label
 
 
 def _intervals(samples: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
     """Of each sample the mean and its 95 % interval's ends, in %; all three are one of one."""
-    found = [
-        (mean(v), *(stats.estimate(v).interval if len(v) > 1 else (v[0], v[0]))) for v in samples
-    ]
+    found = []
+    for sample in samples:
+        values = finite(sample)
+        ends = stats.estimate(values).interval if len(values) > 1 else (average(values),) * 2
+        found.append((average(values), *ends))
     middle, low, high = ([100 * value for value in values] for values in zip(*found, strict=True))
     return middle, low, high

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
-from drophot import _modes, _progress, _pruning, _random, coreset, prune, training
-from drophot.forgetting import ForgettingTracker
+from drophot import _choosing, _modes, _progress, _pruning, _random, coreset, prune
+from drophot._cache import Cache, Kept, check_cache
+from drophot._classifier import check_optimizer
+from drophot._samples import first_sample, known_targets, tensors_of
+from drophot._weights import prunable
 from drophot.indexing import IndexedDataset
-from drophot.training import first_sample
+
+_CHUNK = 1024  # samples looked at in one go
 
 
 def settle(run: Any) -> None:
@@ -48,6 +52,7 @@ def settle(run: Any) -> None:
         if not isinstance(value := getattr(run, name), bool):
             raise TypeError(f"`{name}` should be True or False. Found {value!r}.")
     _pruning.check(run)
+    check_cache(run.cache)
     check_counts(1, score_epochs=run.score_epochs, batch_size=run.batch_size, prunings=run.prunings)
     check_counts(
         0, train_epochs=run.train_epochs, finetune_epochs=run.finetune_epochs, seed=run.seed
@@ -95,7 +100,9 @@ def prepare(
     *,
     device: torch.device,
     seed: int,
-) -> tuple[Dataset[Any], Dataset[Any], int, dict[str, Any]]:
+    cache: Cache = "auto",
+    closure: bool = False,
+) -> tuple[Dataset[Any], Dataset[Any], int]:
     """Try a model on the data, and put the data where it is wanted.
 
     Args:
@@ -105,26 +112,27 @@ def prepare(
         test_set: Likewise.
         device: Where to run.
         seed: Of what the factory draws.
+        cache: Whether the data is kept in memory.
+        closure: Whether the optimiser's steps may need one, as a loop of the user's own can give.
 
     Returns:
         The training set with its index and the test set, both in memory where that is right; the
-        number of classes that occur; what a configuration says of the data and the model.
+        number of classes that occur.
 
     Raises:
         TypeError: If a factory is none.
-        ValueError: If the data and the model do not fit each other.
+        ValueError: If the data and the model do not fit each other, or the model cannot be pruned.
     """
     with _random.kept(device, seed=seed):
-        probe, classes = build(factory, optimizer, train_set, test_set)
-        train = training.in_memory(IndexedDataset(train_set), device)
-        test = training.in_memory(test_set, device)
+        probe, classes = build(factory, optimizer, train_set, test_set, closure=closure)
+        prunable(probe, ())  # what it refuses, step 4 would refuse after two trainings
+        train = Kept(IndexedDataset(train_set), device, cache, name="train_set").data
+        test = Kept(test_set, device, cache, name="test_set").data
         occurring = check_targets("train_set", train, classes)
         check_targets("test_set", test, classes)
-    shapes = {name: list(tensor.shape) for name, tensor in probe.state_dict().items()}
-    sizes: dict[str, Any] = {"parameters": shapes}
-    for name, data in (("train_set", train_set), ("test_set", test_set)):
-        sizes[name] = [type(data).__name__, len(data)]  # type: ignore[arg-type]
-    return train, test, occurring, sizes
+        check_inputs("train_set", train)
+        check_inputs("test_set", test)
+    return train, test, occurring
 
 
 def build(
@@ -132,6 +140,8 @@ def build(
     optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
     train_set: Dataset[Any],
     test_set: Dataset[Any],
+    *,
+    closure: bool = False,
 ) -> tuple[nn.Module, int]:
     """Build a model to throw away and try it on the data's first samples.
 
@@ -140,12 +150,13 @@ def build(
         optimizer: Makes optimisers.
         train_set: Samples `(input, target)`.
         test_set: Likewise.
+        closure: Whether the optimiser's steps may need one.
 
     Returns:
         The model and its number of classes.
 
     Raises:
-        TypeError: If a factory is none.
+        TypeError: If a factory is none, or the optimiser's steps need a closure.
         ValueError: If a data set is empty or has an index already, the inputs differ in shape, or
             the model cannot take them or gives no logits.
     """
@@ -184,10 +195,11 @@ def build(
         )
     if not isinstance(made := optimizer(model.parameters()), Optimizer):
         raise TypeError(f"`optimizer` should give an Optimizer. Found {type(made).__name__}.")
+    check_optimizer(model, made, closure=closure)
     model.eval()
     with torch.no_grad():
         try:
-            logits = model(torch.cat([inputs, other]))
+            logits = model(torch.cat([inputs, other]).to(_device_of(model)))
         except Exception as error:
             raise ValueError(
                 f"`model` should take inputs (B, {', '.join(map(str, inputs.shape[1:]))}), as the "
@@ -201,8 +213,13 @@ def build(
     return model, logits.shape[1]
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    """Where a factory builds its models; they go to the run's device later."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
 def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
-    """Refuse targets that are no classes of the model, as far as they are in memory.
+    """Refuse targets that are no classes of the model, as far as they are known.
 
     Args:
         name: What the caller calls the data set.
@@ -210,14 +227,14 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
         num_classes: `C`.
 
     Returns:
-        The number of classes that occur; 0 if the data set is not in memory.
+        The number of classes that occur; 0 if that takes reading all samples.
 
     Raises:
         ValueError: If a target is not in `[0, C)`.
     """
-    if not isinstance(dataset, TensorDataset):
-        return 0
-    targets = dataset.tensors[1]
+    known = known_targets(dataset)
+    with _random.kept():
+        targets = torch.as_tensor(first_sample(name, dataset)[1])[None] if known is None else known
     if targets.dim() != 1 or targets.is_floating_point():
         raise ValueError(
             f"`{name}` should have one integer as target. Found shape {tuple(targets.shape[1:])} "
@@ -229,7 +246,31 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
             f"`{name}` should have targets in [0, {num_classes}), the classes of the model. Found "
             f"{int(targets[wrong[0]])} at position {int(wrong[0])}."
         )
-    return len(targets.unique())
+    return 0 if known is None else len(targets.unique())
+
+
+def check_inputs(name: str, dataset: Dataset[Any]) -> None:
+    """Refuse inputs that no network can learn from, as far as they are in memory.
+
+    Args:
+        name: What the caller calls the data set.
+        dataset: What `in_memory` gave.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
+    tensors = tensors_of(dataset)
+    if tensors is None or not tensors[0].is_floating_point() or tensors[0].is_meta:
+        return
+    for start, part in enumerate(tensors[0].split(_CHUNK)):
+        wrong = (~part.isfinite()).flatten(1).any(1) if part.dim() > 1 else ~part.isfinite()
+        if bool(wrong.any()):
+            place = start * _CHUNK + int(wrong.nonzero()[0])
+            raise ValueError(
+                f"`{name}` should have finite inputs: weights that see another number are none "
+                f"after the first step. Found NaN or infinity at position {place}; leave such "
+                f"samples out, or put numbers there."
+            )
 
 
 def check_sizes(run: Any, num_classes: int) -> None:
@@ -244,6 +285,7 @@ def check_sizes(run: Any, num_classes: int) -> None:
             is a single sample and the model cannot train on one.
     """
     _pruning.check_model(run)
+    _choosing.check(run)
     total = len(run.train_set)
     size = coreset.kept(total, run.data_ratio)
     if size < num_classes:
@@ -258,47 +300,16 @@ def check_sizes(run: Any, num_classes: int) -> None:
     ):
         if (count % run.batch_size or run.batch_size) != 1:
             continue
-        single = torch.as_tensor(first_sample("train_set", run.train_set)[0])[None]
+        single = torch.torch.as_tensor(first_sample("train_set", run.train_set)[0])[None]
         try:
             with _random.kept(run.device, seed=run.seed):
-                run.factory().train()(single.cpu())
+                model = run.factory().train()
+                model(single.to(_device_of(model)))
         except ValueError as error:  # BatchNorm, of a single value
             raise ValueError(
                 f"`batch_size` should not leave a last batch of one sample, on which this model "
                 f"cannot train. Found {run.batch_size}, and {what}; change `batch_size`. ({error})"
             ) from error
-
-
-def check_presented(tracker: ForgettingTracker) -> None:
-    """Refuse a training whose loop did not call back.
-
-    Args:
-        tracker: Was to see every sample.
-
-    Raises:
-        RuntimeError: If it did not.
-    """
-    if missed := int((tracker.presentations == 0).sum()):
-        raise RuntimeError(
-            f"`fit` should call on_batch for every batch and on_epoch after every epoch. Found "
-            f"{missed} of {len(tracker.presentations)} samples that were never presented."
-        )
-
-
-def check_called(calls: int, epochs: int) -> None:
-    """Refuse a training whose loop did not call back.
-
-    Args:
-        calls: How often `on_epoch` was called.
-        epochs: How often it was to be called.
-
-    Raises:
-        RuntimeError: If these differ.
-    """
-    if calls != epochs:
-        raise RuntimeError(
-            f"`fit` should call on_epoch after every epoch, {epochs} times. Found {calls} calls."
-        )
 
 
 def warn_of_empty_classes(run: Any) -> None:
@@ -307,9 +318,10 @@ def warn_of_empty_classes(run: Any) -> None:
     Args:
         run: Has `train_set`, `indices`, `data_ratio` and `mode`.
     """
-    if not isinstance(run.train_set, TensorDataset):
+    known = known_targets(run.train_set)
+    if known is None:
         return
-    targets = run.train_set.tensors[1].cpu()
+    targets = known.cpu()
     empty = sorted(set(targets.unique().tolist()) - set(targets[run.indices].unique().tolist()))
     if empty:
         warnings.warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import ceil
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from drophot import _random, schedule, training
 from drophot._batchnorm import recalibrate_bn, with_statistics
+from drophot._loop import LoopError
 from drophot._weights import prunable
 from drophot.prune import Masks, magnitude_prune
 from drophot.structured import prune_channels
@@ -67,7 +68,7 @@ def start_over(run: Any) -> None:
 
 
 @contextmanager
-def held(run: Any, optimizer: Optimizer) -> Iterator[None]:
+def held(run: Any, optimizer: Optimizer) -> Iterator[Callable[[int], None]]:
     """Keep what was removed at zero, and prune on where a schedule is not at its end.
 
     Args:
@@ -75,10 +76,11 @@ def held(run: Any, optimizer: Optimizer) -> Iterator[None]:
         optimizer: What trains it.
 
     Yields:
-        Nothing.
+        To be called with the number of epochs so far after each: it refuses a pace at which the
+        schedule will not reach its end.
 
     Raises:
-        RuntimeError: If `fit` took too few steps for the schedule to reach its end.
+        LoopError: If `fit` took too few steps for that.
     """
     pruner = run.pruner if run.pruner is not None and run.pruner.masks is run.masks else None
     holding: AbstractContextManager[Any] = nullcontext()
@@ -86,15 +88,24 @@ def held(run: Any, optimizer: Optimizer) -> Iterator[None]:
         holding = pruner.hold(optimizer)
     elif run.protocol != "released" and not run.structured:
         holding = run.masks.hold(optimizer)
+
+    def check_pace(epochs: int) -> None:
+        if pruner is None:
+            return
+        needed = pruner.every * (len(pruner.ratios) - 1)
+        if epochs and pruner.steps * run.finetune_epochs < needed * epochs:
+            raise LoopError(
+                f"`fit` should step the optimiser for every batch, {_steps(run)} times in all, of "
+                f"which the schedule {run.schedule!r} needs {needed}. Found {pruner.steps} steps "
+                f"in {epochs} of {run.finetune_epochs} epochs; lower `prunings` or raise "
+                f"`finetune_epochs`."
+            )
+
     with holding:
-        yield
+        yield check_pace
     if pruner is not None:
         run.masks = pruner.masks
-        if not pruner.finished:
-            raise RuntimeError(
-                f"`fit` should step the optimiser for every batch, {_steps(run)} times. Found "
-                f"{pruner.steps} steps, and the schedule at {pruner.ratio} of {run.prune_ratio}."
-            )
+        check_pace(run.finetune_epochs)
 
 
 def removed(run: Any) -> float:

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from drophot._arrays import integers
+
 BLOCK = 1 << 22  # samples looked at in one go: what is made on the way stays small
 _SPREAD = 12  # standard deviations within which an edge among random numbers surely lies
 
@@ -46,7 +48,7 @@ def check_ratio(name: str, ratio: Any) -> None:
         ValueError: If it is not in (0, 1].
     """
     try:
-        if isinstance(ratio, str):
+        if isinstance(ratio, str | bytes | bool):  # float() takes them too
             raise TypeError
         inside = 0 < float(ratio) <= 1
     except (TypeError, ValueError):
@@ -75,15 +77,45 @@ def check_targets(targets: Tensor | ArrayLike, length: int) -> Positions:
         TypeError: If they are not integers.
         ValueError: If they have another shape.
     """
-    classes = np.asarray(targets.cpu() if isinstance(targets, Tensor) else targets)
-    if not np.issubdtype(classes.dtype, np.integer):
-        raise TypeError(f"`targets` should be integers. Found {classes.dtype}.")
+    classes = integers("targets", targets)
     if classes.shape != (length,):
         raise ValueError(
             f"`targets` should have one class for each sample, shape ({length},). Found "
             f"{classes.shape}."
         )
-    return classes.astype(np.int64)
+    return classes
+
+
+def check_positions(name: str, positions: Any, total: int, cure: str = "") -> Positions:
+    """Refuse what does not name distinct samples.
+
+    Args:
+        name: What the caller calls them.
+        positions: The samples, integers, in any order.
+        total: How many samples there are.
+        cure: What to do about a bool mask.
+
+    Returns:
+        The positions as they are given, int64, perhaps none.
+
+    Raises:
+        TypeError: If they are not integers.
+        ValueError: If one is out of range or named twice, or they have more than one dimension.
+    """
+    found = integers(name, positions, "positions of samples, integers", cure)
+    outside = (found < 0) | (found >= total)
+    if found.ndim != 1 or outside.any():
+        wrong = found.flat[np.argmax(outside)]
+        raise ValueError(
+            f"`{name}` should be positions in [0, {total}), one dimension. Found {wrong} in shape "
+            f"{found.shape}."
+        )
+    if len(np.unique(found)) < len(found):
+        raise ValueError(
+            f"`{name}` should name each sample once. Found {len(found) - len(np.unique(found))} "
+            f"repeated; give {name}.unique()."
+        )
+    return found
 
 
 def members(classes: Positions) -> list[Positions]:

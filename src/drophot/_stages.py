@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from math import nan
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from drophot import _modes, _random, training
+from drophot._ambient import surrounded
+from drophot._remainder import put_back, remainder
 from drophot._store import Store
 from drophot.dynamics import Statistic
 from drophot.pipeline import DropHot
@@ -128,11 +130,14 @@ def compute(
     Raises:
         RuntimeError: If what the stage needs was damaged meanwhile.
     """
-    with _one_at_a_time, limited_threads(threads):
+    ambient = pipeline._ambient  # None where the switches are set already
+    around = nullcontext() if ambient is None else surrounded(ambient, pipeline.device)
+    with _one_at_a_time, limited_threads(threads), around:
         found = store.load(stage.name)
         if found is None:
             if pipeline.train_set is None or pipeline.test_set is None:
                 vars(pipeline).update(_data(store.folder / "data.pt", data, pipeline.device))
+            store.check_writable()
             before: dict[str, Any] = {}
             if (need := stage.needs(pipeline)) is not None:
                 content = store.load(need.name)
@@ -159,8 +164,8 @@ def _score(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
     accuracy = nan
     if score_is_baseline(pipeline):
         accuracy = training.evaluate(run.scorer, run.test_set)
-    indices, seconds = torch.arange(len(found)), {"train": run.seconds["score"]}
-    return _saved({"scores": scores, **_trained(run.scorer, indices, accuracy, seconds)})
+    indices, seconds = torch.arange(len(found)), dict(run.seconds)
+    return _saved({"scores": scores, **_trained(run, run.scorer, indices, accuracy, seconds)})
 
 
 def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
@@ -169,10 +174,11 @@ def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
         run.scores = before["scores"][how.statistic]
     elif before:
         run.scorer = _network(run, before)
+    run.seconds = before.get("seconds", {})
     indices = run.select()
     model = run.train()
     seconds = dict(run.seconds)
-    return _saved(_trained(model, indices, run.trained_accuracy, seconds))
+    return _saved(_trained(run, model, indices, run.trained_accuracy, seconds))
 
 
 def _finetune(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
@@ -202,17 +208,29 @@ def _run(pipeline: DropHot, stage: Stage) -> DropHot:
 
 
 def _network(run: DropHot, before: dict[str, Any]) -> nn.Module:
-    with _random.kept(run.device, seed=run.seed):
+    """A network as it was after its training."""
+    with _random.kept(run.device, seed=2 * run.seed):  # as in its training
         model = run.factory().to(run.device)
     model.load_state_dict(before["state"])
+    put_back(model, before.get("remainder", {}))
     return model
 
 
 def _trained(
-    model: nn.Module, indices: Tensor, accuracy: float, seconds: dict[str, float]
+    run: DropHot, model: nn.Module, indices: Tensor, accuracy: float, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    return {"state": state, "indices": indices, "accuracy": accuracy, "seconds": seconds}
+    state = {
+        name: value.cpu() if isinstance(value, Tensor) else value  # or a get_extra_state's
+        for name, value in model.state_dict().items()
+    }
+    rest = remainder(model, _network(run, {"state": state}))
+    return {
+        "state": state,
+        "remainder": rest,
+        "indices": indices,
+        "accuracy": accuracy,
+        "seconds": seconds,
+    }
 
 
 def _saved(result: dict[str, Any]) -> bytes:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from functools import reduce
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from drophot import _history, _ranks
-from drophot._watch import describe
+from drophot import _faults, _history, _ranks
+from drophot._checks import describe
+from drophot._faults import NO_FAULT
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Columns = dict[str, Tensor]
-NO_FAULT = torch.iinfo(torch.int64).max
-NO_CLASS = 1 << 62  # added to a sample whose target is no class
+_ENOUGH = 8  # samples that ranks do not present alike by chance
 
 
 def bring(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -75,15 +76,26 @@ class State:
         device: torch.device | str | None,
     ) -> None:
         self.num_samples = num_samples
-        self.columns = {
-            name: torch.zeros(num_samples, *shape, dtype=dtype, device=device)
-            for name, (dtype, shape) in columns.items()
-        }
+        with _plain_tensors():
+            self.columns = {
+                name: torch.zeros(num_samples, *shape, dtype=dtype, device=device)
+                for name, (dtype, shape) in columns.items()
+            }
+            self.targets = torch.full((num_samples,), -1, dtype=torch.int32, device=device)
+            self.fault = torch.tensor(NO_FAULT, device=device)
+            self.steps = _history.steps(self.targets.device)
         self.base: Columns | None = None  # all zeros
         self.loaded_alone = False
-        self.targets = torch.full((num_samples,), -1, dtype=torch.int32, device=device)
-        self.fault = torch.tensor(NO_FAULT, device=device)
         self._join = join
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not as tensors: those come to a process that is started in memory that it shares with who
+        # started it, and all would write into one another's counts.
+        return _replaced(self.__dict__, Tensor, _Sent.of)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        with _plain_tensors():
+            self.__dict__.update(_replaced(state, _Sent, _Sent.tensor))
 
     @property
     def device(self) -> torch.device:
@@ -96,12 +108,12 @@ class State:
         Args:
             device: The device.
         """
-        # Not as tensors of inference mode, which no later training step could update.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        with _plain_tensors():
             self.columns = {name: column.to(device) for name, column in self.columns.items()}
             if self.base is not None:
                 self.base = {name: column.to(device) for name, column in self.base.items()}
             self.targets, self.fault = self.targets.to(device), self.fault.to(device)
+            self.steps = self.steps.to(device)
 
     def read(self) -> Columns:
         """All columns, if nothing is wrong.
@@ -125,50 +137,49 @@ class State:
         """Whether looking at a value costs nothing: on a CPU, outside a compiled step."""
         return self.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    def expect(self, index: Tensor, *pairs: tuple[Tensor, Tensor], plus: int = 0) -> None:
+    def expect(
+        self, index: Tensor, *pairs: tuple[Tensor, Tensor], classes: tuple[Tensor, Tensor] | None
+    ) -> None:
         """Expect equal pairs; otherwise raise, or keep the fault for whoever reads.
 
         Args:
-            index: The samples, shape `(B,)`.
-            *pairs: What should be equal, shape `(B,)`, on one device.
-            plus: Added to the sample at fault: `NO_CLASS`, where that is the fault.
+            index: The samples, int64, shape `(B,)`, on the state's device.
+            *pairs: As for `_faults.found`.
+            classes: The same.
 
         Raises:
             ValueError: If a pair differs, where looking costs nothing.
         """
-        if self.looks and all(torch.equal(found, wanted) for found, wanted in pairs):
+        every = [*pairs, *([] if classes is None else [classes])]
+        if self.looks and all(torch.equal(found, wanted) for found, wanted in every):
             return
-        wrong = reduce(torch.logical_or, (found != wanted for found, wanted in pairs))
-        index = bring(index, wrong.device, torch.int64) + plus
-        # Not `where`, which brings a number to the device and waits for it.
-        fault = index.masked_fill(~wrong, NO_FAULT).amin()
+        self.note(_faults.found(index, list(pairs), classes))
+
+    def note(self, fault: Tensor) -> None:
+        """Raise a fault, or keep it for whoever reads.
+
+        Args:
+            fault: As `_faults` has it, int64, no dimension.
+
+        Raises:
+            ValueError: If there is one, where looking costs nothing.
+        """
         if self.looks:
             self.check(int(fault))
         else:
-            self.fault.copy_(torch.minimum(self.fault, fault))
+            self.fault.copy_(torch.minimum(self.fault, bring(fault, self.device)))
 
     def check(self, fault: int) -> None:
         """Say what is wrong.
 
         Args:
-            fault: The sample at fault, plus `NO_CLASS` if its target is no class, or `NO_FAULT`.
+            fault: As `_faults` has it.
 
         Raises:
             ValueError: If there is a fault.
         """
-        if fault == NO_FAULT:
-            return
-        if fault >= NO_CLASS:
-            raise ValueError(
-                f"`targets` should be classes, from 0 to C - 1 for logits of shape (B, C). Found "
-                f"another value for sample {fault - NO_CLASS}."
-            )
-        if not 0 <= fault < self.num_samples:
-            raise ValueError(
-                f"`index` should be in [0, {self.num_samples}). Found {fault}; indices come from "
-                f"IndexedDataset, and `num_samples` is the length of that dataset."
-            )
-        raise ValueError(_mismatch(fault, int(self.targets[fault]), "another one"))
+        if fault != NO_FAULT:
+            raise ValueError(_faults.explain(fault, self.num_samples, self.targets))
 
     def reset(self) -> None:
         """Forget everything."""
@@ -209,6 +220,8 @@ class State:
             ValueError: If it is of another version, kind or size.
         """
         mine = self.columns | {"targets": self.targets}
+        if "tails" in mine and "tails" not in saved:  # as it was before means had tails
+            saved = {**saved, "tails": torch.zeros_like(mine["tails"])}
         if (version := saved.get("version")) != 1:
             raise ValueError(
                 f"`state_dict` should be of version 1. Found version {version!r}; it was not "
@@ -306,13 +319,16 @@ class State:
         if not any(of["rows"]):
             return whole | {"targets": targets}
         mine = _select(self.columns | {"targets": targets}, fresh) | {"index": fresh}
+        first, alike = None, min(of["rows"]) >= _ENOUGH
         for rows in _ranks.tables(mine, of["rows"], group, self.device):
+            first = first or dict(rows)
+            alike = alike and all(torch.equal(rows[name], first[name]) for name in rows)
             index = rows.pop("index")
             theirs, known = rows.pop("targets"), targets.index_select(0, index)
             clash = ((known >= 0) & (theirs >= 0) & (known != theirs)).nonzero()[:, 0]
             if len(clash):
-                first = (int(column[clash[0]]) for column in (index, known, theirs))
-                raise ValueError(_mismatch(*first))
+                values = (int(column[clash[0]]) for column in (index, known, theirs))
+                raise ValueError(_faults.mismatch(*values))
             targets.index_copy_(0, index, torch.where(known < 0, theirs, known))
             # A sample that no rank before has seen is taken over as it is, bit for bit.
             before, start = (_select(part, index) for part in (whole, base))
@@ -321,7 +337,41 @@ class State:
                 column = rows[name]
                 shape = (-1, *(1,) * (column.dim() - 1))
                 whole[name].index_copy_(0, index, torch.where(again.view(shape), joined, column))
+        if alike:
+            warnings.warn(
+                f"Each of {len(of['rows'])} ranks has presented the same samples with the same "
+                f"outcome, and each is counted. Ranks that share their batches should not be in "
+                f"one `group`, nor should each `observe` all of the data; for ranks that should "
+                f"not share them, give the loader a DistributedSampler.",
+                stacklevel=4,
+            )
         return whole | {"targets": targets}
+
+
+def _plain_tensors() -> AbstractContextManager[Any]:
+    """Not tensors of inference mode, which no later training step could update."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+class _Sent(NamedTuple):
+    """A tensor on its way to a copy of the state."""
+
+    values: np.ndarray | Tensor  # as it is, if it has no values
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Sent:
+        return cls(tensor if tensor.is_meta else tensor.cpu().numpy(), tensor.device)
+
+    def tensor(self) -> Tensor:
+        return torch.as_tensor(self.values).to(self.device, copy=True)
+
+
+def _replaced(value: Any, kind: type[Any], by: Callable[[Any], Any]) -> Any:
+    """A dict of dicts with all values of a kind replaced."""
+    if isinstance(value, dict):
+        return {name: _replaced(part, kind, by) for name, part in value.items()}
+    return by(value) if isinstance(value, kind) else value
 
 
 def _settle(columns: Columns) -> None:
@@ -331,11 +381,3 @@ def _settle(columns: Columns) -> None:
 
 def _select(columns: Columns, index: Tensor) -> Columns:
     return {name: column.index_select(0, index) for name, column in columns.items()}
-
-
-def _mismatch(sample: int, first: int, later: int | str) -> str:
-    return (
-        f"`targets` should be the same for a sample each time. Found sample {sample} with target "
-        f"{first} at first and {later} later: indices do not follow their samples; take them from "
-        f"IndexedDataset, not from the position in a shuffled loader."
-    )

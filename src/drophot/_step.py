@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from drophot import _memory, _random
+from drophot import _random
+from drophot._classifier import check_loss, logits_of
 from drophot._linear import fast_linear
 from drophot._untouched import untouched
 
@@ -29,9 +30,9 @@ def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> I
 
     `step(inputs, targets, weights)` takes the mean of the losses times the weights `(B,)`.
 
-    The optimiser works on all parameters at once (`fused`); on a CPU the memory of a step is kept
-    for the next and large linear layers go to the faster library; on a GPU the step is captured
-    once as a CUDA graph and then repeated by one launch.
+    The optimiser works on all parameters at once (`fused`); on a CPU large linear layers go to the
+    faster library; on a GPU the step is captured once as a CUDA graph and then repeated by one
+    launch. Logits and targets that do not go together are refused before the weights change.
 
     Args:
         model: In training mode.
@@ -44,7 +45,8 @@ def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> I
     forward = fast_forward(model, device)
 
     def plain(inputs: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
-        logits = forward(inputs)
+        logits = logits_of(model, forward, inputs)
+        check_loss(logits, targets)
         optimizer.zero_grad()
         if weights:
             (F.cross_entropy(logits, targets, reduction="none") * weights[0]).mean().backward()
@@ -54,10 +56,7 @@ def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> I
         return logits.detach()
 
     with _fused(model, optimizer, device):
-        if device.type != "cuda":
-            with _memory.held():
-                yield plain
-        elif _can_be_captured(model, optimizer):
+        if device.type == "cuda" and _can_be_captured(model, optimizer):
             yield _Captured(plain, optimizer, device)
         else:
             yield plain
@@ -114,6 +113,7 @@ def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
 def _fused(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[None]:
     """Let torch's own optimisers update all parameters at once, where nobody chose otherwise."""
     before = [{name: group.get(name) for name in _SWITCHES} for group in optimizer.param_groups]
+    counted = False
     if _is_torchs(optimizer) and not any(getattr(m, "sparse", False) for m in model.modules()):
         # Older versions of torch refuse a fused Adagrad on a GPU; other devices were not tried.
         known = device.type == "cpu" or (
@@ -125,6 +125,7 @@ def _fused(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iter
             if chosen == [None, None, False] and real and known:
                 group["fused"] = True
             if "capturable" in group and device.type == "cuda":
+                counted = counted or not group["capturable"]
                 group["capturable"] = True
                 for state in optimizer.state.values():
                     for name in _COUNTERS & state.keys():
@@ -135,10 +136,21 @@ def _fused(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iter
         # Groups may have joined in the meantime.
         for group, values in zip(optimizer.param_groups, before, strict=False):
             group.update({name: values[name] for name in _SWITCHES if name in group})
+        if counted:
+            _count_on_the_cpu(optimizer)
 
 
 _SWITCHES = ("fused", "capturable")
 _COUNTERS = {"step", "mu_product"}  # what optimisers keep on the CPU, unless they are capturable
+
+
+def _count_on_the_cpu(optimizer: Optimizer) -> None:
+    """Where an optimiser that is not capturable has its counters, and reads them at each step."""
+    for group in optimizer.param_groups:
+        if not group.get("capturable") and not group.get("fused"):
+            for state in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
+                for name in _COUNTERS & state.keys():
+                    state[name] = state[name].cpu() if torch.is_tensor(state[name]) else state[name]
 
 
 def _is_torchs(optimizer: Optimizer) -> bool:

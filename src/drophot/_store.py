@@ -14,22 +14,23 @@ Files appear by renaming, whole or not at all, so that any number of processes c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import time
+import re
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from drophot.records import Record, fingerprint, from_line, to_line
 
-_STALE = 3600  # seconds after which a file that was never renamed belongs to nobody
+_NOTHING = "(nothing)"
+# Seconds after which a file that was never renamed belongs to nobody, by the clock of the file
+# system itself: that of another machine may be hours off.
+_STALE = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +62,29 @@ class Store:
 
         Returns:
             What was kept, or `None` if it is not there, damaged or of another configuration.
+
+        Raises:
+            ValueError: If there is a folder in its place.
         """
         try:
-            head, line_end, content = (self.folder / "stages" / name).read_bytes().partition(b"\n")
+            content = _read(self.folder / "stages" / name)
         except FileNotFoundError:
             return None
+        head, line_end, content = content.partition(b"\n")
         return content if line_end and head == self._head(name, content) else None
+
+    def check_writable(self) -> None:
+        """Refuse a folder that cannot be written to, before a stage is computed for it.
+
+        Raises:
+            OSError: If it cannot.
+        """
+        path = self.folder / "stages" / f".{uuid.uuid4().hex}.tmp"
+        try:
+            path.touch(exist_ok=False)
+            path.unlink()
+        except OSError as error:
+            raise OSError(*_whole(path.parent, error)) from error
 
     def append(self, record: Record) -> None:
         """Add a record's line.
@@ -89,6 +107,9 @@ class Store:
 
         Args:
             order: Where the records of these files come; those of others come last.
+
+        Raises:
+            OSError: If the disk is full. A medium that is read-only is left as it is.
         """
         names = [path.name for path in (self.folder / "stages").glob("*.json")]
         lines = []
@@ -96,13 +117,16 @@ class Store:
             content = self.load(name)
             if content is not None:
                 lines.append(to_line(from_line(content.decode())) + "\n")
-        write_whole(self.folder / "records.jsonl", "".join(lines).encode())
+        records = self.folder / "records.jsonl"
+        _refresh(records, "".join(lines).encode())
+        now = records.stat().st_mtime
         for path in (*self.folder.glob(".*.tmp"), *(self.folder / "stages").glob(".*.tmp")):
             try:
-                if time.time() - path.stat().st_mtime > _STALE:
+                if now - path.stat().st_mtime > _STALE:
                     path.unlink()
-            except FileNotFoundError:  # another process tidies too
-                pass
+            except OSError as error:  # another process tidies too
+                if not isinstance(error, FileNotFoundError) and not _is_read_only(error):
+                    raise
 
     def _head(self, name: str, content: bytes) -> bytes:
         found = hashlib.sha256(name.encode() + content).hexdigest()
@@ -128,25 +152,26 @@ def open_store(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`store` should be a folder. Found the file {folder}; name another one.")
     path, stages = folder / "grid.json", folder / "stages"
+    there = _configuration(path) if path.exists() else None
     if folder.exists() and not stages.is_dir():
         others = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp"))
-        if others:
+        if others and (there is None or stages.exists()):
             raise ValueError(
                 f"`store` should be a grid's folder, a new one or an empty one. Found "
-                f"{others[0]!r} and no stages in {folder}; name another folder."
+                f"{others[0]!r} and no folder stages in {folder}; name another folder."
             )
     configuration = json.loads(json.dumps(configuration))
     key = fingerprint(configuration)
-    if path.exists() and (there := _configuration(path)) is not None and there != configuration:
-        name, old, new = _difference(there, configuration)
+    if there is not None and fingerprint(there) != key:
         raise ValueError(
-            f"`store` should be of this grid's configuration. Found another {name} in {folder}: "
-            f"{old!r} there, {new!r} here; name another folder or set it as it was."
+            f"`store` should be of this grid's configuration. Found another "
+            f"{_difference(folder, there, configuration)}; name another folder or set it as it was."
         )
     if plan is not None:
-        stages.mkdir(parents=True, exist_ok=True)  # first: it is what makes a folder a store
         content = {"fingerprint": key, "configuration": configuration, "plan": dict(plan)}
-        write_whole(path, json.dumps(content, indent=1).encode())
+        if not stages.is_dir():
+            stages.mkdir(parents=True)  # first: it is what makes a folder a store
+        _refresh(path, json.dumps(content, indent=1).encode())
     return Store(folder, key)
 
 
@@ -159,35 +184,57 @@ def write_whole(path: Path, content: bytes) -> None:
 
     Raises:
         OSError: If there is no room, or no right to write. What was there is as it was.
+        ValueError: If there is a folder in its place.
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    if path.is_dir():
+        raise ValueError(_folder_instead(path))
+    for attempt in range(3):
+        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with part.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+            return
+        except BaseException as error:
+            part.unlink(missing_ok=True)
+            if isinstance(error, FileNotFoundError) and path.parent.is_dir() and attempt < 2:
+                continue  # somebody took it for what a killed process left
+            if isinstance(error, OSError):
+                raise OSError(*_whole(path, error)) from error
+            raise
+
+
+def _refresh(path: Path, content: bytes) -> None:
+    """Write what the stages say too, if that is not there yet and the medium can be written to."""
     try:
-        with part.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(*_whole(path, error)) from error
+        if path.is_file() and path.read_bytes() == content:
+            return
+        write_whole(path, content)
+    except OSError as error:
+        if not _is_read_only(error):
+            raise
+
+
+def _is_read_only(error: OSError) -> bool:
+    return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        if path.is_dir():
+            raise ValueError(_folder_instead(path)) from None
         raise
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """The SHA-256 of tensors' bytes, shapes and types.
-
-    Args:
-        tensors: On any device.
-
-    Returns:
-        16 hexadecimal digits of it.
-    """
-    found = hashlib.sha256()
-    for tensor in tensors:
-        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+def _folder_instead(path: Path) -> str:
+    return (
+        f"`store` should hold a file {path.name} in {path.parent}. Found a folder of that name; "
+        f"remove it, and run again."
+    )
 
 
 def _whole(path: Path, error: OSError) -> tuple[int | None, str, str]:
@@ -198,17 +245,40 @@ def _whole(path: Path, error: OSError) -> tuple[int | None, str, str]:
 def _configuration(path: Path) -> Any:
     """What a grid.json says, or nothing if it is damaged: the stages know whose they are."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(_read(path))
         whole = content["fingerprint"] == fingerprint(content["configuration"])
-    except (ValueError, KeyError, TypeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
     return content["configuration"] if whole else None
 
 
-def _difference(old: Any, new: Any, name: str = "") -> tuple[str, Any, Any]:
-    """The first field that differs, by its path."""
+def _difference(folder: Path, old: Any, new: Any) -> str:
+    """The first thing that differs, in words: one that can be read, if there is any."""
+    found = list(_differences(old, new, ()))
+    plain = [
+        d for d in found if not any(isinstance(value, str) and _digest(value) for value in d[1:])
+    ]
+    (first, *path), there, here = (plain or found)[0]
+    where = f"{'.'.join(path)} " if path else ""
+    if not plain:
+        return f"`{first}` in {folder}: {where}is not the same here as there"
+    return f"`{first}` in {folder}: {where}{_shown(there)} there, {_shown(here)} here"
+
+
+def _differences(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any, Any]]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0:
+        old, new = ({str(i): v for i, v in enumerate(values)} for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
         for key in (*old, *(key for key in new if key not in old)):
-            if old.get(key) != new.get(key):
-                return _difference(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-    return f"`{name}`", old, new
+            yield from _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), (*path, key))
+    elif json.dumps(old) != json.dumps(new):
+        yield path, old, new
+
+
+def _digest(value: str) -> re.Match[str] | None:
+    return re.fullmatch(r"(.* )?[0-9a-f]{16}", value)
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value == _NOTHING else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

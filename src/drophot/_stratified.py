@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from drophot._shares import Positions, drawn
+from drophot._shares import Positions, hashed
 
+_MOST_BINS = 1 << 30
 _STREAM = 2  # which of a bin are taken has nothing to do with how ties fall, nor with "random"
 
 
@@ -58,12 +59,19 @@ class Stratified:
 
     def __post_init__(self) -> None:
         try:
+            if isinstance(self.bins, bool | np.bool_):
+                raise TypeError
             operator.index(self.bins)
         except TypeError:
             raise TypeError(f"`bins` should be an integer. Found {self.bins!r}.") from None
         if self.bins < 1:
             raise ValueError(f"`bins` should be at least 1. Found {self.bins}.")
-        if not isinstance(self.cutoff, Real):
+        if self.bins > _MOST_BINS:
+            raise ValueError(
+                f"`bins` should be at most {_MOST_BINS:,}. Found {self.bins:,}; that many leave "
+                f"each score a bin to itself, which a few thousand do too."
+            )
+        if isinstance(self.cutoff, bool | np.bool_) or not isinstance(self.cutoff, Real):
             raise TypeError(f"`cutoff` should be a number in [0, 1). Found {self.cutoff!r}.")
         if not 0 <= self.cutoff < 1:
             raise ValueError(
@@ -115,21 +123,21 @@ class Stratified:
         Returns:
             The positions kept, unordered.
         """
-        found = []
         sizes, place = self._bins(scores)
         budget, order = size, np.argsort(sizes, kind="stable")
+        quotas = np.empty_like(sizes)
         for left, number in zip(range(len(sizes), 0, -1), order.tolist(), strict=True):
-            quota = min(int(sizes[number]), budget // left)
-            if quota:
-                inside = positions[np.flatnonzero(place == number)]
-                found.append(
-                    drawn(lambda part=inside: [part], len(inside), quota, seed, stream=_STREAM)
-                )
+            quotas[number] = quota = min(int(sizes[number]), budget // left)
             budget -= quota
-        return np.concatenate(found)
+        # Bin by bin, and in each by hash: the first ones of a bin are those that it gives.
+        keys = hashed(positions, seed, _STREAM)
+        order = np.argsort(keys)
+        order = order[np.argsort(place[order], kind="stable")]
+        rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return positions[order[rank < np.repeat(quotas, sizes)]]
 
     def _bins(self, scores: Tensor) -> tuple[Positions, Positions]:
-        """How many samples each bin has, and in which one each sample is."""
+        """How many samples each bin that has any holds, and in which of these each sample is."""
         values = scores.double().cpu()  # so that no range overflows, and integers keep their order
         low, high = values.amin(), values.amax()
         if not (low.isfinite() and high.isfinite()):
@@ -141,5 +149,12 @@ class Stratified:
         width = (high / 2 - low / 2).clamp_(min=torch.finfo(torch.float64).tiny)
         # Multiplied first, so that whole numbers fall into the bins that they bound.
         place = (values / 2 - low / 2) * (self.bins / 2**20) / (width / 2**20)
-        place = place.long().clamp_(0, self.bins - 1)
-        return torch.bincount(place, minlength=self.bins).numpy(), place.numpy()
+        place = place.long().clamp_(0, self.bins - 1).numpy()
+        if self.bins > 2 * len(place) + 1024:
+            _, place, sizes = np.unique(place, return_inverse=True, return_counts=True)
+            return sizes, place
+        sizes = np.bincount(place)
+        number = np.cumsum(sizes > 0) - 1
+        sizes = sizes[sizes > 0]
+        # NumPy sorts numbers of up to 16 bits in linear time.
+        return sizes, number.astype(np.min_scalar_type(len(sizes)))[place]

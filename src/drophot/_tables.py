@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean, stdev
 from typing import Any
 
-from drophot import stats
+from drophot import _columns, stats
+from drophot._columns import EXTRAS
 from drophot.records import Record
 
 STEPS = {
@@ -19,19 +21,7 @@ STEPS = {
     "finetuned_accuracy": "after fine-tuning",
 }
 
-# Columns that are there where their values differ: the heading, and what a flag reads as.
-EXTRAS: dict[str, tuple[str, Mapping[object, str]]] = {
-    "model": ("model", {}),
-    "protocol": ("protocol", {}),
-    "equal_steps": ("steps", {True: "equal", False: "fewer"}),
-    "reinitialized": ("weights", {True: "new", False: "trained"}),
-    "rewound": ("start", {True: "rewound", False: "kept"}),
-    "recalibrated": ("BatchNorm", {True: "anew", False: "as trained"}),
-    "schedule": ("schedule", {}),
-    "scope": ("scope", {}),
-    "structured": ("removed are", {True: "channels", False: "weights"}),
-}
-
+MISSING = "–"  # an accuracy that is nan
 _FIRST = ("low", "high", "random")  # in a table; other modes follow as they come
 
 
@@ -68,52 +58,31 @@ class Table:
         return "\n".join(f"| {line} |" if bars else line.rstrip() for line in lines)
 
 
-def groups(records: Iterable[Record]) -> list[list[Record]]:
-    """Put runs together that differ in the seed alone.
-
-    Args:
-        records: The runs.
-
-    Returns:
-        Their groups, in the order in which each first appears.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    found: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
-        names = (*EXTRAS, "mode", "keep_ratio", "prune_ratio")
-        found.setdefault(tuple(getattr(record, name) for name in names), []).append(record)
-    if not found:
-        raise ValueError("`records` should hold at least one record. Found none.")
-    return list(found.values())
-
-
 def accuracies(found: Sequence[Sequence[Record]]) -> Table:
-    """A row for each group, with the mean and the standard deviation of each accuracy in %.
+    """A row for each cell, with the mean and the standard deviation of each accuracy in %.
 
     Args:
-        found: The groups.
+        found: The cells, each with its runs.
 
     Returns:
         The table.
     """
-    firsts = [group[0] for group in found]
-    extras = [name for name in differing(firsts) if name != "model"]
-    words = ["model", *(EXTRAS[name][0] for name in extras), "kept"]
+    firsts = [runs[0] for runs in found]
+    extras = [column for column in _columns.columns(firsts) if column.name != "model"]
+    words = ["model", *(column.heading for column in extras), "kept"]
     rows = [
         [
             first.model,
-            *(word(first, name) for name in extras),
+            *(column.words[number] for column in extras),
             first.mode,
             percent(first.keep_ratio),
             f"{first.kept:,}",
             percent(first.prune_ratio),
-            f"{len(group)}",
-            *(_spread([100 * getattr(record, step) for record in group]) for step in STEPS),
-            f"{100 * mean(record.sparsity for record in group):.2f}",
+            f"{len(runs)}",
+            *(_spread([100 * getattr(run, step) for run in runs]) for step in STEPS),
+            _zeros(runs),
         ]
-        for first, group in zip(firsts, found, strict=True)
+        for number, (first, runs) in enumerate(zip(firsts, found, strict=True))
     ]
     numbers = ["share", "samples", "removed", "n", *STEPS.values(), "zeros held"]
     return Table(words + numbers, rows, len(words))
@@ -129,10 +98,9 @@ def comparisons(records: Sequence[Record], measure: stats.Measure) -> list[stats
     Returns:
         The differences; none if there is no baseline and no random subset to compare with.
     """
-    references: list[stats.Against] = ["baseline", "random"]
     found = [
         comparison
-        for reference in references
+        for reference in ("baseline", "random")
         if any(record.mode == reference for record in records)
         for comparison in stats.compare(records, against=reference, measure=measure)
     ]
@@ -151,9 +119,12 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     Returns:
         The table.
     """
+    extras = _columns.columns(found)
+    place = {id(one): number for number, one in enumerate(found)}
     lines: dict[tuple[Any, ...], dict[tuple[str, str], stats.Comparison]] = {}
     for one in found:
-        key = tuple(getattr(one, name) for name in (*EXTRAS, "keep_ratio", "prune_ratio"))
+        names = (*EXTRAS, "keep_ratio", "prune_ratio")
+        key = (*(getattr(one, n) for n in names), json.dumps(one.settings, sort_keys=True))
         lines.setdefault(key, {})[one.mode, one.against] = one
     met = list(dict.fromkeys(pair for line in lines.values() for pair in line))
     columns = sorted(
@@ -164,8 +135,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
             met.index(pair),
         ),
     )
-    extras = differing(found)
-    words = [EXTRAS[name][0] for name in extras]
+    words = [column.heading for column in extras]
     names = {other: other.removesuffix("line") for _, other in columns}
     modes = list(dict.fromkeys(mode for mode, _ in columns))
     long = len(columns) > 5
@@ -185,7 +155,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
             first = cells[0]
             seeds = sorted({one.n for one in cells})
             rows.append([
-                *(word(first, name) for name in extras),
+                *(column.words[place[id(first)]] for column in extras),
                 *[first.mode] * long,
                 percent(first.keep_ratio),
                 percent(first.prune_ratio),
@@ -195,29 +165,31 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     return Table([*words, "share", "removed", "n", *numbers], rows, len(words))
 
 
-def accuracies_csv(found: Iterable[Sequence[Record]]) -> str:
-    """A row for each group, with a column for each number, unrounded.
+def accuracies_csv(found: Sequence[Sequence[Record]]) -> str:
+    """A row for each cell, with a column for each number, unrounded.
 
     Args:
-        found: The groups.
+        found: The cells, each with its runs.
 
     Returns:
         The lines.
     """
     rows = []
-    for group in found:
-        names = (*EXTRAS, "mode", "keep_ratio", "kept", "prune_ratio")
-        row: dict[str, object] = {name: getattr(group[0], name) for name in names}
-        row["n"] = len(group)
+    names = (*EXTRAS, "mode", "keep_ratio", "kept", "prune_ratio")
+    more = _columns.differing([runs[0] for runs in found])
+    for number, runs in enumerate(found):
+        row: dict[str, object] = {name: getattr(runs[0], name) for name in names}
+        row |= {name: _value(values[number]) for name, values in more.items()}
+        row |= {"cell": runs[0].cell, "n": len(runs)}
         for name in (*STEPS, "sparsity"):
-            values = [getattr(record, name) for record in group]
-            row[f"{name}_mean"] = mean(values)
-            row[f"{name}_std"] = stdev(values) if len(values) > 1 else math.nan
+            values = [getattr(run, name) for run in runs]
+            row[f"{name}_mean"], row[f"{name}_std"] = average(values), deviation(values)
+            row[f"{name}_n"] = len(finite(values))
         rows.append(row)
     return _csv(rows)
 
 
-def against_csv(found: Iterable[stats.Comparison]) -> str:
+def against_csv(found: Sequence[stats.Comparison]) -> str:
     """A row for each difference, with all of its numbers, unrounded.
 
     Args:
@@ -226,42 +198,32 @@ def against_csv(found: Iterable[stats.Comparison]) -> str:
     Returns:
         The lines.
     """
-    before = (*EXTRAS, "keep_ratio", "prune_ratio", "mode", "against", "measure", "n", "difference")
+    names, more = (*EXTRAS, "keep_ratio", "prune_ratio"), _columns.differing(found)
+    middle = ("mode", "against", "measure", "n", "difference")
     after = ("p_value", "p_holm", "effect_size")
     return _csv(
-        {name: getattr(one, name) for name in before}
+        {name: getattr(one, name) for name in names}
+        | {name: _value(values[number]) for name, values in more.items()}
+        | {name: getattr(one, name) for name in middle}
         | dict(zip(("low", "high"), one.interval, strict=True))
         | {name: getattr(one, name) for name in after}
-        for one in found
+        for number, one in enumerate(found)
     )
 
 
-def differing(rows: Sequence[object]) -> list[str]:
-    """What rows differ in, of model, protocol and controls.
-
-    Args:
-        rows: Records or comparisons.
-
-    Returns:
-        The names.
-    """
-    return [name for name in EXTRAS if len({getattr(row, name) for row in rows}) > 1]
+def finite(values: Iterable[float]) -> list[float]:
+    """The accuracies that are there: nan is that of a run that diverged, or was never taken."""
+    return [value for value in values if math.isfinite(value)]
 
 
-def word(row: Any, name: str) -> str:
-    """What a cell says of the model, the protocol or a control.
+def average(values: Iterable[float]) -> float:
+    """The mean of those that are there; nan of none."""
+    return mean(found) if (found := finite(values)) else math.nan
 
-    Args:
-        row: A record or a comparison.
-        name: Of which.
 
-    Returns:
-        The word.
-    """
-    if name == "equal_steps" and row.mode == "baseline":
-        return "all"
-    value = getattr(row, name)
-    return EXTRAS[name][1].get(value, str(value))
+def deviation(values: Iterable[float]) -> float:
+    """The standard deviation of those that are there; nan of fewer than two."""
+    return stdev(found) if len(found := finite(values)) > 1 else math.nan
 
 
 def percent(ratio: float) -> str:
@@ -277,11 +239,14 @@ def percent(ratio: float) -> str:
 
 
 def _difference(one: stats.Comparison) -> str:
-    if one.n == 1:
+    if one.n == 0:
+        return MISSING
+    low, high = one.interval
+    if math.isnan(low):
         return _points(one.difference)
-    low, high = map(_points, one.interval)
     # Two spaces where there is no mark keep the numbers of a column under one another.
-    return f"{_points(one.difference)} [{low}, {high}]{' *' if one.p_holm < 0.05 else '  '}"
+    mark = " *" if one.p_holm < 0.05 else "  "
+    return f"{_points(one.difference)} [{_points(low)}, {_points(high)}]{mark}"
 
 
 def _points(difference: float) -> str:
@@ -290,9 +255,24 @@ def _points(difference: float) -> str:
 
 
 def _spread(values: Sequence[float]) -> str:
-    if len(values) == 1:
-        return f"{values[0]:.2f}"
-    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+    """The mean of the accuracies that are there, and of how many it is if not of all."""
+    if not (found := finite(values)):
+        return MISSING
+    text = f"{mean(found):.2f}"
+    if len(found) > 1:
+        text += f" ± {stdev(found):.2f}"
+    return text if len(found) == len(values) else f"{text} (n = {len(found)})"
+
+
+def _zeros(runs: Sequence[Record]) -> str:
+    held = average(run.sparsity for run in runs)
+    return MISSING if math.isnan(held) else f"{100 * held:.2f}"
+
+
+def _value(value: Any) -> object:
+    """A setting as CSV holds it: plain where it can be, JSON otherwise."""
+    plain = value is None or isinstance(value, (str, int, float))
+    return value if plain else json.dumps(value, sort_keys=True)
 
 
 def _line(cell: str, bars: bool) -> str:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from drophot import _random
 
@@ -18,7 +19,8 @@ def untouched(model: nn.Module) -> Iterator[torch.device]:
 
     Every submodule's own mode is put back (a frozen BatchNorm stays frozen), and so are the random
     generators, which merely iterating a DataLoader moves on: training goes on as if nobody had
-    looked.
+    looked. A module whose `train()` does more than set a flag, as one that merges its adapters for
+    evaluation, is put back by that method, and the weights that it changed have their bits again.
 
     Args:
         model: The model to look at.
@@ -28,13 +30,41 @@ def untouched(model: nn.Module) -> Iterator[torch.device]:
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with _random.kept(device), torch.no_grad():
+    own = [(module, mode) for module, mode in modes if _has_own_train(module)]
+    with _random.kept(device), torch.no_grad():
+        changed: list[tuple[Tensor, Tensor]] = []
+        try:
+            before = _copies([module for module, _ in own])
+            model.eval()
+            changed += [(now, was) for now, was in before if not torch.equal(now, was)]
+            del before
             yield device
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        finally:
+            # From the outside in, since a module's own method sets what is inside it too.
+            for module, mode in own:
+                if module.training != mode:
+                    module.train(mode)
+            for module, mode in modes:
+                module.training = mode
+            for now, was in changed:
+                now.data.copy_(was)  # what is merged and taken out again has other last bits
+
+
+def _has_own_train(module: nn.Module) -> bool:
+    kind = type(module)
+    own = kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+    return own or "train" in vars(module) or "eval" in vars(module)
+
+
+def _copies(modules: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """Each tensor of some modules, and a copy of it."""
+    tensors = {
+        id(tensor): tensor
+        for module in modules
+        for tensor in (*module.parameters(), *module.buffers())
+        if not is_lazy(tensor) and not tensor.is_meta
+    }
+    return [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
 
 
 @contextmanager

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+from torch.utils.hooks import RemovableHandle
+
+from drophot._checks import describe as describe
+from drophot._checks import plain
+from drophot._named import without_index
+from drophot._pairing import Batch, Call, Pass, Tracker, tensors
+from drophot.indexing import IndexedDataset
 
 _ATTACH = (
     "say how to get them from the model's output: "
@@ -17,16 +26,6 @@ _TARGETS = ("targets", "target", "labels", "label")
 
 
 Presented = tuple[Tensor, Tensor]  # the part of a batch that a tracker needs: index and targets
-
-
-class Tracker(Protocol):
-    """What stands between a watched loader and an attached model."""
-
-    _awaited: Presented | None
-
-    def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Present a batch."""
-        ...
 
 
 def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Presented]:
@@ -47,6 +46,8 @@ def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Pre
         rest: Any = copy.copy(batch)
         index = rest["index"]
         del rest["index"]
+    elif "index" in getattr(batch, "_fields", ()):
+        rest, index = without_index(batch), getattr(batch, "index")  # noqa: B009 - for the type
     elif isinstance(batch, tuple | list) and len(batch) > 1:
         rest, index = batch[:-1], batch[-1]
     else:
@@ -87,27 +88,13 @@ class Watched:
     def __init__(
         self, tracker: Tracker, loader: Iterable[Any], targets: Callable[[Any], Tensor] | None
     ) -> None:
+        check_source(loader)
         self.loader = loader
         self._tracker = tracker
         self._find_targets = targets
 
-    def __iter__(self) -> Iterator[Any]:
-        tracker, handed_out, counted = self._tracker, False, False
-        try:
-            for batch in self.loader:
-                rest, tracker._awaited = split(batch, self._find_targets)
-                handed_out = True
-                yield rest
-                counted = counted or tracker._awaited is None
-        finally:  # a break in the loop comes here as well
-            tracker._awaited = None
-        if handed_out and not counted:
-            warnings.warn(
-                "No batch of this pass was counted: no attached model was called in training mode. "
-                "Attach the model that the loop calls, and after `model.compile()` before its "
-                "first call.",
-                stacklevel=2,
-            )
+    def __iter__(self) -> _Walk:
+        return _Walk(self._tracker, self.loader, self._find_targets)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -118,14 +105,108 @@ class Watched:
         return getattr(self.loader, name)
 
 
+class _Walk:
+    """One pass over a watched loader: an error of the loader's does not end it."""
+
+    def __init__(
+        self, tracker: Tracker, loader: Iterable[Any], targets: Callable[[Any], Tensor] | None
+    ) -> None:
+        self._tracker, self._find_targets = tracker, targets
+        self._pass = Pass(loader)
+        self._batches = iter(loader)
+        tracker._pairing.begin(self._pass)
+
+    def __iter__(self) -> _Walk:
+        return self
+
+    def __next__(self) -> Any:
+        tracker, mine = self._tracker, self._pass
+        tracker._pairing.settle(tracker)
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            if not mine.ended:
+                tracker._pairing.end(mine)
+                mine.warn(2, stacklevel=2)
+            raise
+        rest, (index, targets) = split(batch, self._find_targets)
+        tracker._pairing.hand_out(mine, Batch(index, targets, list(tensors(rest))))
+        mine.warn(_MANY, stacklevel=2)
+        return rest
+
+    def __del__(self) -> None:
+        if not hasattr(self, "_batches"):  # it never began
+            return
+        pairing = self._tracker._pairing
+        try:
+            pairing.settle(self._tracker)
+        except Exception as error:  # would be lost here
+            pairing.error = error
+        pairing.give_up(self._pass)
+        self._pass.warn(0 if self._pass.ended else 1, stacklevel=2)
+
+
+_MANY = 100
+_HOOKS: weakref.WeakSet[Hook] = weakref.WeakSet()
+
+
+def attach(
+    tracker: Tracker, model: nn.Module, logits: Callable[[Any], Tensor] | None
+) -> RemovableHandle:
+    """Let a tracker hear of every forward of a model.
+
+    Args:
+        tracker: Who waits for logits.
+        model: Whose they are.
+        logits: As in `Hook`.
+
+    Returns:
+        The hook's handle.
+    """
+    hook = Hook(tracker, logits)
+    hook.module = weakref.ref(model)
+    _HOOKS.add(hook)
+    return model.register_forward_hook(hook, with_kwargs=True)
+
+
+def check_source(loader: object) -> None:
+    """Refuse a loader in whose data several samples have the same index.
+
+    Args:
+        loader: Anything.
+
+    Raises:
+        ValueError: If its data set joins several IndexedDatasets.
+    """
+    source = getattr(loader, "dataset", None)
+    joined = {id(part) for part in _indexed(source, 8)}
+    if len(joined) > 1:
+        raise ValueError(
+            f"A loader's samples should have an index each. Found a ConcatDataset of {len(joined)} "
+            f"IndexedDatasets, which all begin at 0; join the data sets first and wrap the whole: "
+            f"`IndexedDataset(ConcatDataset([a, b]))`."
+        )
+
+
+def _indexed(source: Any, depth: int) -> list[IndexedDataset]:
+    """The IndexedDatasets that a data set reads from."""
+    if isinstance(source, IndexedDataset):
+        return [source]
+    if not depth or source is None:
+        return []
+    if isinstance(source, ConcatDataset):
+        return [found for part in source.datasets for found in _indexed(part, depth - 1)]
+    return _indexed(getattr(source, "dataset", None), depth - 1)
+
+
 class Hook:
-    """presents the awaited batch when the model it is registered on gives its output.
+    """Gives a model's forwards to a tracker that waits for logits.
 
     A copy or pickle of the model carries a hook that does nothing: it is not the model that is
     being trained.
 
     Args:
-        tracker: Who awaits logits.
+        tracker: Who waits.
         logits: How to get them from the model's output; `None` takes the output itself.
     """
 
@@ -134,24 +215,58 @@ class Hook:
     ) -> None:
         self.tracker = tracker
         self.logits = logits
+        self.module: weakref.ref[nn.Module] | None = None
 
-    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tracker = self.tracker
-        if tracker is None or tracker._awaited is None or not module.training:
+        if tracker is None or not module.training:
             return
-        logits = find_logits(output, self.logits or (lambda output: output), module, _ATTACH)
-        index, targets = tracker._awaited
-        if logits.dim() > 0 and len(logits) != len(index):
-            raise ValueError(
-                f"An attached model should be called on the whole batch. Found {len(logits)} rows "
-                f"of logits for a batch of {len(index)}; take the index from the loader yourself "
-                f"and call `update` with the rows that were shown."
-            )
-        tracker._awaited = None  # another forward on this batch is not another presentation
-        tracker.update(index, logits, targets)
+        pairing = tracker._pairing
+        if torch.compiler.is_compiling():
+            if pairing.waits:
+                logits = find_logits(output, self.logits or _itself, module, _ATTACH).detach()
+                call = (self, module, (args, kwargs), logits)
+                if pairing.first is None:
+                    pairing.first = call
+                else:
+                    pairing.latest = call
+            return
+        if _in_backward():
+            return  # a forward that is computed again
+        pairing.settle(tracker)
+        if not pairing.waits and not pairing.doubts:
+            if torch.is_grad_enabled():
+                pairing.unclaimed()
+            return
+        logits = find_logits(output, self.logits or _itself, module, _ATTACH)
+        plain("logits", logits)
+        pairing.give(tracker, self, Call(module, list(tensors((args, kwargs))), logits))
+
+    def others(self, module: nn.Module) -> list[Hook]:
+        """Those of other trackers on the same model, or on one that is part of the other."""
+        found = []
+        for hook in list(_HOOKS):
+            other = hook.module and hook.module()
+            if other is None or hook.tracker is None or hook.tracker is self.tracker:
+                continue
+            if not hook.tracker._pairing.active:
+                continue
+            mine, theirs = module.modules(), other.modules()
+            if other is module or any(m is other for m in mine) or any(m is module for m in theirs):
+                found.append(hook)
+        return found
 
     def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
         return Hook, ()
+
+
+def _itself(output: Any) -> Any:
+    return output
+
+
+def _in_backward() -> bool:
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
 
 
 def find_logits(output: Any, how: Callable[[Any], Any] | None, source: object, cure: str) -> Tensor:
@@ -179,21 +294,3 @@ def find_logits(output: Any, how: Callable[[Any], Any] | None, source: object, c
             f"{type(source).__name__}; {cure}."
         )
     return logits
-
-
-def describe(value: Any) -> str:
-    """What a value is, for an error.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        Its kind, and of what.
-    """
-    if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}"
-    if isinstance(value, Mapping):
-        return f"a {type(value).__name__} with the keys {', '.join(map(str, value)) or 'none'}"
-    if isinstance(value, tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return type(value).__name__

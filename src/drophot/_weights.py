@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from pathlib import PurePath
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +32,11 @@ def prunable(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Parameter]
         The parameters, none of them empty.
 
     Raises:
-        TypeError: If `skip` is no collection, or a weight not of plain floats.
+        TypeError: If `model` is no module, `skip` no collection, or a weight not of plain floats.
         ValueError: If a name is unknown, there are none, or one has no data, is sharded, sparse or
             computed by something else.
     """
+    check_module("model", model)
     for path, module in model.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError(
@@ -73,6 +76,27 @@ def prunable(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Parameter]
             f"{' besides those in `skip`' if skip else ''}; prune the module that holds them."
         )
     return found
+
+
+def check_module(name: str, model: Any) -> None:
+    """Refuse what is no module.
+
+    Args:
+        name: What the caller calls it.
+        model: The value.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if not isinstance(model, nn.Module):
+        cure = "; load it into a model, and give that" if isinstance(model, Mapping) else ""
+        raise TypeError(f"`{name}` should be a torch.nn.Module. Found {_kind(model)}{cure}.")
+
+
+def _kind(value: Any) -> str:
+    """What a value is, as a user would recognise it."""
+    shown = isinstance(value, str | float | int | PurePath)
+    return f"{value!r}" if shown else f"a {type(value).__name__}"
 
 
 def left_out(model: nn.Module, skip: Collection[str]) -> set[int | str]:

@@ -12,12 +12,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot import _radix
+from drophot._arrays import numbers
+from drophot._exact import exact
 from drophot._facility import facility_location
 from drophot._greedy import Coreset
 from drophot._k_center import k_center
 from drophot._shares import (
     BLOCK,
     Positions,
+    check_positions,
     check_ratio,
     check_targets,
     drawn,
@@ -45,12 +48,14 @@ Mode = Word | Stratified
 WORDS = get_args(Word)
 
 
+@exact()
 def select(
     scores: Tensor | ArrayLike,
     ratio: float,
     mode: Mode = "high",
     *,
     targets: Tensor | ArrayLike | None = None,
+    among: Tensor | ArrayLike | None = None,
     seed: int = 0,
 ) -> Tensor:
     r"""Keep a share `ratio` of the samples: those of the highest or lowest scores, or any.
@@ -75,18 +80,22 @@ def select(
         targets: The samples' classes, integers, shape `(N,)`. Given, each class keeps its share
             of `K` by the method of largest remainders, and the mode chooses within the classes. A
             class whose share rounds to 0 keeps nothing.
+        among: The positions of the samples to choose from, such as `train.indices` of a
+            `random_split`. `N` is then their number, and `ratio` the share of them; of the other
+            samples neither scores (they may be NaN) nor classes count.
         seed: Breaks ties and draws the random subset.
 
     Returns:
         The positions of the kept samples, int64, ascending, unique, shape `(K,)`, on the CPU, for
-        `torch.utils.data.Subset`.
+        `torch.utils.data.Subset`; with `among` too they are positions among all samples.
 
     Raises:
-        TypeError: If `ratio` is not a number, `seed` not an integer, `scores` not real or
-            `targets` not of integers.
+        TypeError: If `ratio` is not a number, `seed` not an integer, `scores` not real numbers, or
+            `targets` or `among` not of integers.
         ValueError: If `ratio` is not in (0, 1], `mode` is unknown or its cutoff leaves less than
-            the ratio, `scores` is empty, not of one dimension, holds a NaN or, for a `Stratified`,
-            an infinity, or `targets` has another length.
+            the ratio, `scores` is empty, not of one dimension, or holds a NaN, a masked number or,
+            for a `Stratified`, an infinity among the samples to choose from, `targets` has another
+            length, or `among` is empty, out of range, or names a sample twice.
 
     Example:
         >>> scores = torch.tensor([0, 3, 1, 7, 0, 2])
@@ -96,20 +105,30 @@ def select(
         tensor([0, 4])
         >>> select(scores, 0.5, targets=[0, 0, 0, 0, 1, 1])
         tensor([1, 3, 5])
+        >>> select(scores, 0.5, among=[0, 1, 2, 4])
+        tensor([1, 2])
     """
     check_ratio("ratio", ratio)
     check_mode("mode", mode, ratio)
     seed = operator.index(seed)
     values = _check_scores(scores)
+    total = len(values)
+    classes = None if targets is None else check_targets(targets, total)
+    part = None if among is None else _check_among(among, total)
+    if part is not None:
+        values = values[torch.from_numpy(part).to(values.device)]
+        classes = None if classes is None else classes[part]
+    _check_known(values, part)
     size = kept(len(values), ratio)
-    if targets is None:
-        return torch.from_numpy(np.sort(_choose(values, size, mode, seed)))
+    if classes is None:
+        return torch.from_numpy(np.sort(_choose(values, size, mode, seed, part)))
 
     found = []
-    parts = members(check_targets(targets, len(values)))
-    for part, share in zip(parts, shares(map(len, parts), size, seed).tolist(), strict=True):
+    groups = members(classes)
+    for group, share in zip(groups, shares(map(len, groups), size, seed).tolist(), strict=True):
         if share:
-            found.append(_choose(values[torch.from_numpy(part)], share, mode, seed, part))
+            own = values[torch.from_numpy(group).to(values.device)]
+            found.append(_choose(own, share, mode, seed, group if part is None else part[group]))
     return torch.from_numpy(np.sort(np.concatenate(found)))
 
 
@@ -176,28 +195,31 @@ def _nth(scores: Tensor, rank: int) -> Tensor:
 
 
 def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
-    if isinstance(scores, Tensor):
-        values = scores.detach()
-    else:  # torch takes no reversed views and warns of read-only ones; NumPy copies those alone
-        values = torch.as_tensor(np.require(scores, requirements=["C", "W"]))
-    if values.is_complex():
-        raise TypeError(f"`scores` should be real numbers. Found {values.dtype}.")
+    values = numbers("scores", scores)
     if values.dim() != 1 or len(values) == 0:
         raise ValueError(
             f"`scores` should have shape (N,) with N at least 1. Found {tuple(values.shape)}."
         )
-    if values.is_floating_point():
-        if values.dtype.itemsize < 4:
-            values = values.float()  # exact
-        if values.amax().isnan():
-            nan = values.isnan()
-            raise ValueError(
-                f"`scores` should hold no NaN. Found {int(nan.sum())}, the first at position "
-                f"{int(nan.nonzero()[0, 0])}; score or drop those samples first."
-            )
-        return values
-    if values.dtype == torch.uint64 and (values.view(torch.int64) < 0).any():
-        raise TypeError("`scores` should be below 2⁶³. Found larger ones; give them as float64.")
-    # Unsigned integers of more than 8 bits can do next to nothing in torch.
-    small = values.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-    return values if small else values.long()
+    return values
+
+
+def _check_among(among: Any, total: int) -> Positions:
+    """Ascending, as all that follows is."""
+    found = check_positions("among", among, total, "; give mask.nonzero()[:, 0]")
+    if len(found) == 0:
+        raise ValueError("`among` should name at least one sample. Found none.")
+    return np.sort(found)
+
+
+def _check_known(scores: Tensor, part: Positions | None) -> None:
+    if not (scores.is_floating_point() and scores.amax().isnan()):
+        return
+    wrong = scores.isnan().nonzero()[:, 0].cpu().numpy()
+    first = wrong[0] if part is None else part[wrong[0]]
+    where, cure = f"{len(scores)}", "choose among those that were, such as among=train.indices"
+    if part is not None:
+        where, cure = f"{len(part)} in `among`", "leave them out of `among`"
+    raise ValueError(
+        f"`scores` should hold no NaN and no masked number. Found {len(wrong)} of {where}, the "
+        f"first at position {first}. In a tracker's scores NaN means never presented: {cure}."
+    )

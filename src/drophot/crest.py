@@ -15,7 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
 from drophot import _feed, _random, training
+from drophot._exact import exact
 from drophot._medoids import medoids
+from drophot._samples import targets_of
 from drophot._shares import check_ratio, check_targets, dealt, kept, members
 from drophot._step import fast_forward
 from drophot._untouched import untouched
@@ -47,7 +49,8 @@ class CrestLoader:
        :math:`T_1 = \lceil h\,\lVert \bar H_0 \rVert / \lVert \bar H \rVert \rceil`, at most an
        epoch, and :math:`P = \min(5\,T_1, \text{steps an epoch})`.
 
-    For choosing and checking the model is in evaluation mode. Learned samples are not excluded
+    For choosing and checking the model is in evaluation mode and computes without autocast, in
+    float32 or better, as all of the arithmetic does. Learned samples are not excluded
     (the paper's section 4.3, a saving over hundreds of epochs). One process; another one has
     coresets of its own.
 
@@ -67,6 +70,7 @@ class CrestLoader:
         threshold: `τ`, the relative error of the modelled loss that is allowed.
         interval: `h`, by which the steps between two checks are multiplied.
         seed: Draws the subsets and the Hutchinson estimate.
+        cache: Whether the decoded dataset is kept, as in :func:`drophot.fit`.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -98,6 +102,7 @@ class CrestLoader:
         threshold: float = 0.1,
         interval: float = 1.0,
         seed: int = 0,
+        cache: training.Cache = "auto",
     ) -> None:
         check_ratio("ratio", ratio)
         check_ratio("subset", subset)
@@ -114,12 +119,13 @@ class CrestLoader:
         self.model = model
         device = next(model.parameters()).device
         with _random.kept():  # a random transform may draw
-            indexed = len(_feed.first_sample("dataset", dataset)) == 3
-        self.dataset = training.in_memory(dataset if indexed else IndexedDataset(dataset), device)
+            indexed = len(training.first_sample("dataset", dataset)) == 3
+        whole = dataset if indexed else IndexedDataset(dataset)
+        self.dataset = training.in_memory(whole, device, cache=cache)
         self._total = len(dataset)  # type: ignore[arg-type]
         self._steps = ceil(kept(self._total, ratio) / self.batch_size)
         self._size = min(self._total, max(kept(self._total, subset), 2 * self.batch_size))
-        targets = check_targets(_feed.targets_of(self.dataset), self._total)
+        targets = check_targets(targets_of(self.dataset), self._total)
         if targets.min() < 0:
             raise ValueError(f"`dataset` should have targets from 0. Found {targets.min()}.")
         self._classes = members(targets)
@@ -131,7 +137,7 @@ class CrestLoader:
         self.checks = 0
         self.check_every = 1
         self._batches = torch.empty(0, 0, dtype=torch.int64)
-        self._weights = torch.empty(0, 0)
+        self._weights = torch.empty(0, 0, dtype=torch.float32)
         self._since = 0
         self._means: tuple[Tensor, Tensor] | None = (
             None  # of the gradient, of the squared curvature
@@ -148,10 +154,11 @@ class CrestLoader:
             if not self.selections or (due and self._has_moved_on()):
                 self._select()
             self._since += 1
-            number = int(torch.randint(len(self._batches), (), generator=self._draws))
+            number = int(torch.randint(len(self._batches), (), generator=self._draws, device="cpu"))
             inputs, targets, index = _feed.at(self.dataset, self._batches[number], device)
             yield inputs, targets, index, self._weights[number].to(device)
 
+    @exact(products=True)
     def _select(self) -> None:
         """New mini-batches for the weights as they are, and the loss around these."""
         count = min(_SETS * self.check_every, self._steps)
@@ -193,7 +200,7 @@ class CrestLoader:
             inputs, targets, _ = _feed.at(self.dataset, part, device)
             logits = forward(inputs)
             found.append(errors(logits, targets))
-            total += float(F.cross_entropy(logits.float(), targets.long(), reduction="sum"))
+            total += float(F.cross_entropy(_precise(logits), targets.long(), reduction="sum"))
         return torch.cat(found), total / len(places)
 
     def _model_loss(self, device: torch.device) -> None:
@@ -206,7 +213,9 @@ class CrestLoader:
             inputs, targets, _ = _feed.at(self.dataset, places, device)
             # Of attention only the plain kernel has second derivatives.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                losses = F.cross_entropy(forward(inputs), targets.long(), reduction="none")
+                losses = F.cross_entropy(
+                    _precise(forward(inputs)), targets.long(), reduction="none"
+                )
                 try:
                     grads, sides, bent = self._derivatives(
                         (losses * weight.to(device)).mean(), weights
@@ -255,6 +264,7 @@ class CrestLoader:
         drawn = torch.randint(0, 2, like.shape, generator=self._draws, dtype=torch.int8)
         return (2 * drawn - 1).to(like)
 
+    @exact(products=True)
     def _has_moved_on(self) -> bool:
         """Whether the modelled loss is no longer the loss."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
@@ -267,4 +277,9 @@ class CrestLoader:
 
 
 def _flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.detach().reshape(-1).float() for tensor in tensors])
+    return torch.cat([_precise(tensor.detach().reshape(-1)) for tensor in tensors])
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """In float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from drophot import _history
-from drophot._state import NO_CLASS, Columns, State, bring, join_histories
-from drophot.forgetting import ForgettingTracker, NeverLearned
+from drophot import _checks, _history
+from drophot._state import Columns, State, bring, join_histories
+from drophot.forgetting import ForgettingTracker, Missing, NeverLearned
 
 Statistic = Literal["forgetting", "aum", "el2n", "confidence", "variability", "loss"]
 
@@ -33,8 +33,10 @@ class DynamicsTracker(ForgettingTracker):
     `loss`         mean of :math:`-\log p_y`                              high
     ============== ====================================================== ======================
 
-    All are kept in float32, whatever the logits' precision, as running means and (Welford's) sums
-    of squares, so that thousands of presentations lose no digits. The state is 32 bytes a sample.
+    All are kept in float32, whatever the logits' precision, as running means with eight bits more
+    and (Welford's) sums of squares, so that thousands of presentations lose no digits. The state is
+    36 bytes a sample. Infinite logits are taken as limits: a sample whose own class was masked by
+    `-inf` once has an AUM of `-inf` and an infinite loss from then on, and the others are finite.
 
     Everything else is as in :class:`drophot.ForgettingTracker`: `update`, `observe`, `watch` and
     `attach`, `sync`, the state. Which presentations are meant is the caller's choice here too; the
@@ -79,15 +81,15 @@ class DynamicsTracker(ForgettingTracker):
 
         Raises:
             TypeError: As in :meth:`drophot.ForgettingTracker.update`.
-            ValueError: As there, and on a CPU if a target is not a class.
+            ValueError: As there.
+            RuntimeError: As there.
         """
-        self._check_batch(index, logits, targets)
+        _checks.batch(index, logits, targets)
         if len(index) == 0:
             return
         with torch.no_grad():
             targets = bring(targets, logits.device, torch.int64)
             classes = targets.clamp(0, logits.shape[1] - 1)
-            self._state.expect(index, (classes, targets), plus=NO_CLASS)
             values = _values(logits.float(), classes[:, None])
             rows = self._judge(index, logits, targets)
             values = bring(values, rows.place.device).index_select(0, rows.order)
@@ -109,6 +111,7 @@ class DynamicsTracker(ForgettingTracker):
         statistic: Statistic | NeverLearned = "forgetting",
         *,
         never_learned: NeverLearned = "hardest",
+        missing: Missing = "raise",
     ) -> Tensor:
         """One number for each sample; the class's table says which end is the hard one.
 
@@ -116,24 +119,27 @@ class DynamicsTracker(ForgettingTracker):
             statistic: Which. `"forgetting"` is :meth:`drophot.ForgettingTracker.scores`, and so are
                 that method's own words, `"hardest"` and `"zero"`.
             never_learned: For `"forgetting"`, what a sample scores that was never right.
+            missing: What happens if a sample was never presented: an error (`"raise"`), or it
+                scores NaN (`"nan"`).
 
         Returns:
-            Scores, shape `(N,)`, on the tracker's device: float32, NaN for a sample that was never
-            presented; for `"forgetting"` int64, and 0.
+            Scores, shape `(N,)`, on the tracker's device: float32; for `"forgetting"` int64, unless
+            `missing="nan"`.
 
         Raises:
-            ValueError: If a word is none of those above, or a batch came with wrong indices.
+            ValueError: If a word is none of those above, a sample was never presented, or a batch
+                came with wrong indices.
         """
         if statistic == "forgetting":
-            return super().scores(never_learned)
+            return super().scores(never_learned, missing=missing)
         if statistic == "hardest" or statistic == "zero":
-            return super().scores(statistic)
+            return super().scores(statistic, missing=missing)
         if statistic not in get_args(Statistic):
             raise ValueError(
                 f"`statistic` should be one of {', '.join(map(repr, get_args(Statistic)))}. Found "
                 f"{statistic!r}."
             )
-        return self._statistics()[statistic]
+        return _statistics(self._presented(missing))[statistic]
 
     def columns(self) -> dict[str, np.ndarray]:
         """Everything at once, for a table: `pandas.DataFrame(tracker.columns())`.
@@ -141,7 +147,8 @@ class DynamicsTracker(ForgettingTracker):
         Returns:
             NumPy arrays of shape `(N,)`: `index`; `target`, -1 for a sample that was never
             presented; `presentations`; `learned`; `forgetting`, the events alone; and `aum`,
-            `el2n`, `confidence`, `variability`, `loss` as in `scores`.
+            `el2n`, `confidence`, `variability`, `loss` as in `scores`, NaN for a sample that was
+            never presented.
 
         Raises:
             ValueError: If a batch came with wrong indices.
@@ -152,7 +159,7 @@ class DynamicsTracker(ForgettingTracker):
             "presentations": self.presentations,
             "learned": self.learned,
             "forgetting": self.counts,
-            **self._statistics(),
+            **_statistics(self._read()),
         }
         return {name: column.cpu().numpy().copy() for name, column in columns.items()}
 
@@ -161,20 +168,9 @@ class DynamicsTracker(ForgettingTracker):
             "history": (torch.int64, ()),
             "means": (torch.float32, (4,)),
             "squares": (torch.float32, ()),
+            "tails": (torch.int8, (4,)),  # what the means are more than float32 can say
         }
         return State(self.num_samples, columns, _join, device)
-
-    def _statistics(self) -> dict[str, Tensor]:
-        whole = self._state.read()
-        presented = _history.presentations(whole["history"])
-        means = torch.where(presented[:, None] > 0, whole["means"], torch.nan)
-        return {
-            "aum": means[:, _AUM],
-            "el2n": means[:, _EL2N],
-            "confidence": means[:, _CONFIDENCE],
-            "variability": (whole["squares"] / presented).sqrt(),
-            "loss": means[:, _LOSS],
-        }
 
     def _add(self, place: Tensor, again: Tensor | None, values: Tensor) -> None:
         """Take in values (B, 4) of the samples at `place`, ascending."""
@@ -192,21 +188,40 @@ class DynamicsTracker(ForgettingTracker):
             squares = squares.index_add_(0, group, apart).index_select(0, group)
             values = mean
         total = _history.presentations(columns["history"].index_select(0, place))
-        before = columns["means"].index_select(0, place), columns["squares"].index_select(0, place)
-        means, squares = _pool((total - size, *before), (size, values, squares))
+        names = ("means", "tails", "squares")
+        mean, tail, before = (columns[name].index_select(0, place) for name in names)
+        known = _Part(total - size, mean, _unpacked(mean, tail), before)
+        pooled = _pool(known, _Part(size, values, torch.zeros_like(values), squares))
         # Repeats write the same numbers to the same place.
-        columns["means"].index_copy_(0, place, means)
-        columns["squares"].index_copy_(0, place, squares)
+        for name, column in zip(names, pooled, strict=True):
+            columns[name].index_copy_(0, place, column)
+
+
+def _statistics(whole: Columns) -> dict[str, Tensor]:
+    """What the columns say of each sample, NaN for one that was never presented."""
+    presented = _history.presentations(whole["history"])
+    means = torch.where(presented[:, None] > 0, whole["means"], torch.nan)
+    return {
+        "aum": means[:, _AUM],
+        "el2n": means[:, _EL2N],
+        "confidence": means[:, _CONFIDENCE],
+        "variability": (whole["squares"] / presented).sqrt(),
+        "loss": means[:, _LOSS],
+    }
 
 
 def _values(logits: Tensor, targets: Tensor) -> Tensor:
     """Margin, error, confidence and loss (B, 4), of logits (B, C) in float32 and targets (B, 1)."""
-    # The largest logit becomes 0, so that nothing overflows; p = exp(logits) / total.
-    logits = logits - logits.amax(1, keepdim=True)
     own = logits.gather(1, targets)
     others = logits.scatter(1, targets, -torch.inf)
-    margin = own - others.amax(1, keepdim=True)
-    others = others.exp()
+    nearest = others.amax(1, keepdim=True)
+    margin = own - nearest
+    # The largest logit becomes 0, so that nothing overflows; p = exp(logits) / total. An infinite
+    # one becomes the largest finite one before, beside which all others vanish as they should.
+    most = torch.finfo(torch.float32).max
+    largest = torch.maximum(own, nearest).clamp(max=most)
+    own = own.clamp(max=most) - largest
+    others = (others.clamp(max=most) - largest).exp()
     rest = others.sum(1, keepdim=True)
     # total - 1 and 1 - p_y without the 1, in which the digits of a sure sample would be lost.
     beyond = rest + own.expm1()
@@ -215,16 +230,47 @@ def _values(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([margin, error, own.exp() / total, beyond.log1p() - own], 1)
 
 
-def _pool(
-    before: tuple[Tensor, Tensor, Tensor], after: tuple[Tensor, Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Means and squares of two parts together, each given as its sizes, means and squares."""
+class _Part(NamedTuple):
+    """Some presentations: how many, means and what those lack, and the sum of squares."""
+
+    size: Tensor
+    means: Tensor
+    tails: Tensor
+    squares: Tensor
+
+
+def _pool(before: _Part, after: _Part) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, tails (packed) and squares of two parts together."""
     # Chan, Golub and LeVeque, 1979; with one new value it is Welford's update.
-    (n, mean, squares), (m, new_mean, new_squares) = before, after
-    share = m / (n + m)
-    apart = new_mean - mean
-    squares = squares + new_squares + apart[:, _CONFIDENCE].square() * n * share
-    return mean + apart * share[:, None], squares
+    share = after.size / (before.size + after.size)
+    apart = (after.means - before.means) + (after.tails - before.tails)
+    squares = after.squares + apart[:, _CONFIDENCE].square() * before.size * share
+    step = apart * share[:, None]
+    # A sum, and what its rounding lost (Knuth's TwoSum): a settled mean would not move otherwise.
+    rough = before.means + step
+    lost = rough - before.means
+    lost = (before.means - (rough - lost)) + (step - lost)
+    tails = before.tails + lost
+    means = rough + tails
+    tails = tails - (means - rough)
+    # What is infinite stays so; of two infinities that differ there is no mean.
+    beyond = before.means + after.means
+    beyond = torch.where(before.size[:, None] > 0, beyond, after.means)
+    means = torch.where(beyond.isfinite(), means, beyond)
+    return means, _packed(means, tails), before.squares + squares
+
+
+def _packed(means: Tensor, tails: Tensor) -> Tensor:
+    """What a mean lacks, at most half of its last bit, in 8 bits."""
+    return (tails / _unit(means)).nan_to_num(0, 0, 0).round().clamp(-127, 127).to(torch.int8)
+
+
+def _unpacked(means: Tensor, tails: Tensor) -> Tensor:
+    return torch.where(tails != 0, tails * _unit(means), 0.0)
+
+
+def _unit(means: Tensor) -> Tensor:
+    return means.abs() * 2.0**-31  # half of the last bit is at most 2 ** -24, and 127 of these
 
 
 def _join(before: Columns, base: Columns, after: Columns) -> Columns:
@@ -232,10 +278,15 @@ def _join(before: Columns, base: Columns, after: Columns) -> Columns:
     joined = join_histories(before, base, after)
     n, n_base, total = (_history.presentations(p["history"]) for p in (before, base, after))
     size = total - n_base
-    apart = (after["means"] - base["means"]) * (total / size)[:, None]
+    tails = {id(p): _unpacked(p["means"], p["tails"]) for p in (before, base, after)}
+    apart = (after["means"] - base["means"]) + (tails[id(after)] - tails[id(base)])
+    apart = apart * (total / size)[:, None]
     between = apart[:, _CONFIDENCE].square() * n_base * (size / total)
     squares = (after["squares"] - base["squares"] - between).clamp(min=0)
-    means, squares = _pool(
-        (n, before["means"], before["squares"]), (size, base["means"] + apart, squares)
+    # Where one is infinite, so is what came to it, or nothing that is finite can be told of it.
+    came = torch.where(apart.isfinite(), base["means"] + apart, after["means"])
+    means, packed, squares = _pool(
+        _Part(n, before["means"], tails[id(before)], before["squares"]),
+        _Part(size, came, torch.where(apart.isfinite(), tails[id(base)], 0.0), squares),
     )
-    return joined | {"means": means, "squares": squares}
+    return joined | {"means": means, "tails": packed, "squares": squares}

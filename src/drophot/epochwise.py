@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from drophot._exact import exact
 from drophot._shares import check_ratio, drawn, every, fresh, generator, kept
 from drophot.coreset import select
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_NO_FAULT = torch.iinfo(torch.int64).max
 
 
 class FreshSubset(Sampler[int]):
@@ -52,7 +56,7 @@ class FreshSubset(Sampler[int]):
         seed, total = fresh(self.seed, self.epoch), self.num_samples
         self.epoch += 1
         found = drawn(every(total), total, len(self), seed, stream=1)
-        order = torch.randperm(len(found), generator=generator(seed))
+        order = torch.randperm(len(found), generator=generator(seed), device="cpu")
         yield from found[order.numpy()].tolist()
 
 
@@ -114,8 +118,13 @@ class LossSampling:
     ) -> None:
         self.num_samples, self.ratio, self.seed = _checked(num_samples, ratio, seed)
         self.epoch = 0
-        self.losses = torch.full((num_samples,), torch.nan, device=device)  # the last known ones
-        self._weights = torch.zeros_like(self.losses)  # of this epoch; 0 rests
+        with torch.inference_mode(False):  # so that training can update them
+            self.losses = torch.full(  # the last known ones
+                (self.num_samples,), torch.nan, dtype=torch.float32, device=device
+            )
+            self._weights = torch.zeros_like(self.losses)  # of this epoch; 0 rests
+            # The first position out of range that nobody has been told of.
+            self._fault = torch.tensor(_NO_FAULT, device=self.losses.device)
 
     def sampler(self, sampler: Iterable[int]) -> Sampler[int]:
         """A sampler that leaves out who rests, and is otherwise the given one.
@@ -142,7 +151,8 @@ class LossSampling:
             The mean of the weighted losses.
 
         Raises:
-            ValueError: If the shapes differ.
+            TypeError: If `index` is not of integers.
+            ValueError: If the shapes differ, or a position is out of range.
             RuntimeError: If no epoch was begun, so that nobody knows who rests.
         """
         self.update(index, losses)
@@ -152,25 +162,28 @@ class LossSampling:
                 "DataLoader(dataset, sampler=sampling.sampler(RandomSampler(dataset))), or take "
                 "losses.mean() where nobody rests."
             )
-        return (losses * self.weights(index).to(losses)).mean()
+        return (losses * self.weights(index).to(losses.device)).mean()
 
     def update(self, index: Tensor, losses: Tensor) -> None:
         """Remember the samples' losses.
 
         Args:
-            index: The samples' positions, shape `(B,)`.
+            index: The samples' positions, shape `(B,)`. Of a sample that is there twice, one of
+                its losses is remembered.
             losses: Their losses, shape `(B,)`.
 
         Raises:
-            ValueError: If the shapes differ.
+            TypeError: If `index` is not of integers.
+            ValueError: If the shapes differ, or a position is out of range. On a GPU, where looking
+                would mean to wait, `begin` raises it: at the next epoch.
         """
+        inside, _ = self._checked(index)
         if index.dim() != 1 or index.shape != losses.shape:
             raise ValueError(
                 f"`losses` should be one number for each sample, shape {tuple(index.shape)}. Found "
                 f'{tuple(losses.shape)}; compute them with reduction="none".'
             )
-        found = losses.detach().to(self.losses)
-        self.losses[index.to(self.losses.device)] = found
+        self.losses[inside] = losses.detach().to(self.losses)
 
     def weights(self, index: Tensor) -> Tensor:
         """What the samples' losses count in this epoch.
@@ -180,16 +193,50 @@ class LossSampling:
 
         Returns:
             Shape `(B,)`, float32: 1 for who is always kept, `1 / chance` for who was drawn, 0 for
-            who rests.
-        """
-        return self._weights[index.to(self.losses.device)]
+            who rests. On a GPU NaN for a position out of range.
 
+        Raises:
+            TypeError: If `index` is not of integers.
+            ValueError: If a position is out of range; see `update`.
+        """
+        inside, wrong = self._checked(index)
+        return self._weights[inside].masked_fill_(wrong, torch.nan)
+
+    def _checked(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions that are safe to look at, and which were not before."""
+        if not isinstance(index, Tensor) or index.dtype not in _INTEGERS:
+            found = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"`index` should be a tensor of integers. Found {found}.")
+        here = self.losses.device
+        index = index.detach().to(here, torch.int64, non_blocking=here.type != "cpu")
+        inside = index.clamp(0, self.num_samples - 1)
+        wrong = inside != index
+        if here.type == "cpu" and not torch.compiler.is_compiling():
+            if wrong.any():
+                self._refuse(int(index[wrong][0]))
+        elif index.numel():  # not `where`, which brings a number to the device and waits for it
+            first = index.masked_fill(~wrong, _NO_FAULT).amin()
+            self._fault.copy_(torch.minimum(self._fault, first))
+        return inside, wrong
+
+    def _refuse(self, position: int) -> None:
+        raise ValueError(
+            f"`index` should be in [0, {self.num_samples}). Found {position}; indices come from "
+            f"IndexedDataset, and `num_samples` is the length of that dataset."
+        )
+
+    @exact()
     def begin(self) -> Tensor:
         """Begin an epoch: decide who rests.
 
         Returns:
             The positions of those who do not, int64, ascending, shape `(K,)`, on the CPU.
+
+        Raises:
+            ValueError: If `update` or `weights` was given a position out of range on a GPU.
         """
+        if (fault := int(self._fault)) != _NO_FAULT:
+            self._refuse(fault)
         seed, total = fresh(self.seed, self.epoch), self.num_samples
         self.epoch += 1
         size = kept(total, self.ratio)
@@ -220,9 +267,15 @@ class _Awake(Sampler[int]):
         return kept(self.sampling.num_samples, self.sampling.ratio)
 
     def __iter__(self) -> Iterator[int]:
-        awake = np.zeros(self.sampling.num_samples, dtype=bool)
+        total = self.sampling.num_samples
+        awake = np.zeros(total, dtype=bool)
         awake[self.sampling.begin().numpy()] = True
         for position in self.inner:
+            if not (hasattr(position, "__index__") and 0 <= position < total):
+                raise ValueError(
+                    f"`sampler` should give one position in [0, {total}) after the other. Found "
+                    f"{position!r}; `num_samples` is the length of the dataset that it samples."
+                )
             if awake[position]:
                 yield position
 

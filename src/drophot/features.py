@@ -9,15 +9,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from drophot._cache import Cache, Kept
+from drophot._classifier import check_model, logits_of
+from drophot._feed import batches
 from drophot._untouched import untouched
-from drophot.training import batches, in_memory
 
 Kind = Literal["penultimate", "error"]
 
 _CHUNK = 512
 
 
-def features(model: nn.Module, dataset: Dataset[Any], kind: Kind = "penultimate") -> Tensor:
+def features(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    kind: Kind = "penultimate",
+    *,
+    cache: Cache = "auto",
+) -> Tensor:
     r"""One vector for each sample, from one pass of a trained classifier in evaluation mode.
 
     The model comes back as it was, mode and random state included.
@@ -33,15 +41,18 @@ def features(model: nn.Module, dataset: Dataset[Any], kind: Kind = "penultimate"
         kind: `"penultimate"`, the inputs of the model's last linear layer, or `"error"`,
             :math:`\mathrm{softmax}(z) - \mathrm{onehot}(y)`, the gradient of the loss by the
             logits, whose distances bound those of the samples' gradients.
+        cache: `True` decodes all samples first; the others read them batch by batch, as the pass
+            is the only one.
 
     Returns:
         Shape `(N, D)`, float32, in the dataset's order, on the model's device: `D` is the last
         layer's number of inputs, or `C`.
 
     Raises:
-        ValueError: If `kind` is another word, the dataset is empty, or for `"penultimate"` the
-            model's outputs are not those of a linear layer.
-        TypeError: If the samples are no tuples of tensors and numbers.
+        ValueError: If `kind` is another word, the dataset is empty, its samples differ in shape, or
+            for `"penultimate"` the model's outputs are not those of a linear layer.
+        TypeError: If the samples are no tuples of tensors and numbers, or the model, the dataset or
+            what the model gives is of the wrong kind.
 
     Example:
         >>> import torch
@@ -53,15 +64,16 @@ def features(model: nn.Module, dataset: Dataset[Any], kind: Kind = "penultimate"
     """
     if kind not in get_args(Kind):
         raise ValueError(f'`kind` should be "penultimate" or "error". Found {kind!r}.')
+    check_model(model)
     found: Tensor | None = None
     done = 0
     with untouched(model) as device:
-        data = in_memory(dataset, device)
+        data = Kept(dataset, device, cache, readings=1).data
         look = _penultimate(model) if kind == "penultimate" else _error(model)
         for inputs, targets, *_ in batches(data, _CHUNK, device):
             rows = look(inputs, targets)
             if found is None:
-                found = rows.new_empty(len(data), *rows.shape[1:])  # type: ignore[arg-type]
+                found = rows.new_empty(len(data), *rows.shape[1:])
             found[done : done + len(rows)] = rows
             done += len(rows)
     assert found is not None  # in_memory refuses what is empty
@@ -90,7 +102,13 @@ def errors(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _error(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda inputs, targets: errors(model(inputs), targets)
+    def look(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = logits_of(model, model, inputs)
+        if logits.dim() != 2:
+            raise ValueError(f"`model` should give logits (B, C). Found {tuple(logits.shape)}.")
+        return errors(logits, targets)
+
+    return look
 
 
 def _penultimate(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
@@ -99,12 +117,12 @@ def _penultimate(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     def look(inputs: Tensor, _: Tensor) -> Tensor:
         last: list[Any] = [None, None]
 
-        def keep(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
-            last[:] = given[0], output
+        def keep(module: nn.Module, given: Any, named: Any, output: Tensor) -> None:
+            last[:] = given[0] if given else named["input"], output
 
-        handles = [layer.register_forward_hook(keep) for layer in layers]
+        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
         try:
-            logits = model(inputs)
+            logits = logits_of(model, model, inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -114,6 +132,11 @@ def _penultimate(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
                 f"`model` should end in a linear layer, whose inputs are the features. Found "
                 f"{type(model).__name__}, whose outputs are not those of one; take "
                 f'kind="error", or give features of your own to the selector.'
+            )
+        if before.dim() != 2:
+            raise ValueError(
+                f"`model` should give logits (B, C) of one vector for each sample. Found "
+                f"{tuple(logits.shape)} of {tuple(before.shape)}; wrap the model in one that does."
             )
         return before.float()
 

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from drophot import _history, _watch
-from drophot._state import State, bring, join_histories
-from drophot._untouched import untouched
-from drophot._watch import describe
+from drophot import _checks, _faults, _history, _observe, _watch
+from drophot._checks import describe
+from drophot._pairing import Pairing
+from drophot._state import Columns, State, bring, join_histories
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NeverLearned = Literal["hardest", "zero"]
+Missing = Literal["raise", "nan"]
 
 
 class ForgettingTracker:
@@ -37,11 +37,12 @@ class ForgettingTracker:
       the same weights. Call `observe` there; it costs one pass in evaluation mode.
 
     The samples' indices come from :class:`drophot.IndexedDataset`. The state is 12 bytes a sample.
+    A pickle or copy of a tracker, also one that a started process gets, is a tracker of its own.
 
-    Wrong use is an error. What only the values can tell (an index out of range, or a sample whose
-    target differs from the one seen before) is raised at once on a CPU; on a GPU, where looking
-    would make the step wait, it is gathered on the device and raised when `counts`, `learned`,
-    `presentations`, `scores` or `state_dict` is asked for, and by `sync`.
+    Wrong use is an error. What only the values can tell (an index out of range, a target that is no
+    class, or one that differs from the sample's before) is raised at once on a CPU; on a GPU, where
+    looking would make the step wait, it is gathered on the device and raised when `counts`,
+    `learned`, `presentations`, `scores` or `state_dict` is asked for, and by `sync`.
 
     References:
         Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network
@@ -70,16 +71,10 @@ class ForgettingTracker:
     """
 
     def __init__(self, num_samples: int, *, device: torch.device | str | None = None) -> None:
-        self.num_samples = operator.index(num_samples)
-        if self.num_samples < 1:
-            raise ValueError(
-                f"`num_samples` should be at least 1. Found {num_samples}; give the length of "
-                f"the dataset."
-            )
-        self._awaited: _watch.Presented | None = None  # from a watched loader to an attached model
+        self.num_samples = _checks.size(num_samples)
+        self._pairing = Pairing()  # of what a watched loader gave and an attached model gives
         self._follows = device is None
         self._state = self._new_state(device)
-        self._steps = _history.steps(self._state.device)
 
     def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Present a batch: judge it by its logits.
@@ -92,19 +87,21 @@ class ForgettingTracker:
             index: The samples' indices in the dataset, integers, shape `(B,)`.
             logits: The model's outputs, shape `(B, C)` with `C` at least 2, any float dtype, with
                 or without gradient. Probabilities do as well.
-            targets: The true classes, integers, shape `(B,)`.
+            targets: The true classes, integers from 0 to `C - 1`, shape `(B,)`. Leave samples
+                without a class (`ignore_index`, -100) out of all three.
 
         Raises:
             TypeError: If an argument is not a tensor, or not of integers (`index`, `targets`) or
-                floats (`logits`).
-            ValueError: If a shape is wrong; on a CPU also if an index is out of range or a
-                sample's target is not the one it had before. Nothing is counted then.
+                floats (`logits`), or spread over ranks (a DTensor).
+            ValueError: If a shape is wrong; on a CPU also if an index is out of range, a target is
+                not a class, or not the one that the sample had before. Nothing is counted then.
+            RuntimeError: If it is called inside of a transform of `torch.func`.
         """
-        self._check_batch(index, logits, targets)
+        _checks.batch(index, logits, targets)
         if len(index) == 0:
             return
         with torch.no_grad():
-            self._judge(index, logits, bring(targets, logits.device))
+            self._judge(index, logits, bring(targets, logits.device, torch.int64))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Present a batch that the caller has judged: multi-label, sequences, anything.
@@ -125,7 +122,8 @@ class ForgettingTracker:
             raise TypeError(f"`correct` should be a bool tensor. Found {describe(correct)}.")
         if correct.dim() != 1:
             raise ValueError(f"`correct` should have shape (B,). Found {tuple(correct.shape)}.")
-        _check_vector("index", index, len(correct), "correct")
+        _checks.plain("correct", correct)
+        _checks.vector("index", index, len(correct), "correct")
         if len(index) == 0:
             return
         with torch.no_grad():
@@ -134,9 +132,9 @@ class ForgettingTracker:
     def observe(self, model: nn.Module, loader: Iterable[Any]) -> None:
         """Present every sample of a loader to a model as it stands: the paper's definition.
 
-        One pass in evaluation mode, without gradients. Afterwards each submodule is in the mode
-        it was in and torch's random state is what it was, so that training goes on bit for bit
-        as it would have.
+        One pass in evaluation mode, without gradients. Afterwards modes, random state and the
+        loader's own generators are what they were, so that training goes on bit for bit as it would
+        have. A loader with persistent workers is read by other workers.
 
         Args:
             model: Called as `model(inputs)`, gives logits `(B, C)`.
@@ -144,22 +142,11 @@ class ForgettingTracker:
                 :class:`drophot.IndexedDataset` does. Its order does not matter.
 
         Raises:
-            TypeError: If a batch is not such a triple.
+            TypeError: If `model` is not a module, `loader` a data set, or a batch not such a
+                triple.
             ValueError: If the loader gives no batch, or as in `update`.
         """
-        batch = None
-        with untouched(model) as device:
-            for batch in loader:
-                if not isinstance(batch, tuple | list) or len(batch) != 3:
-                    raise TypeError(
-                        f"`loader` should give batches (inputs, targets, index). Found "
-                        f"{describe(batch)}; wrap the dataset in IndexedDataset, or call `update` "
-                        f"with the logits of your own evaluation pass."
-                    )
-                inputs, targets, index = batch
-                self.update(index, model(inputs.to(device)), targets)
-        if batch is None:
-            raise ValueError("`loader` should give at least one batch. Found none.")
+        _observe.observe(model, loader, self.update)
 
     def watch(
         self, loader: Iterable[Any], targets: Callable[[Any], Tensor] | None = None
@@ -167,9 +154,7 @@ class ForgettingTracker:
         """The same loader, for a loop that knows nothing of indices; goes with `attach`.
 
         Batches come without their index: `(x, y)`, or a dict without `"index"`. The tracker keeps
-        index and targets until an attached model gives the logits of the batch. So this is the
-        outermost wrapper: nothing that reads ahead, such as a prefetcher, may stand between it
-        and the loop.
+        index and targets until an attached model gives the logits of the batch.
 
         Args:
             loader: Gives batches `(inputs, targets, index)` or dicts with the key `"index"`, as a
@@ -178,9 +163,11 @@ class ForgettingTracker:
                 second of a pair, or a dict's one entry of `targets`, `target`, `labels`, `label`.
 
         Returns:
-            An iterable, to be iterated once an epoch. `len` and attributes are the loader's. It
-            raises a TypeError where a batch has no index or its targets cannot be recognised, and
-            warns after a pass of which no batch was counted.
+            An iterable, to be iterated once an epoch; `len`, attributes and errors are the
+            loader's, and an error does not end the epoch. It raises a TypeError
+            where a batch has no index or its targets cannot be recognised, and a ValueError where
+            the loader's data set joins several IndexedDatasets. It warns of a pass of which no
+            batch was counted, however that ends.
 
         Example:
             >>> from torch.utils.data import DataLoader
@@ -200,9 +187,11 @@ class ForgettingTracker:
     ) -> RemovableHandle:
         """Read the logits on their way out of a model, for the batches of `watch`.
 
-        The first forward in training mode on a batch is its presentation. Other forwards on the
-        same batch, and whatever the model does in evaluation mode, are not counted. Copies and
-        pickles of the model are not tracked.
+        The first forward in training mode on a batch is its presentation: on the tensors that
+        `watch` handed out, a view of them or, on a CPU, their values. Where the loop moves or
+        changes them, it is the only forward; a second one on other inputs, a second batch or a
+        second tracker that waits on the model is then an error. Recomputation in a backward pass,
+        other forwards on the batch, evaluation mode and copies of the model are not counted.
 
         Args:
             model: The model that the loop calls; compiled, wrapped by DDP or plain.
@@ -216,51 +205,60 @@ class ForgettingTracker:
             TypeError: If `model` is not a module; from the model's call if its output is not a
                 tensor and `logits` does not say how to get one.
             ValueError: From the model's call, if its output has not a row for each sample of the
-                batch, and as in `update`.
+                batch, if it cannot be told which batch it is of (on a GPU, or in a compiled model,
+                where the tracker is read next), and as in `update`.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` should be a torch.nn.Module. Found {describe(model)}.")
-        return model.register_forward_hook(_watch.Hook(self, logits))
+        return _watch.attach(self, model, logits)
 
     @property
     def counts(self) -> Tensor:
-        """Forgetting events of each sample, int64, shape `(N,)`."""
-        return _history.events(self._state.read()["history"])
+        """Forgetting events of each sample, int64, shape `(N,)`; 0 if it was never presented."""
+        return _history.events(self._read()["history"])
 
     @property
     def learned(self) -> Tensor:
         """Whether each sample was right at least once, bool, shape `(N,)`."""
-        return _history.learned(self._state.read()["history"])
+        return _history.learned(self._read()["history"])
 
     @property
     def presentations(self) -> Tensor:
         """How often each sample was presented, int64, shape `(N,)`."""
-        return _history.presentations(self._state.read()["history"])
+        return _history.presentations(self._read()["history"])
 
-    def scores(self, never_learned: NeverLearned = "hardest") -> Tensor:
-        """The forgetting score of each sample: higher is harder.
-
-        Scores of several runs add up. A sample that was never presented scores 0: see
-        `presentations` where that can happen.
+    def scores(
+        self, never_learned: NeverLearned = "hardest", *, missing: Missing = "raise"
+    ) -> Tensor:
+        """The forgetting score of each sample: higher is harder. Scores of several runs add up.
 
         Args:
-            never_learned: What a sample scores that was never right and so has no event.
-                `"hardest"`: its number of presentations, above every count (Toneva et al.).
-                `"zero"`: its count, 0, as if it were the easiest (the paper's text).
+            never_learned: What a sample scores that was presented and never right, and so has no
+                event. `"hardest"`: its number of presentations (Toneva et al.) and at least 1 more
+                than any sample's count. `"zero"`: its count, 0, as if it were the easiest (the
+                paper's text).
+            missing: What happens if a sample was never presented. `"raise"`: an error. `"nan"`: it
+                scores NaN; for a part of the data, such as a training split, select with
+                `among=train.indices`.
 
         Returns:
-            Scores, int64, shape `(N,)`, on the tracker's device.
+            Scores, shape `(N,)`, on the tracker's device: int64, or float32 if `missing="nan"`.
 
         Raises:
-            ValueError: If `never_learned` is neither, or a batch came with wrong indices.
+            ValueError: If a word is none of those, a sample was never presented, or an index wrong.
         """
         if never_learned not in ("hardest", "zero"):
             raise ValueError(
                 f'`never_learned` should be "hardest" or "zero". Found {never_learned!r}.'
             )
-        if never_learned == "zero":
-            return self.counts
-        return torch.where(self.learned, self.counts, self.presentations)
+        history = self._presented(missing)["history"]
+        scores, presented = _history.events(history), _history.presentations(history)
+        if never_learned == "hardest":
+            above = torch.maximum(presented, scores.max() + 1)
+            scores = torch.where(_history.learned(history), scores, above)
+        if missing == "raise":
+            return scores
+        return scores.float().masked_fill_(presented == 0, torch.nan)
 
     def sync(self, group: ProcessGroup | None = None) -> None:
         """Merge what the ranks have seen; called on each of them, once an epoch.
@@ -271,12 +269,14 @@ class ForgettingTracker:
         this does nothing, so that the same script runs with and without torchrun.
 
         It takes one gather of the rows of samples that were presented since the last `sync`, 20
-        bytes each (40 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
+        bytes each (44 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
         the ranks agree. From then on the tracker also keeps what all of them started from, 8 bytes
-        a sample (28).
+        a sample (32).
 
         Args:
-            group: The ranks that take part; `None` means all.
+            group: The ranks that take part, each with batches of its own; `None` means all. Of
+                ranks that share their batches (tensor, context or pipeline parallel) one takes part
+                in a group: `mesh["data"].get_group()`.
 
         Raises:
             ValueError: On every rank, if any of them was given wrong indices, if two saw a sample
@@ -285,10 +285,12 @@ class ForgettingTracker:
                 Also if this rank is not in `group`, and in one process for wrong indices.
             RuntimeError: If a state was loaded before the process group was set up.
         """
+        self._pairing.settle(self)
         self._state.sync(group)
 
     def reset(self) -> None:
         """Forget everything, as if newly made."""
+        self._pairing.give_up()
         self._state.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -302,6 +304,7 @@ class ForgettingTracker:
                 `sync`: a checkpoint would lack what the others have seen.
             ValueError: If a batch came with wrong indices.
         """
+        self._pairing.settle(self)
         return self._state.dump()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -314,7 +317,18 @@ class ForgettingTracker:
             ValueError: If it is of another version, kind or size, or no such state. Nothing is
                 changed then.
         """
+        self._pairing.give_up()
         self._state.load(state_dict, type(self).__name__)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._pairing.settle(self)
+        return self.__dict__.copy()
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(
+            f"A vector of scores should be given. Found the {type(self).__name__} itself; give its "
+            f"`scores()`."
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_samples}, device='{self._state.device}')"
@@ -322,28 +336,32 @@ class ForgettingTracker:
     def _new_state(self, device: torch.device | str | None) -> State:
         return State(self.num_samples, {"history": (torch.int64, ())}, join_histories, device)
 
-    def _check_batch(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            raise TypeError(f"`logits` should be a float tensor. Found {describe(logits)}.")
-        if logits.dim() != 2 or logits.shape[1] < 2:
-            raise ValueError(
-                f"`logits` should have shape (B, C) with C at least 2. Found "
-                f"{tuple(logits.shape)}; for any other kind of output judge it yourself and call "
-                f"`update_correct`."
-            )
-        _check_vector("index", index, len(logits), "logits")
-        _check_vector("targets", targets, len(logits), "logits")
+    def _read(self) -> Columns:
+        """All columns, with what an attached model has given so far."""
+        self._pairing.settle(self)
+        return self._state.read()
+
+    def _presented(self, missing: Missing) -> Columns:
+        """All columns, if every sample was presented or need not have been."""
+        columns = self._read()
+        _checks.presented(columns["history"], missing)
+        self._pairing.warn()
+        return columns
+
+    def _doubt(self, wrong: Tensor) -> None:
+        self._state.note(_faults.unpaired(wrong))
 
     def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> _Rows:
         top = logits.max(dim=1)
-        correct = (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
-        return self._record(index, correct, targets)
+        correct = (top.indices == targets) & (top.values > -torch.inf)  # nor is NaN
+        return self._record(index, correct, targets, logits.shape[1])
 
-    def _record(self, index: Tensor, correct: Tensor, targets: Tensor | None) -> _Rows:
+    def _record(
+        self, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int = 0
+    ) -> _Rows:
         state = self._state
         if self._follows and state.device != correct.device:
             state.move(correct.device)
-            self._steps = _history.steps(state.device)
         self._follows = False
         device = state.device
         correct = bring(correct, device)
@@ -351,12 +369,14 @@ class ForgettingTracker:
 
         place = index.clamp(0, self.num_samples - 1)
         if targets is None:
-            state.expect(index, (place, index))
+            state.expect(index, (place, index), classes=None)
         else:
-            targets = bring(targets, device, torch.int32)
+            classes = bring(targets, device)
+            targets = classes.to(torch.int32)
             seen = state.targets.index_select(0, place)
             known = torch.where(seen < 0, targets, seen)
-            state.expect(index, (place, index), (known, targets))
+            nearest = classes.clamp(0, num_classes - 1)
+            state.expect(index, (place, index), (known, targets), classes=(nearest, classes))
             state.targets.index_copy_(0, place, known)
 
         place, order = place.sort(stable=True)
@@ -364,7 +384,7 @@ class ForgettingTracker:
         if state.looks and not again.any():
             again = None  # the usual batch, with less to do
         correct = correct.index_select(0, order)
-        _history.present(state.columns["history"], place, correct, again, self._steps)
+        _history.present(state.columns["history"], place, correct, again, state.steps)
         return _Rows(place, order, again)
 
 
@@ -377,17 +397,3 @@ class _Rows(NamedTuple):
     place: Tensor
     order: Tensor
     again: Tensor | None
-
-
-def _check_vector(name: str, value: Any, length: int, other: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` should be a tensor of integers. Found {describe(value)}.")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"`{name}` should be a tensor of integers. Found {value.dtype}.")
-    if value.dim() != 1:
-        raise ValueError(f"`{name}` should have shape (B,). Found {tuple(value.shape)}.")
-    if len(value) != length:
-        raise ValueError(
-            f"`{name}` should have one entry for each row of `{other}`, {length}. Found "
-            f"{len(value)}."
-        )

@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from drophot import _executors, _memory, _modes, _probe, _progress, records
+from drophot import _dispatch, _executors, _memory, _modes, _probe, _progress, records
+from drophot._ambient import surroundings
 from drophot._modes import Mode
+from drophot._packages import short
 from drophot._plan import Plan, estimate
-from drophot._stages import Stage, compute
-from drophot._store import Store, digest, open_store, write_whole
+from drophot._samples import is_plainly
+from drophot._stages import Stage
+from drophot._store import Store, open_store, write_whole
+from drophot.coreset import kept
 from drophot.pipeline import CELL, DropHot
-from drophot.records import Record
+from drophot.records import Record, fingerprint
 
 logger = logging.getLogger("drophot")
 
@@ -120,15 +124,11 @@ class Grid:
         if unknown := set(self.controls) - set(get_args(Control)):
             choices = ", ".join(f'"{name}"' for name in _CONTROLS)
             raise ValueError(f"`controls` should be of {choices}. Found {unknown.pop()!r}.")
-        for control in self.controls:
-            pipeline.replace(**_CONTROLS[control])
-        if 1.0 in self.data_ratios:
-            raise ValueError(
-                "`data_ratios` should each be below 1. Found 1, which is the baseline, and that is "
-                "always there; leave it out."
-            )
-        for mode, data_ratio in product(self.modes, self.data_ratios):
-            pipeline.replace(mode=mode, data_ratio=data_ratio)
+        self._check_sizes(len(pipeline.train_set))  # type: ignore[arg-type]
+        for mode, ratio, equal in product(self.modes, self.data_ratios, self._equal_steps()):
+            pipeline.replace(mode=mode, data_ratio=ratio, equal_steps=equal)
+        for ratio, control in product(self.prune_ratios, self.controls):
+            pipeline.replace(prune_ratio=ratio, **_CONTROLS[control])
         _probe.check_counts(1, threads=threads)
         self.threads = threads
         self.pipeline = pipeline.replace()
@@ -153,10 +153,13 @@ class Grid:
             ratio.
 
         Raises:
+            Exception: The first error of a stage, when all stages that do not need it are done; its
+                notes name every stage that failed. The next call tries these again.
             ValueError: If the store holds other things, or results of another configuration, or
-                the executor forks and `threads` is above 1.
+                the executor forks and `threads` is above 1 or CUDA is in use.
             TypeError: If the executor is none, or the model's factory, the optimiser's, `fit` or a
                 data set cannot be sent to a worker.
+            RuntimeError: If a `fit` of your own does not call back. No other stage is tried then.
             ImportError: If `progress` is asked for and tqdm is not installed.
             OSError: If the disk is full. What is in the store stays good.
         """
@@ -187,14 +190,11 @@ class Grid:
                     if shown is not None:
                         shown.update(min(stage.epochs(pipeline), total - shown.n))
 
-                if executor is None:
-                    for stage in todo:
-                        finished(stage, compute(pipeline, opened, stage, self.threads, data))
-                else:
-                    task = (pipeline, opened, self.threads, data)
-                    _executors.send(
-                        executor, todo, task, finished, limit=self._room(executor, plan.memory)
-                    )
+                task, limit = (
+                    (pipeline, opened, self.threads, data),
+                    self._room(executor, plan.memory),
+                )
+                _dispatch.send(executor, todo, task, finished, limit=limit)
         except BaseException as error:
             error.add_note(f"What was finished is in {store}; the same call goes on from there.")
             raise
@@ -203,6 +203,8 @@ class Grid:
 
     def plan(self, store: Path | str | None = None, executor: Any = None) -> Plan:
         """What `run` would do, with an estimate of time and disk from a few measured steps.
+
+        A `fit` of your own is not called for it; how long it takes is then not known.
 
         Args:
             store: What is in it already is not computed again.
@@ -221,9 +223,31 @@ class Grid:
             opened = open_store(Path(store), configuration, None)
         return self._plan(cells, self._missing(cells, opened), executor)
 
+    def _check_sizes(self, total: int) -> None:
+        """Refuse two names for one coreset."""
+        ratios: dict[int, float] = {}
+        for ratio in self.data_ratios:
+            size = kept(total, ratio)
+            if size == total:
+                raise ValueError(
+                    f"`data_ratios` should each leave out a sample. Found {ratio:g}, which keeps "
+                    f"{size} of {total}: that is the baseline, which is always there; leave "
+                    f"{ratio:g} out."
+                )
+            if size in ratios:
+                raise ValueError(
+                    f"`data_ratios` should each keep another number of samples. Found "
+                    f"{ratios[size]:g} and {ratio:g}, which both keep {size} of {total}; leave one "
+                    f"out."
+                )
+            ratios[size] = ratio
+
+    def _equal_steps(self) -> tuple[bool, ...]:
+        return (False, True) if "equal_steps" in self.controls else (False,)
+
     def _cells(self) -> Iterator[Stage]:
         coresets = [("baseline", 1.0, False)]
-        equal = (False, True) if "equal_steps" in self.controls else (False,)
+        equal = self._equal_steps()
         coresets += [(m, r, e) for r in self.data_ratios for m in self.modes for e in equal]
         dense = [] if 0.0 in self.prune_ratios else [0.0]
         for seed in self.seeds:
@@ -263,16 +287,23 @@ class Grid:
         return todo
 
     def _configuration(self) -> tuple[dict[str, Any], str]:
-        """What all cells have in common, and the digest of the data."""
-        found = self.pipeline.configuration
+        """What all cells have in common, and a name for the data."""
+        if unknown := self.pipeline._unknown:
+            raise TypeError(
+                f"A store needs to know which experiment it is of. Found {unknown[0]}, which no "
+                f"other process can compare; make it where it is used, or give its owner a "
+                f"`__getstate__` without it."
+            )
+        versions = records.versions()
+        found: dict[str, Any] = {
+            "versions": {name: short(versions[name]) for name in ("drophot", "torch", "python")}
+        }
+        found |= self.pipeline.configuration
         for name in CELL:  # what the cells differ in
             del found[name]
-        found["data"] = digest(self._tensors())
         found["threads"] = self.threads
         found["device"] = records.device_name(self.pipeline.device)
-        versions = records.versions()
-        found["versions"] = {name: versions[name] for name in ("drophot", "torch")}
-        return found, found["data"]
+        return found, fingerprint({name: found[name] for name in ("train_set", "test_set")})
 
     def _without_data(self, store: Store) -> DropHot:
         """The pipeline for a worker: what is in memory is read there from the store."""
@@ -280,13 +311,14 @@ class Grid:
         tensors = {
             name: [tensor.cpu() for tensor in data.tensors]
             for name, data in sets.items()
-            if isinstance(data, TensorDataset)
+            if is_plainly(data, TensorDataset)
         }
         content = io.BytesIO()
         torch.save(tensors, content)
         write_whole(store.folder / "data.pt", content.getvalue())
         light = copy.copy(self.pipeline)
         vars(light).update(dict.fromkeys(tensors))
+        light._ambient = surroundings(light.device)
         return light
 
     def _plan(self, cells: Sequence[Stage], todo: Iterable[Stage], executor: Any) -> Plan:
@@ -306,7 +338,7 @@ class Grid:
             epochs=sum(stage.epochs(self.pipeline) for stage in stages),
             samples=len(self.pipeline.train_set),  # type: ignore[arg-type]
             workers=workers,
-            seconds=seconds / workers,
+            seconds=None if seconds is None else seconds / workers,
             bytes=size + data * bool(executor is not None and stages),
             memory=memory,
         )
@@ -320,7 +352,7 @@ class Grid:
 
     def _tensors(self) -> list[Tensor]:
         sets = (self.pipeline.train_set, self.pipeline.test_set)
-        return [t for data in sets if isinstance(data, TensorDataset) for t in data.tensors]
+        return [t for data in sets if is_plainly(data, TensorDataset) for t in data.tensors]
 
 
 def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
@@ -336,7 +368,13 @@ def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
         except (ValueError, TypeError) as error:
             error.add_note(f"This was found in `{name}`.")
             raise
-        names = map(_modes.name, found[:position])  # what a file and a record call a mode
-        if value in found[:position] or (name == "modes" and _modes.name(value) in names):
+        before = found[:position]
+        if name == "modes":  # by what a file and a record call it, and by what it means
+            same = _modes.name(value) in map(_modes.name, before)
+            long = _modes.scored(value)
+            same |= long is not None and long in map(_modes.scored, before)
+        else:
+            same = value in before
+        if same:
             raise ValueError(f"`{name}` should hold each value once. Found {value!r} twice.")
     return found

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from drophot import (
     _choosing,
+    _loop,
     _modes,
     _probe,
     _progress,
@@ -27,6 +28,8 @@ from drophot import (
     records,
     training,
 )
+from drophot._ambient import surroundings
+from drophot._experiment import experiment
 from drophot._modes import Mode
 from drophot._pruning import ScheduleName
 from drophot.dynamics import DynamicsTracker, Statistic
@@ -45,7 +48,7 @@ CELL = (
 )
 _SETTINGS = (
     *(*CELL, "forgetting", "scope", "structured", "prunings", "protocol", "batch_size"),
-    *("score_epochs", "train_epochs", "finetune_epochs"),
+    *("score_epochs", "train_epochs", "finetune_epochs", "cache"),
 )
 
 
@@ -104,14 +107,16 @@ class DropHot:
         seed: Of initialisation, order and ties; not negative.
         device: Where to run; `None` is a GPU if there is one.
         fit: The training loop; a user's own is called as :func:`drophot.training.fit` is.
+        cache: Whether decoded data is kept: see :func:`drophot.training.in_memory`.
         progress: Shows a bar for each training, by tqdm.
 
     Raises:
         TypeError: If an argument is of the wrong kind: a model instead of a factory, say.
         ValueError: If a value is out of range, two settings do not go together, a data set is
             empty, the two data sets' inputs differ in shape, a target is no class of the model,
-            `data_ratio` keeps fewer samples than there are classes, or leaves the model a last
-            batch that it cannot train on.
+            the model has no weights to prune or computes them by a parametrization, `data_ratio`
+            keeps fewer samples than there are classes, or leaves the model a last batch that it
+            cannot train on.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
     Example:
@@ -167,6 +172,7 @@ class DropHot:
         seed: int = 0,
         device: torch.device | str | None = None,
         fit: training.Fit = training.fit,
+        cache: training.Cache = "auto",
         progress: bool = False,
     ) -> None:
         self.factory = model
@@ -191,21 +197,34 @@ class DropHot:
         self.seed = seed
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.fit = fit
+        self.cache: training.Cache = cache
         self.progress = progress
         _probe.settle(self)
-        self.train_set, self.test_set, self._classes, sizes = _probe.prepare(
-            model, optimizer, train_set, test_set, device=self.device, seed=self.seed
+        self.train_set, self.test_set, self._classes = _probe.prepare(
+            model,
+            optimizer,
+            train_set,
+            test_set,
+            device=self.device,
+            seed=self.seed,
+            cache=cache,
+            closure=not _modes.is_drophots_own(fit),
         )
         _probe.check_sizes(self, self._classes)
         self._total = len(train_set)  # type: ignore[arg-type]
-        self._fixed = {"model": records.describe(model), "optimizer": records.describe(optimizer)}
-        self._fixed |= {"fit": records.describe(fit), **sizes}
+        self._fixed, self._unknown = experiment(self, train_set, test_set)
+        self._ambient: dict[str, Any] | None = None  # on a worker: as it is where the grid runs
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """Everything that was asked for, as JSON can hold it: what a record's fingerprint is of."""
+        """Everything that a record depends on, as JSON can hold it: what its fingerprint is of.
+
+        The settings; the code and the arguments of the factories and of `fit`, and what the
+        factories make; the data; and `ambient`, the switches of torch that are set around it.
+        """
         settings = {name: getattr(self, name) for name in _SETTINGS}
-        return self._fixed | settings | {"mode": _modes.name(self.mode)}
+        settings |= {"mode": _modes.name(self.mode), "ambient": surroundings(self.device)}
+        return self._fixed | settings
 
     def replace(self, **settings: Any) -> DropHot:
         """The same run with other settings and no results yet, on the same data in memory.
@@ -347,15 +366,13 @@ class DropHot:
         with self._step("finetune", 1):
             _pruning.start_over(self)
             optimizer = self.optimizer(model.parameters())
-            with _pruning.held(self, optimizer):
-                self._fit(
-                    model,
-                    self.train_set,
-                    self.finetune_epochs,
-                    optimizer,
-                    on_epoch=lambda _: curve.append(training.evaluate(model, self.test_set)),
-                )
-            _probe.check_called(len(curve), self.finetune_epochs)
+            with _pruning.held(self, optimizer) as check_pace:
+
+                def judge(_: int) -> None:
+                    curve.append(training.evaluate(model, self.test_set))
+                    check_pace(len(curve))
+
+                self._fit(model, self.train_set, self.finetune_epochs, optimizer, on_epoch=judge)
         accuracy = curve[-1] if curve else training.evaluate(model, self.test_set)
         self.record = records.of_run(self, curve, accuracy, _pruning.removed(self))
         return self.record
@@ -378,8 +395,14 @@ class DropHot:
         on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
         on_epoch: Callable[[int], object] | None = None,
     ) -> None:
-        with _progress.bar(self.progress, epochs, self._doing, on_epoch) as after:
-            self.fit(
+        fit = self.fit
+        if fit is training.fit:
+            fit = partial(training.fit, cache=self.cache)
+        with (
+            _loop.watched(model, epochs, self._doing, on_epoch) as watched,
+            _progress.bar(self.progress, epochs, self._doing, watched) as after,
+        ):
+            fit(
                 model,
                 dataset,
                 epochs,

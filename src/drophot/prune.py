@@ -11,6 +11,7 @@ from drophot import _budgets, _pattern, _radix
 from drophot._batchnorm import recalibrate_bn
 from drophot._budgets import Scope
 from drophot._compressed import load_compressed, save_compressed
+from drophot._exact import exact
 from drophot._masks import Masks
 from drophot._pattern import to_semi_structured
 from drophot._summary import LayerSummary, Summary, summary
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 
+@exact(in_place=True)
 def magnitude_prune(
     model: nn.Module,
     ratio: float,
@@ -142,6 +144,8 @@ def check_ratio(name: str, ratio: Any) -> None:
         ValueError: If it is not in [0, 1).
     """
     try:
+        if isinstance(ratio, str | bytes | bool):  # float() takes them too
+            raise TypeError
         inside = 0 <= float(ratio) < 1
     except (TypeError, ValueError):
         raise TypeError(

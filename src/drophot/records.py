@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from drophot import _modes
+from drophot._packages import named
 from drophot.coreset import kept
 
 
@@ -65,7 +66,8 @@ class Record:
     sparsity: float
     """The share of prunable weights that is zero, or gone, after fine-tuning, counted in them."""
     seconds: dict[str, float] = field(compare=False)
-    """Wall-clock seconds of each step; a step that was not needed is missing."""
+    """Wall-clock seconds of each step; a step that was not needed is missing. Where a grid's
+    baseline is the network of step 1, it has the seconds of "score" and no "train"."""
     device: str
     """Where it ran."""
     versions: dict[str, str]
@@ -90,6 +92,13 @@ class Record:
     """Whether channels were removed, of which `prune_ratio` is the share."""
     parameters: int = 0
     """Those of the network in the end, zeros included; 0 in records of before this was counted."""
+    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    """The whole configuration that `fingerprint` is of, as JSON can hold it, without the seed;
+    empty in records of before this was kept."""
+    cell: str = field(default="", compare=False)
+    """The fingerprint of `settings`, the same for all seeds: what a row of a table is."""
+    test_samples: int = 0
+    """The size of the test set, whose counts accuracies are; 0 where it is not known."""
 
 
 def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -> Record:
@@ -105,6 +114,8 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         The record.
     """
     total = len(run.train_set)
+    configuration = json.loads(json.dumps(run.configuration))  # equal to what is read from a file
+    settings = {name: value for name, value in configuration.items() if name != "seed"}
     size = kept(total, run.data_ratio) if run.mode in _modes.DYNAMIC else len(run.indices)
     return Record(
         model=factory_name(run.factory, run.model),
@@ -121,7 +132,7 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         seconds=dict(run.seconds),
         device=device_name(run.device),
         versions=versions(),
-        fingerprint=fingerprint(run.configuration),
+        fingerprint=fingerprint(configuration),
         protocol=run.protocol,
         equal_steps=run.equal_steps,
         reinitialized=run.reinitialize,
@@ -131,6 +142,9 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
         scope=run.scope,
         structured=run.structured,
         parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        settings=settings,
+        cell=fingerprint(settings),
+        test_samples=len(run.test_set),
     )
 
 
@@ -155,24 +169,28 @@ def fingerprint(configuration: Mapping[str, Any]) -> str:
 
 
 def describe(thing: Any) -> str:
-    """A callable as text, the same in every process, for a fingerprint.
+    """A callable in a sentence, for a message; what a fingerprint is of says more.
 
     Args:
         thing: A function, a class, a `functools.partial` or an object that can be called.
 
     Returns:
-        Its qualified name, and a partial's arguments.
+        Its qualified name, and a partial's arguments, without any address.
 
     Example:
         >>> describe(partial(sorted, reverse=True))
         'builtins.sorted(reverse=True)'
     """
     if isinstance(thing, partial):
-        arguments = [repr(argument) for argument in thing.args]
-        arguments += [f"{name}={value!r}" for name, value in sorted(thing.keywords.items())]
+        arguments = [_shown(argument) for argument in thing.args]
+        arguments += [f"{name}={_shown(value)}" for name, value in sorted(thing.keywords.items())]
         return f"{describe(thing.func)}({', '.join(arguments)})"
-    kind = thing if hasattr(thing, "__qualname__") else type(thing)
-    return f"{kind.__module__}.{kind.__qualname__}"
+    return named(thing)
+
+
+def _shown(argument: Any) -> str:
+    text = repr(argument)
+    return named(argument) if callable(argument) or " at 0x" in text else text
 
 
 def factory_name(factory: Any, made: object) -> str:
@@ -246,12 +264,42 @@ def from_line(line: str) -> Record:
     try:
         values = json.loads(line)
         values["finetune_curve"] = tuple(values["finetune_curve"])
+        _check(values)
         return Record(**values)
     except (ValueError, TypeError, KeyError) as error:
         names = ", ".join(f.name for f in fields(Record))
         raise ValueError(
             f"`line` should be a record, with the fields {names}. Found {line[:40]!r}: {error}."
         ) from error
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """Refuse fields that are unknown, and values of another type than their field's."""
+    known = {f.name: str(f.type) for f in fields(Record)}
+    if newer := sorted(values.keys() - known.keys()):
+        raise ValueError(
+            f"unknown fields {', '.join(newer)}, which a newer drophot may have written; upgrade "
+            f"to read them"
+        )
+    for name, value in values.items():
+        if not _is_of(known[name], value):
+            raise ValueError(f"{name} should be of type {known[name]}, not {value!r}")
+
+
+def _is_of(kind: str, value: Any) -> bool:
+    """Whether a value is of a field's type, as it is written in the class."""
+    outer, _, inner = kind.rstrip("]").partition("[")
+    inner = inner.rpartition(", ")[2] if outer == "dict" else inner.partition(",")[0]
+    if outer in ("dict", "tuple"):
+        values = value.values() if isinstance(value, dict) else value
+        whole = isinstance(value, dict if outer == "dict" else tuple)
+        return whole and (not inner or all(_is_of(inner, part) for part in values))
+    if outer not in _TYPES:  # Any
+        return True
+    return isinstance(value, _TYPES[outer]) and (outer == "bool" or not isinstance(value, bool))
+
+
+_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 def write(records: Iterable[Record], path: Path | str) -> None:

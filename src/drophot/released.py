@@ -46,7 +46,7 @@ class PositionCounts:
     """
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
-        self.scores = torch.zeros(num_samples, dtype=torch.int64)
+        self.scores = torch.zeros(num_samples, dtype=torch.int64, device="cpu")
         self.walks = 0
         self._order = torch.Generator().manual_seed(seed)
         self._before: Tensor | None = None
@@ -60,7 +60,8 @@ class PositionCounts:
         """
         with untouched(model):
             predictions = torch.cat([model(batch[0]).argmax(1) for batch in batches]).cpu()
-        walked = predictions[torch.randperm(len(predictions), generator=self._order)]
+        order = torch.randperm(len(predictions), generator=self._order, device="cpu")
+        walked = predictions[order]
         if self._before is not None:
             self.scores += walked != self._before
         self._before = walked

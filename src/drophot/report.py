@@ -1,7 +1,9 @@
 """Records as tables, as figures and as a page.
 
-A group is the runs that differ in the seed alone. Accuracies are those after the last epoch, never
-after the best one.
+A row is a cell: the runs that differ in the seed alone. What else rows differ in, of all settings
+of their runs and the data, has a column. A run that is given twice counts once; two runs of one
+cell and seed that found different things are refused. Device and versions are no settings: a cell
+may have seeds of several. Accuracies are those after the last epoch, never after the best one.
 
 Example:
     >>> from drophot.records import Record
@@ -23,7 +25,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from drophot import _html, _plots, _tables
+from drophot import _cells, _html, _plots, _tables
 from drophot._panels import Panels
 from drophot._plots import Ratio
 from drophot._store import write_whole
@@ -39,10 +41,12 @@ Format = Literal["text", "markdown", "csv"]
 def table(records: Iterable[Record], format: Format = "markdown") -> str:
     """Accuracies before and after pruning and after fine-tuning, in %, with mean and spread.
 
-    A row for each group: the mean over seeds, with the standard deviation where there are several,
-    and `n`, their number. The protocol, the steps ("equal" in number to those on everything), the
-    weights ("new" ones after pruning), where they start, BatchNorm, schedule and scope have columns
-    where records differ in them.
+    A row for each cell: the mean over seeds, with the standard deviation where there are several,
+    and `n`, their number. Every setting in which records differ has a column: the protocol, the
+    steps ("equal" in number to those on everything), the weights ("new" ones after pruning), the
+    epochs, the optimiser and all others. Values too long to read, such as the data's digest, are
+    shown by 8 digits of their fingerprint, those that go together in one column. An accuracy that
+    is nan, of a run that diverged, is "–"; a mean of fewer runs than `n` says of how many.
 
     Args:
         records: The runs.
@@ -53,10 +57,12 @@ def table(records: Iterable[Record], format: Format = "markdown") -> str:
         The table, without a line's end after it.
 
     Raises:
-        ValueError: If there are no records, or no such format.
+        TypeError: If one is no record.
+        ValueError: If there are no records, two different ones of one cell and seed, or no such
+            format.
     """
     _check("format", format, Format)
-    groups = _tables.groups(records)
+    groups = _cells.cells(records)
     if format == "csv":
         return _tables.accuracies_csv(groups)
     return _tables.accuracies(groups).text(bars=format == "markdown")
@@ -90,7 +96,7 @@ def differences(
     """
     _check("measure", measure, Measure)
     _check("format", format, Format)
-    runs = [record for group in _tables.groups(records) for record in group]
+    runs = [record for group in _cells.cells(records) for record in group]
     found = _tables.comparisons(runs, measure)
     if not found:
         modes = ", ".join(sorted({record.mode for record in runs}))
@@ -106,7 +112,7 @@ def differences(
 def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
     """Draw test accuracy over the epochs of fine-tuning: the paper's Figure 1.
 
-    A line for each group, the mean over seeds, in a band that is its 95 % interval. Epoch 0 is
+    A line for each cell, the mean over seeds, in a band that is its 95 % interval. Epoch 0 is
     right after pruning; where fine-tuning began from new weights, the line begins at epoch 1.
 
     Args:
@@ -117,8 +123,8 @@ def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
         The axes, not shown and not saved.
 
     Raises:
-        ValueError: If there are no records, too many groups to tell apart, or runs of different
-            lengths in a group.
+        ValueError: If there are no records, too many cells to tell apart, or two different
+            records of one cell and seed.
         ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
     """
     return _plots.curves(records, ax=ax)
@@ -127,7 +133,7 @@ def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
 def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
     """Draw test accuracy before pruning, after pruning and after fine-tuning: Figure 2.
 
-    A line for each group: the mean, with the standard deviation as a bar where there are several
+    A line for each cell: the mean, with the standard deviation as a bar where there are several
     seeds.
 
     Args:
@@ -179,8 +185,7 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
     """Write a page of everything: differences, figures, accuracies, seconds, and how to read them.
 
     One file with nothing outside it, for screens of any width, light or dark, and for paper. What
-    the records do not allow is left out, and the page says why. Of several records of one cell the
-    last counts.
+    the records do not allow is left out, and the page says why.
 
     Args:
         source: The runs, or the folder of a grid, which may still be running: see
@@ -191,9 +196,16 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
         The path.
 
     Raises:
-        ValueError: If there are no records, or `path` is a folder.
+        TypeError: If the arguments are swapped, or one of the records is none.
+        ValueError: If there are no records, two different ones of one cell and seed, or `path` is a
+            folder.
         ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
     """
+    if not isinstance(path, (str, Path)):
+        raise TypeError(
+            f"`path` should be the page's file. Found {type(path).__name__}; the records come "
+            f'first: html(records, "report.html").'
+        )
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"`path` should be a file. Found the folder {path}; add the page's name.")
@@ -202,7 +214,7 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
     compared = _tables.comparisons(found.records, "finetuned_accuracy")
     page = _html.page(
         found,
-        accuracies=_tables.accuracies(_tables.groups(found.records)),
+        accuracies=_tables.accuracies(_cells.cells(found.records)),
         differences=_tables.against(compared) if compared else None,
         panels=Panels(record.mode for record in found.records),
     )

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist, fmean, stdev
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from drophot import _cells
 from drophot.records import Record
 
-Against = Literal["baseline", "random"]
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
 
 
@@ -39,11 +39,12 @@ class Paired:
     difference: float
     """The mean of a - b."""
     interval: tuple[float, float]
-    """Its t-interval; nan for a single pair."""
+    """Its t-interval; nan for a single pair, and where all differences are equal."""
     p_value: float
-    """Two-sided, of the paired t-test; nan for a single pair."""
+    """Two-sided, of the paired t-test; nan for a single pair, 1 where all differences are equal."""
     effect_size: float
-    """Cohen's d_z: the mean difference over the differences' standard deviation."""
+    """Cohen's d_z: the mean difference over the differences' standard deviation; nan where that
+    is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +67,13 @@ class Comparison:
     scope: str
     structured: bool
     against: str
-    """What it is compared with: "baseline" or "random"."""
+    """The mode that it is compared with."""
     measure: str
     """Which accuracy is compared."""
     n: int
-    """The number of seeds that both have."""
+    """The number of seeds that both have an accuracy for; nan, where a run diverged, is none."""
     difference: float
-    """The cell minus its reference, mean over seeds."""
+    """The cell minus its reference, mean over seeds; nan without any."""
     interval: tuple[float, float]
     """Its t-interval."""
     p_value: float
@@ -81,6 +82,8 @@ class Comparison:
     """The same, adjusted for all rows of the table (Holm)."""
     effect_size: float
     """Cohen's d_z."""
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
+    """The other settings of the cell, as far as they are known."""
 
 
 def estimate(values: Iterable[float], confidence: float = 0.95) -> Estimate:
@@ -118,6 +121,11 @@ def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> 
     Pairs share initial weights and the order of samples, and so most of their luck; what is left is
     what the test needs to judge.
 
+    Differences that are all equal have no spread to judge by. Accuracies are counts of test images,
+    so that two or three seeds often agree by chance: the p-value is then 1, never 0, and the
+    interval and the effect size are nan. :func:`compare` knows the size of the test set, and gives
+    such differences an interval.
+
     Args:
         a: One value for each seed.
         b: One value for each seed, in the same order.
@@ -143,24 +151,33 @@ def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> 
             f"`a` and `b` should have a value for the same seeds each. Found {len(left)} and "
             f"{len(right)}."
         )
+    return _paired(left, right, confidence, step=0.0)
+
+
+def _paired(
+    left: Sequence[float], right: Sequence[float], confidence: float, step: float
+) -> Paired:
+    """The paired t-test of values that are multiples of `step`; 0 where that is not known."""
     differences = [x - y for x, y in zip(left, right, strict=True)]
-    found = estimate(differences, confidence)
-    if found.n == 1:
-        p_value = effect = math.nan
-    elif found.std <= (rounding := 8 * math.ulp(max(map(abs, (*left, *right))))):
-        # 0.9 - 0.8 and 0.8 - 0.7 differ by rounding alone: no spread to compare with.
-        shift = found.mean if abs(found.mean) > rounding else 0.0
-        p_value, effect = (0.0, math.copysign(math.inf, shift)) if shift else (1.0, 0.0)
-        found = Estimate(n=found.n, mean=shift, std=0.0, interval=(shift, shift))
-    else:
-        effect = found.mean / found.std
-        distance = abs(effect) * math.sqrt(found.n)
-        p_value = float(2 * _distributions().t.sf(distance, found.n - 1))
+    n, mean, spread = len(differences), fmean(differences), 0.0
+    if n > 1:
+        # 0.9 - 0.8 and 0.8 - 0.7 differ by rounding alone.
+        rounding = 8 * math.ulp(max(map(abs, (*left, *right))))
+        spread, mean = (x if abs(x) > rounding else 0.0 for x in (stdev(differences), mean))
+        # No seed is known better than to a step: one more, as a spread of its own, keeps equal and
+        # tied counts from being taken for certainty (tests/test_stars.py has how often they are).
+        spread = math.hypot(spread, step)
+    if spread == 0:
+        unknown = (math.nan, math.nan)
+        p_value = 1.0 if n > 1 else math.nan
+        return Paired(n=n, difference=mean, interval=unknown, p_value=p_value, effect_size=math.nan)
+    t, effect = _distributions().t, mean / spread
+    half = float(t.isf((1 - confidence) / 2, n - 1)) * spread / math.sqrt(n)
     return Paired(
-        n=found.n,
-        difference=found.mean,
-        interval=found.interval,
-        p_value=p_value,
+        n=n,
+        difference=mean,
+        interval=(mean - half, mean + half),
+        p_value=float(2 * t.sf(abs(effect) * math.sqrt(n), n - 1)),
         effect_size=effect,
     )
 
@@ -264,22 +281,28 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
 def compare(
     records: Iterable[Record],
     *,
-    against: Against = "baseline",
+    against: str = "baseline",
     measure: Measure = "finetuned_accuracy",
     confidence: float = 0.95,
 ) -> list[Comparison]:
     """Every cell of a grid against its reference, paired by seed.
 
-    The baseline of a cell was trained on everything and pruned and fine-tuned alike; its random
-    subset is one of the same size, treated alike in everything else. Only seeds that both have
-    count; a cell that shares none with its reference is left out. Of two baselines of one seed,
-    which differ in nothing that matters to it, the first counts. The p-values are adjusted for the
+    The reference of a cell was asked for alike in every setting but the mode. A baseline, which was
+    trained on everything, also serves cells of any share and number of steps; and where the
+    reference needs no step 1, those that were scored otherwise. Only seeds that both have count; a
+    cell that shares none with its reference is left out. Of two baselines of one seed, which differ
+    in nothing that matters to it, the first counts. An accuracy that is nan counts for no seed.
+
+    Where the size of the test set is known, no difference is taken to be known better than to one
+    test image: that much is added to the spread over seeds, as a variance. Otherwise equal
+    differences are no finding: see :func:`paired`. The p-values are adjusted for the
     rows of this call; :func:`drophot.report.differences` adjusts for those against the baseline and
     against random together, as they stand in one table.
 
     Args:
         records: The runs.
-        against: `"baseline"` or `"random"`.
+        against: The mode of the reference: any that is in the records, such as `"baseline"`,
+            `"random"`, and for modes that choose while they train `"fresh_subset"`.
         measure: Which accuracy: `"trained_accuracy"`, `"pruned_accuracy"` or
             `"finetuned_accuracy"`, each of the last epoch.
         confidence: Of the intervals, in (0, 1).
@@ -288,8 +311,9 @@ def compare(
         A row for each cell, in the order of the records; `pandas.DataFrame(rows)` gives a table.
 
     Raises:
-        ValueError: If a choice is none of these, a cell has two records of one seed, or there is no
-            record of the reference.
+        TypeError: If a record is none.
+        ValueError: If there are no records, none is of the reference, a cell has two different
+            records of one seed, or there is no such measure.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -306,41 +330,19 @@ def compare(
         ...     print(f"{row.mode}: {row.difference:+.3f}, p = {row.p_holm:.2f}")
         high: -0.015, p = 0.20
     """
-    for name, value, choices in (
-        ("against", against, get_args(Against)),
-        ("measure", measure, get_args(Measure)),
-    ):
-        if value not in choices:
-            raise ValueError(f"`{name}` should be one of {', '.join(choices)}. Found {value!r}.")
-    groups = _by_cell(records)
-    # The baseline sees every sample, whatever share was asked for and however many steps.
-    free = {"mode", "keep_ratio", "equal_steps"} if against == "baseline" else {"mode"}
-    references: dict[tuple[Any, ...], dict[int, Record]] = {}
-    for cell, runs in groups.values():
-        if cell["mode"] == against:
-            key = tuple(cell[name] for name in _CELL if name not in free)
-            references[key] = runs | references.get(key, {})
-    if not references:
+    if measure not in get_args(Measure):
         raise ValueError(
-            f"`records` should hold the reference. Found none of mode {against!r}; run the grid "
-            f"with it, or compare against the other one."
+            f"`measure` should be one of {', '.join(get_args(Measure))}. Found {measure!r}."
         )
-    rows = []
-    for cell, runs in groups.values():
-        if cell["mode"] in (against, "baseline"):
-            continue
-        reference = references.get(tuple(cell[name] for name in _CELL if name not in free), {})
-        if seeds := sorted(runs.keys() & reference.keys()):
-            found = paired(
-                [getattr(runs[seed], measure) for seed in seeds],
-                [getattr(reference[seed], measure) for seed in seeds],
-                confidence,
-            )
-            rows.append((cell, found))
+    _check_confidence(confidence)
+    rows = [
+        (runs[0][0], _of_pairs(runs, measure, confidence))
+        for runs in _cells.pairs(records, against)
+    ]
     adjusted = holm(found.p_value for _, found in rows)
     return [
         Comparison(
-            **cell,
+            **{name: getattr(first, name) for name in _cells.FIELDS},
             against=against,
             measure=measure,
             n=found.n,
@@ -349,37 +351,28 @@ def compare(
             p_value=found.p_value,
             p_holm=p_holm,
             effect_size=found.effect_size,
+            settings=_cells.known(first),
         )
-        for (cell, found), p_holm in zip(rows, adjusted, strict=True)
+        for (first, found), p_holm in zip(rows, adjusted, strict=True)
     ]
 
 
-_CELL = (
-    *("model", "protocol", "mode", "keep_ratio", "prune_ratio", "equal_steps", "reinitialized"),
-    *("rewound", "recalibrated", "schedule", "scope", "structured"),
-)
-
-
-def _by_cell(
-    records: Iterable[Record],
-) -> dict[tuple[Any, ...], tuple[dict[str, Any], dict[int, Record]]]:
-    """The cells of records, each with its runs by seed."""
-    groups: dict[tuple[Any, ...], tuple[dict[str, Any], dict[int, Record]]] = {}
-    for record in records:
-        cell = {name: getattr(record, name) for name in _CELL}
-        _, runs = groups.setdefault(tuple(cell.values()), (cell, {}))
-        if record.seed in runs:
-            raise ValueError(
-                f"`records` should hold each seed of a cell once. Found seed {record.seed} twice "
-                f"in {cell}."
-            )
-        runs[record.seed] = record
-    return groups
+def _of_pairs(
+    pairs: Sequence[tuple[Record, Record]], measure: Measure, confidence: float
+) -> Paired:
+    """The comparison of runs with their references, of those that have the accuracy."""
+    found = [(getattr(run, measure), getattr(reference, measure)) for run, reference in pairs]
+    found = [pair for pair in found if all(map(math.isfinite, pair))]
+    if not found:
+        nan = math.nan
+        return Paired(n=0, difference=nan, interval=(nan, nan), p_value=nan, effect_size=nan)
+    sizes = {record.test_samples for pair in pairs for record in pair}
+    left, right = zip(*found, strict=True)
+    return _paired(left, right, confidence, step=1 / min(sizes) if min(sizes) > 0 else 0.0)
 
 
 def _check(name: str, values: Iterable[float], confidence: float) -> Sequence[float]:
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` should be in (0, 1). Found {confidence}.")
+    _check_confidence(confidence)
     found = [float(value) for value in values]
     if not found:
         raise ValueError(f"`{name}` should have at least one value. Found none.")
@@ -387,6 +380,11 @@ def _check(name: str, values: Iterable[float], confidence: float) -> Sequence[fl
         if not math.isfinite(value):
             raise ValueError(f"`{name}` should be finite. Found {value}.")
     return found
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"`confidence` should be in (0, 1). Found {confidence}.")
 
 
 def _distributions() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -11,10 +12,23 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from drophot import _random
-from drophot._feed import batches, first_sample, in_memory
+from drophot._cache import Cache, Kept, check_cache, in_memory
+from drophot._classifier import (
+    at_least,
+    check_classes,
+    check_model,
+    check_optimizer,
+    logits_of,
+    right,
+)
+from drophot._feed import batches
+from drophot._samples import as_classes, first_sample, tensors_of
 from drophot._step import fast_forward, fast_step, takes_channels_last
 from drophot._untouched import untouched
 
+__all__ = ["Cache", "Fit", "batches", "evaluate", "first_sample", "fit", "in_memory"]
+
+_IGNORED = -100  # by torch's cross-entropy
 _CHUNK = 512  # samples judged in one go: their activations stay in a CPU's cache
 
 
@@ -28,11 +42,17 @@ def fit(
     seed: int = 0,
     on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     on_epoch: Callable[[int], object] | None = None,
+    cache: Cache = "auto",
 ) -> None:
     """Train a classifier with cross-entropy: every sample once an epoch, in a fresh order.
 
     The data is decoded once and kept on the model's device where that is the same as decoding it
-    anew (see `in_memory`). No step waits for the device. The model is left in training mode.
+    anew: see `in_memory`. What was kept because two readings gave the same is compared with some
+    samples before each epoch, and read anew from then on if these have changed. No step waits for
+    the device. The model is left in training mode.
+
+    Another thread that trains or evaluates through drophot meanwhile waits until this returns, as
+    both would draw from the same random numbers.
 
     A user's own loop that takes the same arguments can stand in for this one in
     :class:`drophot.DropHot`; it has to call `on_batch` and `on_epoch` where they are given.
@@ -50,11 +70,17 @@ def fit(
         on_batch: Called as `on_batch(index, logits, targets)` after each step, with the logits
             that the step was made from: `ForgettingTracker.update` fits. Needs the index.
         on_epoch: Called with the epoch's number, from 0, after each epoch.
+        cache: Whether the decoded dataset is kept: `"auto"` decides as `in_memory` does, `True`
+            keeps it, `False` reads it anew each epoch.
 
     Raises:
-        ValueError: If `epochs` is negative, `batch_size` less than 1, the dataset empty, or
-            `on_batch` is given and the samples carry no index.
-        TypeError: If the samples, or a loader's batches, are no tuples of tensors and numbers.
+        ValueError: If `epochs` is negative, `batch_size` less than 1, the dataset or an epoch of a
+            loader empty, the samples differ in shape, `on_batch` is given and the samples carry no
+            index, the optimiser holds nothing of the model, or logits and targets do not go
+            together.
+        TypeError: If the samples, or a loader's batches, are no tuples of tensors and numbers, a
+            loader can be read once and `epochs` is above 1, or the model, the optimiser, what the
+            model gives or another argument is of the wrong kind.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -64,84 +90,137 @@ def fit(
         >>> evaluate(model, data)
         1.0
     """
+    check_model(model)
+    check_cache(cache)
+    epochs, batch_size = operator.index(epochs), operator.index(batch_size)
     if epochs < 0:
         raise ValueError(f"`epochs` should not be negative. Found {epochs}.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` should be at least 1. Found {batch_size}.")
+    check_optimizer(model, optimizer)
     device = next(model.parameters()).device
     whole: Any = dataset
     indexed = on_batch is not None
-    if hasattr(whole, "__getitem__"):
-        epoch_of = _shuffled(model, whole, batch_size, seed, device, indexed=indexed)
-    else:
-        epoch_of = _loaded(whole, device, indexed=indexed)
-    with fast_step(model, optimizer, device) as step:
-        for epoch in range(epochs):
-            model.train()
-            for inputs, targets, *more in epoch_of():
-                logits = step(inputs, targets, *more[1:])
-                if on_batch is not None:
-                    on_batch(more[0], logits, targets)
-            if on_epoch is not None:
-                on_epoch(epoch)
+    with _random.alone():
+        if _is_loader(whole):
+            classes, epoch_of = 0, _loaded(whole, epochs, device, indexed=indexed)
+        else:
+            data = Kept(whole, device, cache, readings=epochs)
+            classes = _classes(data.data)
+            epoch_of = _shuffled(model, data, batch_size, seed, device, indexed=indexed)
+        with fast_step(model, optimizer, device) as step, at_least(model, classes):
+            for epoch in range(epochs):
+                model.train()
+                for inputs, targets, *more in epoch_of(epoch):
+                    logits = step(inputs, targets, *more[1:])
+                    if on_batch is not None:
+                        on_batch(more[0], logits, targets)
+                if on_epoch is not None:
+                    on_epoch(epoch)
+
+
+def _is_loader(dataset: Any) -> bool:
+    """Whether something is iterated once an epoch, rather than indexed."""
+    return not hasattr(dataset, "__getitem__") and hasattr(dataset, "__iter__")
 
 
 def _shuffled(
     model: nn.Module,
-    dataset: Dataset[Any],
+    kept: Kept,
     batch_size: int,
     seed: int,
     device: torch.device,
     *,
     indexed: bool,
-) -> Callable[[], Iterator[tuple[Tensor, ...]]]:
+) -> Callable[[int], Iterator[tuple[Tensor, ...]]]:
     """Gives a dataset's batches, in a fresh order each time."""
-    data = in_memory(dataset, device)
     with _random.kept():  # a random transform may draw as often as it likes
-        width = len(first_sample("dataset", data))
+        width = len(first_sample("dataset", kept.data))
     if indexed and width != 3:
         raise ValueError(
             f"`dataset` should give (input, target, index) for `on_batch`. Found samples of "
             f"{width}; wrap the dataset in IndexedDataset."
         )
-    layout = _layout(model, data, device)
+    layout = _layout(model, kept.data, device)
     order = torch.Generator().manual_seed(seed)
-    return lambda: batches(data, batch_size, device, shuffle=order, channels_last=layout)
+
+    def batches_of(epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        data = kept.again() if epoch else kept.data
+        return batches(data, batch_size, device, shuffle=order, channels_last=layout)
+
+    return batches_of
+
+
+def _classes(data: Any) -> int:
+    """How many classes a dataset of tensors takes, to compare with the logits; else 0."""
+    tensors = tensors_of(data)
+    if tensors is None or tensors[1].is_floating_point() or tensors[1].is_meta:
+        return 0
+    targets = tensors[1]
+    wrong = (targets < 0) & (targets != _IGNORED)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"`dataset` should have targets from 0. Found {int(targets[wrong][0])}; cross-entropy "
+            f"leaves out {_IGNORED}, and no other number below 0."
+        )
+    return int(targets.max()) + 1
 
 
 def _loaded(
-    loader: Any, device: torch.device, *, indexed: bool
-) -> Callable[[], Iterator[tuple[Tensor, ...]]]:
+    loader: Any, epochs: int, device: torch.device, *, indexed: bool
+) -> Callable[[int], Iterator[tuple[Tensor, ...]]]:
     """Gives a loader's batches, on the device."""
+    found = type(loader).__name__
+    if epochs > 1 and hasattr(loader, "__next__"):
+        raise TypeError(
+            f"`dataset` should be a data set, or a loader that can be read anew in each of "
+            f"{epochs} epochs. Found {found}, an iterator, which can be read once; give what it "
+            f"was made from, such as the DataLoader."
+        )
 
-    def epoch() -> Iterator[tuple[Tensor, ...]]:
+    def epoch_of(epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        empty = True
         for batch in loader:
+            empty = False
             if not isinstance(batch, tuple | list) or not 2 + indexed <= len(batch) <= 4:
                 size = f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
                 raise TypeError(
                     f"`dataset`, a loader, should give batches (inputs, targets), then an index, "
                     f"which `on_batch` needs, then weights. Found {type(batch).__name__}{size}."
                 )
-            yield tuple(torch.as_tensor(part).to(device, non_blocking=True) for part in batch)
+            inputs, targets, *more = (
+                torch.as_tensor(part).to(device, non_blocking=True) for part in batch
+            )
+            yield (inputs, as_classes(targets), *more)
+        if empty:
+            raise ValueError(
+                f"`dataset`, a loader, should give at least one batch in each epoch. Found none in "
+                f"epoch {epoch}; is its batch larger than the data with drop_last=True, or does it "
+                f"hand out one iterator each time?"
+            )
 
-    return epoch
+    return epoch_of
 
 
-def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
-    """The share of samples that a classifier gets right.
+def evaluate(model: nn.Module, dataset: Dataset[Any], *, cache: Cache = "auto") -> float:
+    """The share of samples that a classifier gets right; one whose logits have a NaN it gets wrong.
 
-    The model comes back as it was, mode and random state included.
+    The model comes back as it was, mode and random state included. The samples are read once.
 
     Args:
         model: Called as `model(inputs)`, gives logits `(B, C)`.
         dataset: Samples `(input, target)` or `(input, target, index)`.
+        cache: `True` decodes all samples first, which helps nobody but who asks for it; the others
+            read them batch by batch.
 
     Returns:
         The accuracy, in [0, 1].
 
     Raises:
-        ValueError: If the dataset is empty.
-        TypeError: If the samples are no tuples of tensors and numbers.
+        ValueError: If the dataset is empty, its samples differ in shape, the targets are not one
+            integer for each sample, or the model does not give `(B, C)`.
+        TypeError: If the samples are no tuples of tensors and numbers, or the model, the dataset or
+            what the model gives is of the wrong kind.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -149,13 +228,16 @@ def evaluate(model: nn.Module, dataset: Dataset[Any]) -> float:
         >>> evaluate(nn.Identity(), data)  # its inputs are the logits
         0.75
     """
+    check_model(model)
     with untouched(model) as device:
-        data = in_memory(dataset, device)
+        data = Kept(dataset, device, cache, readings=1).data
         forward, layout = fast_forward(model, device), _layout(model, data, device)
-        right = torch.zeros((), dtype=torch.int64, device=device)
+        count = torch.zeros((), dtype=torch.int64, device=device)
         for inputs, targets, *_ in batches(data, _CHUNK, device, channels_last=layout):
-            right += (forward(inputs).argmax(1) == targets).sum()
-    return int(right) / len(data)  # type: ignore[arg-type]
+            logits = logits_of(model, forward, inputs)
+            check_classes(logits, targets)
+            count += right(logits, targets).sum()
+    return int(count) / len(data)
 
 
 class Fit(Protocol):

@@ -1,0 +1,57 @@
+"""Short names for arrays and for what JSON can hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 26  # bytes that are hashed at a time
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """The SHA-256 of tensors' values, shapes and types.
+
+    Args:
+        tensors: On any device, in any layout of memory.
+
+    Returns:
+        16 hexadecimal digits of it.
+    """
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
+        rows = max(1, len(tensor) * _CHUNK // max(1, tensor.nbytes)) if tensor.dim() else 1
+        for part in tensor.split(rows) if tensor.dim() and tensor.numel() else (tensor,):
+            part = part.detach().cpu().resolve_neg().reshape(-1).contiguous()
+            found.update(part.view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]
+
+
+def digest_of(tree: Any) -> str:
+    """The SHA-256 of what JSON can hold.
+
+    Args:
+        tree: Any of it; the order of names does not matter.
+
+    Returns:
+        16 hexadecimal digits of it.
+    """
+    return hashlib.sha256(text_of(tree).encode()).hexdigest()[:16]
+
+
+def text_of(tree: Any) -> str:
+    """The canonical JSON.
+
+    Args:
+        tree: What JSON can hold; the order of names does not matter.
+
+    Returns:
+        The text.
+    """
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))
