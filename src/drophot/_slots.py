@@ -85,13 +85,15 @@ def write(module: nn.Module, key: Key, value: Any) -> None:
         key: Where.
         value: What.
     """
-    if len(key) > 1:
-        value = _with(getattr(module, key[0]), key[1:], value)
-        if value is getattr(module, key[0]):
+    name, *rest = key
+    old = getattr(module, name)
+    if rest:
+        value = _with(old, tuple(rest), value)
+        if value is old:
             return
-    elif type(old := getattr(module, key[0])).__module__ == "numpy":
+    elif type(old).__module__ == "numpy":
         value = type(old)(value)
-    setattr(module, key[0], value)
+    setattr(module, name, value)
 
 
 def holder(module: nn.Module, key: Key) -> tuple[int, Any]:

@@ -104,8 +104,10 @@ def prune_channels(
     `ratio` is the share **removed** of each set of channels that are ranked together: the outputs
     of a layer, or of the layers that a residual connection couples, which lose the same channels.
     Of `n` channels `floor(ratio * n + 0.5)` go, and one stays at least. Attention loses equally
-    many channels of each head, a grouped convolution equally many of each group, or whole groups
-    where these are narrower than numerous. Inputs and outputs of the network keep their shape.
+    many channels of each head; where its scale follows from the width of a head, it loses whole
+    heads instead, or keeps all of them and is named in `whole`. A grouped convolution loses equally
+    many channels of each group, or whole groups where these are narrower than numerous. Inputs and
+    outputs of the network keep their shape.
     Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
@@ -116,7 +118,7 @@ def prune_channels(
     What has to go together is found in one forward pass, operator by operator, and checked in
     another one of the pruned network. Where an operator or the network's own code cannot do with
     fewer channels, those stay, and the result says so. The model is then a plain module of the same
-    class: it trains on, saves and exports as before. An optimiser has to be made anew.
+    class: it trains on, saves and exports as before. Make a new optimiser for it.
 
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017,
