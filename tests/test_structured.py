@@ -446,6 +446,13 @@ def test_inputs_in_a_tuple_or_by_name() -> None:
         assert model(*inputs)["logits"].shape == (2, 2)
 
 
+def test_a_data_parallel_network_is_pruned_as_the_network_in_it() -> None:
+    inner, plain = lenet(), lenet()
+    pruned = prune_channels(nn.DataParallel(inner), 0.5, DIGITS)
+    assert pruned.parameters == prune_channels(plain, 0.5, DIGITS).parameters
+    assert inner.conv1.out_channels == 3
+
+
 def test_an_unknown_operator_keeps_its_channels() -> None:
     class Sorted(nn.Module):
         def __init__(self) -> None:

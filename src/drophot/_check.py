@@ -33,6 +33,9 @@ class Seen:
     error: Exception | None = None
     """What the network's own code raised."""
 
+# Compared elsewhere, or not at all: DataParallel opens the profiler's records.
+OPAQUE = (Tensor, torch.ScriptObject)
+
 
 class _Stop(BaseException):
     """Nothing can be compared any more."""
@@ -136,7 +139,7 @@ class Check(TorchDispatchMode):
                     leaf.copy_(kept)
                 else:
                     leaves[i], changed = kept.clone(), True
-            elif not isinstance(leaf, Tensor) and not isinstance(before, tuple):
+            elif not isinstance(leaf, OPAQUE) and not isinstance(before, tuple):
                 if leaf != before and not call.computed:
                     self.seen.failures[number] = f"it gives {leaf}, not {before}"
                 leaves[i], changed = before, True
@@ -200,6 +203,8 @@ class Zeroed(TorchDispatchMode):
         leaves, spec = tree_flatten(out)
         place, changed = 0, False
         for i, (leaf, before) in enumerate(zip(leaves, call.leaves, strict=False)):
+            if isinstance(leaf, torch.ScriptObject):
+                continue
             if not isinstance(leaf, Tensor):
                 leaves[i], changed = before, True
                 continue
