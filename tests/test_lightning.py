@@ -12,7 +12,7 @@ import torch
 from conftest import run, torchrun
 from test_sync import assert_same, in_one_process
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from drophot import DynamicsTracker, ForgettingTracker, IndexedDataset
 
@@ -326,6 +326,39 @@ def test_manual_optimisation_may_skip_batches(tmp_path: Path) -> None:
     step = lambda module, batch: None if 3 in batch[2] else optimised(module, batch)  # noqa: E731
     trainer(tmp_path, callback, epochs=2).fit(Steps(step, manual=True), loader())
     assert callback.tracker.presentations.tolist() == [0] * 7 + [2] * 33
+
+
+def test_a_pass_for_batch_norm_alone_is_not_counted(tmp_path: Path) -> None:
+    class Normalised(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+    module, callback = Normalised(), TrackerCallback(DynamicsTracker(SIZE))
+    average = pl.callbacks.StochasticWeightAveraging(0.1, swa_epoch_start=2)
+    trainer(tmp_path, callback, epochs=4, callbacks=[average]).fit(module, loader())
+    assert module.shown[-1][0] == 4, "there was a fifth pass"
+    assert callback.tracker.presentations.unique().tolist() == [4]
+    trained = [shown for shown in module.shown if shown[0] < 4]
+    assert_same(callback.tracker.state_dict(), in_one_process(SIZE, [trained]), 0.0)
+
+
+def joined() -> DataLoader[Any]:
+    parts = [IndexedDataset(Subset(data(), range(*ends))) for ends in ((0, 20), (20, SIZE))]
+    return DataLoader(ConcatDataset(parts), batch_size=7)
+
+
+@pytest.mark.parametrize(
+    ("loaders", "part"),
+    [(joined, None), (lambda: {"a": joined(), "b": plain()}, "a"), (lambda: [joined()], 0)],
+)
+def test_samples_that_share_an_index_are_refused(tmp_path: Path, loaders: Any, part: Any) -> None:
+    pick = None if part is None else lambda batch: batch[part]
+    step = lambda module, batch: classified(module, *(pick(batch) if pick else batch)[:2])  # noqa: E731
+    callback = TrackerCallback(DynamicsTracker(SIZE), batch=pick)
+    with pytest.raises(ValueError, match="ConcatDataset of 2 IndexedDatasets"):
+        trainer(tmp_path, callback, epochs=1).fit(Steps(step), loaders())
+    assert callback.tracker.presentations.sum() == 0
 
 
 def test_an_epoch_of_which_nothing_was_counted_is_an_error(tmp_path: Path) -> None:

@@ -97,6 +97,25 @@ def recomputed(model: nn.Module, batches: Iterable[Any]) -> None:
         loss.backward()  # runs the forward again
 
 
+def before(change: Callable[[Tensor], Tensor]) -> Loop:
+    def loop(model: nn.Module, batches: Iterable[Any]) -> None:
+        for number, (x, _) in enumerate(batches):
+            model(change(OTHER_X[number * B :][:B]))
+            model(change(x))
+
+    return loop
+
+
+def lookahead(batches: Iterable[Any]) -> Iterator[Any]:
+    """Each batch once the next is there, as a loop that asks whether it is the last."""
+    previous = None
+    for batch in batches:
+        if previous is not None:
+            yield previous
+        previous = batch
+    yield previous
+
+
 COUNTED: dict[str, Loop] = {
     "plain": changed(lambda x: x),
     "a view": changed(lambda x: x.view(B, 2, 2).flatten(1)),
@@ -108,9 +127,16 @@ COUNTED: dict[str, Loop] = {
     "adversarial": second_forward(lambda x: x + 0.1),
     "a part": second_forward(lambda x: x[:3]),
     "other data afterwards": second_forward(lambda x: OTHER_X[: len(x)]),
+    "pseudo-labels first": before(lambda x: x),
+    "pseudo-labels first, in copies": before(torch.clone),
+    "flattened copies": changed(lambda x: x.clone().view(B, 2, 2).flatten(1)),
+    "a lookahead of one": lambda model, batches: drive(lookahead(batches), model),
+    "all of them read first": lambda model, batches: drive(list(batches), model),
+    "in another order": lambda model, batches: drive(list(batches)[::-1], model),
 }
 
 
+@pytest.mark.filterwarnings("ignore:No batch of this pass")  # at the end of those read first
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_batchs_own_logits_are_counted(name: str) -> None:
     model, tracker = network(), DynamicsTracker(SIZE)
@@ -120,20 +146,11 @@ def test_the_batchs_own_logits_are_counted(name: str) -> None:
     assert_counted(tracker, X, Y, times=2)
 
 
-def test_what_the_loop_has_changed_is_counted_where_it_is_the_only_forward() -> None:
+def test_what_the_loop_has_changed_is_counted_if_the_caller_says_that_it_changes() -> None:
     model, tracker = network(), DynamicsTracker(SIZE)
-    with tracker.attach(model):
+    with tracker.attach(model, changed=True):
         changed(lambda x: 2 * x + 1)(model, tracker.watch(loader()))
     assert_counted(tracker, 2 * X + 1, Y)
-
-
-def before(change: Callable[[Tensor], Tensor]) -> Loop:
-    def loop(model: nn.Module, batches: Iterable[Any]) -> None:
-        for number, (x, _) in enumerate(batches):
-            model(change(OTHER_X[number * B :][:B]))
-            model(change(x))
-
-    return loop
 
 
 def ahead_and_changed(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -143,9 +160,19 @@ def ahead_and_changed(model: nn.Module, batches: Iterable[Any]) -> None:
         model(x)
 
 
+def instead(model: nn.Module, batches: Iterable[Any]) -> None:
+    for number, (x, _) in enumerate(batches):
+        model(OTHER_X[:B] if number == 1 else x)
+
+
 WRONG: dict[str, Loop] = {
-    "pseudo-labels first": before(lambda x: x),
-    "pseudo-labels first, in copies": before(torch.clone),
+    "rows in another order": changed(lambda x: x.flip(0)),
+    "normalised, and nobody said so": changed(lambda x: 2 * x),
+    "other data instead of the batch": instead,
+    "joined with other data": changed(lambda x: torch.cat([x, x + 1])),
+    "pseudo-labels first, then joined with them": lambda model, batches: drive(
+        batches, lambda x: (model(OTHER_X[: len(x)]), model(torch.cat([x, OTHER_X[: len(x)]])))
+    ),
     "pseudo-labels first, all of it normalised": before(lambda x: 2 * x),
     "read ahead and changed": ahead_and_changed,
 }
@@ -191,9 +218,11 @@ def test_two_trackers_on_one_model(change: Callable[[Tensor], Tensor], nested: b
 def test_two_trackers_on_one_model_and_inputs_that_nobody_knows() -> None:
     model, one, two = network(), DynamicsTracker(SIZE), DynamicsTracker(SIZE)
     pairs = zip(one.watch(loader()), two.watch(loader()), strict=True)
-    with one.attach(model), two.attach(model), pytest.raises(ValueError, match="cannot tell"):
+    with one.attach(model), two.attach(model), pytest.raises(ValueError, match="`update"):
         drive(pairs, lambda pair: model(2 * pair[0]))
     assert not one.presentations.any()
+    with pytest.raises(ValueError, match="`update"):
+        _ = two.presentations
     assert not two.presentations.any()
 
 
@@ -201,7 +230,7 @@ def test_two_trackers_on_two_models_do_not_meet() -> None:
     """Co-teaching: both normalise their batches."""
     trackers, models = [DynamicsTracker(SIZE) for _ in range(2)], [network(), network()]
     for tracker, model in zip(trackers, models, strict=True):
-        tracker.attach(model)
+        tracker.attach(model, changed=True)
     for (x, _), (z, _) in zip(*(t.watch(loader()) for t in trackers), strict=True):
         models[0](2 * x)
         models[1](2 * z)
@@ -258,11 +287,10 @@ def test_what_compiled_code_noted_last_is_not_lost() -> None:
     compiled: Any = torch.compile(model, fullgraph=True, backend="eager")
     limited(compiled, tracker.watch(loader()))
     assert tracker.presentations.sum() == 2 * B
-    for x, _ in tracker.watch(loader()):
-        compiled(OTHER_X[:B])
-        compiled(x)
-        break
-    with pytest.raises(ValueError, match="cannot tell"):
+    batches = iter(tracker.watch(loader()))
+    next(batches)
+    compiled(OTHER_X[:B])
+    with pytest.raises(ValueError, match="`update"):
         _ = tracker.presentations
     tracker.reset()
     assert not tracker.presentations.any()
@@ -408,3 +436,39 @@ def test_transforms_of_torch_func_are_refused_in_a_sentence(kind: str) -> None:
     with tracker.attach(model), pytest.raises(RuntimeError, match=r"`torch\.func`.*`update`"):
         drive(tracker.watch(loader()), transforms[kind])
     assert not tracker.presentations.any()
+
+
+def test_a_shared_mask_is_no_evidence() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = network()
+
+        def forward(self, x: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+            return self.inside(x * mask)
+
+    model, tracker = Model(), DynamicsTracker(SIZE)
+    data = [{"x": x, "mask": torch.ones(1), "labels": y} for x, y in zip(X, Y, strict=True)]
+    with tracker.attach(model):
+        for b in tracker.watch(DataLoader(IndexedDataset(data), batch_size=B)):  # type: ignore[arg-type]
+            model(b["x"] + 1, b["mask"], b["labels"])  # a noisy view first
+            model(b["x"], b["mask"], b["labels"])
+    assert_counted(tracker, X, Y)
+
+
+def test_a_state_that_is_loaded_between_batch_and_forward_costs_no_batch() -> None:
+    model, tracker = network(), ForgettingTracker(SIZE)
+    saved = tracker.state_dict()
+    with tracker.attach(model):
+        for number, (x, _) in enumerate(tracker.watch(loader())):
+            if number == 0:
+                tracker.load_state_dict(saved)
+            model(x)
+    assert tracker.presentations.tolist() == [1] * SIZE
+
+
+def test_the_first_batch_of_an_iterator_that_nobody_keeps() -> None:
+    model, tracker = network(), ForgettingTracker(SIZE)
+    with tracker.attach(model):
+        model(next(iter(tracker.watch(loader())))[0])
+    assert tracker.presentations.sum() == B

@@ -223,6 +223,26 @@ class OtherFirst(OwnStep):
         return super().training_step(model, inputs, *args)
 
 
+class NoisyFirst(OwnStep):
+    """Other tokens before, with the batch's own mask and labels."""
+
+    def training_step(self, model: Any, inputs: Any, *args: Any) -> Tensor:
+        model.train()
+        model(**{**inputs, "input_ids": inputs["input_ids"].flip(0)})
+        return super().training_step(model, inputs, *args)
+
+
+class NoisyFirstByPosition(OwnStep):
+    def training_step(self, model: Any, inputs: Any, *_: Any) -> Tensor:
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        tokens, mask, labels = (inputs[n] for n in ("input_ids", "attention_mask", "labels"))
+        model(tokens.flip(0), mask, labels=labels)
+        loss = model(tokens, mask, labels=labels).loss
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
 class LossAlone(transformers.Trainer):
     def compute_loss(
         self,
@@ -286,6 +306,29 @@ class Silent(transformers.Trainer):
         return loss.detach()
 
 
+class SilentLoss(TrackedTrainer):
+    """A loss whose logits nobody returns, on tensors of its own."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return model(**{name: value.clone() for name, value in inputs.items()}).loss
+
+
+class SharesLabels(TrackedTrainer):
+    """Only mask and labels are the batch's."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return model(**{**inputs, "input_ids": inputs["input_ids"].flip(0)}).loss
+
+
+class Nothing(transformers.Trainer):
+    """A step that does not call the model."""
+
+    def training_step(self, model: Any, inputs: Any, *_: Any) -> Tensor:
+        loss = sum(p.sum() * 0 for p in model.parameters())
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
 class Strict(transformers.BertForSequenceClassification):
     """A forward that refuses what it does not name."""
 
@@ -301,17 +344,19 @@ def model_s_own(batches: list[Any]) -> Any:
     """A network that writes down its first forward of each step in training mode."""
 
     def write(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        batches.append((kwargs["input_ids"][:, 0] - 5, output.logits.detach().clone()))
+        tokens = args[0] if args else kwargs["input_ids"]
+        batches.append((tokens[:, 0] - 5, output.logits.detach().clone()))
 
     model = Strict(network().config)
     model.register_forward_hook(write, with_kwargs=True)
     return model
 
 
-OWN = [OwnStep, OtherFirst, LossAlone, LossWithoutAChoice, ByName, Twice, InFrontStep, InFrontLoss]
+OWN = [OwnStep, LossAlone, LossWithoutAChoice, ByName, Twice, InFrontStep, InFrontLoss]
+OTHER_FIRST = [OtherFirst, NoisyFirst, NoisyFirstByPosition]
 
 
-@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("own", OWN + OTHER_FIRST)
 def test_a_trainer_of_ones_own_is_counted_once_a_step(tmp_path: Path, own: Any) -> None:
     batches: list[Any] = []
     runner = trainer(tmp_path, tracked(own), model=model_s_own(batches), num_train_epochs=2)
@@ -319,7 +364,7 @@ def test_a_trainer_of_ones_own_is_counted_once_a_step(tmp_path: Path, own: Any) 
     assert runner.tracker.presentations.unique().tolist() == [2]
     if own in {Twice, InFrontStep}:
         batches = batches[::2]
-    elif own is OtherFirst:
+    elif own in OTHER_FIRST:
         batches = batches[1::2]
     seen = [(step // 6, index, logits, index % 2) for step, (index, logits) in enumerate(batches)]
     assert_same(runner.tracker.state_dict(), in_one_process(SIZE, [seen]), 0.0)
@@ -327,7 +372,44 @@ def test_a_trainer_of_ones_own_is_counted_once_a_step(tmp_path: Path, own: Any) 
 
 def test_an_epoch_of_which_nothing_was_counted_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="Mine.training_step"):
-        trainer(tmp_path, tracked(Silent)).train()
+        trainer(tmp_path, tracked(Nothing)).train()
+
+
+@pytest.mark.parametrize(
+    ("own", "method"),
+    [(Silent, "training_step"), (SilentLoss, "compute_loss"), (SharesLabels, "compute_loss")],
+)
+def test_a_batch_whose_logits_cannot_be_told_is_an_error_at_once(
+    tmp_path: Path, own: Any, method: str
+) -> None:
+    runner = trainer(tmp_path, tracked(own))
+    with pytest.raises(RuntimeError, match=f"`{tracked(own).__name__}.{method}`"):
+        runner.train()
+    assert runner.state.global_step == 0
+    assert runner.tracker.presentations.sum() == 0
+
+
+def halves() -> Any:
+    tokens = texts().remove_columns(["text", "source"])
+    parts = tokens.select(range(11)), tokens.select(range(11, SIZE))
+    return torch.utils.data.ConcatDataset([IndexedDataset(part) for part in parts])
+
+
+class OwnLoader(TrackedTrainer):
+    def get_train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(halves(), 4, collate_fn=self.data_collator)
+
+
+@pytest.mark.parametrize("kind", [TrackedTrainer, OwnLoader])
+def test_samples_that_share_an_index_are_refused(tmp_path: Path, kind: Any) -> None:
+    tokens = texts().remove_columns(["text", "source"])
+    data = IndexedDataset(tokens) if kind is OwnLoader else halves()
+    with pytest.raises(ValueError, match="ConcatDataset of 2 IndexedDatasets"):
+        trainer(tmp_path, kind, data).train()
+    whole = torch.utils.data.ConcatDataset([tokens.select(range(11)), tokens.select(range(11, 22))])
+    runner = trainer(tmp_path, TrackedTrainer, IndexedDataset(whole), num_train_epochs=1)
+    runner.train()
+    assert runner.tracker.presentations.unique().tolist() == [1]
 
 
 def part_of(data: Any) -> Any:

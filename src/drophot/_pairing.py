@@ -1,16 +1,15 @@
 """Which batch an attached model's logits are of: told by its tensors, their memory or values.
 
 A loop takes a batch from a watched loader and calls the model; nothing else connects the two. So a
-forward is compared with the batches that wait: on the same tensors or memory it is the batch's, and
-on a CPU on equal values too. What the loop has moved, cast, normalised or augmented is not
-recognised. Then it has to be the only forward, on the only batch, of the only tracker that waits;
-otherwise it is an error.
+forward is compared with the batches that wait: on the same tensors, memory or values it is the
+batch's. Any other forward is not counted, and if a batch is left without one of its own because of
+that, it is an error. Only where the caller says that the loop changes its batches, an unknown
+forward is taken for that of the batch, if it is the only one, of the only tracker that waits.
 """
 
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,16 +19,19 @@ import torch
 from torch import Tensor, nn
 
 UNPAIRED = (
-    "An attached model should be called on the batch that `watch` handed out. Found several "
-    "batches or forwards, and cannot tell which belong together: they are not on the batch's own "
-    "tensors or values. Take the index from the loader, and call `update(index, logits, targets)` "
-    "with the batch's logits, without `watch` and `attach`."
+    "An attached model should be called on the batches that `watch` handed out. Found forwards in "
+    "training mode on other tensors and values, and a batch without a forward of its own. If the "
+    "loop changes each batch before its forward (normalises or augments it) and keeps its rows in "
+    "order, say so: `attach(model, changed=True)`. Otherwise (rows in another order, batches in "
+    "parts, mixed or joined with other data) take the index from the loader and call "
+    "`update(index, logits, targets)` with the batch's logits, without `watch` and `attach`."
 )
 _UNCOUNTED = (
-    "No batch of this pass was counted: no attached model was called in training mode. Attach the "
-    "model that the loop calls, and after `model.compile()` before its first call."
+    "No batch of this pass was counted while it lasted: no attached model was called in training "
+    "mode on one of them. Attach the model that the loop calls, and after `model.compile()` before "
+    "its first call."
 )
-_DEPTH = 8  # batches that may be read ahead
+_DEPTH = 32  # batches that may be read ahead
 
 
 class Tracker(Protocol):
@@ -54,6 +56,11 @@ class Batch:
     targets: Tensor
     tensors: list[Tensor]
 
+    @property
+    def inputs(self) -> list[Tensor]:
+        """Its tensors but for the targets, which tell nothing of what the model was called on."""
+        return [t for t in self.tensors if not _same(t, self.targets)] or self.tensors
+
 
 class Pass:
     """Batches of one walk through a loader that wait for their logits."""
@@ -61,8 +68,9 @@ class Pass:
     def __init__(self, loader: object) -> None:
         self.loader = loader
         self.waiting: deque[Batch] = deque(maxlen=_DEPTH)
-        self.handed_out = self.counted = 0
-        self.ended = False
+        self.handed_out = self.counted = self.dropped = 0
+        self.ended = False  # it has no more batches
+        self.left = False  # nobody asks for more
         self._warned = False
 
     def warn(self, more_than: int, stacklevel: int) -> None:
@@ -99,7 +107,8 @@ class Pairing:
         self.first: Any = None  # forwards inside of compiled code: the first since `settle`,
         self.latest: Any = None  # and the last
         self.error: Exception | None = None  # for whoever reads
-        self._passes: weakref.WeakSet[Pass] = weakref.WeakSet()
+        self._passes: list[Pass] = []
+        self._unknown = 0  # forwards of no batch, since the last that was counted
         self._last: Batch | None = None
         self._doubt: _Doubt | None = None
         self._round = self._unclaimed = 0
@@ -119,16 +128,20 @@ class Pairing:
 
     def begin(self, new: Pass) -> None:
         """A pass begins: what the one before over the same loader left behind is given up."""
-        for old in list(self._passes):
-            if old.ended or old.loader is new.loader:
-                old.waiting.clear()
-        self._passes.add(new)
+        self.check()
+        self._passes = [
+            old for old in self._passes if not (old.ended or old.left or old.loader is new.loader)
+        ]
+        self._passes.append(new)
         self._last = self._doubt = None
         self._refresh()
 
     def hand_out(self, to: Pass, batch: Batch) -> None:
         """A batch goes to the loop."""
-        self._passes.add(to)
+        self.check()
+        if to not in self._passes:
+            self._passes.append(to)
+        to.dropped += len(to.waiting) == _DEPTH
         to.waiting.append(batch)
         to.handed_out += 1
         self._last = self._doubt = None
@@ -139,14 +152,21 @@ class Pairing:
         """A pass has no more batches."""
         done.ended, self._round = True, done.handed_out
         self._last = self._doubt = None
+        self.check()
 
-    def give_up(self, gone: Pass | None = None) -> None:
-        """Wait no more, for a pass or at all."""
-        for one in list(self._passes) if gone is None else [gone]:
-            one.waiting.clear()
+    def leave(self, gone: Pass) -> None:
+        """A pass that nobody walks on; the batches that it handed out may still be trained on."""
+        gone.left = True
         self._last = self._doubt = None
-        if gone is None:
-            self.first = self.latest = self.error = None
+        if not gone.waiting and gone in self._passes:
+            self._passes.remove(gone)
+        self._refresh()
+
+    def give_up(self) -> None:
+        """Wait no more."""
+        self._passes = []
+        self._last = self._doubt = None
+        self.first = self.latest = self.error = None
         self._refresh()
 
     def settle(self, tracker: Tracker) -> None:
@@ -162,7 +182,7 @@ class Pairing:
 
     def warn(self) -> None:
         """Say so if a pass is under way of which nothing was counted."""
-        for one in list(self._passes):
+        for one in self._passes:
             one.warn(1, stacklevel=4)
 
     def give(self, tracker: Tracker, hook: Any, call: Call) -> None:
@@ -198,20 +218,38 @@ class Pairing:
         theirs = [b for other in others for p in other._passes for b in p.waiting]
         if any(_has_values(batch, call.inputs) for batch in theirs):
             return None
-        waiting = [(p, b) for p, b in waiting if not p.ended]
+        waiting = [(p, b) for p, b in waiting if not (p.ended or p.left)]
         if not waiting:
             return None
         one, batch = waiting[-1]
-        if len(waiting) > 1 or theirs:
-            known = None if theirs or len({p for p, _ in waiting}) > 1 else batch
-            if known is None or (equal := _on_device(known, call.inputs)) is None:
+        alone = not theirs and len({p for p, _ in waiting}) == 1
+        if not hook.changed or len(waiting) > 1 or not alone:
+            equal = _on_device(batch, call.inputs) if alone else None
+            if equal is not None:
+                self._count(tracker, one, batch, call)
+                tracker._doubt(~equal)
+            elif hook.changed:
                 raise ValueError(UNPAIRED)
-            self._count(tracker, one, batch, call)
-            return tracker._doubt(~equal)
+            elif torch.is_grad_enabled():
+                if any(_is_part(z, t) for z in call.inputs for t in batch.inputs):
+                    raise ValueError(_in_parts(call, batch))
+                self._unknown += 1
+            return None
         self._count(tracker, one, batch, call)
         probes = [_probe(z).clone() for z in call.inputs if z.device.type != "cpu" and z.dim() > 0]
         self._doubt = _Doubt(batch, call.inputs, probes)
         return None
+
+    def check(self) -> None:
+        """Refuse to go on where a batch has no forward and there are forwards of no batch.
+
+        Raises:
+            ValueError: If there are as many of these as of those.
+        """
+        waiting = sum(len(one.waiting) for one in self._passes if not one.left)
+        if waiting and self._unknown >= waiting:
+            self.give_up()
+            raise ValueError(UNPAIRED)
 
     def unclaimed(self) -> None:
         """A forward that is trained on while nothing waits: `watch` was left out, or replayed."""
@@ -234,17 +272,17 @@ class Pairing:
 
     def _refresh(self) -> None:
         self.waits = any(one.waiting for one in self._passes)
+        if not self.waits:
+            self._unknown = 0
 
     def _count(self, tracker: Tracker, one: Pass, batch: Batch, call: Call) -> None:
         logits = call.logits
         if logits.dim() > 0 and len(logits) != len(batch.index):
-            raise ValueError(
-                f"An attached model should be called on the whole batch. Found {len(logits)} rows "
-                f"of logits for a batch of {len(batch.index)}; take the index from the loader "
-                f"yourself and call `update` with the rows that were shown."
-            )
-        while one.waiting and one.waiting.popleft() is not batch:
-            pass  # what was handed out before was left out
+            raise ValueError(_in_parts(call, batch))
+        if self._unknown and (one.dropped or one.waiting[0] is not batch):
+            raise ValueError(UNPAIRED)  # one of those was of a batch that came before
+        one.waiting.remove(batch)
+        self._unknown = 0
         self._last, self._doubt = batch, None  # another forward on it is not another presentation
         one.counted += 1
         self._refresh()
@@ -280,7 +318,17 @@ def tensors(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def _is_of(batch: Batch, inputs: list[Tensor]) -> bool:
-    return any(_same(z, tensor) for z in inputs for tensor in batch.tensors)
+    """Whether a model was called on a batch's own tensors, or on the same memory."""
+    main = _main(batch, inputs)
+    return bool(main) and all(any(_same(z, t) for t in batch.inputs) for z in main)
+
+
+def _main(batch: Batch, inputs: list[Tensor]) -> list[Tensor]:
+    """The largest of a model's inputs: a mask or a length may be that of another batch."""
+    inputs = [z for z in inputs if not _same(z, batch.targets)]
+    rows = [z for z in inputs if z.dim() and len(z) == len(batch.index)] or inputs
+    most = max((z.numel() * z.element_size() for z in rows), default=0)
+    return [z for z in rows if z.numel() * z.element_size() == most]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -295,15 +343,23 @@ def _same(one: Tensor, other: Tensor) -> bool:
         return False
 
 
+def _is_part(one: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor is a view of some rows of another."""
+    return one._base is not None and (one._base is whole or one._base is whole._base)
+
+
+def _in_parts(call: Call, batch: Batch) -> str:
+    return (
+        f"An attached model should be called on the whole batch. Found {len(call.logits)} rows of "
+        f"logits for a batch of {len(batch.index)}; take the index from the loader yourself and "
+        f"call `update` with the rows that were shown."
+    )
+
+
 def _has_values(batch: Batch, inputs: list[Tensor]) -> bool:
-    """Whether each input that may be one of a batch's tensors has the values of one."""
-    found = False
-    for z in inputs:
-        alike = [t for t in batch.tensors if t.shape == z.shape and t.numel()]
-        if alike and not any(_equal(t, z) for t in alike):
-            return False
-        found = found or bool(alike)
-    return found
+    """Whether a model was called on a batch's values, in any shape that keeps the rows."""
+    main = _main(batch, inputs)
+    return bool(main) and all(any(_equal(t, z) for t in batch.inputs) for z in main)
 
 
 def _equal_all(some: list[Tensor], others: list[Tensor]) -> bool:
@@ -311,9 +367,13 @@ def _equal_all(some: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors on the CPU have the same values."""
-    if one.device.type != "cpu" or other.device.type != "cpu" or one.shape != other.shape:
+    """Whether two tensors on the CPU have the same values, row by row."""
+    if one.device.type != "cpu" or other.device.type != "cpu" or not other.numel():
         return False
+    if one.shape != other.shape:
+        if one.shape[:1] != other.shape[:1] or one.numel() != other.numel():
+            return False
+        one, other = one.flatten(1), other.flatten(1)
     try:
         return torch.equal(one.to(other.dtype), other)
     except RuntimeError:  # of a kind that has no such comparison

@@ -142,7 +142,7 @@ class _Walk:
             pairing.settle(self._tracker)
         except Exception as error:  # would be lost here
             pairing.error = error
-        pairing.give_up(self._pass)
+        pairing.leave(self._pass)
         self._pass.warn(0 if self._pass.ended else 1, stacklevel=2)
 
 
@@ -151,7 +151,7 @@ _HOOKS: weakref.WeakSet[Hook] = weakref.WeakSet()
 
 
 def attach(
-    tracker: Tracker, model: nn.Module, logits: Callable[[Any], Tensor] | None
+    tracker: Tracker, model: nn.Module, logits: Callable[[Any], Tensor] | None, *, changed: bool
 ) -> RemovableHandle:
     """Let a tracker hear of every forward of a model.
 
@@ -159,11 +159,12 @@ def attach(
         tracker: Who waits for logits.
         model: Whose they are.
         logits: As in `Hook`.
+        changed: As in `Hook`.
 
     Returns:
         The hook's handle.
     """
-    hook = Hook(tracker, logits)
+    hook = Hook(tracker, logits, changed=changed)
     hook.module = weakref.ref(model)
     _HOOKS.add(hook)
     return model.register_forward_hook(hook, with_kwargs=True)
@@ -208,13 +209,19 @@ class Hook:
     Args:
         tracker: Who waits.
         logits: How to get them from the model's output; `None` takes the output itself.
+        changed: Whether the loop changes its batches before the forward.
     """
 
     def __init__(
-        self, tracker: Tracker | None = None, logits: Callable[[Any], Tensor] | None = None
+        self,
+        tracker: Tracker | None = None,
+        logits: Callable[[Any], Tensor] | None = None,
+        *,
+        changed: bool = False,
     ) -> None:
         self.tracker = tracker
         self.logits = logits
+        self.changed = changed
         self.module: weakref.ref[nn.Module] | None = None
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

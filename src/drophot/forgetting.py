@@ -183,20 +183,28 @@ class ForgettingTracker:
         return _watch.Watched(self, loader, targets)
 
     def attach(
-        self, model: nn.Module, logits: Callable[[Any], Tensor] | None = None
+        self,
+        model: nn.Module,
+        logits: Callable[[Any], Tensor] | None = None,
+        *,
+        changed: bool = False,
     ) -> RemovableHandle:
         """Read the logits on their way out of a model, for the batches of `watch`.
 
         The first forward in training mode on a batch is its presentation: on the tensors that
-        `watch` handed out, a view of them or, on a CPU, their values. Where the loop moves or
-        changes them, it is the only forward; a second one on other inputs, a second batch or a
-        second tracker that waits on the model is then an error. Recomputation in a backward pass,
-        other forwards on the batch, evaluation mode and copies of the model are not counted.
+        `watch` handed out, a view of them, or their values, moved and cast as you like. Forwards on
+        other data, recomputation in a backward pass, further forwards on the batch, evaluation mode
+        and copies of the model are not counted. A batch that is left without a forward of its own
+        while the model trains on something else is an error.
 
         Args:
             model: The model that the loop calls; compiled, wrapped by DDP or plain.
             logits: Gets the logits `(B, C)` from what the model returns. `None` where it returns
                 them.
+            changed: Whether the loop changes the values of each batch before its forward
+                (normalises or augments it), with its rows in the same order. The batch cannot be
+                recognised then, so that its forward has to be the only one in training mode, and a
+                second batch or tracker that waits on the model is an error.
 
         Returns:
             A handle: `handle.remove()` ends it, and so does leaving `with tracker.attach(model):`.
@@ -210,7 +218,7 @@ class ForgettingTracker:
         """
         if not isinstance(model, nn.Module):
             raise TypeError(f"`model` should be a torch.nn.Module. Found {describe(model)}.")
-        return _watch.attach(self, model, logits)
+        return _watch.attach(self, model, logits, changed=changed)
 
     @property
     def counts(self) -> Tensor:
@@ -305,6 +313,7 @@ class ForgettingTracker:
             ValueError: If a batch came with wrong indices.
         """
         self._pairing.settle(self)
+        self._pairing.check()
         return self._state.dump()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -317,7 +326,7 @@ class ForgettingTracker:
             ValueError: If it is of another version, kind or size, or no such state. Nothing is
                 changed then.
         """
-        self._pairing.give_up()
+        self._pairing.settle(self)  # a batch that waits still will be counted
         self._state.load(state_dict, type(self).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -339,6 +348,7 @@ class ForgettingTracker:
     def _read(self) -> Columns:
         """All columns, with what an attached model has given so far."""
         self._pairing.settle(self)
+        self._pairing.check()
         return self._state.read()
 
     def _presented(self, missing: Missing) -> Columns:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from drophot import _watch
 from drophot._presenter import Presenter, Taken
 from drophot.forgetting import ForgettingTracker
 
@@ -39,9 +40,13 @@ class TrackerCallback(Callback):
     """Presents every training batch to a tracker, merges ranks, and lives in the checkpoint.
 
     `training_step` gives the logits in what it returns: `{"loss": loss, "logits": logits}`. The
-    batch carries its samples' index, from an :class:`drophot.IndexedDataset`: last in a tuple, or
-    as `"index"` in a dict. Index and targets are read before the step, which may change the batch.
-    A step that returns None skips its batch, for the tracker as well.
+    rows of the logits must be in the order of the batch; a step that permutes them cannot be
+    detected.
+
+    The batch carries its samples' index, from an :class:`drophot.IndexedDataset`: last in a tuple,
+    or as `"index"` in a dict. Index and targets are read before the step, which may change the
+    batch. A step that returns None skips its batch, for the tracker as well. The pass in which
+    `StochasticWeightAveraging` only updates batch norm's statistics is not counted.
 
     Ranks are merged by `sync` at the end of every training epoch and before a checkpoint. The
     tracker's state is in the Trainer's checkpoints, and `fit(ckpt_path=...)` resumes from it; a
@@ -70,8 +75,9 @@ class TrackerCallback(Callback):
     Raises:
         TypeError: If `tracker` is not a tracker, or is a DynamicsTracker where `correct` is given;
             after the first training batch, if there are no logits, no index or no targets.
-        ValueError: After the first training batch, if the logits or targets have not the shape of
-            a classification.
+        ValueError: Before the first training batch, if a loader's data set joins several
+            IndexedDatasets; after it, if the logits or targets have not the shape of a
+            classification.
         RuntimeError: At the end of the first epoch, if no batch was counted.
 
     Example:
@@ -137,6 +143,15 @@ class TrackerCallback(Callback):
         self._merge()
         self._seen_before = int(self.tracker.presentations.sum())
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning calls this before each training epoch, which may have new loaders.
+
+        Raises:
+            ValueError: If a loader's data set joins several IndexedDatasets.
+        """
+        for loader in _loaders(trainer.train_dataloader):
+            _watch.check_source(loader)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -153,6 +168,10 @@ class TrackerCallback(Callback):
     ) -> None:
         """Lightning calls this after each training batch."""
         (before, taken), self._taken = self._taken, (None, None)
+        if getattr(trainer.fit_loop, "_skip_backward", False):
+            # StochasticWeightAveraging updates batch norm's statistics: nothing is trained.
+            self._seen_before = None
+            return
         if not outputs or batch is None:  # {}, when a step returned None
             return
         if batch is not before:  # a step that takes its batch from `dataloader_iter`
@@ -270,6 +289,17 @@ class TrackerCallback(Callback):
         if self._group is None and mesh is not None:  # ModelParallelStrategy
             return mesh["data_parallel"].get_group()
         return self._group
+
+
+def _loaders(loaders: Any) -> list[Any]:
+    """The single loaders in what `fit` was given."""
+    if isinstance(loaders, CombinedLoader):
+        return _loaders(loaders.iterables)
+    if isinstance(loaders, Mapping):
+        loaders = list(loaders.values())
+    if isinstance(loaders, list | tuple):
+        return [found for part in loaders for found in _loaders(part)]
+    return [loaders]
 
 
 _callbacks: weakref.WeakValueDictionary[str, TrackerCallback] = weakref.WeakValueDictionary()

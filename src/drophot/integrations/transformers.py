@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from drophot import _watch
+from drophot._pairing import tensors
 from drophot._presenter import Presenter, Taken
 from drophot.forgetting import ForgettingTracker
 from drophot.indexing import IndexedDataset
@@ -40,6 +41,11 @@ _CURE = (
     "say how to get them from what the model returns: "
     "`TrackedTrainer(..., logits=lambda outputs: ...)`"
 )
+_REMEDY = (
+    "pass the batch's tensors as they are, or let `compute_loss` return `(loss, outputs)` where "
+    "`return_outputs` is true, and put TrackerMixin before the Trainer that has it: "
+    "`class MyTracked(TrackerMixin, MyTrainer)`"
+)
 # For a type checker the mixin is what it is mixed into; for Python it is not.
 _Base = Trainer if TYPE_CHECKING else object
 
@@ -54,8 +60,10 @@ class TrackerMixin(_Base):
     Put it in front of a Trainer of your own: `class MyTracked(TrackerMixin, MyTrainer)`, or take
     :class:`TrackedTrainer`. The outputs are those that `compute_loss` returns beside the loss. If
     it returns the loss alone, or if `training_step` does not call it, they are those of the first
-    forward on the batch's own tensors. A step that computes its loss more than once presents its
-    batch once.
+    forward on the batch's own tensors: the largest inputs of that forward, labels aside, are
+    tensors of the batch. A step that computes its loss more than once presents its batch once. The
+    rows of the logits must be in the order of the batch; a `compute_loss` that permutes them and
+    returns its outputs cannot be detected.
 
     Ranks are merged by `sync` at the end of every epoch and before a checkpoint. Each checkpoint
     has the tracker's state as `tracker.pt`, and `train(resume_from_checkpoint=...)` resumes from
@@ -81,10 +89,12 @@ class TrackerMixin(_Base):
         TypeError: If `tracker` is not a tracker, or is a DynamicsTracker where `correct` is given;
             at the first batch, if it has no index or no labels, or the model's output no logits.
         ValueError: If the training set has more samples than the tracker, or a column `index` with
-            other numbers than theirs; at the first batch, if the logits or labels have not the
-            shape of a classification; when training begins, if ranks share batches and no `group`
-            is given.
-        RuntimeError: At the end of the first epoch, if no batch was counted.
+            other numbers than theirs, or joins several IndexedDatasets; at the first batch, if the
+            logits or labels have not the shape of a classification; when training begins, if ranks
+            share batches and no `group` is given.
+        RuntimeError: After a batch for which the model was called on other tensors than the
+            batch's, and whose outputs were not returned; at the end of the first epoch, if no
+            batch was counted.
     """
 
     def __init__(
@@ -102,11 +112,14 @@ class TrackerMixin(_Base):
         )
         self._group = group
         self._awaited: Taken | None = None  # the batch of this step, until it is presented
-        self._tensors: list[Tensor] = []  # that batch's
+        self._tensors: list[Tensor] = []  # that batch's, without its labels
+        self._label_tensors: list[Tensor] = []
         self._presented: Tensor | None = None  # the index of the last one
         self._heard: Any = None  # the model's outputs, where nobody returns them
+        self._unrecognised = False  # whether a forward of this step was on other tensors
         super().__init__(*args, **kwargs)
         data: Any = self.train_dataset
+        _watch.check_source(Subset(data, []))
         size = len(data) if hasattr(data, "__len__") else None
         if isinstance(data, Subset) and isinstance(data.dataset, IndexedDataset):
             size = max(data.indices, default=-1) + 1  # the samples' numbers in the whole
@@ -267,28 +280,57 @@ class TrackerMixin(_Base):
     def _awaiting(self, model: nn.Module, inputs: Any) -> Iterator[Any]:
         """A batch without its index, and what the first forward on its own tensors gives."""
         self._awaited, (rest, _) = self._take(inputs), _without_index(inputs)
-        self._tensors = _tensors(rest)
+        self._know(rest)
+        self._unrecognised = False
         # Where step and loss are the Trainer's, the loss comes with the outputs.
         handle = model.register_forward_hook(self._hear, with_kwargs=True) if _own(self) else None
         try:
             yield rest
+            if self._awaited is not None and self._unrecognised:
+                raise RuntimeError(
+                    f"The model should be called on the batch's own tensors, or its outputs be "
+                    f"returned with the loss. Found that {_by(self)} calls it on other tensors, "
+                    f"whose logits may be another batch's; {_REMEDY}."
+                )
         finally:
-            self._awaited, self._heard, self._tensors = None, None, []
+            self._awaited, self._heard = None, None
+            self._tensors, self._label_tensors = [], []
             if handle is not None:
                 handle.remove()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)
         if self._awaited is not None:  # on the device they may be other tensors
-            self._tensors += _tensors(inputs)
+            self._know(inputs)
         return inputs
+
+    def _know(self, batch: Any) -> None:
+        """Remember the tensors by which a batch is recognised: all but its labels."""
+        rest, labels = self._without_labels(batch)
+        self._tensors += tensors(rest)
+        self._label_tensors += tensors(labels)
+
+    def _without_labels(self, inputs: Any) -> tuple[Any, Any]:
+        if not isinstance(inputs, Mapping):
+            return inputs, ()
+        names = {"labels", *(self.label_names or ())}
+        rest = {name: value for name, value in inputs.items() if name not in names}
+        return rest, [value for name, value in inputs.items() if name in names]
 
     def _hear(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._awaited is None or self._heard is not None or not model.training:
             return
-        given = [*_tensors(kwargs), *args, *(part for value in args for part in _tensors(value))]
-        if {id(value) for value in given} & {id(value) for value in self._tensors}:
+        inputs = [self._without_labels(value)[0] for value in (*args, kwargs)]
+        labels = {id(value) for value in self._label_tensors}
+        given = [value for value in tensors(inputs) if id(value) not in labels]
+        size = len(self._awaited[0])
+        rows = [value for value in given if value.dim() and len(value) == size] or given
+        largest = max((value.nbytes for value in rows), default=0)
+        own = {id(value) for value in self._tensors}
+        if rows and all(id(value) in own for value in rows if value.nbytes == largest):
             self._heard = output
+        elif torch.is_grad_enabled():
+            self._unrecognised = True
 
 
 class TrackedTrainer(TrackerMixin, Trainer):
@@ -306,6 +348,7 @@ class _Keeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tracker = self.trainer.tracker
+        _watch.check_source(kwargs.get("train_dataloader"))
         self._check_ranks()
         if self.before is not None:  # a smaller batch is tried
             tracker.load_state_dict(self.before)
@@ -322,9 +365,8 @@ class _Keeper(TrainerCallback):
         if int(trainer.tracker.presentations.sum()) == self._seen:
             raise RuntimeError(
                 f"Every training batch should be counted. Found none in the first epoch: "
-                f"`{type(trainer).__name__}.training_step` calls neither `compute_loss` nor the "
-                f"model that it is given, with tensors of its batch; call one of them, and put "
-                f"TrackerMixin before your own Trainer: `class MyTracked(TrackerMixin, MyTrainer)`."
+                f"{_by(trainer)} neither returned the model's outputs to the tracker nor called "
+                f"the model that it is given on the batch's own tensors; {_REMEDY}."
             )
         self._seen = None
 
@@ -340,17 +382,19 @@ class _Keeper(TrainerCallback):
             )
 
 
-def _own(trainer: TrackerMixin) -> bool:
-    """Whether the step or the loss is not the Trainer's own."""
+def _own(trainer: TrackerMixin) -> list[str]:
+    """Which of the step and the loss are not the Trainer's own."""
     others = [
         kind for kind in type(trainer).__mro__ if kind not in (TrackerMixin, *Trainer.__mro__)
     ]
-    return any({"training_step", "compute_loss"} & vars(kind).keys() for kind in others)
+    names = ("training_step", "compute_loss")
+    return [name for name in names if any(name in vars(kind) for kind in others)]
 
 
-def _tensors(inputs: Any) -> list[Tensor]:
-    values = inputs.values() if isinstance(inputs, Mapping) else ()
-    return [value for value in values if isinstance(value, Tensor)]
+def _by(trainer: TrackerMixin) -> str:
+    """The methods that may have kept the logits from the tracker, for errors."""
+    names = _own(trainer) or ["training_step"]
+    return " or ".join(f"`{type(trainer).__name__}.{name}`" for name in names)
 
 
 def _takes_return_outputs(method: Callable[..., Any]) -> bool:
