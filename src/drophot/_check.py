@@ -16,6 +16,8 @@ from drophot._ties import Axis
 from drophot._trace import Call, is_view, numbers, run, tensors_in
 
 MEMORY = (MemoryError, torch.OutOfMemoryError)
+# Not compared as plain values: DataParallel opens the profiler's records.
+OPAQUE = (Tensor, torch.ScriptObject)
 
 
 @dataclass(slots=True)
@@ -32,9 +34,6 @@ class Seen:
     """A few sums of what each call gave."""
     error: Exception | None = None
     """What the network's own code raised."""
-
-# Compared elsewhere, or not at all: DataParallel opens the profiler's records.
-OPAQUE = (Tensor, torch.ScriptObject)
 
 
 class _Stop(BaseException):
