@@ -237,6 +237,116 @@ def test_tensors_that_change_between_epochs_are_seen(how: str, shape: tuple[int,
     assert [part.unique().tolist() for part in look.given] == [[0.0], [1.0], [2.0]]
 
 
+class Labelled(Dataset[Any]):
+    """Labels of every kind that somebody may correct."""
+
+    def __init__(self, labels: Any, size: int = 3000) -> None:
+        self.labels, self.size = labels, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        return torch.full((2,), float(place)), int(self.labels[place])
+
+
+def torchvisions(labels: Tensor) -> Any:
+    datasets = pytest.importorskip("torchvision.datasets")
+    transforms = pytest.importorskip("torchvision.transforms")
+    data = datasets.MNIST.__new__(datasets.MNIST)
+    data.data = torch.zeros(len(labels), 1, 2, dtype=torch.uint8)
+    data.targets, data.target_transform = labels, None
+    data.transform = transforms.Compose([transforms.ToTensor(), torch.nn.Flatten(0)])
+    return data
+
+
+def corrected(data: Any, at: int) -> None:
+    """Make a label another, in place, by the way that this kind of data has."""
+    if isinstance(data, list):
+        data[at] = (data[at][0], 2)
+    elif isinstance(data, TensorDataset):
+        data.tensors[1].numpy()[at] = 2  # no version tells of it
+    else:
+        (data.targets if hasattr(data, "targets") else data.labels)[at] = 2
+
+
+HELD: dict[str, Callable[[], Any]] = {
+    "a list": lambda: [(torch.zeros(2), 0) for _ in range(3000)],
+    "tensors": lambda: TensorDataset(torch.zeros(3000, 2), torch.zeros(3000).long()),
+    "pictures": lambda: TensorDataset(torch.zeros(3000, 2, 1, 1), torch.zeros(3000).long()),
+    "torchvision's": lambda: torchvisions(torch.zeros(3000).long()),
+    "a list of its own": lambda: Labelled([0] * 3000),
+    "a dictionary": lambda: Labelled(dict.fromkeys(range(3000), 0)),
+    "an array": lambda: Labelled(np.zeros(3000, dtype=np.int64)),
+    "a tensor": lambda: Labelled(torch.zeros(3000).long()),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(2000))])
+@pytest.mark.parametrize("at", [0, 1234])
+@pytest.mark.parametrize("name", HELD)
+def test_a_single_label_that_is_corrected_between_epochs_is_seen(
+    name: str, at: int, wrap: Any
+) -> None:
+    data, model = HELD[name](), nn.Sequential(nn.Flatten(), nn.Linear(2, 3))
+    wrapped, found = wrap(data), [0, 0, 0]
+    epoch = 0
+
+    def count(index: Tensor, _: Tensor, targets: Tensor) -> None:
+        found[epoch] += int((targets == 2).sum())
+        assert (targets[index != at] == 0).all()
+
+    def change(number: int) -> None:
+        nonlocal epoch
+        epoch = number + 1
+        if number == 0:
+            corrected(data, at)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    options: Any = {"batch_size": 512, "on_batch": count, "on_epoch": change}
+    fit(model, IndexedDataset(wrapped), 3, optimizer=optimizer, **options)
+    assert found == [0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_indices_that_change_in_place_are_seen(kind: Any) -> None:
+    base = TensorDataset(torch.arange(40.0)[:, None].expand(40, 2).clone(), torch.arange(40) % 3)
+    data = Subset(base, kind(range(20)))
+
+    def change(epoch: int) -> None:
+        data.indices[3] = 30 + epoch  # type: ignore[index]
+
+    found = seen(data, on_epoch=change)
+    rest = [float(place) for place in range(20) if place != 3]
+    assert found == [sorted([*rest, value]) for value in (3.0, 30.0, 31.0)]
+
+
+@pytest.mark.parametrize("how", ["data", "numpy"])
+def test_memory_that_changes_without_a_version_is_seen(how: str) -> None:
+    memory = np.zeros((20, 2), dtype=np.float32)
+    base = TensorDataset(torch.from_numpy(memory), torch.arange(20) % 3)
+    data = Subset(base, range(18))
+
+    def change(epoch: int) -> None:
+        if how == "numpy":
+            memory[:] = epoch + 1
+        else:
+            base.tensors[0].data[...] = epoch + 1
+
+    assert [set(epoch) for epoch in seen(data, on_epoch=change)] == [{0.0}, {1.0}, {2.0}]
+
+
+def test_tensors_that_are_replaced_are_not_written_to() -> None:
+    base = TensorDataset(torch.zeros(20, 2), torch.arange(20) % 3)
+    first = base.tensors[0]
+
+    def change(epoch: int) -> None:
+        base.tensors = (torch.full((20, 2), epoch + 1.0), base.tensors[1])
+
+    assert [set(epoch) for epoch in seen(base, on_epoch=change)] == [{0.0}, {1.0}, {2.0}]
+    assert (first == 0).all()
+
+
 def test_true_keeps_what_was_read_first_and_false_reads_anew() -> None:
     def epochs(cache: bool) -> list[set[float]]:
         data = Curriculum()

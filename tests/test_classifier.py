@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -305,20 +306,13 @@ def test_an_optimiser_that_cannot_train_is_refused_at_once_unless_the_loop_is_th
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
 @pytest.mark.parametrize("mode", ["high", "k_center"])
 def test_targets_of_any_integer_type_give_the_same_record(dtype: torch.dtype, mode: str) -> None:
-    assert pipeline(targets=TARGETS.to(dtype)).run() == pipeline().run()
+    # The type is a part of the data, and so of the fingerprint.
+    one, other = (pipeline(targets=targets).run() for targets in (TARGETS.to(dtype), TARGETS))
+    assert replace(one, fingerprint="") == replace(other, fingerprint="")
 
 
 def test_inputs_that_want_a_gradient_are_data() -> None:
     assert pipeline(INPUTS.clone().requires_grad_()).run() == pipeline().run()
-
-
-def test_a_factory_may_build_its_models_on_a_device() -> None:
-    pipeline(model=lambda: nn.Linear(4, 3, device="meta"))
-    with pytest.raises(ValueError, match="`batch_size`"):
-        pipeline(
-            model=lambda: nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)).to("meta"),
-            batch_size=11,
-        )
 
 
 def test_a_tracker_takes_what_fit_gives_of_any_integer_targets() -> None:

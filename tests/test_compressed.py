@@ -405,3 +405,14 @@ def test_what_is_no_dense_tensor_is_refused_by_name(model, message: str, tmp_pat
     with pytest.raises(TypeError, match=message):
         save_compressed(model(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_lazy_model_is_told_to_run_first(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save_compressed(nn.Sequential(nn.Linear(4, 3)), path)
+    model = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match=r"`model`.*`0\.weight`.*batch"):
+        load_compressed(model, path)
+    model(torch.zeros(1, 4))
+    load_compressed(model, path)

@@ -1,8 +1,12 @@
+import io
 import logging
 import os
 import random
+import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -262,19 +266,40 @@ def test_images_come_with_their_channels_where_they_are_wanted(
     assert sizes == [4, 4, 2]
 
 
-class Processes(Listed):
-    """The target is the process that read the sample."""
+class Marked:
+    """A transform of targets: the process that read the sample."""
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.inputs[i], os.getpid()
+    def __call__(self, target: Any) -> int:
+        return os.getpid()
+
+
+def torchvisions(size: int, transform: Any = None, target_transform: Any = None) -> Any:
+    """One of torchvision's own data sets, which workers may read."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    transforms = pytest.importorskip("torchvision.transforms")
+    data = datasets.MNIST.__new__(datasets.MNIST)
+    data.data = torch.randint(0, 255, (size, 3, 3), dtype=torch.uint8, generator=generator())
+    data.targets = torch.arange(size)
+    steps = [transforms.ToTensor(), *([transform] if transform else [])]
+    data.transform, data.target_transform = transforms.Compose(steps), target_transform
+    return data
+
+
+def processes(size: int) -> Any:
+    return torchvisions(size, target_transform=Marked())
+
+
+def readers_of(data: Any) -> set[int]:
+    return {int(pid) for batch in batches(data, 2, CPU) for pid in batch[1]}
 
 
 def test_what_does_not_fit_is_read_by_workers_in_the_same_order(
     no_memory: None, two_threads: None
 ) -> None:
-    data = Processes(63)
+    data = processes(63)
     assert in_memory(data, "cpu") is data
-    near = TensorDataset(data.inputs, torch.zeros(63))
+    inputs = torch.stack([data[place][0] for place in range(63)])
+    near = TensorDataset(inputs, torch.zeros(63))
     readers = []
     for one, other in zip(
         batches(IndexedDataset(data), 2, CPU, shuffle=generator()),
@@ -282,7 +307,7 @@ def test_what_does_not_fit_is_read_by_workers_in_the_same_order(
         strict=True,
     ):
         assert torch.equal(one[0], other[0])
-        assert torch.equal(one[0], data.inputs[one[2]])
+        assert torch.equal(one[0], inputs[one[2]])
         assert (one[1] == one[1][0]).all(), "a batch is read by one process"
         readers.append(int(one[1][0]))
     assert len(readers) == 32
@@ -291,25 +316,139 @@ def test_what_does_not_fit_is_read_by_workers_in_the_same_order(
 
 
 def test_few_batches_are_read_here(two_threads: None) -> None:
-    assert {int(pid) for _, pids in batches(Processes(14), 2, CPU) for pid in pids} == {os.getpid()}
+    assert readers_of(processes(14)) == {os.getpid()}
 
 
 def test_a_daemon_has_no_workers(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_feed, "current_process", lambda: SimpleNamespace(daemon=True))
-    assert {int(pid) for _, pids in batches(Processes(64), 2, CPU) for pid in pids} == {os.getpid()}
+    assert readers_of(processes(64)) == {os.getpid()}
 
 
 def test_a_thread_beside_the_main_one_forks_nothing(two_threads: None) -> None:
     """A fork has one thread, and what the others had locked stays so."""
     readers: set[int] = set()
-
-    def look() -> None:
-        readers.update(int(pid) for _, pids in batches(Processes(64), 2, CPU) for pid in pids)
-
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=lambda: readers.update(readers_of(processes(64))))
     thread.start()
     thread.join()
     assert readers == {os.getpid()}
+
+
+class Filed(Dataset[Any]):
+    """Samples in one file that is opened once."""
+
+    def __init__(self, kind: str, folder: Path, size: int = 256) -> None:
+        self.size, self.kind = size, kind
+        rows = [np.full(4096, place, dtype=np.float32).tobytes() for place in range(size)]
+        path = folder / "rows"
+        if kind == "plain":
+            path.write_bytes(b"".join(rows))
+            self.file: Any = path.open("rb")
+        elif kind == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for place, row in enumerate(rows):
+                    archive.writestr(str(place), row)
+            self.file = zipfile.ZipFile(path)
+        else:
+            with tarfile.open(path, "w") as archive:
+                for place, row in enumerate(rows):
+                    info = tarfile.TarInfo(str(place))
+                    info.size = len(row)
+                    archive.addfile(info, io.BytesIO(row))
+            self.file = tarfile.open(path)  # noqa: SIM115
+
+    def __len__(self) -> int:
+        return self.size
+
+    def row(self, place: int) -> Tensor:
+        if self.kind == "plain":
+            self.file.seek(4 * 4096 * place)
+            row = self.file.read(4 * 4096)
+        elif self.kind == "zip":
+            row = self.file.read(str(place))
+        else:
+            row = self.file.extractfile(str(place)).read()
+        return torch.frombuffer(bytearray(row), dtype=torch.float32)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        return self.row(place), os.getpid()
+
+
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(200))])
+@pytest.mark.parametrize("kind", ["plain", "zip", "tar"])
+def test_open_files_are_read_in_this_process(
+    kind: str, wrap: Any, tmp_path: Path, two_threads: None
+) -> None:
+    """Copies of a process share where it is in a file: each would read the other's rows."""
+    data = Filed(kind, tmp_path)
+    for inputs, readers, index in batches(IndexedDataset(wrap(data)), 2, CPU, shuffle=generator()):
+        assert (inputs == index[:, None]).all()
+        assert (readers == os.getpid()).all()
+    data.file.close()
+
+
+class Opened:
+    """A transform that holds an open file."""
+
+    def __init__(self) -> None:
+        self.deep = [{"file": io.BytesIO(b"rows")}]
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
+class Counts:
+    """A transform that gives other samples from its thousandth call on."""
+
+    calls = 0
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        return inputs + self.calls // 1000
+
+
+class CountsInTensor(Counts):
+    def __init__(self) -> None:
+        self.count = torch.zeros(1)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self.count += 1
+        return inputs
+
+
+class CountsForAll(Counts):
+    def __call__(self, inputs: Tensor) -> Tensor:
+        CountsForAll.calls += 1
+        return inputs
+
+
+@pytest.mark.parametrize("kind", [Opened, Counts, CountsInTensor, CountsForAll])
+def test_what_a_copy_would_share_or_lose_is_read_in_this_process(
+    kind: Any, two_threads: None
+) -> None:
+    assert readers_of(torchvisions(64, kind(), Marked())) == {os.getpid()}
+
+
+def test_a_data_set_of_ones_own_is_read_in_this_process(two_threads: None) -> None:
+    class Counting(Listed):
+        def __getitem__(self, i: int) -> tuple[Tensor, int]:
+            return super().__getitem__(i)[0], os.getpid()
+
+    data = Counting(64)
+    assert readers_of(data) == {os.getpid()}
+    assert data.readings >= 64
+
+
+class Drawn:
+    """A transform that adds what it draws."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        if self.source == "torch":
+            return inputs + torch.rand(())
+        drawn = np.random.rand() if self.source == "numpy" else random.random()  # noqa: NPY002
+        return inputs + drawn
 
 
 @pytest.mark.parametrize("source", GLOBAL)
@@ -319,7 +458,7 @@ def test_augmentation_is_the_same_whoever_reads(
     found = []
     for workers in (0, 1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda workers=workers: workers)
-        found.append(read(Augmented(source, 64), epochs=2))
+        found.append(read(torchvisions(64, Drawn(source)), epochs=2))
     for epoch in (0, 1):
         assert equal(found[0][epoch], found[1][epoch])
         assert equal(found[0][epoch], found[2][epoch])
@@ -367,20 +506,19 @@ def test_reading_leaves_the_callers_random_state_alone(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     before = _random.state()
-    for _ in batches(Augmented(source, 64), 2, CPU, shuffle=generator()):
+    for _ in batches(torchvisions(64, Drawn(source)), 2, CPU, shuffle=generator()):
         assert _random.state() == before
     assert _random.state() == before
 
 
 def test_what_a_worker_raises_reaches_the_caller(two_threads: None) -> None:
-    class Broken(Listed):
-        def __getitem__(self, i: int) -> tuple[Tensor, int]:
-            if i == 13:
-                raise ValueError("sample 13 is broken")
-            return super().__getitem__(i)
+    def broken(target: Any) -> int:
+        if target == 13:
+            raise ValueError("sample 13 is broken")
+        return int(target)
 
     with pytest.raises(ValueError, match=r"worker process[\s\S]*sample 13 is broken"):
-        list(batches(Broken(64), 2, CPU))
+        list(batches(torchvisions(64, None, broken), 2, CPU))
 
 
 class Relabelled(Dataset[Any]):

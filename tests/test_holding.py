@@ -214,3 +214,44 @@ def test_a_compiled_step_is_held() -> None:
             model(torch.randn(4, 8)).square().sum().backward()
             compiled()
             assert Masks.from_zeros(model).sparsity == 0.8
+
+
+def trained(model: nn.Module, *optimizers: Optimizer) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    model(torch.randn(4, 8)).pow(2).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_layer_that_joins_the_optimizer_later_is_held_too(moved: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    masks = magnitude_prune(model, 0.5)
+    optimizer = SGD(model[1].parameters(), lr=0.1)
+    with masks.hold(optimizer), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(model, optimizer)
+        model[0].requires_grad_(True)
+        if moved:  # into a group that is there
+            optimizer.param_groups[0]["params"] += list(model[0].parameters())
+        else:
+            optimizer.add_param_group({"params": list(model[0].parameters())})
+        for _ in range(2):
+            trained(model, optimizer)
+            for name, mask in masks.items():
+                assert (model.get_parameter(name)[~mask] == 0).all()
+
+
+def test_a_layer_that_another_optimizer_trains_later_is_warned_about() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    masks = magnitude_prune(model, 0.5)
+    optimizer = SGD(model[1].parameters(), lr=0.1)
+    masks.hold(optimizer)
+    trained(model, optimizer)
+    model[0].requires_grad_(True)
+    other = SGD(model[0].parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"`0\.weight`"):
+        trained(model, optimizer, other)

@@ -4,6 +4,7 @@ are not."""
 import abc
 import enum
 import functools
+import importlib
 import json
 import logging
 import os
@@ -11,7 +12,8 @@ import random
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
+import warnings
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -143,6 +145,19 @@ def cyclic() -> list[Any]:
     return found
 
 
+def compressed(value: float = 1.0) -> Tensor:
+    places = torch.tensor([0, 1, 2]), torch.tensor([0, 1])
+    with warnings.catch_warnings():  # that it is in beta
+        warnings.simplefilter("ignore")
+        return torch.sparse_csr_tensor(*places, torch.tensor([value, 1.0]), check_invariants=False)
+
+
+def quantised(scale: float) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.tensor([1.0, 2.0]), scale, 0, torch.qint8)
+
+
 # Each gives two values that differ; each is made anew for each call.
 VALUES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "function of torch": (lambda: F.relu, lambda: F.gelu),
@@ -184,6 +199,13 @@ VALUES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     ),
     "long array": (lambda: torch.zeros(2000).numpy(), lambda: torch.ones(2000).numpy()),
     "long list": (lambda: list(range(5000)), lambda: [*range(4999), 0]),
+    "sparse tensor": (lambda: torch.eye(3).to_sparse(), lambda: (torch.eye(3) * 2).to_sparse()),
+    "compressed rows": (compressed, lambda: compressed(2.0)),
+    "quantised tensor": (lambda: quantised(0.1), lambda: quantised(0.2)),
+    "masked array": (
+        lambda: np.ma.array([1, 2], mask=[True, False]),
+        lambda: np.ma.array([1, 2], mask=[False, False]),
+    ),
     "bytes": (lambda: b"1", lambda: b"2"),
     "whole or not": (lambda: 1, lambda: 1.0),
     "true or one": (lambda: True, lambda: 1),
@@ -335,6 +357,35 @@ def test_a_comment_and_a_docstring_change_nothing(
     assert found[0] == found[1] != found[2]
 
 
+def frozen() -> nn.Module:
+    layer = nn.Linear(4, 2)
+    layer.bias.requires_grad_(False)
+    return layer
+
+
+def uniform(weight: Tensor, std: float) -> None:
+    nn.init.uniform_(weight, -std * 3**0.5, std * 3**0.5)
+
+
+class Drawing:
+    """Draws a network's weights in a way that only the weights show."""
+
+    def __init__(self, spread: float, draw: Any) -> None:
+        self.spread, self.draw = spread, draw
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __call__(self) -> nn.Module:
+        layer = nn.Linear(4, 2)
+        self.draw(layer.weight, std=self.spread)
+        return layer
+
+
+def drawn_by(spread: float, draw: Any = nn.init.normal_) -> Any:
+    return Drawing(spread, draw)
+
+
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lambda": (
         {"optimizer": lambda p: SGD(p, lr=0.001)},
@@ -360,6 +411,12 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model": lambda: constant(0.1)},
         {"model": lambda: constant(0.2)},
     ),
+    "frozen weights": ({"model": net}, {"model": frozen}),
+    "weights drawn otherwise": ({"model": drawn_by(0.1)}, {"model": drawn_by(0.2)}),
+    "weights drawn from another distribution": (
+        {"model": drawn_by(0.1)},
+        {"model": drawn_by(0.1, uniform)},
+    ),
     "targets": ({"train_set": DATA}, {"train_set": TensorDataset(INPUTS, 1 - TARGETS)}),
     "test targets": ({"test_set": DATA}, {"test_set": TensorDataset(INPUTS, 1 - TARGETS)}),
 }
@@ -369,6 +426,135 @@ def constant(value: float) -> nn.Module:
     layer = nn.Linear(4, 2)
     nn.init.constant_(layer.weight, value)
     return layer
+
+
+# --- what is written to, and read from elsewhere --------------------------------------------------
+
+shared: dict[str, Any] = {}
+
+
+def by_item(parameters: Any) -> SGD:
+    shared["seen"] = 1
+    return SGD(parameters, lr=shared["lr"])
+
+
+def by_default(parameters: Any) -> SGD:
+    shared.setdefault("seen", 1)
+    return SGD(parameters, lr=shared.get("lr"))
+
+
+def by_update(parameters: Any) -> SGD:
+    shared.update(seen=1)
+    return SGD(parameters, lr=shared["lr"])
+
+
+def by_all(parameters: Any) -> SGD:
+    shared["seen"] = 1
+    return SGD(parameters, **{name: shared[name] for name in shared if name != "seen"})
+
+
+@pytest.mark.parametrize("make", [by_item, by_default, by_update, by_all])
+def test_settings_count_where_code_also_writes_beside_them(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for lr in (0.1, 0.2):
+        monkeypatch.setitem(globals(), "shared", {"lr": lr})
+        before = drop_hot(fit=partial(fit, make=make)).configuration["fit"]
+        make(net().parameters())
+        assert drop_hot(fit=partial(fit, make=make)).configuration["fit"] == before
+        found.append(before)
+    assert found[0] != found[1]
+
+
+def reading_imported() -> Any:
+    import os as system
+    from os import getenv as get
+
+    return system.environ["DROPHOT_LR"], get("DROPHOT_LR")
+
+
+OUTSIDE: dict[str, Callable[[], Any]] = {
+    "item": lambda: os.environ["DROPHOT_LR"],
+    "imported": lambda: environ["DROPHOT_LR"],
+    "get": lambda: os.environ.get("DROPHOT_LR"),
+    "getenv": lambda: os.getenv("DROPHOT_LR", "0.1"),
+    "in": lambda: "DROPHOT_LR" in os.environ,
+    "import within": reading_imported,
+    "arguments": lambda: sys.argv[1],
+    "parsed arguments": lambda: ArgumentParser().parse_args(),
+}
+
+
+@pytest.mark.parametrize("kind", OUTSIDE)
+def test_the_environment_and_arguments_count_where_they_are_read(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of(read: Any) -> Any:
+        return drop_hot(fit=partial(fit, read=read)).configuration["fit"]
+
+    before = of(OUTSIDE[kind])
+    monkeypatch.setenv("DROPHOT_LR", "0.25")
+    monkeypatch.setattr(sys, "argv", ["script", "--lr"])
+    assert of(OUTSIDE[kind]) != before
+    assert "0.25" not in json.dumps(of(OUTSIDE[kind])), "it might be a secret"
+
+
+@pytest.mark.parametrize("source", ["open('lr')", "globals()['lr']", "eval('lr')"])
+def test_what_no_store_can_compare_is_said(source: str, tmp_path: Path) -> None:
+    names: dict[str, Any] = {"__name__": "of_a_user", "fit": fit}
+    exec(f"def train(*a, **k):\n    lambda: {source}\n    fit(*a, **k)", names)
+    with pytest.warns(UserWarning, match=source.partition("(")[0]):
+        grid(drop_hot(fit=names["train"])).run(tmp_path)
+
+
+MODULE = {
+    "a setting": ("LR = 0.1", "LR = 0.2"),
+    "its own import": ("from pk_of_test.other import LR", "from pk_of_test.other import LR2 as LR"),
+}
+
+
+@pytest.mark.parametrize("how", ["from pk_of_test import sub", "import pk_of_test.sub as sub"])
+@pytest.mark.parametrize("kind", MODULE)
+def test_modules_that_are_imported_within_count_by_what_is_used(
+    kind: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    folder = tmp_path / "pk_of_test"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "other.py").write_text("LR, LR2 = 0.1, 0.2")
+    names: dict[str, Any] = {"__name__": "of_a_user"}
+    exec(f"def make(p):\n    {how}\n    return sub.make(p)", names)
+
+    def of(source: str, remark: str = "") -> Any:
+        for name in [name for name in sys.modules if name.startswith("pk_of_test")]:
+            monkeypatch.delitem(sys.modules, name)
+        (folder / "sub.py").write_text(
+            f"from torch.optim import SGD\n{source}\n{remark}def make(p): return SGD(p, lr=LR)"
+        )
+        importlib.invalidate_caches()
+        found = drop_hot(fit=partial(fit, make=names["make"])).configuration["fit"]
+        assert drop_hot(fit=partial(fit, make=names["make"])).configuration["fit"] == found
+        return found
+
+    one, other = MODULE[kind]
+    assert of(one) == of(one, "# a remark\n") != of(other)
+
+
+def test_a_script_and_its_module_are_the_same_experiment() -> None:
+    found = []
+    for module in ("__main__", "g"):
+        names: dict[str, Any] = {"__name__": module}
+        exec(
+            "import logging\nfrom torch import nn\nlog = logging.getLogger(__name__)\n"
+            "class Net(nn.Linear): pass\n"
+            "def net():\n    log.info(__name__)\n    return Net(4, 2)",
+            names,
+        )
+        found.append(drop_hot(model=names["net"]).configuration)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("kind", PAIRS)

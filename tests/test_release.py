@@ -260,7 +260,7 @@ def test_a_public_name_has_an_example_that_shows_what_comes_out(name: str) -> No
 
 
 API = sorted(path.stem for path in (ROOT / "docs" / "api").glob("*.md") if path.stem != "index")
-ALIASES = {"Mode"}  # Python keeps no docstring for them; `select` says what a mode is
+ALIASES = {"Mode", "Cache"}  # Python keeps no docstring for them; `select` and `fit` explain them
 
 
 def documented(page: str) -> Iterator[tuple[str, object]]:

@@ -293,6 +293,15 @@ def test_one_seed_gives_a_difference_and_nothing_more() -> None:
     assert {row[name] for row in long for name in ("low", "high", "p_value", "p_holm")} == {""}
 
 
+@pytest.mark.parametrize("changes", [{"seed": 11}, {"seed": 7, "protocol": "released"}])
+def test_coresets_that_no_reference_goes_with_are_named_by_their_seeds(
+    changes: dict[str, Any],
+) -> None:
+    runs = [one(mode="baseline", keep_ratio=1.0, seed=7), one(mode="high", **changes)]
+    with pytest.raises(ValueError, match=rf"`records`.* seed 7.* seed {changes['seed']}"):
+        differences(runs)
+
+
 def test_columns_only_for_what_is_there() -> None:
     pytest.importorskip("scipy", reason="the extra `stats` is not installed")
 

@@ -225,3 +225,55 @@ def test_wrong_numbers_are_named() -> None:
     with pytest.raises(ValueError, match="samples of 2; wrap the dataset in IndexedDataset"):
         fit(model, Listed(), 1, optimizer=optimizer, on_batch=lambda *_: None)
     assert same(list(model.parameters()), before)
+
+
+# --- what would be a number and nothing more ---------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["auto", True, False])
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("target", [-1, -100, 3, 7])
+def test_targets_that_no_prediction_can_be_are_refused(
+    target: int, listed: bool, cache: Any
+) -> None:
+    targets = torch.arange(1100) % 3
+    targets[700] = target
+    base = TensorDataset(torch.rand(1100, 3), targets)
+    data = Subset(list(base), range(1100)) if listed else base
+    with pytest.raises(ValueError, match=rf"`dataset`.*{target}"):
+        evaluate(nn.Identity(), data, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ((torch.arange(4), torch.ones(4, 1)), r"\(4, 1\)"),
+        ((torch.arange(4), torch.ones(1)), r"\(1,\)"),
+        ((torch.arange(4), torch.ones(())), r"\(\)"),
+        ((torch.arange(4), torch.ones(4, dtype=torch.int64)), "int64"),
+        ((torch.arange(4), torch.tensor([1, 1, float("nan"), 1])), "NaN"),
+        ((torch.arange(4), torch.tensor([1, 1, float("inf"), 1])), "infinity"),
+        ((torch.ones(4),), "third"),
+        ((torch.ones(4), torch.arange(4)), "third"),
+    ],
+)
+def test_weights_that_would_be_other_weights_are_refused(
+    more: tuple[Tensor, ...], found: str
+) -> None:
+    class Loader:
+        def __iter__(self) -> Any:
+            yield (torch.rand(4, 3), torch.arange(4) % 2, *more)
+
+    model = nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=found):
+        fit(model, Loader(), 1, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(model.weight, before)
+
+
+def test_a_training_that_diverged_says_so() -> None:
+    data = TensorDataset(torch.full((8, 3), 1e20), torch.arange(8) % 2)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e30)
+    with pytest.warns(UserWarning, match=r"`0\.weight`"):
+        fit(model, data, 4, optimizer=optimizer)

@@ -12,8 +12,17 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from drophot import _memory, _random
+from drophot._held import holds_its_samples, values_of
 from drophot._purity import Own, is_pure
-from drophot._samples import first_sample, is_plainly, read, stacked, tensors_of
+from drophot._samples import (
+    as_classes,
+    first_sample,
+    is_plainly,
+    known_targets,
+    read,
+    stacked,
+    tensors_of,
+)
 from drophot.indexing import IndexedDataset
 
 logger = logging.getLogger("drophot")
@@ -107,25 +116,42 @@ class Kept:
         self.source: Any = dataset
         self._name, self._device, self._cache, self._readings = name, device, cache, readings
         self.data: Any = dataset
+        self._epoch, self._said, self._copied = 0, "", [False]
         with _random.kept():
             self._decide()
 
     def again(self) -> Dataset[Any]:
         """What to read in the next epoch: as before, unless the samples have changed meanwhile."""
+        self._epoch += 1
         if self._cache == "auto" and self.data is not self.source:
-            if self._stamp is not None:
-                if not _is_same(self._stamp, _stamp(self.source)):
-                    with _random.kept():
-                        self._decide()
-            elif self._has_changed():
+            if (tensors := tensors_of(self.source)) is not None and self._take(tensors):
+                return self.data
+            cheap = tensors is not None or holds_its_samples(self.source)
+            if not cheap and not self._has_changed():
+                return self.data
+            if cheap or is_pure(self.source):
+                self.data = self.source  # its memory is free for what is read now
+                with _random.kept():
+                    self._decide()
+            else:
                 self._let_go("they changed between two epochs")
         return self.data
+
+    def _take(self, tensors: Sequence[Tensor]) -> bool:
+        """Take over what tensors hold now, if they are like those before."""
+        mine = self.data.tensors
+        alike = len(mine) == len(tensors) and all(
+            a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, tensors, strict=True)
+        )
+        if alike and all(self._copied):
+            for own, tensor in zip(mine, tensors, strict=True):
+                own.copy_(tensor.detach())
+        return alike and all(self._copied)
 
     def _decide(self) -> None:
         dataset, name = self.source, self._name
         first = stacked([first_sample(name, dataset)])
         tensors = tensors_of(dataset)
-        self._stamp = None if tensors is None else _stamp(dataset)
         if self._cache is False:
             self._let_go("cache=False")
             return
@@ -139,6 +165,8 @@ class Kept:
             return
         if tensors is not None:
             self.data = _on(self._device, tensors)  # there was nothing to choose
+            pairs = zip(self.data.tensors, tensors, strict=True)
+            self._copied = [own.data_ptr() != tensor.data_ptr() for own, tensor in pairs]
             return
         if self._cache is True or is_pure(dataset):
             why = "cache=True" if self._cache is True else "they are known to stay the same"
@@ -149,7 +177,10 @@ class Kept:
         if tensors is None:
             return
         self.data = _on(self._device, tensors)
-        logger.info("`%s`: %d samples are kept in memory: %s", name, len(dataset), why)
+        self._values = values_of(dataset)
+        if self._said != why:
+            logger.info("`%s`: %d samples are kept in memory: %s", name, len(dataset), why)
+        self._said = why
 
     def _decoded(self, first: Sequence[Tensor]) -> tuple[Tensor, ...]:
         size = len(self.source)
@@ -202,12 +233,20 @@ class Kept:
 
     def _has_changed(self) -> bool:
         size = len(self.source)
-        places = sorted({i * (size - 1) // (_PLACES - 1) for i in range(_PLACES)})
+        if size != len(self.data) or values_of(self.source) != self._values:
+            return True
+        if (targets := known_targets(self.source)) is not None:
+            mine = self.data.tensors[1]
+            if not torch.equal(as_classes(targets).to(mine), as_classes(mine)):
+                return True
+        drawn = torch.randperm(size, generator=torch.Generator().manual_seed(self._epoch))
         with _random.kept():
-            return size != len(self.data) or not self._is_equal(self.data.tensors, places)
+            same = self._is_equal(self.data.tensors, drawn[:_PLACES].tolist())
+        self._values = values_of(self.source)  # reading may have counted
+        return not same
 
     def _let_go(self, why: str) -> None:
-        self.data, self._stamp = self.source, None
+        self.data = self.source
         logger.info(
             "`%s`: samples are not kept in memory but read anew each epoch: %s", self._name, why
         )
@@ -253,25 +292,4 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     one = one.to(other.device)
     return torch.equal(one, other) or bool(
         ((one == other) | ((one != one) & (other != other))).all()  # NaN is the same as NaN
-    )
-
-
-def _stamp(dataset: Any) -> list[tuple[Any, int]] | None:
-    """What a data set of tensors is made of, to see whether somebody changes it."""
-    if is_plainly(dataset, TensorDataset):
-        return [(tensor, _version(tensor)) for tensor in dataset.tensors]
-    if is_plainly(dataset, Subset) and (inner := _stamp(dataset.dataset)) is not None:
-        return [*inner, (dataset.indices, len(dataset.indices))]
-    return _stamp(dataset.dataset) if is_plainly(dataset, IndexedDataset) else None
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _is_same(one: list[tuple[Any, int]], other: list[tuple[Any, int]] | None) -> bool:
-    return (
-        other is not None
-        and len(one) == len(other)
-        and all(a is b and was == now for (a, was), (b, now) in zip(one, other, strict=True))
     )

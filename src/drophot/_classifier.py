@@ -25,6 +25,27 @@ def right(logits: Tensor, targets: Tensor) -> Tensor:
     return (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
 
 
+def not_finite(model: nn.Module) -> str:
+    """Which of a model's trained weights is NaN or infinite; one wait for the device.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The first one's name, or nothing.
+    """
+    found = {
+        name: weight.detach().isfinite().all()
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.is_floating_point() and weight.dtype.itemsize > 1
+    }
+    if not found:
+        return ""
+    device = next(iter(found.values())).device
+    finite = torch.stack([one.to(device) for one in found.values()]).tolist()
+    return "" if all(finite) else list(found)[finite.index(False)]
+
+
 def check_model(model: Any) -> None:
     """Refuse what is no model, such as two arguments that were swapped.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CodeType
 from typing import Any
@@ -42,56 +43,114 @@ def content(code: CodeType, docstring: str | None = None) -> tuple[list[Any], li
     return [*found, *(list(group) for group in names)], constants
 
 
-def chains(code: CodeType) -> Iterator[tuple[str, ...]]:
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A name that code reads.
+
+    Args:
+        chain: The name and the attributes that are taken of it.
+        before: The constant that was loaded right before it, if any.
+        after: Likewise, right after it: a key or an argument.
+        gets: Whether `after` is a key whose value is read.
+        sets: Whether an item of the result is set.
+    """
+
+    chain: tuple[str, ...]
+    before: Any
+    after: Any
+    gets: bool
+    sets: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fills:
+    """How code fills a container.
+
+    Args:
+        written: The constant keys that it writes.
+        read: The constant keys that it reads.
+        others: Whether it writes other keys, or appends.
+    """
+
+    written: set[Any] = field(default_factory=set)
+    read: set[Any] = field(default_factory=set)
+    others: set[bool] = field(default_factory=set)
+
+
+def chains(code: CodeType, local: frozenset[str] = frozenset()) -> Iterator[Load]:
     """The globals that code reads, each with the attributes that it takes of it.
 
     Args:
         code: The code of a function; functions inside it count too.
+        local: Names that it imports itself.
 
     Yields:
-        `("config", "lr")` for `config.lr`, likewise others.
+        A load of `("config", "lr")` for `config.lr`, likewise others.
     """
-    for _, chain, _ in _loads(code, _GLOBAL):
-        yield chain
+    for _, load in _loads(code, _GLOBAL):
+        yield load
+    for _, load in _loads(code, {"LOAD_FAST", *_CELL}) if local else ():
+        if load.chain[0] in local:
+            yield load
 
 
-def imports(code: CodeType) -> Iterator[str]:
-    """The modules that code imports when it runs.
+def imports(code: CodeType) -> Iterator[tuple[str, str | None, str | None]]:
+    """What code imports when it runs.
 
     Args:
         code: The code of a function; functions inside it count too.
 
     Yields:
-        Their names, relative ones with leading dots.
+        The module's name, a relative one with leading dots; the name that is taken from it, if any;
+        and the variable's, if there is one. `import a.b` gives ("a.b", None, "a").
     """
     for part in _parts(code):
         found = list(dis.get_instructions(part))
+        module, taken = "", None
         for position, instruction in enumerate(found):
-            if instruction.opname == "IMPORT_NAME":
-                level = found[position - 2].argval if position > 1 else 0
-                dots = level if isinstance(level, int) else 0
-                yield "." * dots + instruction.argval
+            kind = instruction.opname
+            if kind not in ("IMPORT_NAME", "IMPORT_FROM"):
+                continue
+            follows = [i for i in found[position + 1 : position + 3] if i.opname != "SWAP"]
+            stored = follows and follows[0].opname.startswith("STORE_")
+            variable: Any = follows[0].argval if stored else None
+            if isinstance(variable, tuple):  # two instructions in one
+                variable = variable[0]
+            if kind == "IMPORT_FROM":
+                yield module, instruction.argval if taken else None, variable
+                continue
+            taken = position and found[position - 1].argval  # nothing by `import a.b as c`
+            level = found[position - 2].argval if position > 1 else 0
+            module = "." * (level if isinstance(level, int) else 0) + instruction.argval
+            yield module, None, variable
 
 
 @lru_cache(maxsize=1024)
-def filled(code: CodeType) -> set[str]:
+def filled(code: CodeType) -> dict[str, Fills]:
     """The globals, variables of a closure and attributes of `self` that code appends or writes to.
 
     Args:
         code: The code of a function; functions inside it count too.
 
     Returns:
-        Their names, attributes as `"self.name"`.
+        How it fills them, by their names, attributes as `"self.name"`.
     """
-    found: set[str] = set()
-    for part, (root, *attributes), follows in _loads(code, _GLOBAL | _CELL | {"LOAD_FAST"}):
-        name = root
-        if part.co_argcount and root == part.co_varnames[0] and attributes:
+    found: dict[str, Fills] = {}
+    for part, load in _loads(code, _GLOBAL | _CELL | {"LOAD_FAST"}):
+        name, *attributes = load.chain
+        if part.co_argcount and name == part.co_varnames[0] and attributes:
             name = f"self.{attributes.pop(0)}"
-        if attributes[:1] and attributes[0] in _FILLS:
-            found.add(name)
-        if not attributes and follows:
-            found.add(name)
+        fills = found.setdefault(name, Fills())
+        by_key = load.sets and not attributes
+        if attributes == ["setdefault"] or by_key:
+            if load.after is None:
+                fills.others.add(True)
+            else:
+                fills.written.add(load.after)
+        elif attributes[:1] and attributes[0] in _FILLS:
+            fills.others.add(True)
+        elif load.after is not None and (load.gets or attributes == ["get"]):
+            fills.read.add(load.after)
     return found
 
 
@@ -120,8 +179,8 @@ def counted(code: CodeType) -> set[str]:
     return found
 
 
-def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[str, ...], bool]]:
-    """Loads of names, their attributes, and whether an item of the result is set."""
+def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, Load]]:
+    """Loads of names, each with the code object that it is in."""
     for part in _parts(code):
         found = list(dis.get_instructions(part))
         for position, instruction in enumerate(found):
@@ -135,10 +194,27 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, tuple[st
             while end < len(found) and found[end].opname in _ATTRIBUTE:
                 chain.append(found[end].argval)
                 end += 1
-            after = [i.opname for i in found[end : end + 2]]
-            sets = len(after) == 2 and after[1] in ("STORE_SUBSCR", "COPY")  # = or +=
-            sets = sets and after[0].removesuffix("_BORROW") in _SIMPLE
-            yield part, tuple(chain), sets
+            follows = [i for i in found[end : end + 3] if i.opname != "PUSH_NULL"][:2]
+            then = follows[1].opname if len(follows) == 2 else ""
+            simple = bool(follows) and follows[0].opname.removesuffix("_BORROW") in _SIMPLE
+            gets = then == "BINARY_SUBSCR" or (then == "BINARY_OP" and follows[1].argrepr == "[]")
+            yield (
+                part,
+                Load(
+                    tuple(chain),
+                    before=_constant(found[position - 1]) if position else None,
+                    after=_constant(follows[0]) if follows else None,
+                    gets=gets,
+                    sets=simple and then in ("STORE_SUBSCR", "COPY"),  # = or +=
+                ),
+            )
+
+
+def _constant(instruction: dis.Instruction) -> Any:
+    """What an instruction loads, if that is a key: a word or a number."""
+    value = instruction.argval
+    loads = instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT")
+    return value if loads and isinstance(value, str | int) else None
 
 
 def _parts(code: CodeType) -> Iterator[CodeType]:

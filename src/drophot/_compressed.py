@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from drophot._weights import check_module
 
@@ -107,11 +108,16 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
     Raises:
         TypeError: If `model` is no module or `path` no path.
         ValueError: If the file is damaged or something else, names, shapes or dtypes are not the
-            model's, or the model is on the meta device. Nothing is changed then.
+            model's, or the model is lazy or on the meta device. Nothing is changed then.
     """
     check_module("model", model)
     path = _path(path)
     state = model.state_dict()
+    if lazy := [name for name, tensor in state.items() if is_lazy(tensor)]:
+        raise ValueError(
+            f"`model` should know the shapes of its tensors. Found `{lazy[0]}` of a lazy module "
+            f"without; run one batch through the model first."
+        )
     if empty := [name for name, tensor in state.items() if getattr(tensor, "is_meta", False)]:
         raise ValueError(
             f"`model` should have memory for its tensors. Found `{empty[0]}` on meta; call "

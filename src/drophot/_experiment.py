@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from math import floor, isfinite, log10
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.data import TensorDataset
 
 from drophot import _random
-from drophot._digests import digest, digest_of
+from drophot._digests import digest, digest_of, text_of
 from drophot._identity import attributes, describe
-from drophot._packages import named
+from drophot._packages import name_of, named
 
 _SAMPLES = 32  # of data that is not in memory, which are compared
 # What every module has: its parts and hooks, which are compared by themselves or by their code.
@@ -40,6 +41,8 @@ def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any],
     with _random.kept(run.device, seed=0):
         model, twin = run.factory(), run.factory()
         made = run.optimizer(model.parameters())
+    with _random.kept(run.device, seed=0):
+        again = _summaries(run.factory())
     unknown: list[str] = []
 
     def told(name: str, thing: Any) -> Any:
@@ -48,7 +51,7 @@ def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any],
         return found
 
     found = {
-        "model": {"factory": told("model", run.factory), **_network(model, twin, unknown)},
+        "model": {"factory": told("model", run.factory), **_network(model, twin, again, unknown)},
         "optimizer": {**_optimizer(made, told), "factory": told("optimizer", run.optimizer)},
         "fit": told("fit", run.fit),
         "train_set": _data(train_set, run.train_set),
@@ -57,34 +60,69 @@ def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any],
     return found, unknown
 
 
-def _network(model: nn.Module, twin: nn.Module, unknown: list[str]) -> dict[str, Any]:
-    """A network as it was built, without what is drawn at random: that differs in its twin."""
+def _network(
+    model: nn.Module, twin: nn.Module, again: dict[str, Any], unknown: list[str]
+) -> dict[str, Any]:
+    """A network as it was built; what is drawn at random, which differs in its twin, in outline."""
     modules, others = dict(model.named_modules()), dict(twin.named_modules())
     settings = {}
     for name, module in modules.items():
         own, drawn = attributes(module), attributes(others.get(name))
-        settings[name] = [named(type(module))] + [
+        settings[name] = [name_of(type(module))] + [
             [key, value if drawn.get(key) == value else "drawn"]
             for key, value in sorted(own.items())
             if key not in _PARTS
         ]
     values = {}
-    other = dict([*twin.named_parameters(), *twin.named_buffers()])
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    other = _tensors(twin)
+    for name, tensor in _tensors(model).items():
         same = name in other and _equal(tensor, other[name])
-        values[name] = describe(tensor)[0] if same else [str(tensor.dtype), list(tensor.shape)]
+        value = describe(tensor)[0] if same else _drawn(tensor, again.get(name))
+        values[name] = [value, tensor.requires_grad]
     extra = {k: v for k, v in model.state_dict().items() if not isinstance(v, Tensor)}
     for name, value in extra.items():
         if not can_be_loaded(value):
             unknown.append(f"{named(type(value))} as the state `{name}` of `model`")
     classes = {type(module) for module in modules.values()}
-    codes = {named(cls): describe(cls)[0] for cls in sorted(classes, key=named)}
+    codes = sorted((describe(cls)[0] for cls in classes), key=text_of)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "layers": dict(sorted(Counter(type(m).__name__ for m in modules.values()).items())),
         "network": digest_of([settings, values, describe(extra)[0]]),
         "code": digest_of(codes),
     }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _summaries(model: nn.Module) -> dict[str, Any]:
+    return {name: _summary(tensor) for name, tensor in _tensors(model).items()}
+
+
+def _drawn(tensor: Tensor, again: Any) -> list[Any]:
+    """A drawn tensor in outline, without its values where the same seed draws others."""
+    found = _summary(tensor)
+    return [str(tensor.dtype), list(tensor.shape), found if found == again else "random"]
+
+
+def _summary(tensor: Tensor) -> list[float] | None:
+    """The mean, standard deviation and largest size of values, to two digits of the latter two."""
+    # Rounded: a patch release of torch may draw numbers that differ in their last bits.
+    usable = tensor.layout == torch.strided and not tensor.is_quantized and tensor.numel()
+    if not usable or tensor.device.type == "meta":
+        return None
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = tensor.detach().double()
+    mean, spread, largest = (
+        float(value) for value in (values.mean(), values.std(correction=0), values.abs().max())
+    )
+    if not isfinite(mean) or not isfinite(spread):
+        return None
+    digits = 1 - floor(log10(largest)) if largest else 0
+    spread, largest = (float(f"{value:.1e}") for value in (spread, largest))
+    return [round(mean, digits) + 0.0, spread, largest]  # 0.0: no negative zero
 
 
 def _optimizer(made: Optimizer, told: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from drophot import _random
 from drophot._cache import in_memory
+from drophot._held import can_be_copied, values_of
 from drophot._purity import Own
 from drophot._samples import as_classes, first_sample, is_plainly, read, targets_of, tensors_of
 
@@ -32,7 +33,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, ...]]:
     """One epoch of a dataset, batch by batch, on a device.
 
-    What is not in memory is read by worker processes (on Linux), as many as torch has threads.
+    What is not in memory is read by worker processes (on Linux), as many as torch has threads, if
+    it is known that these read the same; else here.
     Random transforms draw by the epoch's order and the batch's number, whoever reads it.
 
     Args:
@@ -134,12 +136,13 @@ def _can_fork(dataset: Any) -> bool:
     if sys.platform != "linux" or current_process().daemon or current_thread() != main_thread():
         return False
     # Tensors may be on a GPU; and what has a generator of its own would start from the same
-    # numbers in each epoch.
-    if tensors_of(dataset) is not None or Own(dataset).generators:
+    # numbers in each epoch. Copies share the place in an open file, and what they count is lost.
+    if tensors_of(dataset) is not None or not can_be_copied(dataset) or Own(dataset).generators:
         return False
+    before = values_of(dataset)
     with _random.kept():
         near = all(part.device.type == "cpu" for part in read(dataset, [0]))
-    return near and _gives_the_same(dataset)
+    return near and _gives_the_same(dataset) and values_of(dataset) == before
 
 
 def _gives_the_same(dataset: Any) -> bool:

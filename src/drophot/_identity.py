@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import logging
 import os
 import random
 import re
+import sys
 import tempfile
 import types
 import warnings
@@ -33,8 +35,11 @@ from drophot import _code
 from drophot._digests import digest, digest_of, text_of
 from drophot._packages import (
     file_of_user,
+    imported,
     is_installed,
     is_installed_file,
+    is_users,
+    name_of,
     named,
     of_name,
     versioned,
@@ -50,9 +55,24 @@ _CONTAINERS = (list, dict, set, deque)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 _MISSING, _OF_LIBRARY = object(), object()
 _NAMED_BY_MODULE = (types.ModuleType, types.FunctionType, types.BuiltinFunctionType, type)
+_BLIND = ("open", "globals", "eval", "exec")  # built-ins that read what code does not show
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
+
+
+def unseen(thing: Any) -> list[str]:
+    """What code reads in ways that nothing compares.
+
+    Args:
+        thing: A factory or a function.
+
+    Returns:
+        "what `fit` reads by `open`", likewise others; each once.
+    """
+    reader = _Reader(data=False)
+    reader.value(thing)
+    return list(dict.fromkeys(reader.unseen))
 
 
 def describe(thing: Any, *, data: bool = False) -> tuple[Any, list[str]]:
@@ -88,7 +108,7 @@ class _Reader:
     """Goes through a thing once, and takes down what could not be looked into."""
 
     def __init__(self, data: bool) -> None:
-        self.data, self.unknown = data, list[str]()
+        self.data, self.unknown, self.unseen = data, list[str](), list[str]()
         self.seen: dict[int, tuple[int, Any]] = {}  # keeps them alive: an id belongs to one thing
         self.count = 0
         self.path: list[str] = []
@@ -158,6 +178,11 @@ class _Reader:
         if isinstance(array, np.ndarray):
             if array.dtype.hasobject:
                 return self.value(array.tolist())
+            if isinstance(array, np.ma.MaskedArray):
+                kept, mask = array.filled(0), np.ma.getmaskarray(array)
+                return {
+                    "masked": [self.value(kept), self.value(mask), self.value(array.fill_value)]
+                }
             sort, size = f"{array.dtype}", array.nbytes
             if self.data and size > _MANY:
                 flat = array.reshape(-1)
@@ -166,6 +191,10 @@ class _Reader:
             found = hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()[:16]
             return {"array": f"{sort} {list(array.shape)}", "digest": found}
         shape = f"{array.dtype} {list(array.shape)}"
+        if array.device.type != "meta" and (parts := _parts(array)):
+            return {"tensor": shape, "layout": str(array.layout), "parts": self.value(parts)}
+        if array.device.type != "meta" and (array.layout != torch.strided or array.is_quantized):
+            return self._unknown(array)
         if array.layout != torch.strided or array.is_quantized or array.device.type == "meta":
             return {"tensor": shape, "digest": str(array.layout)}
         if array.numel() == 1 and not array.is_complex():
@@ -198,7 +227,7 @@ class _Reader:
         return _brief(pairs, len(thing))
 
     def function(self, function: types.FunctionType) -> Any:
-        name, code = versioned(function), function.__code__
+        name, code = name_of(function), function.__code__
         if is_installed(function.__module__) and of_name(function) is function:
             return name
         found: dict[str, Any] = {"function": name}
@@ -208,7 +237,8 @@ class _Reader:
             ("closure", _closure(function)),
             ("attributes", {k: v for k, v in vars(function).items() if not k.startswith("__")}),
         ):
-            values = {name: v for name, v in sorted(values.items()) if not used(name, v)}
+            values = {name: used(name, v) for name, v in sorted(values.items())}
+            values = {name: v for name, v in values.items() if v is not _MISSING}
             if values:
                 found[where] = {n: self.part(f"{where}.{n}", v) for n, v in values.items()}
         if not is_installed_file(code.co_filename):
@@ -223,32 +253,54 @@ class _Reader:
         return [*found, [self.value(constant) for constant in constants]]
 
     def _globals(
-        self, function: types.FunctionType, used: Callable[[str, Any], bool]
+        self, function: types.FunctionType, used: Callable[[str, Any], Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The globals that a function uses: numbers and words, to be read, and all others."""
         plain: dict[str, Any] = {}
         found: dict[str, Any] = {}
-        for chain in sorted(set(_code.chains(function.__code__))):
-            value = function.__globals__.get(chain[0], _MISSING)
-            if value is _MISSING or used(chain[0], value):
-                continue  # a built-in, or what is not there yet; a log or a counter
+        code, package = function.__code__, function.__globals__.get("__package__")
+        local: dict[str, Any] = {}
+        for module, name, variable in _code.imports(code):
+            if not is_users(module, name, package) and module not in ("os", "sys"):
+                continue  # in the code by its name, loaded or not yet
+            value = imported(module, name, package)
+            if value is None:
+                found[f"import {module} {name}"] = "nothing"
+            elif name is None and variable == module.partition(".")[0]:
+                value = sys.modules.get(module.partition(".")[0], value)  # `import a.b` stores a
+            if variable is not None and value is not None:
+                local[variable] = value
+        loads = {load.chain: load for load in _code.chains(code, frozenset(local))}
+        for chain in sorted(loads):
+            value = local.get(chain[0], function.__globals__.get(chain[0], _MISSING))
+            if value is _MISSING and chain[0] in _BLIND:
+                self.unseen.append(f"what `{function.__qualname__}` reads by `{chain[0]}`")
+            if value is _MISSING or chain[0] == "__name__":
+                continue  # a built-in, or what is not there yet; "__main__" or not, as it runs
+            if (value := used(chain[0], value)) is _MISSING:
+                continue  # a log or a counter
             taken = 1
             while taken < len(chain) and (part := _attribute(value, chain[taken])) is not _MISSING:
                 installed = isinstance(value, types.ModuleType) and is_installed(value.__name__)
                 value, taken = part, taken + 1
+                if value is sys.argv or value is os.environ:
+                    break
                 if installed and not isinstance(value, _NAMED_BY_MODULE):
-                    value = _OF_LIBRARY  # os.environ, sys.stdout: not of the experiment
+                    value = _OF_LIBRARY  # sys.stdout: not of the experiment
                     break
             name = ".".join(chain[:taken])
-            if value is _OF_LIBRARY:
+            if value is _OF_LIBRARY or value is os.environ:
                 continue
-            if value is None or isinstance(value, _PLAIN):
+            if value is sys.argv or "ArgumentParser" in chain:
+                plain["sys.argv"] = self.value(sys.argv[1:])
+            elif value is None or isinstance(value, _PLAIN):
                 plain[name] = self.value(value)
             elif name not in found:
                 found[name] = self.part(f"globals.{name}", value)
-        for name in sorted(set(_code.imports(function.__code__))):
-            if file := file_of_user(name, function.__globals__.get("__package__")):
-                found[f"import {name}"] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        for load in _code.chains(code, frozenset(local)):
+            for key in _variables(load, local, function.__globals__):
+                value = digest_of(os.environ.get(key))  # it may be a secret
+                plain[f"environment.{key}"] = value
         return plain, found
 
     def type(self, cls: type) -> Any:
@@ -261,7 +313,7 @@ class _Reader:
             and (isinstance(member, _FUNCTIONS) or not name.startswith("__") or name == "__slots__")
         }
         bases = [self.value(base) for base in cls.__bases__ if base is not object]
-        return {"class": named(cls), "code": digest_of([bases, parts])}
+        return {"class": cls.__qualname__, "code": digest_of([bases, parts])}
 
     def partial(self, call: partial[Any]) -> Any:
         arguments = {str(i): a for i, a in enumerate(call.args)} | call.keywords
@@ -283,13 +335,18 @@ class _Reader:
         return {"method": function.__name__, "of": self.value(owner)}
 
     def descriptor(self, thing: Any) -> Any:
-        return f"{named(thing.__objclass__)}.{thing.__name__}"
+        return f"{name_of(thing.__objclass__)}.{thing.__name__}"
 
     def module(self, module: types.ModuleType) -> Any:
-        if file := file_of_user(module.__name__, None):
-            content = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        file = file_of_user(module.__name__, None)
+        if file is None or file.suffix != ".py":
+            content = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else "installed"
             return {"module": module.__name__, "code": content}
-        return {"module": module.__name__}
+        code = compile(file.read_bytes(), "", "exec", dont_inherit=True, optimize=2)
+        package = getattr(module, "__package__", None)
+        names = [names for *names, _ in _code.imports(code) if is_users(*names, package)]
+        uses = [imported(*found, package) for found in names]
+        return {"module": module.__name__, "code": digest_of([self._code(code), self.value(uses)])}
 
     def random(self, generator: Any) -> Any:
         if self.data or _is_global(generator):
@@ -343,6 +400,7 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     (types.ModuleType, _Reader.module),
     (types.CodeType, _Reader._code),
     ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
+    (logging.Logger, lambda _, __: "a logger"),
     (type(os.environ), lambda _, __: "os.environ"),
     (type(lru_cache(_MISSING.__eq__)), _Reader.wrapped),
 )
@@ -353,23 +411,63 @@ def _lasting(thing: Any, state: dict[str, Any]) -> dict[str, Any]:
     methods = [getattr(type(thing), name, None) for name in _CALLED]
     used = _used_up([m.__code__ for m in methods if isinstance(m, types.FunctionType)])
     empty = _MODULE if isinstance(thing, nn.Module) else ()
+    kept = {name: used(f"self.{name}", value) for name, value in state.items()}
     return {
         name: value
-        for name, value in state.items()
-        if not used(f"self.{name}", value) and not (name in empty and not value)
+        for name, value in kept.items()
+        if value is not _MISSING and not (name in empty and not value)
     }
 
 
-def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], bool]:
-    """Whether code fills or counts up what is under a name: a log, a cache or a counter."""
-    filled = {name for code in codes for name in _code.filled(code)}
+def _used_up(codes: list[types.CodeType]) -> Callable[[str, Any], Any]:
+    """What is under a name without what code fills or counts up: a log, a cache or a counter."""
+    fills = [_code.filled(code) for code in codes]
     counted = {name for code in codes for name in _code.counted(code)}
 
-    def used(name: str, value: Any) -> bool:
-        filling = name in filled and isinstance(value, _CONTAINERS)
-        return filling or (name in counted and type(value) is int)
+    def used(name: str, value: Any) -> Any:
+        if name in counted and type(value) is int:
+            return _MISSING
+        found = [by_name[name] for by_name in fills if name in by_name]
+        written = {key for one in found for key in one.written}
+        others = any(one.others for one in found)
+        if not isinstance(value, _CONTAINERS) or not (written or others):
+            return value
+        if not isinstance(value, dict):
+            return _MISSING
+        read = {key for one in found for key in one.read}
+        kept = {k: v for k, v in value.items() if k not in written and (not others or k in read)}
+        return kept or _MISSING
 
     return used
+
+
+def _variables(load: _code.Load, local: dict[str, Any], names: dict[str, Any]) -> list[str]:
+    """The environment's variables that a load reads: `os.environ["A"]`, `"A" in environ`."""
+    value, rest = local.get(load.chain[0], names.get(load.chain[0])), list(load.chain[1:])
+    if value is os and rest:
+        value = getattr(os, rest.pop(0), None)
+    reads = value is os.getenv or (value is os.environ and (rest == ["get"] or load.gets))
+    if reads and not load.sets:
+        return [load.after] if isinstance(load.after, str) else []
+    inside = value is os.environ and not rest and isinstance(load.before, str)
+    return [str(load.before)] if inside else []
+
+
+def _parts(tensor: Tensor) -> list[Any]:
+    """The tensors that a sparse or a quantised tensor consists of; nothing of any other."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.detach().coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    if not tensor.is_quantized:
+        return []
+    if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [tensor.int_repr(), tensor.q_scale(), tensor.q_zero_point()]
+    scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return [tensor.int_repr(), scales, zeros, tensor.q_per_channel_axis()]
 
 
 def _is_global(owner: Any) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
+from drophot._classifier import not_finite
 from drophot.forgetting import ForgettingTracker
 
 
@@ -63,19 +63,10 @@ def check_finite(model: nn.Module, step: str, when: str) -> None:
     Raises:
         ValueError: If a weight that is trained is NaN or infinite.
     """
-    found = {
-        name: weight.detach().isfinite().all()
-        for name, weight in model.named_parameters()
-        if weight.requires_grad and weight.is_floating_point() and weight.dtype.itemsize > 1
-    }
-    if not found:
-        return
-    device = next(iter(found.values())).device
-    finite = torch.stack([one.to(device) for one in found.values()]).tolist()
-    if not all(finite):
+    if name := not_finite(model):
         raise ValueError(
             f"The step `{step}` should leave finite weights. Found NaN or infinity in "
-            f"`{list(found)[finite.index(False)]}` {when}: the training diverged. Lower the "
+            f"`{name}` {when}: the training diverged. Lower the "
             f"learning rate of `optimizer`, or look for inputs that are not finite."
         )
 

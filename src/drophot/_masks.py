@@ -98,9 +98,10 @@ class Masks(Mapping[str, Tensor]):
         makes them anything else. While held, a copy of the masks of the weights' size makes that
         one fused multiplication.
 
-        An optimiser holds the weights that it trains. Where several train one model, hold each of
-        them; if at the first step some of the weights that are trained are held by none, a warning
-        says how many.
+        An optimiser holds the weights that it trains, those of groups that are added later too.
+        Where several train one model, hold each of them; if at the first step, or at one before
+        which that changed, some of the weights that are trained are held by none, a warning says
+        how many.
 
         Args:
             optimizer: The optimiser that trains the model, or a part of it.
@@ -114,16 +115,31 @@ class Masks(Mapping[str, Tensor]):
         """
         names = self.check(optimizer)
         self.apply()
+        before = self._trained(optimizer)
 
         def after_step(*_: Any) -> None:
+            nonlocal before
+            looks = not torch.compiler.is_compiling()
+            if looks and (now := self._trained(optimizer)) != before:  # a group joined, say
+                names[:], before = self._names(optimizer), now
+                self._compared = False
             self.zero(names)
-            if not (self._compared or torch.compiler.is_compiling()):
+            if looks and not self._compared:
                 self._compare()
 
         handle = optimizer.register_step_post_hook(after_step)
         self._held.append((handle, names))
         self._compared = False
         return handle
+
+    def _trained(self, optimizer: Optimizer) -> list[Any]:
+        """What differs when an optimiser takes up more weights, or others are trained."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        return [*sizes, *(weight.requires_grad for weight in self._weights.values())]
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, weight in self._weights.items() if id(weight) in trained]
 
     def _compare(self) -> None:
         """Say once what is trained and held by no optimiser."""
@@ -163,8 +179,7 @@ class Masks(Mapping[str, Tensor]):
             raise TypeError(
                 f"`optimizer` should be a torch.optim.Optimizer. Found {type(optimizer).__name__}."
             )
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        names = [name for name, weight in self._weights.items() if id(weight) in trained]
+        names = self._names(optimizer)
         if not names:
             raise ValueError(
                 "`optimizer` should train the model that was pruned. Found none of its pruned "

@@ -71,6 +71,8 @@ def is_installed(module: str | None) -> bool:
     top = (module or "builtins").partition(".")[0]
     if top in _UNVERSIONED:
         return True
+    if top == "__main__":  # a user's script, even where a tool runs it
+        return False
     file = getattr(sys.modules.get(module or "") or sys.modules.get(top), "__file__", None)
     return file is not None and is_installed_file(file)
 
@@ -115,6 +117,58 @@ def _version(package: str) -> str:
     with suppress(metadata.PackageNotFoundError):
         return short(metadata.version(package))
     return short(str(getattr(sys.modules.get(package), "__version__", "")))
+
+
+def imported(module: str, name: str | None, package: str | None) -> Any:
+    """What an import statement of a user's code gives; the user's own modules are imported for it.
+
+    Args:
+        module: The module's name, with leading dots if it is relative.
+        name: What is taken from it, if anything.
+        package: What it is relative to.
+
+    Returns:
+        The module or what is taken from it; `None` if it cannot be imported.
+    """
+    try:
+        whole = importlib.util.resolve_name(module, package or "")
+        for full in (whole, f"{whole}.{name}") if name else (whole,):
+            if full not in sys.modules and file_of_user(full, None):
+                importlib.import_module(full)
+    except Exception:  # of the user's module: the code that imports it will say so
+        return None
+    found = sys.modules.get(whole)
+    return found if name is None else getattr(found, name, sys.modules.get(f"{whole}.{name}"))
+
+
+def is_users(module: str, name: str | None, package: str | None) -> bool:
+    """Whether an import statement is for a module of the user's own, imported or not yet.
+
+    Args:
+        module: As for `imported`.
+        name: Likewise.
+        package: Likewise.
+
+    Returns:
+        Whether it is.
+    """
+    try:
+        whole = importlib.util.resolve_name(module, package or "")
+    except (ImportError, ValueError):
+        return True
+    return any(file_of_user(full, None) for full in (whole, *([f"{whole}.{name}"] * bool(name))))
+
+
+def name_of(thing: Any) -> str:
+    """The name that stands for a function or a class, beside its code.
+
+    Args:
+        thing: Installed, or the user's own.
+
+    Returns:
+        With the module of what is installed. That of a user's own is "__main__" or not, as it runs.
+    """
+    return versioned(thing) if is_installed(thing.__module__) else thing.__qualname__
 
 
 def file_of_user(module: str, package: str | None) -> Path | None:

@@ -138,9 +138,10 @@ def ratios(
             for first, value in zip(firsts, found, strict=True)
             if not (name in shared and coresets and first.mode == "baseline")
         ]
-        if len(values := dict.fromkeys(f"{value!r:.80}" for value in compared)) > 1:
+        if len(values := dict.fromkeys(map(repr, compared))) > 1:
+            found = ", ".join(value[:80] for value in values)
             raise ValueError(
-                f"`records` should have one {name}. Found {', '.join(values)}; keep those of one "
+                f"`records` should have one {name}. Found {found}; keep those of one "
                 f"of them, or draw one axes for each."
             )
     ax = axes(ax)

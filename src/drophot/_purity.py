@@ -99,7 +99,7 @@ class Own:
     def __init__(self, dataset: Any) -> None:
         self.generators: list[Any] = []
         self.reason: str | None = None
-        for thing in _reached(dataset):
+        for thing in reached(dataset):
             if isinstance(thing, _generators()):
                 self.generators.append(thing)
             elif callable(getattr(type(thing), "set_epoch", None)):
@@ -131,7 +131,7 @@ def _state(generator: Any) -> bytes:
     return pickle.dumps(bits.state)
 
 
-def _reached(root: Any) -> Iterator[Any]:
+def reached(root: Any) -> Iterator[Any]:
     """The objects that a data set holds, and the code that runs when a sample is read."""
     queue: deque[tuple[Any, type | None]] = deque([(root, None)])
     seen: set[int] = set()
@@ -141,10 +141,10 @@ def _reached(root: Any) -> Iterator[Any]:
             continue
         seen.add(id(thing))
         yield thing
-        queue.extend(_parts(thing, owner))
+        queue.extend(parts_of(thing, owner))
 
 
-def _parts(thing: Any, owner: type | None) -> list[tuple[Any, type | None]]:
+def parts_of(thing: Any, owner: type | None) -> list[tuple[Any, type | None]]:
     if isinstance(thing, dict):
         return [(value, None) for value in list(thing.values())[:_ITEMS]]
     if isinstance(thing, list | tuple | set | frozenset | deque):
@@ -170,7 +170,7 @@ def _parts(thing: Any, owner: type | None) -> list[tuple[Any, type | None]]:
 
 
 def _of_function(function: FunctionType, owner: type | None) -> list[tuple[Any, type | None]]:
-    if _is_librarys(function):
+    if is_librarys(function):
         return []
     cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -178,7 +178,7 @@ def _of_function(function: FunctionType, owner: type | None) -> list[tuple[Any, 
         held.append(code)
         for name in code.co_names:
             value = function.__globals__.get(name)
-            if isinstance(value, ModuleType) and not _is_librarys(value):
+            if isinstance(value, ModuleType) and not is_librarys(value):
                 held += [vars(value)[n] for n in code.co_names if n in vars(value)]
             elif value is not None:
                 held.append(value)
@@ -194,7 +194,7 @@ def _methods(kind: type, names: tuple[str, ...]) -> list[tuple[Any, type | None]
     """What a class and its bases have by these names, as far as its user wrote them."""
     found: list[tuple[Any, type | None]] = []
     for base in kind.__mro__:
-        if _is_librarys(base):
+        if is_librarys(base):
             continue
         for name in names:
             value = base.__dict__.get(name)
@@ -222,6 +222,6 @@ def _is_filled(cell: Any) -> bool:
     return True
 
 
-def _is_librarys(thing: Any) -> bool:
+def is_librarys(thing: Any) -> bool:
     name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
     return isinstance(name, str) and name.partition(".")[0] in _LIBRARIES

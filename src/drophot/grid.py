@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 from drophot import _dispatch, _executors, _memory, _modes, _probe, _progress, records
 from drophot._ambient import surroundings
+from drophot._identity import unseen
 from drophot._modes import Mode
 from drophot._packages import short
 from drophot._plan import Plan, estimate
@@ -293,6 +295,13 @@ class Grid:
                 f"A store needs to know which experiment it is of. Found {unknown[0]}, which no "
                 f"other process can compare; make it where it is used, or give its owner a "
                 f"`__getstate__` without it."
+            )
+        run = self.pipeline
+        if blind := unseen([run.factory, run.optimizer, run.fit]):
+            warnings.warn(
+                f"Not compared with what the store has: {', '.join(blind)}. "
+                f"Use another store if it changes.",
+                stacklevel=3,
             )
         versions = records.versions()
         found: dict[str, Any] = {

@@ -136,7 +136,9 @@ class IndexedDataset(Dataset[Any]):
 
 
 def _reads_in_batches(dataset: Any) -> bool:
-    """Whether it has a `__getitems__` of the same class as its `__getitem__`, or a later one."""
+    """Whether its `__getitems__` is at least as specific as its `__getitem__`."""
+    if "__getitems__" in getattr(dataset, "__dict__", {}):
+        return True
     for kind in type(dataset).__mro__:
         if "__getitems__" in vars(kind):
             return True

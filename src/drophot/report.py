@@ -99,7 +99,23 @@ def differences(
     runs = [record for group in _cells.cells(records) for record in group]
     found = _tables.comparisons(runs, measure)
     if not found:
-        modes = ", ".join(sorted({record.mode for record in runs}))
+        seeds: dict[str, set[int]] = {}
+        for record in runs:
+            seeds.setdefault(record.mode, set()).add(record.seed)
+        references, coresets = (
+            [mode for mode in sorted(seeds) if (mode in ("baseline", "random")) is reference]
+            for reference in (True, False)
+        )
+        modes = ", ".join(seeds)
+        if references and (coresets or len(references) == 2):
+            found_seeds = "; ".join(
+                f"{mode} with seed {', '.join(map(str, sorted(seeds[mode])))}" for mode in seeds
+            )
+            raise ValueError(
+                f"`records` should hold coresets that share a seed and all settings with a "
+                f"baseline or random subset. Found {found_seeds}; run both with the same seeds "
+                f"and settings."
+            )
         raise ValueError(
             f"`records` should hold a baseline or random subsets, and coresets to compare with "
             f"them. Found {modes}; add the records of the others."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from drophot._classifier import (
     check_model,
     check_optimizer,
     logits_of,
+    not_finite,
     right,
 )
 from drophot._feed import batches
@@ -47,12 +49,13 @@ def fit(
     """Train a classifier with cross-entropy: every sample once an epoch, in a fresh order.
 
     The data is decoded once and kept on the model's device where that is the same as decoding it
-    anew: see `in_memory`. What was kept because two readings gave the same is compared with some
-    samples before each epoch, and read anew from then on if these have changed. No step waits for
-    the device. The model is left in training mode.
+    anew: see `in_memory`. Before each epoch what was kept is compared with the dataset, and what has
+    changed is read anew. No step waits for the device. The model is left in training mode.
 
     Another thread that trains or evaluates through drophot meanwhile waits until this returns, as
     both would draw from the same random numbers.
+
+    If the weights are not finite in the end, a warning says so.
 
     A user's own loop that takes the same arguments can stand in for this one in
     :class:`drophot.DropHot`; it has to call `on_batch` and `on_epoch` where they are given.
@@ -76,8 +79,8 @@ def fit(
     Raises:
         ValueError: If `epochs` is negative, `batch_size` less than 1, the dataset or an epoch of a
             loader empty, the samples differ in shape, `on_batch` is given and the samples carry no
-            index, the optimiser holds nothing of the model, or logits and targets do not go
-            together.
+            index, the optimiser holds nothing of the model, logits and targets do not go together,
+            or a loader's weights are not finite floats `(B,)` or stand where the index belongs.
         TypeError: If the samples, or a loader's batches, are no tuples of tensors and numbers, a
             loader can be read once and `epochs` is above 1, or the model, the optimiser, what the
             model gives or another argument is of the wrong kind.
@@ -117,6 +120,19 @@ def fit(
                         on_batch(more[0], logits, targets)
                 if on_epoch is not None:
                     on_epoch(epoch)
+    if epochs:
+        _warn_of_divergence(model)
+
+
+def _warn_of_divergence(model: nn.Module) -> None:
+    """Say what is no longer finite; the caller may want to look at it, so it is no error."""
+    if name := not_finite(model):
+        warnings.warn(
+            f"`fit` should leave finite weights. Found NaN or infinity in `{name}`: the training "
+            f"diverged, and the model is of no use. Lower the learning rate of `optimizer`, or "
+            f"look for inputs that are not finite.",
+            stacklevel=3,
+        )
 
 
 def _is_loader(dataset: Any) -> bool:
@@ -180,6 +196,7 @@ def _loaded(
 
     def epoch_of(epoch: int) -> Iterator[tuple[Tensor, ...]]:
         empty = True
+        finite: list[Tensor] = []  # of weights that are not on the CPU: looked at in the end
         for batch in loader:
             empty = False
             if not isinstance(batch, tuple | list) or not 2 + indexed <= len(batch) <= 4:
@@ -188,10 +205,18 @@ def _loaded(
                     f"`dataset`, a loader, should give batches (inputs, targets), then an index, "
                     f"which `on_batch` needs, then weights. Found {type(batch).__name__}{size}."
                 )
-            inputs, targets, *more = (
-                torch.as_tensor(part).to(device, non_blocking=True) for part in batch
-            )
+            parts = [torch.as_tensor(part) for part in batch]
+            _check_columns(parts)
+            if len(parts) == 4:
+                ok = parts[3].isfinite().all()
+                if ok.is_cpu:
+                    _check_weights(ok)
+                else:
+                    finite.append(ok)
+            inputs, targets, *more = (part.to(device, non_blocking=True) for part in parts)
             yield (inputs, as_classes(targets), *more)
+        if finite:
+            _check_weights(torch.stack(finite).all())
         if empty:
             raise ValueError(
                 f"`dataset`, a loader, should give at least one batch in each epoch. Found none in "
@@ -200,6 +225,30 @@ def _loaded(
             )
 
     return epoch_of
+
+
+def _check_columns(parts: list[Tensor]) -> None:
+    """Refuse a loader's index or weights of another kind or shape, which would go unnoticed."""
+    size = parts[0].shape[:1]
+    if len(parts) > 2 and (parts[2].is_floating_point() or parts[2].is_complex()):
+        raise ValueError(
+            f"`dataset`, a loader, should give an index of integers third, and weights fourth. "
+            f"Found {parts[2].dtype} third; give (inputs, targets, index, weights)."
+        )
+    if len(parts) == 4 and (not parts[3].is_floating_point() or parts[3].shape != size):
+        raise ValueError(
+            f"`dataset`, a loader, should give weights as floats of shape {tuple(size)}, one for "
+            f"each sample. Found {parts[3].dtype} of shape {tuple(parts[3].shape)}; take "
+            f"squeeze(1) of a column, float() of integers."
+        )
+
+
+def _check_weights(finite: Tensor) -> None:
+    if not bool(finite):
+        raise ValueError(
+            "`dataset`, a loader, should give finite weights. Found NaN or infinity, after which "
+            "no weight of the model would be a number."
+        )
 
 
 def evaluate(model: nn.Module, dataset: Dataset[Any], *, cache: Cache = "auto") -> float:
@@ -218,7 +267,7 @@ def evaluate(model: nn.Module, dataset: Dataset[Any], *, cache: Cache = "auto") 
 
     Raises:
         ValueError: If the dataset is empty, its samples differ in shape, the targets are not one
-            integer for each sample, or the model does not give `(B, C)`.
+            integer in `[0, C)` for each sample, or the model does not give `(B, C)`.
         TypeError: If the samples are no tuples of tensors and numbers, or the model, the dataset or
             what the model gives is of the wrong kind.
 
@@ -232,12 +281,21 @@ def evaluate(model: nn.Module, dataset: Dataset[Any], *, cache: Cache = "auto") 
     with untouched(model) as device:
         data = Kept(dataset, device, cache, readings=1).data
         forward, layout = fast_forward(model, device), _layout(model, data, device)
-        count = torch.zeros((), dtype=torch.int64, device=device)
+        count, low, high = torch.zeros(3, dtype=torch.int64, device=device).unbind()
+        width = 0
         for inputs, targets, *_ in batches(data, _CHUNK, device, channels_last=layout):
             logits = logits_of(model, forward, inputs)
             check_classes(logits, targets)
             count += right(logits, targets).sum()
-    return int(count) / len(data)
+            low, high = torch.minimum(low, targets.min()), torch.maximum(high, targets.max())
+            width = logits.shape[1]
+    correct, least, most = torch.stack([count, low, high]).tolist()
+    if least < 0 or most >= width:
+        raise ValueError(
+            f"`dataset` should have targets in [0, {width}), the classes of the model. Found "
+            f"{least if least < 0 else most}, which no prediction can be; leave such samples out."
+        )
+    return correct / len(data)
 
 
 class Fit(Protocol):
