@@ -45,7 +45,7 @@ class Pools:
         # A sum of random numbers, one for each set that a channel is in, names the sets it is in.
         random = torch.Generator().manual_seed(0)
         names = torch.zeros(number, dtype=torch.int64)
-        for rows in (*([row] for row in ties.rows), *ties.level):
+        for rows in (*([row] for row in (*ties.rows, *ties.parts)), *ties.level):
             for row in rows:
                 names[self.channel[row].unique()] += int(
                     torch.randint(1 << 62, (), generator=random)

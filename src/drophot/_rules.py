@@ -32,6 +32,10 @@ def _same(ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, *_: Any, **
     return [ties.of(x)]
 
 
+def _twice(ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Found:
+    return [ties.of(x) for _ in outs]
+
+
 def _nothing(ties: Ties, where: str, outs: Sequence[Tensor], *_: Any, **__: Any) -> Found:
     return [[] for _ in outs]
 
@@ -60,15 +64,24 @@ def _convolution(
     if groups == 1:
         _join(ties, axes.get(ins), given, where)
         produced = axes.get(out)
-        produced = produced and produced.ids.reshape(-1)
-    else:
-        if transposed:
-            return None
+        produced = produced and ties.even(produced, range(weight.dim())).ids.reshape(-1)
+    elif not transposed:
         produced = _grouped(ties, where, weight, axes, given, groups, known)
-    if produced is None:
+    elif weight.shape[0] == groups and weight.shape[1] == 1:  # depthwise
+        _join(ties, axes.get(0), given, where)
+        produced = axes[0].ids.reshape(-1) if 0 in axes and given else None
+        if (name := ties.names.get(weight)) is not None and produced is not None:
+            ties.groups[name] = produced
+    else:
+        return None
+    own = ties.of(bias) if bias is not None else []
+    if produced is None or (bias is not None and not own):
+        ties.fix(own, where)
+        if produced is not None:
+            ties.fix([Axis(0, produced)], where)
         return [[]]
-    if bias is not None:
-        ties.tie(ties.of(bias)[0].ids, produced)
+    if own:
+        ties.tie(own[0].ids, produced)
     return [[Axis(1, along(produced, outs[0].dim(), 1))]]
 
 
@@ -82,22 +95,26 @@ def _grouped(
     known: bool,
 ) -> Tensor | None:
     """A convolution in groups loses whole groups, or as many channels of each: what is finer."""
-    produced = axes[0].ids.reshape(groups, -1)
+    if 0 not in axes:
+        ties.fix([axis for axis in (axes.get(1), given) if axis], where)
+        return None
+    produced = ties.even(axes[0], range(weight.dim())).ids.reshape(groups, -1)
     ins, out = weight.shape[1], produced.shape[1]
     if min(ins, out) < groups:
         name = ties.names.get(weight)
-        if given is None or name is None:
+        if given is None:
             ties.fix([axes[0]], where)
         else:
             columns = given.ids.reshape(groups, -1)
             ties.tie(columns[:, :1], columns)
             ties.tie(columns[:, :1], produced)
-            ties.groups[name] = columns[:, 0]
+            if name is not None:
+                ties.groups[name] = columns[:, 0]
         ties.fix([axis for dim, axis in axes.items() if dim == 1], where)
         return produced.reshape(-1)
     ties.level.append(produced)
-    if given is None:
-        ties.fix([axes[1]], where)
+    if given is None or 1 not in axes:
+        ties.fix([axis for axis in (axes.get(1), given) if axis], where)
     else:
         columns = given.ids.reshape(groups, -1)
         ties.level.append(columns)
@@ -142,7 +159,8 @@ def _batch_norm(
             axes = [Axis(1, along(a.ids.reshape(-1), x.dim(), 1)) for a in ties.of(tensor)]
             tensors.append((own, axes))
     found = ties.merge(x.shape, tensors, where)
-    return [found, *[[] for _ in outs[1:]]]
+    means = [Axis(0, ties.even(a, range(x.dim())).ids.reshape(-1)) for a in found if a.dim == 1]
+    return [found, *[means if len(out) == x.shape[1] else [] for out in outs[1:]]]
 
 
 def _layer_norm(
@@ -152,11 +170,14 @@ def _layer_norm(
     x: Tensor,
     shape: Any,
     weight: Tensor | None,
-    bias: Tensor | None,
+    bias: Any = None,
     *_: Any,
 ) -> Found:
-    tensors = [(t.shape, ties.of(t)) for t in (x, weight, bias) if t is not None]
-    return [ties.merge(x.shape, tensors, where), *[[] for _ in outs[1:]]]
+    tensors = [(t.shape, ties.of(t)) for t in (x, weight, bias) if isinstance(t, Tensor)]
+    found = ties.merge(x.shape, tensors, where)
+    first = x.dim() - len(shape)
+    rest = [ties.even(axis, range(first, x.dim())) for axis in found if axis.dim < first]
+    return [found, *[rest if out.dim() == x.dim() else [] for out in outs[1:]]]
 
 
 def _group_norm(
@@ -176,6 +197,9 @@ def _group_norm(
     for axis in found:
         if axis.dim == 1:
             axis = ties.even(axis, range(x.dim()))
+            if c == groups and weight is not None and weight in ties.names:
+                ties.groups[ties.names[weight]] = axis.ids.reshape(-1)
+                continue
             if c == groups:
                 ties.fix([axis], where)
             ties.level.append(axis.ids.reshape(groups, -1))
@@ -200,9 +224,12 @@ def _embedding(
 
 RULES: dict[str, Rule] = {
     **MOVES,
-    **named(_same, "clone alias detach contiguous _to_copy lift_fresh dropout zero_ fill_"),
-    **named(_nothing, "zeros_like ones_like empty_like full_like rand_like randn_like"),
-    **named(_nothing, "new_zeros new_ones new_empty new_full sym_size sym_numel size"),
+    **named(
+        _same, "clone alias detach contiguous _to_copy lift_fresh dropout zero_ fill_ bernoulli"
+    ),
+    **named(_same, "zeros_like ones_like empty_like full_like rand_like randn_like"),
+    **named(_twice, "native_dropout"),
+    **named(_nothing, "sym_size sym_numel size"),
     **named(elementwise, "hardswish hardsigmoid hardtanh leaky_relu elu gelu silu mish copy where"),
     **named(elementwise, "relu6 prelu masked_fill _prelu_kernel"),
     **named(_convolution, "convolution"),

@@ -8,7 +8,7 @@ not known here fixes all that it meets: the network is then pruned less, never w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,9 +35,12 @@ class Ties:
 
     Args:
         model: The network.
+        whole_heads: Modules, and the width of heads in them that go as a whole or not at all.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, whole_heads: Collection[tuple[str, int]] = ()) -> None:
+        self.whole_heads = whole_heads
+        self.path = ""  # of the module that an operator is called in
         self.names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             self.names[tensor] = name
@@ -47,6 +50,8 @@ class Ties:
         self.same: list[tuple[Tensor, Tensor]] = []
         self.fixed: list[tuple[str, Tensor]] = []  # why, and which
         self.level: list[Tensor] = []  # (rows, length): each row is to lose equally many
+        self.parts: list[Tensor] = []  # each is to lose a share of its own
+        self.columns: list[Tensor] = []  # what matrices make
         self.groups: dict[str, Tensor] = {}  # by the name of a weight: one entry of each group
 
     def of(self, tensor: Any) -> list[Axis]:
@@ -121,6 +126,8 @@ class Ties:
             self.tie(inner_a.ids, inner_b.ids.transpose(rows, columns))
         else:
             self.fix([axis for axis in (inner_a, inner_b) if axis], why)
+        if (out := right.get(columns)) is not None:
+            self.columns.append(out.ids.reshape(-1))
         left = {dim: self.even(axis, [columns]) for dim, axis in left.items()}
         right = {dim: self.even(axis, [rows]) for dim, axis in right.items()}
         shape = [*a.shape[:-1], b.shape[-1]]
@@ -148,6 +155,10 @@ class Ties:
         if not varying:
             self.fix([axis], "all of these channels are tied to each other")
             return None
+        if len(varying) > 1 and (self.path, new[varying[-1]]) in self.whole_heads:
+            *varying, width = varying
+            self.tie(ids.narrow(width, 0, 1), ids)
+            ids = ids.narrow(width, 0, 1)
         if len(varying) > 1:
             self.level.append(ids.movedim(varying[-1], -1).reshape(-1, ids.size(varying[-1])))
         return Axis(varying[-1], ids)

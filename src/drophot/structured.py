@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import floor
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from drophot import _trace, _weights, prune
-from drophot._shrink import Shrink, replace
-from drophot._summary import summary
+from drophot import _slots, _trace, _weights, prune
+from drophot._shrink import Shrink, WholeHeads, replace
+from drophot._summary import Summary, summary
 
 __all__ = ["Change", "Pruned", "prune_channels", "rebuild"]
 
@@ -49,6 +50,8 @@ class Pruned:
     """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
     whole: Mapping[str, str]
     """The layers that kept all of theirs, and why."""
+    attributes: Mapping[str, Change]
+    """The numbers in modules that were changed, by the name of the module and the attribute."""
     description: dict[str, Any]
     """New shapes and attributes, as JSON can hold them: see `rebuild`."""
 
@@ -60,8 +63,37 @@ class Pruned:
                 f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
                 f"{change.removed:>6.1%} removed"
             )
+        asked = sum(
+            min(floor(self.ratio * change.before + 0.5), change.before - 1)
+            for change in self.layers.values()
+        )
+        removed = self.channels.before - self.channels.after
+        if asked > removed:
+            lines.append(f"kept back {asked - removed:,} of {asked:,} channels asked for")
+        own = {
+            name: change
+            for name, change in self.attributes.items()
+            if name.rpartition(".")[2] not in _LAYERS
+        }
+        lines += [f"changed: {name} from {a} to {b}" for name, (a, b) in own.items()]
         lines += [f"whole: {name} ({why})" for name, why in self.whole.items()]
         return "\n".join(lines)
+
+
+# What torch's own layers say of their shapes, which follow from their weights.
+_LAYERS = frozenset([
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "groups",
+    "num_features",
+    "num_channels",
+    "embedding_dim",
+    "normalized_shape",
+    "input_size",
+    "hidden_size",
+])
 
 
 def prune_channels(
@@ -72,8 +104,10 @@ def prune_channels(
     `ratio` is the share **removed** of each set of channels that are ranked together: the outputs
     of a layer, or of the layers that a residual connection couples, which lose the same channels.
     Of `n` channels `floor(ratio * n + 0.5)` go, and one stays at least. Attention loses equally
-    many channels of each head, a grouped convolution equally many of each group, or whole groups
-    where these are narrower than numerous. Inputs and outputs of the network keep their shape.
+    many channels of each head; where its scale follows from the width of a head, it loses whole
+    heads instead, or keeps all of them and is named in `whole`. A grouped convolution loses equally
+    many channels of each group, or whole groups where these are narrower than numerous. Inputs and
+    outputs of the network keep their shape.
     Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
@@ -84,7 +118,7 @@ def prune_channels(
     What has to go together is found in one forward pass, operator by operator, and checked in
     another one of the pruned network. Where an operator or the network's own code cannot do with
     fewer channels, those stay, and the result says so. The model is then a plain module of the same
-    class: it trains on, saves and exports as before. An optimiser has to be made anew.
+    class: it trains on, saves and exports as before. Make a new optimiser for it.
 
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017,
@@ -105,8 +139,8 @@ def prune_channels(
     Raises:
         TypeError: If `ratio` is not a number, or a weight not of floats.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
-            take `example_inputs` or leaves parameters unused, a weight is not finite, has no data
-            yet, is sharded or computed by a parametrization, or no channel can go. The model is
+            take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed
+            by a parametrization, or no channel can go. The model is
             untouched then.
 
     Example:
@@ -127,25 +161,30 @@ def prune_channels(
     left_out = _weights.left_out(model, skip)
     for name, weight in weights.items():
         _weights.check_finite(name, weight)
-    ties, calls = _trace.record(model, example_inputs)
-    before = summary(model, example_inputs, batch_sizes=())
-    used = {id(tensor) for tensor in ties.axes}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in left_out:
-            ties.fix(ties.of(parameter), f"`skip` names {name}")
-        elif id(parameter) not in used and parameter.numel():
-            raise ValueError(
-                f"`example_inputs` should reach all of the model. Found `{name}` unused in "
-                f"evaluation mode, so that nobody knows what it is given; remove that part, or "
-                f"give its module in `skip` if it keeps its inputs."
-            )
-    shrink = Shrink(model, ties, calls, weights, ratio)
-    shrink.run(example_inputs)
+    whole_heads: set[tuple[str, int]] = set()
+    tried: set[tuple[str, int]] = set()
+    before = None
+    while True:
+        ties, calls, training = _trace.record(model, example_inputs, whole_heads)
+        before = before or _summary(model, example_inputs)
+        for name, parameter in model.named_parameters():
+            if id(parameter) in left_out:
+                ties.fix(ties.of(parameter), f"`skip` names {name}")
+            elif parameter not in ties.axes:
+                ties.fix(ties.of(parameter), "it is not used with these inputs")
+        shrink = Shrink(model, ties, calls, weights, ratio, training)
+        shrink.heads_tried = tried
+        try:
+            shrink.run(example_inputs)
+            break
+        except WholeHeads as error:
+            tried |= error.heads
+            whole_heads = whole_heads | error.heads if error.possible else whole_heads - error.heads
     try:
         kept, whole = shrink.kept(), shrink.reasons()
         layers = {
             name: Change(weight.shape[shrink.output(name)], len(kept[name]))
-            for name, weight in weights.items()
+            for name, weight in shrink.weights.items()
         }
         outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
         if ratio and left == outputs:
@@ -154,7 +193,7 @@ def prune_channels(
                 f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
                 f"({why}); raise it, or prune single weights with magnitude_prune."
             )
-        after = summary(model, example_inputs, batch_sizes=())
+        after = _summary(model, example_inputs)
     except BaseException:
         shrink.restore()
         raise
@@ -167,6 +206,10 @@ def prune_channels(
         layers=layers,
         kept=kept,
         whole=whole,
+        attributes={
+            f"{path}.{_slots.written(key)}".removeprefix("."): Change(*values)
+            for (path, key), values in shrink.attributes.items()
+        },
         description=shrink.description(),
     )
 
@@ -208,21 +251,45 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
                 f"`model` should be as it was before pruning, with `{name}` no smaller than "
                 f"{tuple(shape)}. Found {found}; give a new model of the same kind."
             )
-        left = old.detach()[tuple(slice(n) for n in shape)].clone()
+        if name in description.get("kept", ()):
+            left = old.detach().flatten()[description["kept"][name]].reshape(shape)
+        else:
+            left = old.detach()[tuple(slice(n) for n in shape)].clone()
         new[name] = (
             nn.Parameter(left, requires_grad=old.requires_grad)
             if isinstance(old, nn.Parameter)
             else left
         )
-    attributes: dict[tuple[str, str], Any] = {}
-    for path, values in description["attributes"].items():
-        for name, value in values.items():
-            old = getattr(modules.get(path), name, None)
-            if not isinstance(old, (int, tuple)):
-                raise ValueError(
-                    f"`model` should have `{path}.{name}` as before pruning. Found {old!r}; give "
-                    f"a new model of the same kind."
-                )
-            attributes[path, name] = tuple(value) if isinstance(old, tuple) else value
+    attributes: dict[tuple[str, _slots.Key], Any] = {}
+    changes: list[tuple[str, _slots.Key, Any]] = [
+        (path, (name,), value)
+        for path, values in description["attributes"].items()
+        for name, value in values.items()
+    ]
+    changes += [(path, tuple(key), value) for path, key, value in description.get("inside", ())]
+    for path, key, value in changes:
+        try:
+            old = _slots.read(modules[path], key)
+        except (AttributeError, IndexError, KeyError, TypeError):
+            old = None
+        if not _slots.is_whole(old) and not isinstance(old, tuple):
+            raise ValueError(
+                f"`model` should have `{path}.{_slots.written(key)}` as before pruning. Found "
+                f"{old!r}; give a new model of the same kind."
+            )
+        attributes[path, key] = tuple(value) if isinstance(old, tuple) else value
     replace(model, new, attributes)
     return model
+
+
+def _summary(model: nn.Module, example_inputs: Any) -> Summary:
+    """What a network is worth; counted without gradients, which torch's counter asks for."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        with _trace.remembered(model):
+            return summary(model, example_inputs, batch_sizes=())
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
