@@ -357,10 +357,8 @@ def test_a_comment_and_a_docstring_change_nothing(
     assert found[0] == found[1] != found[2]
 
 
-def frozen() -> nn.Module:
-    layer = nn.Linear(4, 2)
-    layer.bias.requires_grad_(False)
-    return layer
+def freezing(weight: Tensor, std: float) -> None:
+    nn.init.normal_(weight, std=std).requires_grad_(False)
 
 
 def uniform(weight: Tensor, std: float) -> None:
@@ -411,7 +409,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"model": lambda: constant(0.1)},
         {"model": lambda: constant(0.2)},
     ),
-    "frozen weights": ({"model": net}, {"model": frozen}),
+    "frozen weights": ({"model": drawn_by(0.1)}, {"model": drawn_by(0.1, freezing)}),
     "weights drawn otherwise": ({"model": drawn_by(0.1)}, {"model": drawn_by(0.2)}),
     "weights drawn from another distribution": (
         {"model": drawn_by(0.1)},
