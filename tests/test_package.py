@@ -68,6 +68,7 @@ HOUSE = [
     "released",
     "_samples",
     "_purity",
+    "_held",
     "_cache",
     "_feed",
     "_step",
