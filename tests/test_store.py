@@ -37,15 +37,20 @@ STAGES = 1 + 4 + 10
 def logged(model: nn.Module, dataset: Dataset[Any], epochs: int, **rest: Any) -> None:
     """A training loop that says when it starts and ends, and takes its time."""
     _log("start")
-    time.sleep(float(os.environ.get("DROPHOT_TEST_PAUSE", "0")))
+    time.sleep(float(_setting("PAUSE") or 0))
     fit(model, dataset, epochs, **rest)
     _log("end")
 
 
 def _log(word: str) -> None:
-    if "DROPHOT_TEST_LOG" in os.environ:
-        with Path(os.environ["DROPHOT_TEST_LOG"]).open("a") as file:
+    if (path := _setting("LOG")) is not None:
+        with Path(path).open("a") as file:
             file.write(f"{word} {os.getpid()}\n")
+
+
+def _setting(name: str) -> str | None:
+    """What the test asks of the loop: by a computed key, as a constant one is of the experiment."""
+    return os.environ.get(f"DROPHOT_TEST_{name}")
 
 
 def grid() -> Grid:
