@@ -21,6 +21,21 @@ def run(name: str, *arguments: str, folder: Path) -> str:
 Stops = Callable[..., tuple[int | str | None, str]]
 
 
+@pytest.fixture(scope="module")
+def few_digits(mnist_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 12,000 and 2,000 images of MNIST, in files of its own format."""
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, count in (("train", 12_000), ("t10k", 2_000)):
+        for kind, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
+            name = f"{part}-{kind}-ubyte"
+            whole = (mnist_root / "MNIST" / "raw" / name).read_bytes()
+            few = count.to_bytes(4, "big")  # the number of images follows the first four bytes
+            (raw / name).write_bytes(whole[:4] + few + whole[8 : header + count * size])
+    return root
+
+
 @pytest.fixture
 def stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -97,10 +112,10 @@ def test_ddp_in_two_processes_and_in_one(tmp_path: Path) -> None:
     assert "539 samples kept, the same on every process" in two
 
 
-def test_find_mislabeled_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
+def test_find_mislabeled_on_real_images(tmp_path: Path, few_digits: Path) -> None:
     pytest.importorskip("torchvision")
     pytest.importorskip("sklearn")
-    output = run("find_mislabeled.py", "--data-root", str(mnist_root), folder=tmp_path)
+    output = run("find_mislabeled.py", "--data-root", str(few_digits), folder=tmp_path)
     scores = dict(re.findall(r"^(.+?) {2,}(0\.\d{4})$", output, re.M))
     assert len(scores) == 7
     assert max(map(float, scores.values())) >= 0.98
@@ -110,12 +125,12 @@ def test_find_mislabeled_on_real_images(tmp_path: Path, mnist_root: Path) -> Non
     assert (tmp_path / "find_mislabeled.png").stat().st_size > 10_000
 
 
-def test_noisy_labels_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
+def test_noisy_labels_on_real_images(tmp_path: Path, few_digits: Path) -> None:
     pytest.importorskip("torchvision")
-    arguments = ("--data-root", str(mnist_root), "--epochs", "1", "--seeds", "0", "--noise", "0.4")
+    arguments = ("--data-root", str(few_digits), "--epochs", "1", "--seeds", "0", "--noise", "0.4")
     output = run("noisy_labels.py", *arguments, folder=tmp_path)
     (caught,) = re.findall(r"^seed 0: ([\d.]+)% of the flipped samples", output, re.M)
-    assert float(caught) > 90, "by chance it would be 40"
+    assert float(caught) > 80, "by chance it would be 40"
     found = {row[0]: [float(cell) for cell in row[2:]] for row in rows(output)}
     assert list(found) == [
         "everything",
@@ -129,10 +144,10 @@ def test_noisy_labels_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
     assert found["right labels only"][2] > found["dropped in training only"][2], "they are back"
 
 
-def test_paper_grid_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
+def test_paper_grid_on_real_images(tmp_path: Path, few_digits: Path) -> None:
     pytest.importorskip("torchvision")
     arguments = (
-        *("--data-root", str(mnist_root), "--epochs", "1", "--jobs", "2", "--seeds", "0"),
+        *("--data-root", str(few_digits), "--epochs", "1", "--jobs", "2", "--seeds", "0"),
         *("--data-ratios", "0.1", "--modes", "low", "random", "--prune-ratios", "0.8"),
     )
     plan = run("paper_grid.py", *arguments, "--plan", folder=tmp_path)
@@ -141,8 +156,8 @@ def test_paper_grid_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
     output = run("paper_grid.py", *arguments, folder=tmp_path)
     found = rows(output)
     assert [row[1] for row in found] == ["baseline", "baseline", "low", "random"]
-    assert [row[3] for row in found] == ["60,000", "60,000", "6,000", "6,000"]
-    assert all(float(row[8]) > 90 for row in found)
+    assert [row[3] for row in found] == ["12,000", "12,000", "1,200", "1,200"]
+    assert all(float(row[8].split()[0]) > 70 for row in found), "it has learned"
     assert (tmp_path / "paper_grid" / "records.jsonl").read_text().count("\n") == 4
     assert "<svg" in (tmp_path / "paper_grid" / "report.html").read_text()
     assert run("paper_grid.py", *arguments, folder=tmp_path) == output, "nothing left to do"
@@ -155,7 +170,7 @@ def test_paper_grid_with_a_resnet_on_a_folder_of_images(tmp_path: Path) -> None:
     from PIL import Image
 
     chance = np.random.default_rng(0)
-    for part, size in (("train", 12), ("test", 4)):
+    for part, size in (("train", 6), ("test", 2)):
         for label, colour in enumerate(("red", "green", "blue")):
             folder = tmp_path / "images" / part / colour
             folder.mkdir(parents=True)
@@ -166,13 +181,13 @@ def test_paper_grid_with_a_resnet_on_a_folder_of_images(tmp_path: Path) -> None:
     images = ("--data", "folder", "--data-root", str(tmp_path / "images"), "--model", "resnet18")
     output = run(
         "paper_grid.py",
-        *(*images, "--epochs", "2", "--seeds", "0", "--jobs", "1"),
+        *(*images, "--epochs", "1", "--seeds", "0", "--jobs", "1"),
         *("--data-ratios", "0.5", "--prune-ratios", "0.8"),
         folder=tmp_path,
     )
     found = rows(output)
     assert [row[1] for row in found] == ["baseline", "baseline", "low", "high", "random"]
-    assert [row[3] for row in found] == ["36", "36", "18", "18", "18"]
+    assert [row[3] for row in found] == ["18", "18", "9", "9", "9"]
     assert [row[9] for row in found] == ["0.00"] + 4 * ["80.00"]
 
 
