@@ -4,6 +4,7 @@ from copy import deepcopy
 from fractions import Fraction
 from math import ceil, floor, prod
 
+import numpy as np
 import pytest
 import references
 import torch
@@ -87,6 +88,32 @@ def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) ->
 def test_lamp_of_numbers_whose_squares_are_none(scale: float) -> None:
     weights = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(_budgets.lamp(weights * scale), _budgets.lamp(weights))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float32, 1e-44), (torch.bfloat16, 1e-38), (torch.float64, 5e-324)]
+)
+def test_the_least_number_beside_the_largest_is_no_zero(dtype: torch.dtype, least: float) -> None:
+    model = nn.Linear(10, 10, dtype=dtype)
+    with torch.no_grad():
+        model.weight.fill_(torch.finfo(dtype).max)
+        model.weight[:5] = least
+    masks = magnitude_prune(model, 0.1, scope="lamp")
+    assert masks.sparsity == 0.1
+    assert (_budgets.lamp(model.weight.masked_fill(~masks["weight"], least)) > 0).all()
+
+
+def test_lamp_of_more_weights_than_a_block_with_runs_of_equal_ones() -> None:
+    """The scores by the definition, one sorted array and no blocks."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(200, 200, generator=generator).mul_(8).round_().div_(8)
+    weight[:5] = 0
+    sizes, inverse, numbers = np.unique(weight.abs(), return_inverse=True, return_counts=True)
+    rest = np.cumsum((sizes.astype(np.float64) ** 2 * numbers)[::-1])[::-1]
+    expected = (sizes.astype(np.float64) ** 2 / rest)[inverse].reshape(weight.shape)
+    torch.testing.assert_close(
+        _budgets.lamp(weight), torch.from_numpy(expected), rtol=1e-10, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e18])

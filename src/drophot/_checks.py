@@ -43,7 +43,8 @@ def size(num_samples: Any) -> int:
         TypeError: If it is no integer.
         ValueError: If it is less than 1.
     """
-    if hasattr(num_samples, "__len__") and not isinstance(num_samples, str | bytes | Tensor):
+    scalar = isinstance(num_samples, str | bytes) or getattr(num_samples, "shape", None) == ()
+    if hasattr(num_samples, "__len__") and not scalar:
         raise TypeError(
             f"`num_samples` should be an integer. Found {describe(num_samples)}; give len(dataset)."
         )

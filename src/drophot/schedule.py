@@ -220,12 +220,12 @@ class Schedule:
             ValueError: If it is no schedule's, one of other settings, or of another model's masks,
                 or the number of steps is negative; nothing is changed then.
         """
-        if lacking := {"steps", "ratios", "every", "masks"} - state_dict.keys():
+        if lacking := {"steps", "masks", "late", *self._described()} - state_dict.keys():
             raise ValueError(
                 f"`state_dict` should be what a Schedule's gave. Found no {sorted(lacking)[0]!r}."
             )
         for name, own in self._described().items():
-            if name in state_dict and state_dict[name] != own:
+            if state_dict[name] != own:
                 raise ValueError(
                     f"`state_dict` should be of a schedule with {name}={own}. Found "
                     f"{state_dict[name]}; make the Schedule as it was made then."
@@ -233,7 +233,7 @@ class Schedule:
         steps = _numbers.integer('state_dict["steps"]', state_dict["steps"], least=0)
         self.masks.load_state_dict(state_dict["masks"])
         self.steps = steps
-        self._late = set(state_dict.get("late", ()))
+        self._late = set(state_dict["late"])
 
     def _described(self) -> dict[str, Any]:
         """The settings that a state belongs to, in plain types."""
