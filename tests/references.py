@@ -192,7 +192,7 @@ def kept_of_each(row: list[float], kept: int, of: int) -> list[bool]:
     for start in range(0, len(row), of):
         group = row[start : start + of]
         best = sorted(range(of), key=lambda place: (-abs(group[place]), place))[:kept]
-        found += [place in best and group[place] != 0 for place in range(of)]
+        found += [place in best for place in range(of)]
     return found
 
 

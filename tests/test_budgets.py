@@ -1,8 +1,10 @@
 """How a share is divided among layers: ERK, LAMP, a minimum for each."""
 
 from copy import deepcopy
-from math import floor, prod
+from fractions import Fraction
+from math import ceil, floor, prod
 
+import numpy as np
 import pytest
 import references
 import torch
@@ -63,7 +65,7 @@ def test_lamp_scores_are_the_papers(layers: list[list[int]], seed: int) -> None:
         weights = torch.tensor(layer, dtype=torch.float64)[torch.randperm(len(layer))]
         expected = references.lamp_scores(weights.tolist())
         torch.testing.assert_close(
-            _budgets.lamp(weights), torch.tensor(expected).float(), rtol=1e-5, atol=0
+            _budgets.lamp(weights), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0
         )
 
 
@@ -76,7 +78,7 @@ def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) ->
     expected = references.lamp_removed(layers, remove)
     masks = magnitude_prune(model, ratio, scope="lamp")
     for name, mask in masks.items():
-        assert abs(int((~mask).sum()) - expected[name]) <= 1  # scores are rounded to 32 bits
+        assert int((~mask).sum()) == expected[name]
         magnitudes = weights[name].abs()
         assert magnitudes[mask].min() >= magnitudes[~mask].max() if (~mask).any() else True
     assert sum(int((~mask).sum()) for mask in masks.values()) == remove
@@ -86,6 +88,32 @@ def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) ->
 def test_lamp_of_numbers_whose_squares_are_none(scale: float) -> None:
     weights = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(_budgets.lamp(weights * scale), _budgets.lamp(weights))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float32, 1e-44), (torch.bfloat16, 1e-38), (torch.float64, 5e-324)]
+)
+def test_the_least_number_beside_the_largest_is_no_zero(dtype: torch.dtype, least: float) -> None:
+    model = nn.Linear(10, 10, dtype=dtype)
+    with torch.no_grad():
+        model.weight.fill_(torch.finfo(dtype).max)
+        model.weight[:5] = least
+    masks = magnitude_prune(model, 0.1, scope="lamp")
+    assert masks.sparsity == 0.1
+    assert (_budgets.lamp(model.weight.masked_fill(~masks["weight"], least)) > 0).all()
+
+
+def test_lamp_of_more_weights_than_a_block_with_runs_of_equal_ones() -> None:
+    """The scores by the definition, one sorted array and no blocks."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(200, 200, generator=generator).mul_(8).round_().div_(8)
+    weight[:5] = 0
+    sizes, inverse, numbers = np.unique(weight.abs(), return_inverse=True, return_counts=True)
+    rest = np.cumsum((sizes.astype(np.float64) ** 2 * numbers)[::-1])[::-1]
+    expected = (sizes.astype(np.float64) ** 2 / rest)[inverse].reshape(weight.shape)
+    torch.testing.assert_close(
+        _budgets.lamp(weight), torch.from_numpy(expected), rtol=1e-10, atol=0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e18])
@@ -132,18 +160,24 @@ def test_pruning_on_removes_more_and_brings_nothing_back(scope: str) -> None:
     assert after.sparsity == pytest.approx(0.7, abs=1e-3)
 
 
-@pytest.mark.parametrize("scope", ["erk", "lamp"])
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp"])
 def test_layers_of_zeros_and_of_equal_weights(scope: str) -> None:
     model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10), nn.Linear(10, 10))
     nn.init.zeros_(model[0].weight)
     nn.init.ones_(model[1].weight)
-    masks = magnitude_prune(model, 0.5, scope=scope)
-    assert not masks["0.weight"].any()
-    if scope == "lamp":
-        assert masks.sparsity == 0.5
+    with pytest.warns(UserWarning, match=r"`0.weight`.*Masks.from_zeros"):
+        masks = magnitude_prune(model, 0.5, scope=scope)
+    assert masks.sparsity == 0.5
+    if scope in ("global", "lamp"):
+        assert masks["0.weight"].all()
+    else:
+        assert kept(masks) == {f"{number}.weight": 50 for number in range(3)}
     everything = nn.Linear(4, 4)
     nn.init.zeros_(everything.weight)
-    assert magnitude_prune(everything, 0.25, scope=scope).sparsity == 1.0
+    with pytest.warns(UserWarning, match="Found 12 more zeros in `weight`"):
+        masks = magnitude_prune(everything, 0.25, scope=scope)
+    assert masks.sparsity == 0.25
+    assert masks["weight"].sum(1).tolist() == [3, 3, 3, 3], "spread evenly"
 
 
 def test_a_global_ranking_empties_a_layer_unless_told_not_to() -> None:
@@ -174,7 +208,7 @@ def test_the_minimum_holds_and_the_total_is_exact(
         layer.weight.data.mul_(scale)
     before = deepcopy(model.state_dict())
     sizes = {name: w.numel() for name, w in before.items() if w.dim() > 1}
-    least = {name: floor(share * size + 0.5) for name, size in sizes.items()}
+    least = {name: ceil(Fraction(repr(share)) * size) for name, size in sizes.items()}
     remove = floor(ratio * sum(sizes.values()) + 0.5)
     if remove > sum(sizes[name] - least[name] for name in sizes):
         with pytest.raises(ValueError, match="`ratio` should leave each layer the share"):
@@ -192,14 +226,34 @@ def test_without_a_layer_below_it_the_minimum_changes_nothing() -> None:
     assert all(torch.equal(mask, same[name]) for name, mask in some.items())
 
 
-def test_zeros_do_not_come_back_for_a_minimum() -> None:
+@pytest.mark.parametrize("scope", ["global", "lamp"])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_minimum_keeps_zeros_but_not_those_of_an_older_mask(scope: str, older: bool) -> None:
     model = network()
     with torch.no_grad():
         model[3].weight[:, 10:] = 0  # 50 of 200 are left
-    masks = magnitude_prune(model, 0.45, min_kept=0.5)
-    assert kept(masks)["3.weight"] == 50
+    if older:
+        Masks.from_zeros(model).apply()
+        masks = magnitude_prune(model, 0.45, min_kept=0.5, scope=scope)
+    else:
+        with pytest.warns(UserWarning, match="Found 50 more zeros in `3.weight`"):
+            masks = magnitude_prune(model, 0.45, min_kept=0.5, scope=scope)
+    assert kept(masks)["3.weight"] == (50 if older else 100)
     total = sum(mask.numel() for mask in masks.values())
     assert sum(kept(masks).values()) == total - floor(0.45 * total + 0.5)
+
+
+def test_the_minimum_is_a_floor_in_small_layers_too() -> None:
+    model = nn.Sequential(nn.Linear(200, 200), nn.Linear(6, 6), nn.Linear(1, 1))
+    for layer, scale in ((model[1], 1e-6), (model[2], 1e-9)):
+        nn.init.uniform_(layer.weight, 0.5 * scale, scale)
+    masks = magnitude_prune(model, 0.9, min_kept=0.013)
+    assert kept(masks)["1.weight"] == 1  # 0.468
+    assert kept(masks)["2.weight"] == 1
+    assert masks.sparsity == floor(0.9 * 40_037 + 0.5) / 40_037
+    # 0.1 of 30 are 3, although 0.1 * 30 is a little more.
+    thirty = nn.Linear(6, 5)
+    assert magnitude_prune(thirty, 0.9, min_kept=0.1).sparsity == 0.9
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ SOURCE = ROOT / "src" / "drophot"
 
 # Data flows down this list; a module imports from those above it only.
 HOUSE = [
+    "_numbers",
+    "_warning",
     "_random",
     "_progress",
     "_classifier",
@@ -46,7 +48,9 @@ HOUSE = [
     "_facility",
     "coreset",
     "_weights",
+    "_older",
     "_masks",
+    "_lamp",
     "_budgets",
     "_pattern",
     "_batchnorm",

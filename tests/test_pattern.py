@@ -3,6 +3,7 @@
 import warnings
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import references
 import torch
@@ -29,6 +30,7 @@ def test_it_is_the_definition_along_the_inputs(
     torch.manual_seed(seed)
     kept, of = map(int, pattern.split(":"))
     model = nn.Linear(groups * of, rows)
+    warnings.filterwarnings("ignore", ".*Masks.from_zeros")
     if ties:
         model.weight.data.round_(decimals=1)
     before = model.weight.detach().clone()
@@ -36,9 +38,14 @@ def test_it_is_the_definition_along_the_inputs(
     expected = [references.kept_of_each(row, kept, of) for row in before.tolist()]
     assert masks["weight"].tolist() == expected
     assert torch.equal(model.weight, before * masks["weight"])
-    if (before != 0).all():
-        counts = masks["weight"].view(-1, of).sum(1)
-        assert counts.tolist() == [kept] * len(counts)
+    counts = masks["weight"].view(-1, of).sum(1)
+    assert counts.tolist() == [kept] * len(counts)
+
+
+@pytest.mark.parametrize("ratio", [2 / 3, 0.66, 0.67, 0.666, 0.667, 0.666667, np.float16(2 / 3)])
+def test_a_ratio_may_be_rounded_as_one_writes_it(ratio: float) -> None:
+    masks = magnitude_prune(nn.Linear(9, 4), ratio, pattern="1:3")
+    assert masks["weight"].view(-1, 3).sum(1).tolist() == [1] * 12
 
 
 @pytest.mark.parametrize(
@@ -83,11 +90,36 @@ def test_it_is_held_like_any_mask() -> None:
         assert (layer.weight.view(-1, 4) != 0).sum(1).tolist() == [2] * (layer.weight.numel() // 4)
 
 
-def test_zeros_that_are_there_stay_in_the_mask() -> None:
+def test_zeros_belong_to_the_mask_only_as_far_as_the_pattern_removes_them() -> None:
     model = nn.Linear(4, 1)
     model.weight.data.copy_(torch.tensor([[0.0, 0.0, 0.0, 3.0]]))
-    masks = magnitude_prune(model, 0.5, pattern="2:4")
-    assert masks["weight"].tolist() == [[False, False, False, True]]
+    with pytest.warns(UserWarning, match=r"Found 1 more zeros in `weight`.*Masks.from_zeros"):
+        masks = magnitude_prune(model, 0.5, pattern="2:4")
+    assert masks["weight"].tolist() == [[True, False, False, True]]
+
+
+def test_what_an_older_mask_removed_does_not_come_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(16, 8)
+    before = magnitude_prune(model, 0.75, pattern="1:4")
+    assert torch.equal(magnitude_prune(model, 0.5, pattern="2:4")["weight"], before["weight"])
+
+
+def test_a_layer_at_zero_keeps_its_pattern_and_learns() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    nn.init.zeros_(model[2].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="Found 32 more zeros in `2.weight`"):
+        masks = magnitude_prune(model, 0.5, pattern="2:4")
+    inputs, targets = torch.randn(64, 8), torch.randint(4, (64,))
+    with masks.hold(optimizer):
+        for _ in range(20):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+    assert (masks["2.weight"].view(-1, 4).sum(1) == 2).all()
+    assert torch.equal(model[2].weight != 0, masks["2.weight"])
 
 
 def test_a_layer_that_does_not_fit_is_named_and_left_dense() -> None:
@@ -112,6 +144,8 @@ def test_a_layer_that_does_not_fit_is_named_and_left_dense() -> None:
         (0.5, {"pattern": "4:2"}, "Found '4:2'"),
         (0.5, {"pattern": "0:4"}, "Found '0:4'"),
         (0.5, {"pattern": (2, 4)}, "`pattern` should be"),
+        (0.7, {"pattern": "1:3"}, "`ratio` should be the share that the pattern 1:3 removes, 0.66"),
+        (0.745, {"pattern": "1:4"}, "`ratio` should be the share that the pattern 1:4 removes, 0"),
         (0.8, {"pattern": "2:4"}, "`ratio` should be the share that the pattern 2:4 removes, 0.5"),
         (0.5, {"pattern": "2:4", "scope": "layer"}, "`pattern` should stand alone"),
         (0.5, {"pattern": "2:4", "min_kept": 0.1}, "`pattern` should stand alone"),

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drophot._radix import cutter, edge, nth
+from drophot._radix import counts, cutter, edge, nth
 
 
 @given(st.data(), st.sampled_from([32, 64]))
@@ -51,10 +51,36 @@ def test_cutting_removes_as_many_as_asked_spread_over_the_pieces(
     remove = data.draw(st.integers(0, len(values)))
     split = data.draw(st.integers(0, len(values)))
     pieces = [torch.tensor(values[:split]), torch.tensor(values[split:])]
-    cut = cutter(edge(pieces, remove))
-    masks = torch.cat([cut(piece) for piece in pieces])
+    found = edge(pieces, remove)
+    expected = counts(found, pieces)
+    cut = cutter(found)
+    masks = [cut(piece) for piece in pieces]
+    assert [int((~mask).sum()) for mask in masks] == expected
+    masks = torch.cat(masks)
     magnitudes = torch.tensor(values).abs()
-    assert int((~masks).sum()) == max(remove, int((magnitudes == 0).sum()))
+    assert int((~masks).sum()) == remove
     assert torch.equal(torch.cat(pieces), torch.tensor(values) * masks)
     if masks.any() and not masks.all():
         assert magnitudes[masks].min() >= magnitudes[~masks].max()
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0]), min_size=1, max_size=20),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.data(),
+)
+def test_what_an_older_mask_removed_goes_first(
+    values: list[float], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    kept = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    )
+    remove = data.draw(st.integers(0, len(values)))
+    weight = torch.tensor(values, dtype=dtype)
+    older = kept | (weight != 0)
+    gone = int((~older).sum())
+    found = edge([weight], remove, [kept])
+    assert counts(found, [weight], [kept]) == [max(remove, gone)]
+    mask = cutter(found)(weight, kept)
+    assert int((~mask).sum()) == max(remove, gone)
+    assert not (mask & ~older).any()

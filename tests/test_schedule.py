@@ -3,6 +3,7 @@
 from copy import deepcopy
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +53,8 @@ def test_ratios_that_make_no_sense_are_refused(function) -> None:
     for ratio, times, error, message in (
         (1.0, 3, ValueError, "`ratio` should be a share"),
         ("x", 3, TypeError, "`ratio` should be a number"),
+        (0.5, 3.0, TypeError, "`times` should be an integer. Found 3.0, a float; pass 3"),
+        (0.5, True, TypeError, "`times` should be an integer. Found True"),
         (0.5, 0, ValueError, "`times` should be at least 1. Found 0"),
     ):
         with pytest.raises(error, match=message):
@@ -148,7 +151,12 @@ def test_it_goes_on_where_it_was(tmp_path) -> None:
     [
         ({"ratios": [0.8]}, r"schedule with ratios=\[0.5, 0.75\]. Found \[0.8\]"),
         ({"every": 7}, "schedule with every=3. Found 7"),
+        ({"scope": "lamp"}, "schedule with scope=global. Found lamp"),
+        ({"min_kept": 0.1}, "schedule with min_kept=0.0. Found 0.1"),
+        ({"skip": ["0"]}, r"schedule with skip=\[\]. Found \['0'\]"),
+        ({"steps": -3}, r"steps.* should be at least 0. Found -3"),
         ({"steps": None}, "what a Schedule's gave. Found no 'steps'"),
+        ({"scope": None}, "what a Schedule's gave. Found no 'scope'"),
         ({"masks": {}}, "masks"),
     ],
 )
@@ -174,6 +182,12 @@ def test_the_state_of_another_schedule_is_refused_and_changes_nothing(change, me
         ({"ratios": [0.5, 1.0]}, ValueError, r"`ratios\[1\]` should be a share"),
         ({"ratios": ["a"]}, TypeError, r"`ratios\[0\]` should be a number"),
         ({"every": 0}, ValueError, "`every` should be at least 1. Found 0"),
+        ({"every": 2.0}, TypeError, "`every` should be an integer. Found 2.0, a float; pass 2"),
+        ({"every": 31 / 2}, TypeError, "`every` should be an integer. Found 15.5"),
+        ({"every": "3"}, TypeError, "`every` should be an integer. Found '3', a str; pass 3"),
+        ({"ratios": 0.5}, TypeError, "`ratios` should be several numbers. Found 0.5.*give .0.5."),
+        ({"ratios": "0.5"}, TypeError, "`ratios` should be several numbers. Found '0.5'"),
+        ({"min_kept": "0.1"}, TypeError, "`min_kept` should be a number"),
         ({"scope": "all"}, ValueError, "`scope` should be one of"),
         ({"skip": ["9"]}, ValueError, "Found '9'"),
     ],
@@ -257,3 +271,111 @@ def test_the_models_own_state_is_no_earlier_one() -> None:
     masks = magnitude_prune(model, 0.5)
     with pytest.raises(ValueError, match="`state_dict` should be a copy. Found `0.weight`"):
         rewind(model, masks, model.state_dict())
+
+
+class WithHead(nn.Module):
+    """Its head starts at zero, as that of a vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(10, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU())
+        self.head = nn.Linear(20, 4)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.body(inputs))
+
+
+def learn(model: nn.Module, schedule: Schedule, steps: int) -> float:
+    """The loss after training on labels that are there to be learned."""
+    chance = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, 10, generator=chance)
+    targets = (inputs[:, :4]).argmax(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    loss = torch.tensor(0.0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return loss.item()
+
+
+@pytest.mark.filterwarnings("ignore:.*Masks.from_zeros")
+@pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp"])
+@pytest.mark.parametrize("ratios", [cubic(0.5, 5), (0.0, 0.3, 0.5)])
+def test_a_head_that_starts_at_zero_learns(ratios: tuple[float, ...], scope: str) -> None:
+    model = WithHead()
+    schedule = Schedule(model, ratios, every=10, scope=scope)
+    assert schedule.masks["head.weight"].any(1).all()
+    assert learn(model, schedule, 100) < 0.3
+    assert schedule.masks["head.weight"].sum() >= 40  # of 80
+    for name, mask in schedule.masks.items():
+        assert not model.get_parameter(name)[~mask].any()
+    assert schedule.masks.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_head_that_starts_at_zero_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"`head.weight` \(80 weights\).*from_zeros") as seen:
+        schedule = Schedule(WithHead(), cubic(0.5, 5), every=10)
+    assert [warning.filename for warning in seen] == [__file__]
+    total = 10 * 40 + 40 * 20 + 80
+    assert schedule.masks.sparsity == int(cubic(0.5, 5)[0] * total + 0.5) / total
+    with pytest.warns(UserWarning, match="Found 80 more zeros in `head.weight`.*from_zeros"):
+        assert Schedule(WithHead(), [0.0, 0.5], every=10).masks.sparsity == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*Masks.from_zeros")
+def test_it_remembers_what_started_at_zero_when_it_is_resumed(tmp_path) -> None:
+    def schedule(model: nn.Module) -> Schedule:
+        return Schedule(model, [0.2, 0.4, 0.6], every=3)
+
+    model = WithHead()
+    one = schedule(model)
+    learn(model, one, 4)
+    states = deepcopy((model.state_dict(), one.state_dict()))
+    other = WithHead()
+    nn.init.ones_(other.head.weight)  # as if it had not been
+    two = schedule(other)
+    for thing, state in zip((other, two), states, strict=True):
+        thing.load_state_dict(state)
+    learn(model, one, 4)
+    learn(other, two, 4)
+    assert all(torch.equal(mask, two.masks[name]) for name, mask in one.masks.items())
+    assert int((~two.masks["head.weight"]).sum()) <= 0.6 * 80
+
+
+def test_numbers_of_numpy_are_plain_in_the_state(tmp_path) -> None:
+    model = network()
+    ratios = np.linspace(0.1, 0.8, 4)
+    schedule = Schedule(model, ratios, every=np.int64(2), min_kept=np.float32(0.25))
+    torch.save(schedule.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    assert state["ratios"] == ratios.tolist()
+    assert (type(state["every"]), type(state["min_kept"])) == (int, float)
+    again = Schedule(network(), (ratio for ratio in ratios), every=2, min_kept=0.25)
+    again.load_state_dict(state)
+    assert again.steps == 0
+
+
+def test_a_layer_that_was_emptied_stays_empty() -> None:
+    """Its zeros are there because of an older mask, unlike those that a layer starts with."""
+    model = network()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    schedule = Schedule(model, [0.3, 0.6, 0.9], every=1)
+    assert not schedule.masks["2.weight"].any()
+    for number in range(3):
+        train(model, optimizer, 1, seed=number)
+        schedule.step()
+        assert not schedule.masks["2.weight"].any()
+    assert schedule.masks.sparsity == 0.9
+    # In a copy, that knows of no pruning, the masks tell.
+    other = deepcopy(model)
+    masks = Masks.from_zeros(other)
+    masks.apply()
+    assert magnitude_prune(other, 0.95).sparsity == 0.95
+    assert not other[2].weight.any()

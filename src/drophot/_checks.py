@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drophot import _history
+from drophot import _history, _numbers
 
 
 def describe(value: Any) -> str:
@@ -44,13 +43,12 @@ def size(num_samples: Any) -> int:
         TypeError: If it is no integer.
         ValueError: If it is less than 1.
     """
-    try:
-        found = operator.index(num_samples)
-    except TypeError:
-        cure = "len(dataset)" if hasattr(num_samples, "__len__") else "the length of the dataset"
+    scalar = isinstance(num_samples, str | bytes) or getattr(num_samples, "shape", None) == ()
+    if hasattr(num_samples, "__len__") and not scalar:
         raise TypeError(
-            f"`num_samples` should be an integer. Found {describe(num_samples)}; give {cure}."
-        ) from None
+            f"`num_samples` should be an integer. Found {describe(num_samples)}; give len(dataset)."
+        )
+    found = _numbers.integer("num_samples", num_samples)
     if found < 1:
         raise ValueError(
             f"`num_samples` should be at least 1. Found {found}; give the length of the dataset."

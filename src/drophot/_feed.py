@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from drophot import _random
+from drophot import _numbers, _random
 from drophot._cache import in_memory
 from drophot._held import can_be_copied, values_of
 from drophot._purity import Own
@@ -49,6 +49,7 @@ def batches(
         Tuples of tensors, as the samples' tuples, each with a first dimension of `B`. Targets of
         any integer type, and truth values, are int64.
     """
+    batch_size = _numbers.integer("batch_size", batch_size, least=1)
     size = len(dataset)  # type: ignore[arg-type]
     seed = _next(shuffle) if isinstance(shuffle, torch.Generator) else 0
     if isinstance(shuffle, torch.Generator):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import frexp, prod
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drophot import _memory
+from drophot import _memory, _numbers
 from drophot._arrays import numbers
 from drophot._exact import exact
 from drophot._shares import (
@@ -94,8 +93,8 @@ def greedy(
         ValueError: If one is out of range or of another shape.
         MemoryError: If there is not enough memory.
     """
-    check_ratio("ratio", ratio)
-    seed = operator.index(seed)
+    ratio = check_ratio("ratio", ratio)
+    seed = _numbers.integer("seed", seed)
     values = _check_features(features)
     total = len(values)
     size = kept(total, ratio)

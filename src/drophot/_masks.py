@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from drophot import _older
 from drophot._weights import prunable
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -89,6 +90,7 @@ class Masks(Mapping[str, Tensor]):
         with torch.no_grad():
             for name, weight in self._weights.items():
                 weight.masked_fill_(~self._masks[name].to(weight.device), 0)
+        _older.remember(self._weights, self._masks)  # pruning again keeps them
 
     def hold(self, optimizer: Optimizer) -> RemovableHandle:
         """Keep the removed weights at zero through every step of an optimiser.

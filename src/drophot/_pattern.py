@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
+from fractions import Fraction
+from math import ceil, floor
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
+
+from drophot._warning import warn
 
 _BLOCK = 1 << 20  # weights looked at in one go
 
@@ -19,7 +22,7 @@ def parse(pattern: Any, ratio: float) -> tuple[int, int]:
 
     Args:
         pattern: `"N:M"`.
-        ratio: The share removed that was asked for beside it.
+        ratio: The share removed that was asked for too. It may be rounded, as 2/3 is in 0.67.
 
     Returns:
         How many of how many stay.
@@ -33,7 +36,9 @@ def parse(pattern: Any, ratio: float) -> tuple[int, int]:
         raise ValueError(
             f'`pattern` should be "N:M", N of each M weights kept, as "2:4". Found {pattern!r}.'
         )
-    if abs(float(ratio) - (1 - kept / of)) > 1e-9:
+    share = Fraction(of - kept, of)
+    written = (floor(100 * share) / 100, ceil(100 * share) / 100)  # with two digits
+    if abs(ratio - share) > 1e-3 and ratio not in written:
         raise ValueError(
             f"`ratio` should be the share that the pattern {pattern} removes, {1 - kept / of:g}. "
             f"Found {ratio}."
@@ -72,15 +77,14 @@ def fitting(
             f"{', '.join(others)}."
         )
     if others:
-        warnings.warn(
+        warn(
             f'`pattern="{pattern}"` leaves layers dense whose inputs {of} does not divide: '
-            f"{', '.join(others)}.",
-            stacklevel=4,
+            f"{', '.join(others)}."
         )
     return fits
 
 
-def cut(weight: Tensor, kept: int, of: int, dim: int) -> Tensor:
+def cut(weight: Tensor, kept: int, of: int, dim: int, older: Tensor | None = None) -> Tensor:
     """Keep the largest of each group, in place.
 
     Args:
@@ -88,21 +92,32 @@ def cut(weight: Tensor, kept: int, of: int, dim: int) -> Tensor:
         kept: How many of each group stay, the first of equal ones.
         of: The size of a group.
         dim: The groups are consecutive along this dimension.
+        older: The mask of an earlier pruning. Zeros that it removed do not come back.
 
     Returns:
-        The mask of what is kept, without zeros that were there before: bool, of its shape.
+        The mask of what is kept, exactly `kept` of each group unless the older mask left fewer:
+        bool, of its shape.
     """
     weight = weight.detach()
     moved = weight.movedim(dim, -1)
     mask = torch.empty(moved.shape, dtype=torch.bool, device=weight.device)
-    for block, keep in zip(
-        moved.reshape(-1, of).split(_BLOCK // of),
-        mask.view(-1, of).split(_BLOCK // of),
+    before = None if older is None else older.movedim(dim, -1).reshape(-1, of)
+    rows = max(_BLOCK // of, 1)
+    for start, block, keep in zip(
+        range(0, mask.numel() // of, rows),
+        moved.reshape(-1, of).split(rows),
+        mask.view(-1, of).split(rows),
         strict=True,
     ):
-        best = block.abs().argsort(dim=1, descending=True, stable=True)[:, :kept]
+        sizes = block.abs()
+        removed = None
+        if before is not None:
+            removed = ~before[start : start + len(block)] & (block == 0)
+            sizes = sizes.masked_fill(removed, -1)
+        best = sizes.argsort(dim=1, descending=True, stable=True)[:, :kept]
         keep.zero_().scatter_(1, best, True)
-        keep &= block != 0
+        if removed is not None:
+            keep &= ~removed
     mask = mask.movedim(-1, dim).contiguous()
     weight.masked_fill_(~mask, 0)
     return mask
@@ -172,7 +187,7 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
     for name, weight in turned.items():
         layers[name.rpartition(".")[0]].weight = weight
     if others:
-        warnings.warn(f"These layers stay dense: {', '.join(others)}.", stacklevel=2)
+        warn(f"These layers stay dense: {', '.join(others)}.")
     return tuple(turned)
 
 

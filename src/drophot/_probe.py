@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from drophot import _choosing, _modes, _progress, _pruning, _random, coreset, prune
+from drophot import _choosing, _modes, _numbers, _progress, _pruning, _random, coreset, prune
 from drophot._cache import Cache, Kept, check_cache
 from drophot._classifier import check_optimizer
 from drophot._samples import first_sample, known_targets, tensors_of
@@ -33,9 +32,9 @@ def settle(run: Any) -> None:
         ValueError: If one is out of range, or two do not go together.
         ImportError: If `progress` is asked for and tqdm is not installed.
     """
-    coreset.check_ratio("data_ratio", run.data_ratio)
+    run.data_ratio = coreset.check_ratio("data_ratio", run.data_ratio)
     _modes.check(run)
-    prune.check_ratio("prune_ratio", run.prune_ratio)
+    run.prune_ratio = prune.check_ratio("prune_ratio", run.prune_ratio)
     prune.check_scope("scope", run.scope)
     for name, choices in (("forgetting", ("paper", "toneva")), ("protocol", ("paper", "released"))):
         if (value := getattr(run, name)) not in choices:
@@ -53,43 +52,12 @@ def settle(run: Any) -> None:
             raise TypeError(f"`{name}` should be True or False. Found {value!r}.")
     _pruning.check(run)
     check_cache(run.cache)
-    check_counts(1, score_epochs=run.score_epochs, batch_size=run.batch_size, prunings=run.prunings)
-    check_counts(
-        0, train_epochs=run.train_epochs, finetune_epochs=run.finetune_epochs, seed=run.seed
-    )
+    for name in ("score_epochs", "batch_size", "prunings"):
+        setattr(run, name, _numbers.integer(name, getattr(run, name), least=1))
+    for name in ("train_epochs", "finetune_epochs", "seed"):
+        setattr(run, name, _numbers.integer(name, getattr(run, name), least=0))
     if run.progress:
         _progress.check()
-    for name in ("data_ratio", "prune_ratio"):
-        setattr(run, name, float(getattr(run, name)))
-    for name in (
-        "score_epochs",
-        "train_epochs",
-        "finetune_epochs",
-        "batch_size",
-        "prunings",
-        "seed",
-    ):
-        setattr(run, name, operator.index(getattr(run, name)))
-
-
-def check_counts(least: int, **counts: Any) -> None:
-    """Refuse what is no integer of at least `least`.
-
-    Args:
-        least: The least that each may be.
-        **counts: The values, by their names.
-
-    Raises:
-        TypeError: If one is not an integer.
-        ValueError: If one is less.
-    """
-    for name, value in counts.items():
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(f"`{name}` should be an integer. Found {value!r}.") from None
-        if number < least:
-            raise ValueError(f"`{name}` should be at least {least}. Found {value}.")
 
 
 def prepare(

@@ -35,7 +35,9 @@ def prune(run: Any) -> Masks:
     run.prunable = sum(weight.numel() for weight in prunable(model, ()).values())
     if run.structured:
         run.channels = prune_channels(model, run.prune_ratio, _sample(run))
-        masks = Masks.from_zeros(model)
+        # Nothing that is left was removed, zeros included.
+        left = prunable(model, ())
+        masks = Masks(left, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
     elif run.schedule == "one-shot":
         masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)
     else:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from drophot import _numbers
 from drophot._arrays import integers
 
 BLOCK = 1 << 22  # samples looked at in one go: what is made on the way stays small
@@ -36,31 +37,28 @@ def kept(num_samples: int, ratio: float) -> int:
     return max(1, floor(float(ratio) * num_samples + 0.5))
 
 
-def check_ratio(name: str, ratio: Any) -> None:
+def check_ratio(name: str, ratio: Any) -> float:
     """Refuse a ratio that is no share kept.
 
     Args:
         name: What the caller calls it.
         ratio: The value.
 
+    Returns:
+        It as a plain float.
+
     Raises:
         TypeError: If it is not a number.
         ValueError: If it is not in (0, 1].
     """
-    try:
-        if isinstance(ratio, str | bytes | bool):  # float() takes them too
-            raise TypeError
-        inside = 0 < float(ratio) <= 1
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"`{name}` should be a number in (0, 1]. Found {type(ratio).__name__}."
-        ) from None
-    if not inside:
-        meant = float(ratio) if 2 <= ratio <= 100 else 10.0
+    found = _numbers.share(name, ratio, "(0, 1]")
+    if not 0 < found <= 1:
+        meant = found if 2 <= found <= 100 else 10.0
         raise ValueError(
             f"`{name}` should be the share of samples kept, in (0, 1]. Found {ratio}; to keep "
             f"{meant:g} % give {meant / 100:g}."
         )
+    return found
 
 
 def check_targets(targets: Tensor | ArrayLike, length: int) -> Positions:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from math import floor
-from numbers import Real
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from drophot import _numbers
 from drophot._shares import Positions, hashed
 
 _MOST_BINS = 1 << 30
@@ -58,25 +57,18 @@ class Stratified:
     hard: Literal["high", "low"] = "high"
 
     def __post_init__(self) -> None:
-        try:
-            if isinstance(self.bins, bool | np.bool_):
-                raise TypeError
-            operator.index(self.bins)
-        except TypeError:
-            raise TypeError(f"`bins` should be an integer. Found {self.bins!r}.") from None
-        if self.bins < 1:
-            raise ValueError(f"`bins` should be at least 1. Found {self.bins}.")
+        object.__setattr__(self, "bins", _numbers.integer("bins", self.bins, least=1))
+        cutoff = _numbers.real("cutoff", self.cutoff, "a number in [0, 1)")
+        object.__setattr__(self, "cutoff", cutoff)
         if self.bins > _MOST_BINS:
             raise ValueError(
                 f"`bins` should be at most {_MOST_BINS:,}. Found {self.bins:,}; that many leave "
                 f"each score a bin to itself, which a few thousand do too."
             )
-        if isinstance(self.cutoff, bool | np.bool_) or not isinstance(self.cutoff, Real):
-            raise TypeError(f"`cutoff` should be a number in [0, 1). Found {self.cutoff!r}.")
         if not 0 <= self.cutoff < 1:
             raise ValueError(
                 f"`cutoff` should be the share of the full set left out, in [0, 1). Found "
-                f"{self.cutoff}; to leave out 10 % give 0.1."
+                f"{self.cutoff:g}; to leave out 10 % give 0.1."
             )
         if self.hard not in ("high", "low"):
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from drophot import _numbers
 from drophot._compressed import compressed_bytes
 from drophot._latency import call, latency, layer_latencies, of_batch
 from drophot._untouched import untouched
@@ -103,7 +104,9 @@ def summary(
         The summary.
 
     Raises:
-        ValueError: If time is to be measured and the inputs have no batch dimension.
+        TypeError: If a batch size is not an integer.
+        ValueError: If one is less than 1, or time is to be measured and the inputs have no batch
+            dimension.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
@@ -120,7 +123,11 @@ def summary(
     times: dict[int, dict[str, float]] = {}
     whole: dict[int, float] | None = None
     if example_inputs is not None:
-        batches = {size: of_batch(example_inputs, size) for size in batch_sizes}
+        sizes = [
+            _numbers.integer(f"batch_sizes[{number}]", size, least=1)
+            for number, size in enumerate(batch_sizes)
+        ]
+        batches = {size: of_batch(example_inputs, size) for size in sizes}
         flops = _flops(model, example_inputs)
         if batches:
             times = {size: layer_latencies(model, inputs) for size, inputs in batches.items()}

@@ -166,12 +166,15 @@ def _check_weight(name: str, weight: nn.Parameter) -> None:
         )
 
 
-def check_finite(name: str, weight: nn.Parameter) -> None:
+def check_finite(name: str, weight: nn.Parameter) -> bool:
     """Refuse a weight that cannot be ranked.
 
     Args:
         name: Its name.
         weight: The weight.
+
+    Returns:
+        Whether it holds anything but zeros.
 
     Raises:
         ValueError: If it holds NaN or infinity.
@@ -183,3 +186,4 @@ def check_finite(name: str, weight: nn.Parameter) -> None:
             f"`model` should have finite weights only. Found {bad} that are NaN or infinite in "
             f"`{name}`; a network that diverged has nothing to rank."
         )
+    return bool(least) or bool(most)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drophot import _radix
+from drophot import _numbers, _radix
 from drophot._arrays import numbers
 from drophot._exact import exact
 from drophot._facility import facility_location
@@ -108,9 +107,9 @@ def select(
         >>> select(scores, 0.5, among=[0, 1, 2, 4])
         tensor([1, 2])
     """
-    check_ratio("ratio", ratio)
+    ratio = check_ratio("ratio", ratio)
     check_mode("mode", mode, ratio)
-    seed = operator.index(seed)
+    seed = _numbers.integer("seed", seed)
     values = _check_scores(scores)
     total = len(values)
     classes = None if targets is None else check_targets(targets, total)

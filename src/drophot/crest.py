@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from math import ceil, isfinite
 from typing import Any
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset
 
-from drophot import _feed, _random, training
+from drophot import _feed, _numbers, _random, training
 from drophot._exact import exact
 from drophot._medoids import medoids
 from drophot._samples import targets_of
@@ -104,10 +103,12 @@ class CrestLoader:
         seed: int = 0,
         cache: training.Cache = "auto",
     ) -> None:
-        check_ratio("ratio", ratio)
-        check_ratio("subset", subset)
-        self.batch_size, seed = operator.index(batch_size), operator.index(seed)
-        for name, value in (("batch_size", batch_size), ("interval", interval)):
+        ratio, subset = check_ratio("ratio", ratio), check_ratio("subset", subset)
+        self.batch_size = _numbers.integer("batch_size", batch_size)
+        seed = _numbers.integer("seed", seed)
+        threshold = _numbers.real("threshold", threshold)
+        interval = _numbers.real("interval", interval)
+        for name, value in (("batch_size", self.batch_size), ("interval", interval)):
             if not value > 0:
                 raise ValueError(f"`{name}` should be above 0. Found {value}.")
         if not threshold >= 0:

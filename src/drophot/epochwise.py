@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from drophot import _numbers
 from drophot._exact import exact
 from drophot._shares import check_ratio, drawn, every, fresh, generator, kept
 from drophot.coreset import select
@@ -281,8 +281,5 @@ class _Awake(Sampler[int]):
 
 
 def _checked(num_samples: int, ratio: float, seed: int) -> tuple[int, float, int]:
-    check_ratio("ratio", ratio)
-    total = operator.index(num_samples)
-    if total < 1:
-        raise ValueError(f"`num_samples` should be at least 1. Found {num_samples}.")
-    return total, float(ratio), operator.index(seed)
+    total = _numbers.integer("num_samples", num_samples, least=1)
+    return total, check_ratio("ratio", ratio), _numbers.integer("seed", seed)

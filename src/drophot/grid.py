@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from drophot import _dispatch, _executors, _memory, _modes, _probe, _progress, records
+from drophot import _dispatch, _executors, _memory, _modes, _numbers, _progress, records
 from drophot._ambient import surroundings
 from drophot._identity import unseen
 from drophot._modes import Mode
@@ -118,10 +118,10 @@ class Grid:
                     )
         # Each list beside values that go with everything; which cells go together is seen below.
         neutral = pipeline.replace(mode="random", data_ratio=1.0)
-        self.data_ratios = [float(r) for r in _list("data_ratios", data_ratios, neutral)]
+        self.data_ratios = _list("data_ratios", data_ratios, neutral)
         self.modes = _list("modes", modes, neutral.replace(data_ratio=min(self.data_ratios)))
-        self.prune_ratios = [float(r) for r in _list("prune_ratios", prune_ratios, pipeline)]
-        self.seeds = [int(s) for s in _list("seeds", seeds, pipeline)]
+        self.prune_ratios = _list("prune_ratios", prune_ratios, pipeline)
+        self.seeds = _list("seeds", seeds, pipeline)
         self.controls = list(controls)
         if unknown := set(self.controls) - set(get_args(Control)):
             choices = ", ".join(f'"{name}"' for name in _CONTROLS)
@@ -131,8 +131,7 @@ class Grid:
             pipeline.replace(mode=mode, data_ratio=ratio, equal_steps=equal)
         for ratio, control in product(self.prune_ratios, self.controls):
             pipeline.replace(prune_ratio=ratio, **_CONTROLS[control])
-        _probe.check_counts(1, threads=threads)
-        self.threads = threads
+        self.threads = _numbers.integer("threads", threads, least=1)
         self.pipeline = pipeline.replace()
         self.pipeline.progress = False  # a grid has one bar
 
@@ -372,8 +371,9 @@ def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
     if not found:
         raise ValueError(f"`{name}` should have at least one value. Found none.")
     for position, value in enumerate(found):
-        try:
-            pipeline.replace(**{name.removesuffix("s"): value})
+        setting = name.removesuffix("s")
+        try:  # what the pipeline makes of it: a plain number
+            value = found[position] = getattr(pipeline.replace(**{setting: value}), setting)
         except (ValueError, TypeError) as error:
             error.add_note(f"This was found in `{name}`.")
             raise

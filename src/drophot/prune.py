@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from math import floor
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
-from drophot import _budgets, _pattern, _radix
+from drophot import _budgets, _numbers, _older, _pattern, _radix
 from drophot._batchnorm import recalibrate_bn
 from drophot._budgets import Scope
 from drophot._compressed import load_compressed, save_compressed
@@ -15,6 +16,7 @@ from drophot._exact import exact
 from drophot._masks import Masks
 from drophot._pattern import to_semi_structured
 from drophot._summary import LayerSummary, Summary, summary
+from drophot._warning import warn
 from drophot._weights import check_finite, prunable
 
 __all__ = [
@@ -30,7 +32,6 @@ __all__ = [
 ]
 
 
-@exact(in_place=True)
 def magnitude_prune(
     model: nn.Module,
     ratio: float,
@@ -45,13 +46,19 @@ def magnitude_prune(
     `ratio` is the share **removed**, :math:`\theta' = \theta \odot m`. Of `n` weights
     `floor(ratio * n + 0.5)` are removed, exactly. Prunable are the weights of Linear and Conv
     layers, the projections of MultiheadAttention included, never biases, norms or embeddings; a
-    weight shared between layers counts once. Where more weights of equal magnitude stand at the
-    edge than are to go, those that go are spread evenly over them. Weights that are zero already
-    are the first to go, and all of them belong to the masks: pruning again to a higher ratio
-    removes more and brings nothing back.
+    weight shared between layers counts once. Ties at the threshold are broken so that the removed
+    weights are spread evenly among them.
 
-    Zeros in a dense tensor make nothing smaller or faster by themselves, and an optimiser's next
-    step brings them back unless `Masks.hold` keeps them.
+    Weights that an earlier pruning removed stay removed and count among the weights that are
+    removed, so that pruning again only removes more. Other weights that are zero are the first to
+    go, but only as many as `ratio` asks for: the rest is not masked, can be trained, and a warning
+    gives their number. A layer in which every weight is zero, such as a head that is initialised
+    at zero, has no magnitudes to rank: with `"global"` and `"lamp"` all of it is kept, its share
+    is taken from the other layers, and a warning names it; with the other scopes and with a
+    `pattern` it loses its share, spread evenly.
+
+    Zeroed weights do not make a dense tensor smaller or faster, and an optimiser's next step
+    brings them back unless `Masks.hold` keeps them at zero.
 
     References:
         Gupta et al., Drop it Like it's Hot: Network Pruning with Data Selection, section 4.4.
@@ -72,11 +79,12 @@ def magnitude_prune(
             layers, so that the last weights of a layer are the last to go. The total is exact,
             with `"layer"` each layer's; within a layer the smallest magnitudes go.
         min_kept: With `"global"` and `"lamp"`, the share of each layer that stays at least, in
-            [0, 1): a ranking of all layers can empty one.
+            [0, 1), rounded up to whole weights: a ranking of all layers can empty one.
         pattern: `"N:M"` keeps the N of largest magnitude, the first of equal ones, of each M
             consecutive weights along the input dimension, such as `"2:4"`, which
-            `to_semi_structured` makes faster; `ratio` is then `1 - N/M`. Layers whose inputs M
-            does not divide stay dense and are warned about by name.
+            `to_semi_structured` makes faster; `ratio` is then `1 - N/M`, which may be rounded to
+            two digits or more. Layers whose inputs M does not divide stay dense and are warned
+            about by name.
         skip: Names of modules or parameters to leave dense, as in `model.named_modules()`; a
             module's name stands for everything in it.
 
@@ -85,10 +93,10 @@ def magnitude_prune(
 
     Raises:
         TypeError: If `ratio` or `min_kept` is not a number, or a weight not of plain floats.
-        ValueError: If these are out of range or cannot both be met, `scope`, `pattern` or a name in
-            `skip` is unknown, nothing is left to prune, or a weight is not finite, has no data
-            yet, is sharded over processes or computed by a parametrization. The model is untouched
-            then.
+        ValueError: If these are out of range or cannot both be met, the layers that are not all
+            zero have too few weights, `scope`, `pattern` or a name in `skip` is unknown, nothing
+            is left to prune, or a weight is not finite, has no data yet, is sharded over processes
+            or computed by a parametrization. The model is unchanged then.
 
     Example:
         >>> import torch
@@ -100,9 +108,45 @@ def magnitude_prune(
         >>> masks["weight"]
         tensor([[False,  True, False,  True]])
     """
-    check_ratio("ratio", ratio)
+    return pruned(
+        model, ratio, scope=scope, min_kept=min_kept, pattern=pattern, skip=skip, late=set()
+    )
+
+
+@exact(in_place=True)
+def pruned(
+    model: nn.Module,
+    ratio: float,
+    *,
+    scope: Scope,
+    min_kept: float,
+    skip: Collection[str],
+    late: set[str],
+    pattern: str | None = None,
+) -> Masks:
+    """What `magnitude_prune` does, for one pruning of several.
+
+    Args:
+        model: As in `magnitude_prune`, like all arguments but one.
+        ratio: The share removed.
+        scope: How it is divided.
+        min_kept: What stays of each layer.
+        skip: What stays dense.
+        late: The layers that were all zero at an earlier pruning. Those that are now are added.
+            With `"global"` they lose no more than `ratio` of their weights: these have grown for
+            less time than those that they are compared with.
+        pattern: `"N:M"`, if any.
+
+    Returns:
+        The masks.
+
+    Raises:
+        TypeError: As `magnitude_prune`.
+        ValueError: As `magnitude_prune`.
+    """
+    ratio = check_ratio("ratio", ratio)
     check_scope("scope", scope)
-    check_ratio("min_kept", min_kept)
+    min_kept = check_ratio("min_kept", min_kept)
     if min_kept and scope not in ("global", "lamp"):
         raise ValueError(
             f'`min_kept` should go with a ranking of all layers, "global" or "lamp". Found '
@@ -115,48 +159,114 @@ def magnitude_prune(
         )
     kept, of = (0, 0) if pattern is None else _pattern.parse(pattern, ratio)
     weights = prunable(model, skip)
-    for name, weight in weights.items():
-        check_finite(name, weight)
-    masks = {}
-    if pattern is not None:
-        for name, dim in _pattern.fitting(model, weights, of, pattern).items():
-            masks[name] = _pattern.cut(weights[name], kept, of, dim)
-        return Masks({name: weights[name] for name in masks}, masks)
-    groups = _budgets.groups(weights, ratio, scope, min_kept)
+    filled = {name for name, weight in weights.items() if check_finite(name, weight)}
+    older = _older.masks_of(weights)
+    blank = {n for n in weights if n not in filled and (n not in older or bool(older[n].any()))}
+    late |= blank
+    if pattern is None:
+        out = blank if filled and ratio and scope in ("global", "lamp") else set()
+        masks = _cut(weights, older, out, late - blank, ratio, scope, min_kept)
+    else:
+        dims = _pattern.fitting(model, weights, of, pattern)
+        weights = {name: weights[name] for name in dims}
+        masks = {
+            name: _pattern.cut(weights[name], kept, of, dim, older.get(name))
+            for name, dim in dims.items()
+        }
+        _warn_of_zeros(weights, masks, ratio)
+    found = Masks(weights, masks)
+    _older.remember(weights, found)
+    return found
+
+
+def _cut(
+    weights: Mapping[str, nn.Parameter],
+    older: Mapping[str, Tensor],
+    blank: Collection[str],
+    late: Collection[str],
+    ratio: float,
+    scope: Scope,
+    min_kept: float,
+) -> dict[str, Tensor]:
+    """Set what goes to zero; the masks, by name."""
+    groups = _budgets.groups(weights, older, ratio, scope, min_kept, blank, late)
     edges = [
-        _radix.edge([weights[name] for name in group], count) for group, count in groups if group
+        _radix.edge([weights[n] for n in names], count, [older.get(n) for n in names])
+        for names, count in groups
     ]
-    for (group, _), edge in zip([g for g in groups if g[0]], edges, strict=True):
+    masks: dict[str, Tensor] = {}
+    unmasked: list[str] = []
+    for (names, _), edge in zip(groups, edges, strict=True):
         cut = _radix.cutter(edge)
-        masks |= {name: cut(weights[name]) for name in group}
-    return Masks(weights, {name: masks[name] for name in weights})
+        masks |= {name: cut(weights[name], older.get(name)) for name in names}
+        if edge.place.key <= 0:  # else all zeros are below it
+            unmasked += [name for name in names if name not in blank]
+    _warn_of_blank(weights, blank, ratio)
+    _warn_of_zeros({name: weights[name] for name in unmasked}, masks, ratio)
+    if older:
+        sizes = [weight.numel() for weight in weights.values()]
+        asked = sum(floor(ratio * n + 0.5) for n in (sizes if scope == "layer" else [sum(sizes)]))
+        removed = sum(int((~mask).sum()) for mask in masks.values())
+        if removed > asked:
+            warn(
+                f"`ratio={ratio:g}` with scope={scope!r} removes {asked:,} weights. Found "
+                f"{removed:,} that are removed now, as weights that an earlier pruning removed "
+                f"do not come back; to prune less, load the weights from before it."
+            )
+    return {name: masks[name] for name in weights}
 
 
-def check_ratio(name: str, ratio: Any) -> None:
+def _warn_of_blank(weights: Mapping[str, Tensor], blank: Collection[str], ratio: float) -> None:
+    if blank:
+        count = sum(weights[name].numel() for name in blank)
+        names = [f"`{name}`" for name in weights if name in blank]
+        warn(
+            f"`ratio={ratio:g}` is taken from the other layers. Found nothing but zeros in "
+            f"{', '.join(names[:3])}{', …' * (len(names) > 3)} ({count:,} weights). No earlier "
+            f"pruning removed them, so there is nothing to rank: all of them are kept and can be "
+            f"trained. Prune again when they have trained, or name them in `skip`; if they were "
+            f"pruned, call Masks.from_zeros(model).apply() first, which keeps all zeros."
+        )
+
+
+def _warn_of_zeros(
+    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], ratio: float
+) -> None:
+    zeros = {
+        name: int(masks[name].sum()) - int(weight.count_nonzero())
+        for name, weight in weights.items()
+    }
+    if more := sum(zeros.values()):
+        names = [f"`{name}`" for name, count in zeros.items() if count]
+        warn(
+            f"`ratio={ratio:g}` removes fewer weights than are zero already. Found {more:,} more "
+            f"zeros in {', '.join(names[:3])}{', …' * (len(names) > 3)}: they are not masked and "
+            f"can be trained. To mask all zeros, use Masks.from_zeros(model)."
+        )
+
+
+def check_ratio(name: str, ratio: Any) -> float:
     """Refuse a ratio that is no share removed.
 
     Args:
         name: What the caller calls it.
         ratio: The value.
 
+    Returns:
+        It as a plain float.
+
     Raises:
         TypeError: If it is not a number.
         ValueError: If it is not in [0, 1).
     """
-    try:
-        if isinstance(ratio, str | bytes | bool):  # float() takes them too
-            raise TypeError
-        inside = 0 <= float(ratio) < 1
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"`{name}` should be a number in [0, 1). Found {type(ratio).__name__}."
-        ) from None
-    if not inside:
-        meant = float(ratio) if 2 <= ratio < 100 else 80.0
+    found = _numbers.share(name, ratio, "[0, 1)")
+    if not 0 <= found < 1:
+        meant = found if 2 <= found < 100 else 80.0
         raise ValueError(
-            f"`{name}` should be a share of the weights, in [0, 1). Found {ratio}; for {meant:g} % "
-            f"give {meant / 100:g}."
+            f"`{name}` should be a share of the weights, in [0, 1). Found {ratio}; for "
+            f"{meant:g} % give {meant / 100:g}."
         )
+    return found
 
 
 def check_scope(name: str, scope: Any) -> None:

@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from drophot import coreset
+from drophot import _numbers, coreset
 from drophot._untouched import untouched
 
 
@@ -46,9 +46,10 @@ class PositionCounts:
     """
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
-        self.scores = torch.zeros(num_samples, dtype=torch.int64, device="cpu")
+        total = _numbers.integer("num_samples", num_samples, least=1)
+        self.scores = torch.zeros(total, dtype=torch.int64, device="cpu")
         self.walks = 0
-        self._order = torch.Generator().manual_seed(seed)
+        self._order = torch.Generator().manual_seed(_numbers.integer("seed", seed))
         self._before: Tensor | None = None
 
     def observe(self, model: nn.Module, batches: Iterable[Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from drophot.prune import Masks, Scope, check_ratio, magnitude_prune
+from drophot import _numbers
+from drophot.prune import Masks, Scope, check_ratio, check_scope, pruned
 
 __all__ = ["Schedule", "cubic", "geometric", "rewind"]
 
@@ -31,16 +33,15 @@ def cubic(ratio: float, times: int) -> tuple[float, ...]:
         The share removed after each pruning; the last is `ratio`.
 
     Raises:
-        TypeError: If `ratio` is not a number.
-        ValueError: If it is not in [0, 1), or `times` less than 1.
+        TypeError: If `ratio` is not a number, or `times` not an integer.
+        ValueError: If `ratio` is not in [0, 1), or `times` less than 1.
 
     Example:
         >>> [round(ratio, 3) for ratio in cubic(0.8, 4)]
         [0.463, 0.7, 0.788, 0.8]
     """
-    _check(ratio, times)
-    ratios = [ratio - ratio * (1 - i / times) ** 3 for i in range(1, times)]
-    return (*ratios, float(ratio))
+    ratio, times = check_ratio("ratio", ratio), _numbers.integer("times", times, least=1)
+    return (*(ratio - ratio * (1 - i / times) ** 3 for i in range(1, times)), ratio)
 
 
 def geometric(ratio: float, times: int) -> tuple[float, ...]:
@@ -61,15 +62,15 @@ def geometric(ratio: float, times: int) -> tuple[float, ...]:
         The share removed after each round; the last is `ratio`.
 
     Raises:
-        TypeError: If `ratio` is not a number.
-        ValueError: If it is not in [0, 1), or `times` less than 1.
+        TypeError: If `ratio` is not a number, or `times` not an integer.
+        ValueError: If `ratio` is not in [0, 1), or `times` less than 1.
 
     Example:
         >>> geometric(0.75, 2)
         (0.5, 0.75)
     """
-    _check(ratio, times)
-    return (*(1 - (1 - ratio) ** (i / times) for i in range(1, times)), float(ratio))
+    ratio, times = check_ratio("ratio", ratio), _numbers.integer("times", times, least=1)
+    return (*(1 - (1 - ratio) ** (i / times) for i in range(1, times)), ratio)
 
 
 class Schedule:
@@ -79,17 +80,22 @@ class Schedule:
     stays zero, and after each `every` calls the next ratio follows. With one ratio this is
     `magnitude_prune` and `Masks.hold`. An error of `magnitude_prune` comes from here too.
 
+    A layer in which every weight is zero when training starts, such as the head of a vision
+    transformer, is left out until it has other weights, as in `magnitude_prune`. From then on a
+    `"global"` ranking removes no more than the current ratio of it, because its weights have grown
+    for less time than those that they are compared with.
+
     Args:
         model: Any module, on any device.
         ratios: The share **removed** after each pruning, not falling: from `cubic`, `geometric` or
-            by hand.
+            any iterable of numbers.
         every: Steps of the optimiser between two prunings.
         scope: As in `magnitude_prune`.
         min_kept: As in `magnitude_prune`.
         skip: As in `magnitude_prune`.
 
     Raises:
-        TypeError: If a ratio is not a number.
+        TypeError: If `ratios` is not an iterable, a ratio not a number, or `every` not an integer.
         ValueError: If there are no ratios, one is not in [0, 1) or below the one before, or `every`
             is less than 1.
 
@@ -110,28 +116,38 @@ class Schedule:
     def __init__(
         self,
         model: nn.Module,
-        ratios: Sequence[float],
+        ratios: Iterable[float],
         *,
         every: int,
         scope: Scope = "global",
         min_kept: float = 0.0,
         skip: Collection[str] = (),
     ) -> None:
-        self.ratios = tuple(ratios)
+        if isinstance(ratios, str) or not isinstance(ratios, Iterable):
+            raise TypeError(
+                f"`ratios` should be several numbers. Found {ratios!r}; for one shot give "
+                f"[{ratios}]."
+            )
+        self.ratios = tuple(
+            check_ratio(f"ratios[{number}]", ratio) for number, ratio in enumerate(ratios)
+        )
         if not self.ratios:
             raise ValueError("`ratios` should have at least one ratio. Found none.")
-        for number, ratio in enumerate(self.ratios):
-            check_ratio(f"ratios[{number}]", ratio)
-            if number and ratio < self.ratios[number - 1]:
+        for before, ratio in pairwise(self.ratios):
+            if ratio < before:
                 raise ValueError(
-                    f"`ratios` should not fall. Found {ratio} after {self.ratios[number - 1]}; "
-                    f"what is removed does not come back."
+                    f"`ratios` should not fall. Found {ratio} after {before}; what is removed does "
+                    f"not come back."
                 )
-        if every < 1:
-            raise ValueError(f"`every` should be at least 1. Found {every}.")
-        self.every = every
+        self.every = _numbers.integer("every", every, least=1)
         self._model = model
-        self._settings: dict[str, Any] = {"scope": scope, "min_kept": min_kept, "skip": skip}
+        check_scope("scope", scope)
+        self._settings: dict[str, Any] = {
+            "scope": scope,
+            "min_kept": check_ratio("min_kept", min_kept),
+            "skip": skip if isinstance(skip, str) else tuple(skip),
+        }
+        self._late: set[str] = set()  # layers that were all zero at a pruning
         self.steps = 0
         self.masks = self._prune(self.ratios[0])
 
@@ -163,6 +179,7 @@ class Schedule:
         steps = self.steps + 1
         due = steps % self.every == 0 and steps // self.every < len(self.ratios)
         if due:
+            self.masks.apply()  # so that they are known as what was removed before
             self.masks = self._prune(self.ratios[steps // self.every])
         self.steps = steps  # a pruning that failed is still due
         return due
@@ -187,36 +204,47 @@ class Schedule:
         """Where it is, for `torch.save`.
 
         Returns:
-            The number of steps, the masks, and the ratios and the interval that these belong to.
+            The number of steps, the masks, and the settings that these belong to.
         """
-        settings = {"ratios": list(self.ratios), "every": self.every}
-        return {"steps": self.steps, **settings, "masks": self.masks.state_dict()}
+        state = {"steps": self.steps, "masks": self.masks.state_dict(), "late": sorted(self._late)}
+        return state | self._described()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where a saved schedule was.
+        """Resume where a saved schedule was.
 
         Args:
-            state_dict: What `state_dict` gave, with the same ratios.
+            state_dict: What `state_dict` gave, with the same settings.
 
         Raises:
-            ValueError: If it is no schedule's, one of other ratios, or of another model's masks;
-                nothing is changed then.
+            TypeError: If the number of steps is not an integer.
+            ValueError: If it is no schedule's, one of other settings, or of another model's masks,
+                or the number of steps is negative; nothing is changed then.
         """
-        if lacking := {"steps", "ratios", "every", "masks"} - state_dict.keys():
+        if lacking := {"steps", "masks", "late", *self._described()} - state_dict.keys():
             raise ValueError(
                 f"`state_dict` should be what a Schedule's gave. Found no {sorted(lacking)[0]!r}."
             )
-        for name, own in (("ratios", list(self.ratios)), ("every", self.every)):
+        for name, own in self._described().items():
             if state_dict[name] != own:
                 raise ValueError(
                     f"`state_dict` should be of a schedule with {name}={own}. Found "
                     f"{state_dict[name]}; make the Schedule as it was made then."
                 )
+        steps = _numbers.integer('state_dict["steps"]', state_dict["steps"], least=0)
         self.masks.load_state_dict(state_dict["masks"])
-        self.steps = state_dict["steps"]
+        self.steps = steps
+        self._late = set(state_dict["late"])
+
+    def _described(self) -> dict[str, Any]:
+        """The settings that a state belongs to, in plain types."""
+        settings = self._settings | {"skip": sorted(self._settings["skip"])}
+        return {"ratios": list(self.ratios), "every": self.every} | settings
 
     def _prune(self, ratio: float) -> Masks:
-        return magnitude_prune(self._model, ratio, **self._settings)
+        late = set(self._late)
+        masks = pruned(self._model, ratio, **self._settings, late=late)
+        self._late = late
+        return masks
 
 
 def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> None:
@@ -263,9 +291,3 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
             )
     model.load_state_dict(state_dict)
     masks.apply()
-
-
-def _check(ratio: float, times: int) -> None:
-    check_ratio("ratio", ratio)
-    if times < 1:
-        raise ValueError(f"`times` should be at least 1. Found {times}.")

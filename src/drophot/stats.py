@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from drophot import _cells
+from drophot import _cells, _numbers
 from drophot.records import Record
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
@@ -105,7 +105,8 @@ def estimate(values: Iterable[float], confidence: float = 0.95) -> Estimate:
         >>> print(f"{found.mean:.3f} [{found.interval[0]:.3f}, {found.interval[1]:.3f}]")
         0.920 [0.895, 0.945]
     """
-    found = _check("values", values, confidence)
+    confidence = _share("confidence", confidence)
+    found = _check("values", values)
     mean = fmean(found)
     if len(found) == 1:
         return Estimate(n=1, mean=mean, std=math.nan, interval=(math.nan, math.nan))
@@ -145,7 +146,8 @@ def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> 
         >>> print(f"{found.difference:+.4f}, p = {found.p_value:.3f}")
         +0.0133, p = 0.057
     """
-    left, right = _check("a", a, confidence), _check("b", b, confidence)
+    confidence = _share("confidence", confidence)
+    left, right = _check("a", a), _check("b", b)
     if len(left) != len(right):
         raise ValueError(
             f"`a` and `b` should have a value for the same seeds each. Found {len(left)} and "
@@ -201,7 +203,7 @@ def holm(p_values: Iterable[float]) -> list[float]:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    found = [float(p) for p in p_values]
+    found = [math.nan if p != p else _numbers.real("p_values", p) for p in p_values]
     for p in found:
         if not (math.isnan(p) or 0 <= p <= 1):
             raise ValueError(f"`p_values` should be in [0, 1]. Found {p}.")
@@ -235,9 +237,9 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
         >>> seeds_needed(0.005, std=0.01)
         34
     """
-    for name, share in (("power", power), ("alpha", alpha)):
-        if not 0 < share < 1:
-            raise ValueError(f"`{name}` should be in (0, 1). Found {share}.")
+    power, alpha = _share("power", power), _share("alpha", alpha)
+    difference = _numbers.real("difference", difference, "finite and not 0")
+    std = _numbers.real("std", std, "finite and not negative")
     if not (math.isfinite(difference) and difference != 0):
         raise ValueError(f"`difference` should be finite and not 0. Found {difference}.")
     if not (math.isfinite(std) and std >= 0):
@@ -334,7 +336,7 @@ def compare(
         raise ValueError(
             f"`measure` should be one of {', '.join(get_args(Measure))}. Found {measure!r}."
         )
-    _check_confidence(confidence)
+    confidence = _share("confidence", confidence)
     rows = [
         (runs[0][0], _of_pairs(runs, measure, confidence))
         for runs in _cells.pairs(records, against)
@@ -371,9 +373,8 @@ def _of_pairs(
     return _paired(left, right, confidence, step=1 / min(sizes) if min(sizes) > 0 else 0.0)
 
 
-def _check(name: str, values: Iterable[float], confidence: float) -> Sequence[float]:
-    _check_confidence(confidence)
-    found = [float(value) for value in values]
+def _check(name: str, values: Iterable[float]) -> Sequence[float]:
+    found = [_numbers.real(name, value, "finite") for value in values]
     if not found:
         raise ValueError(f"`{name}` should have at least one value. Found none.")
     for value in found:
@@ -382,9 +383,11 @@ def _check(name: str, values: Iterable[float], confidence: float) -> Sequence[fl
     return found
 
 
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` should be in (0, 1). Found {confidence}.")
+def _share(name: str, value: Any) -> float:
+    found = _numbers.real(name, value, "in (0, 1)")
+    if not 0 < found < 1:
+        raise ValueError(f"`{name}` should be in (0, 1). Found {found}.")
+    return found
 
 
 def _distributions() -> Any:

@@ -156,7 +156,7 @@ def prune_channels(
         >>> pruned.channels, round(pruned.parameters.removed, 2)
         (Change(before=10, after=6), 0.48)
     """
-    prune.check_ratio("ratio", ratio)
+    ratio = prune.check_ratio("ratio", ratio)
     weights = _weights.prunable(model, ())
     left_out = _weights.left_out(model, skip)
     for name, weight in weights.items():
@@ -198,7 +198,7 @@ def prune_channels(
         shrink.restore()
         raise
     return Pruned(
-        ratio=float(ratio),
+        ratio=ratio,
         channels=Change(outputs, left),
         parameters=Change(before.parameters, after.parameters),
         flops=Change(before.flops or 0, after.flops or 0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from drophot import _random
+from drophot import _numbers, _random
 from drophot._cache import Cache, Kept, check_cache, in_memory
 from drophot._classifier import (
     at_least,
@@ -95,7 +94,9 @@ def fit(
     """
     check_model(model)
     check_cache(cache)
-    epochs, batch_size = operator.index(epochs), operator.index(batch_size)
+    epochs = _numbers.integer("epochs", epochs)
+    batch_size = _numbers.integer("batch_size", batch_size)
+    seed = _numbers.integer("seed", seed)
     if epochs < 0:
         raise ValueError(f"`epochs` should not be negative. Found {epochs}.")
     if batch_size < 1:
