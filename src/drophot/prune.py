@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any, get_args
 
 from torch import nn
@@ -15,7 +15,8 @@ from drophot._exact import exact
 from drophot._masks import Masks
 from drophot._pattern import to_semi_structured
 from drophot._summary import LayerSummary, Summary, summary
-from drophot._weights import check_finite, prunable
+from drophot._uncovered import warn
+from drophot._weights import check_finite, names_of, prunable
 
 __all__ = [
     "LayerSummary",
@@ -38,14 +39,20 @@ def magnitude_prune(
     scope: Scope = "global",
     min_kept: float = 0.0,
     pattern: str | None = None,
-    skip: Collection[str] = (),
+    skip: Iterable[str] = (),
+    include: Iterable[str] = (),
 ) -> Masks:
     r"""Remove a share `ratio` of the weights: set those of the least magnitude to zero, in place.
 
     `ratio` is the share **removed**, :math:`\theta' = \theta \odot m`. Of `n` weights
-    `floor(ratio * n + 0.5)` are removed, exactly. Prunable are the weights of Linear and Conv
-    layers, the projections of MultiheadAttention included, never biases, norms or embeddings; a
-    weight shared between layers counts once. Where more weights of equal magnitude stand at the
+    `floor(ratio * n + 0.5)` are removed, exactly. Prunable are the weights of Linear, Bilinear,
+    Conv, MultiheadAttention and recurrent layers and of Transformers' `Conv1D`, never biases,
+    norms or embeddings. A weight that is shared between layers counts once; an embedding that
+    shares its weight with a Linear layer, as in most language models, is pruned with it, unless
+    `skip` names one of the two. Matrices in other layers stay dense, as do the weights of layers
+    that compute another kernel from them (weight standardisation): if these hold more than 1 % of
+    the model's matrix weights, embeddings not counted, a warning names them and their share, and
+    `include` prunes them. Where more weights of equal magnitude stand at the
     edge than are to go, those that go are spread evenly over them. Weights that are zero already
     are the first to go, and all of them belong to the masks: pruning again to a higher ratio
     removes more and brings nothing back.
@@ -79,6 +86,9 @@ def magnitude_prune(
             does not divide stay dense and are warned about by name.
         skip: Names of modules or parameters to leave dense, as in `model.named_modules()`; a
             module's name stands for everything in it.
+        include: Names of further parameters to prune, or of modules, whose matrices are then
+            pruned: experts kept in 3-D tensors, for example. Biases, norms, embeddings and learned
+            positions of such a module are pruned only if their own names are given.
 
     Returns:
         The masks: what is kept, weight by weight.
@@ -86,9 +96,9 @@ def magnitude_prune(
     Raises:
         TypeError: If `ratio` or `min_kept` is not a number, or a weight not of plain floats.
         ValueError: If these are out of range or cannot both be met, `scope`, `pattern` or a name in
-            `skip` is unknown, nothing is left to prune, or a weight is not finite, has no data
-            yet, is sharded over processes or computed by a parametrization. The model is untouched
-            then.
+            `skip` or `include` is unknown, nothing is left to prune, or a weight is not finite, has
+            no data yet, is sharded over processes or computed by a parametrization. The model is
+            untouched then.
 
     Example:
         >>> import torch
@@ -114,9 +124,11 @@ def magnitude_prune(
             f"scope={scope!r} and min_kept={min_kept}; leave them out."
         )
     kept, of = (0, 0) if pattern is None else _pattern.parse(pattern, ratio)
-    weights = prunable(model, skip)
+    skip = names_of("skip", skip)
+    weights = prunable(model, skip, include)
     for name, weight in weights.items():
         check_finite(name, weight)
+    warn(model, weights, skip)
     masks = {}
     if pattern is not None:
         for name, dim in _pattern.fitting(model, weights, of, pattern).items():

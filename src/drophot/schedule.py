@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from drophot._uncovered import said
+from drophot._weights import names_of
 from drophot.prune import Masks, Scope, check_ratio, magnitude_prune
 
 __all__ = ["Schedule", "cubic", "geometric", "rewind"]
@@ -87,6 +89,7 @@ class Schedule:
         scope: As in `magnitude_prune`.
         min_kept: As in `magnitude_prune`.
         skip: As in `magnitude_prune`.
+        include: As in `magnitude_prune`.
 
     Raises:
         TypeError: If a ratio is not a number.
@@ -115,7 +118,8 @@ class Schedule:
         every: int,
         scope: Scope = "global",
         min_kept: float = 0.0,
-        skip: Collection[str] = (),
+        skip: Iterable[str] = (),
+        include: Iterable[str] = (),
     ) -> None:
         self.ratios = tuple(ratios)
         if not self.ratios:
@@ -131,7 +135,9 @@ class Schedule:
             raise ValueError(f"`every` should be at least 1. Found {every}.")
         self.every = every
         self._model = model
-        self._settings: dict[str, Any] = {"scope": scope, "min_kept": min_kept, "skip": skip}
+        self._settings: dict[str, Any] = {"scope": scope, "min_kept": min_kept}
+        self._settings["include"] = names_of("include", include)
+        self._settings["skip"] = names_of("skip", skip)
         self.steps = 0
         self.masks = self._prune(self.ratios[0])
 
@@ -163,7 +169,8 @@ class Schedule:
         steps = self.steps + 1
         due = steps % self.every == 0 and steps // self.every < len(self.ratios)
         if due:
-            self.masks = self._prune(self.ratios[steps // self.every])
+            with said():  # what stays dense was said by the first pruning
+                self.masks = self._prune(self.ratios[steps // self.every])
         self.steps = steps  # a pruning that failed is still due
         return due
 
