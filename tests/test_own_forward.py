@@ -149,7 +149,7 @@ class Last(nn.Conv1d):
 
 
 class Attention(nn.MultiheadAttention):
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Any:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(query, key, value, need_weights=False)
 
 

@@ -55,11 +55,16 @@ def prunable(
             f"{', …' * (len(others) > 3)}; if it does, name them in `include`."
         )
     if not found:
+        unknown = [
+            f"`{name}`"
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in without and is_matrix(model, name, parameter)
+        ]
         raise ValueError(
             f"`model` should have weights to prune, in Linear, Conv, MultiheadAttention or "
             f"recurrent layers. Found none in {type(model).__name__}"
-            f"{' besides those in `skip`' if skip else ''}; prune the module that holds them, or "
-            f"name them in `include`."
+            f"{' besides those in `skip`' if skip else ''}; prune the module that holds them"
+            f"{', or name its own in `include`: ' + ', '.join(unknown[:3]) if unknown else ''}."
         )
     return found
 
@@ -195,6 +200,8 @@ def left_out(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> s
         ValueError: If a name is unknown.
     """
     skip = names_of(argument, skip)
+    if not skip:
+        return set()
     modules = {path for path, _ in model.named_modules(remove_duplicate=False) if path}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     known = modules | parameters.keys()
@@ -217,7 +224,9 @@ def left_out(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> s
 
 def _included(model: nn.Module, include: Collection[str], without: set[int | str]) -> set[int]:
     """The parameters, by identity, that `include` names: of a module those that are matrices."""
-    left_out(model, include, "include")
+    if not include:
+        return set()
+    left_out(model, include, "include")  # which knows the names
     parameters = dict(model.named_parameters(remove_duplicate=False))
     added: set[int] = set()
     for name in include:
