@@ -211,7 +211,7 @@ def test_shared_weights_count_once() -> None:
     assert zeros(model, masks) == 100
 
 
-def test_linear_conv_and_attention_are_prunable_and_nothing_else() -> None:
+def test_linear_conv_attention_and_recurrent_layers_are_prunable_and_nothing_else() -> None:
     model = nn.ModuleDict({
         "linear": nn.Linear(4, 4),
         "conv1": nn.Conv1d(2, 2, 3),
@@ -237,6 +237,8 @@ def test_linear_conv_and_attention_are_prunable_and_nothing_else() -> None:
         "mixed.k_proj_weight",
         "mixed.v_proj_weight",
         "mixed.out_proj.weight",
+        "gru.weight_ih_l0",
+        "gru.weight_hh_l0",
     ]
     for name, value in model.state_dict().items():
         if name not in masks:

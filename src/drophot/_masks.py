@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot import _older
-from drophot._weights import prunable
+from drophot._uncovered import warn_of_uncovered
+from drophot._weights import names_of, prunable
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -51,12 +52,15 @@ class Masks(Mapping[str, Tensor]):
         return self.__dict__ | {"_pairs": {}, "_held": []}
 
     @classmethod
-    def from_zeros(cls, model: nn.Module, *, skip: Collection[str] = ()) -> Masks:
+    def from_zeros(
+        cls, model: nn.Module, *, skip: Iterable[str] = (), include: Iterable[str] = ()
+    ) -> Masks:
         """The masks of a model that is pruned already: what is zero is removed.
 
         Args:
             model: Any module; a dense one gives masks that keep everything.
             skip: Names of modules or parameters to leave out, as in `magnitude_prune`.
+            include: Names of further ones to take in, as in `magnitude_prune`.
 
         Returns:
             The masks.
@@ -67,7 +71,9 @@ class Masks(Mapping[str, Tensor]):
             >>> Masks.from_zeros(model).sparsity
             0.5
         """
-        weights = prunable(model, skip)
+        skip = names_of("skip", skip)
+        weights = prunable(model, skip, include)
+        warn_of_uncovered(model, weights, skip)
         return cls(weights, {name: weight.detach() != 0 for name, weight in weights.items()})
 
     def __getitem__(self, name: str) -> Tensor:

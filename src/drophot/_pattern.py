@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from drophot._layers import input_dimension, is_conv1d
 from drophot._warning import warn
 
 _BLOCK = 1 << 20  # weights looked at in one go
@@ -65,9 +65,11 @@ def fitting(
     """
     fits, others = {}, []
     for name, weight in weights.items():
-        module = model.get_submodule(name.rpartition(".")[0])
-        dim = 0 if isinstance(module, _ConvTransposeNd) else 1
-        if weight.shape[dim] % of:
+        path, _, attribute = name.rpartition(".")
+        dim = input_dimension(model.get_submodule(path), attribute)
+        if dim is None:
+            others.append(f"{name} (which dimension is its inputs' is not known)")
+        elif weight.shape[dim] % of:
             others.append(f"{name} ({weight.shape[dim]} inputs)")
         else:
             fits[name] = dim
@@ -178,6 +180,11 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
             turned[name] = nn.Parameter(_convert(weight), requires_grad=False)
         except (RuntimeError, ValueError) as error:
             others.append(f"{name} ({str(error).strip().splitlines()[0]})")
+    others += [
+        f"{path}.weight (Conv1D, which torch cannot turn)"
+        for path, module in model.named_modules()
+        if is_conv1d(module)
+    ]
     if not turned:
         raise ValueError(
             f"`model` should have Linear weights that are 2:4 and of a shape and dtype that torch "

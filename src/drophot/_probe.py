@@ -15,6 +15,7 @@ from drophot import _choosing, _modes, _numbers, _progress, _pruning, _random, c
 from drophot._cache import Cache, Kept, check_cache
 from drophot._classifier import check_optimizer
 from drophot._samples import first_sample, known_targets, tensors_of
+from drophot._uncovered import warn_of_uncovered
 from drophot._weights import prunable
 from drophot.indexing import IndexedDataset
 
@@ -93,7 +94,9 @@ def prepare(
     """
     with _random.kept(device, seed=seed):
         probe, classes = build(factory, optimizer, train_set, test_set, closure=closure)
-        prunable(probe, ())  # what it refuses, step 4 would refuse after two trainings
+        warn_of_uncovered(
+            probe, prunable(probe)
+        )  # what it refuses, step 4 would refuse after two trainings
         train = Kept(IndexedDataset(train_set), device, cache, name="train_set").data
         test = Kept(test_set, device, cache, name="test_set").data
         occurring = check_targets("train_set", train, classes)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from drophot import _random, schedule, training
 from drophot._batchnorm import recalibrate_bn, with_statistics
 from drophot._loop import LoopError
+from drophot._uncovered import said
 from drophot._weights import prunable
 from drophot.prune import Masks, magnitude_prune
 from drophot.structured import prune_channels
@@ -39,14 +40,16 @@ def prune(run: Any) -> Masks:
         left = prunable(model, ())
         masks = Masks(left, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
     elif run.schedule == "one-shot":
-        masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)
+        with said():  # by the run's constructor
+            masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)
     else:
         steps, times = _steps(run), run.prunings
         if run.schedule == "gradual":
             ratios, every = schedule.cubic(run.prune_ratio, times), steps // 2 // max(times - 1, 1)
         else:
             ratios, every = schedule.geometric(run.prune_ratio, times), steps // times
-        run.pruner = schedule.Schedule(model, ratios, every=max(every, 1), scope=run.scope)
+        with said():
+            run.pruner = schedule.Schedule(model, ratios, every=max(every, 1), scope=run.scope)
         masks = run.pruner.masks
     if run.recalibrate_bn:
         order = torch.Generator().manual_seed(2 * run.seed)

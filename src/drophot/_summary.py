@@ -12,8 +12,8 @@ from torch import nn
 from drophot import _numbers
 from drophot._compressed import compressed_bytes
 from drophot._latency import call, latency, layer_latencies, of_batch
+from drophot._layers import weights_of
 from drophot._untouched import untouched
-from drophot._weights import PRUNABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,11 +169,7 @@ def summary(
 def _effective(module: nn.Module, operations: int) -> int:
     """Operations, in proportion to the weights that are not zero."""
     weights = [
-        weight
-        for kind, names in PRUNABLE.items()
-        if isinstance(module, kind)
-        for name in names
-        if (weight := getattr(module, name, None)) is not None
+        weight for name in weights_of(module) if (weight := getattr(module, name, None)) is not None
     ]
     if isinstance(module, nn.MultiheadAttention):
         weights.append(module.out_proj.weight)  # called by it, not by its layer

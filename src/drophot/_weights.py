@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
@@ -11,71 +11,128 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
-# Where the weights of a layer's linear maps are. An attention layer keeps those of its input
-# projections in parameters of its own; its output projection is a Linear.
-PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("weight",),
-    _ConvNd: ("weight",),
-    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
-}
+from drophot._kernels import Verdicts, keeps_zeros
+from drophot._layers import is_matrix, weights_of
 
 
-def prunable(model: nn.Module, skip: Collection[str]) -> dict[str, nn.Parameter]:
+def prunable(
+    model: nn.Module, skip: Iterable[str] = (), include: Iterable[str] = ()
+) -> dict[str, nn.Parameter]:
     """The weights that pruning is about, by name, shared ones once.
 
     Args:
         model: Any module.
         skip: Names of modules or parameters to leave out.
+        include: Names of parameters to prune too, or of modules whose matrices are.
 
     Returns:
         The parameters, none of them empty.
 
     Raises:
-        TypeError: If `model` is no module, `skip` no collection, or a weight not of plain floats.
-        ValueError: If a name is unknown, there are none, or one has no data, is sharded, sparse or
-            computed by something else.
+        TypeError: If `model` is no module, `skip` or `include` no collection of names, or a weight
+            not of plain floats.
+        ValueError: If a name is unknown or adds nothing, there are no weights, or one has no data,
+            is sharded, sparse or computed by something else.
     """
     check_module("model", model)
+    skip, include = names_of("skip", skip), names_of("include", include)
+    without = left_out(model, skip)
+    added = _included(model, include, without)
+    verdicts: Verdicts = {}
+    found: dict[str, nn.Parameter] = {}
+    others: list[str] = []
+    for name, module, weight in _checked(model, without, added):
+        if id(weight) in added or keeps_zeros(module, verdicts):
+            found[name] = weight
+        else:
+            others.append(f"`{name}` ({type(module).__name__})")
+    if not found and others:
+        raise ValueError(
+            f"`model` should have layers that multiply by their weights. Found only such as have "
+            f"a forward of their own that may not keep zeros: {', '.join(others[:3])}"
+            f"{', …' * (len(others) > 3)}; if it does, name them in `include`."
+        )
+    if not found:
+        unknown = [
+            f"`{name}`"
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in without and is_matrix(model, name, parameter)
+        ]
+        raise ValueError(
+            f"`model` should have weights to prune, in Linear, Conv, MultiheadAttention or "
+            f"recurrent layers. Found none in {type(model).__name__}"
+            f"{' besides those in `skip`' if skip else ''}; prune the module that holds them"
+            f"{', or name its own in `include`: ' + ', '.join(unknown[:3]) if unknown else ''}."
+        )
+    return found
+
+
+def with_channels(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of layers whose outputs are channels, by name, shared ones once.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        The parameters, none of them empty.
+
+    Raises:
+        TypeError: As `prunable`.
+        ValueError: As `prunable`, but not if there are none.
+    """
+    check_module("model", model)
+    return {
+        name: weight
+        for name, module, weight in _checked(model, set(), set())
+        if isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention)
+    }
+
+
+def _checked(
+    model: nn.Module, without: set[int | str], added: set[int]
+) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """The weights of known layers, and those that are added, each once, with its module."""
+    seen: set[int] = set()
     for path, module in model.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError(
                 f"`model` should hold its weights whole. Found `{path or 'the model'}` sharded by "
                 f"FullyShardedDataParallel; prune before wrapping it."
             )
-    without = left_out(model, skip)
-    found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        names = [
-            name for kind, names in PRUNABLE.items() if isinstance(module, kind) for name in names
-        ]
-        for attribute in names:
-            name = f"{path}.{attribute}" if path else attribute
-            if attribute not in module._parameters:
-                if path in without:
-                    continue
+        known = weights_of(module)
+        for attribute in known:
+            if attribute not in module._parameters and path not in without:
                 raise ValueError(
-                    f"`model` should have plain parameters. Found `{name}` computed by a "
-                    f"parametrization or an older pruning hook; remove that first "
+                    f"`model` should have plain parameters. Found `{joined(path, attribute)}` "
+                    f"computed by a parametrization or an older pruning hook; remove that first "
                     f"(torch.nn.utils.parametrize.remove_parametrizations, "
                     f"torch.nn.utils.prune.remove), or give skip=({path!r},)."
                 )
-            weight = module._parameters[attribute]
-            if weight is None or id(weight) in without or id(weight) in seen:
+        for attribute, weight in module._parameters.items():
+            if weight is None or id(weight) in seen:
                 continue
+            if id(weight) not in added and (attribute not in known or id(weight) in without):
+                continue
+            name = joined(path, attribute)
             _check_weight(name, weight)
-            if weight.numel() == 0:
-                continue
             seen.add(id(weight))
-            found[name] = weight
-    if not found:
-        raise ValueError(
-            f"`model` should have weights to prune, in Linear, Conv or MultiheadAttention layers. "
-            f"Found none in {type(model).__name__}"
-            f"{' besides those in `skip`' if skip else ''}; prune the module that holds them."
-        )
-    return found
+            if weight.numel():
+                yield name, module, weight
+
+
+def joined(path: str, attribute: str) -> str:
+    """The name of a parameter of a module.
+
+    Args:
+        path: The module's.
+        attribute: Its name there.
+
+    Returns:
+        As `named_parameters` has it.
+    """
+    return f"{path}.{attribute}" if path else attribute
 
 
 def check_module(name: str, model: Any) -> None:
@@ -99,12 +156,41 @@ def _kind(value: Any) -> str:
     return f"{value!r}" if shown else f"a {type(value).__name__}"
 
 
-def left_out(model: nn.Module, skip: Collection[str]) -> set[int | str]:
+def names_of(argument: str, value: Any) -> tuple[str, ...]:
+    """Read a collection of names once, so that a generator will do.
+
+    Args:
+        argument: What the caller calls it.
+        value: The collection.
+
+    Returns:
+        The names.
+
+    Raises:
+        TypeError: If it is no collection of strings.
+    """
+    if isinstance(value, str):
+        raise TypeError(
+            f"`{argument}` should be a collection of names. Found {value!r}; give ({value!r},)."
+        )
+    if not isinstance(value, Iterable):
+        raise TypeError(f"`{argument}` should be a collection of names. Found {_kind(value)}.")
+    names = tuple(value)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`{argument}` should have names, as in model.named_modules(). Found {_kind(name)}."
+            )
+    return names
+
+
+def left_out(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> set[int | str]:
     """The parameters (by identity) and the modules (by path) that `skip` names.
 
     Args:
         model: Any module.
         skip: The names.
+        argument: What the caller calls them.
 
     Returns:
         Identities and paths.
@@ -113,18 +199,17 @@ def left_out(model: nn.Module, skip: Collection[str]) -> set[int | str]:
         TypeError: If it is no collection.
         ValueError: If a name is unknown.
     """
-    if isinstance(skip, str):
-        raise TypeError(
-            f"`skip` should be a collection of names. Found {skip!r}; give ({skip!r},)."
-        )
+    skip = names_of(argument, skip)
+    if not skip:
+        return set()
     modules = {path for path, _ in model.named_modules(remove_duplicate=False) if path}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     known = modules | parameters.keys()
     for name in skip:
         if name not in known:
-            near = get_close_matches(str(name), known, n=3)
+            near = get_close_matches(name, known, n=3)
             raise ValueError(
-                f"`skip` should name modules or parameters of the model. Found {name!r}"
+                f"`{argument}` should name modules or parameters of the model. Found {name!r}"
                 f"{', near to ' + ', '.join(map(repr, near)) if near else ''}; see "
                 f"model.named_modules()."
             )
@@ -137,13 +222,52 @@ def left_out(model: nn.Module, skip: Collection[str]) -> set[int | str]:
     }
 
 
+def _included(model: nn.Module, include: Collection[str], without: set[int | str]) -> set[int]:
+    """The parameters, by identity, that `include` names: of a module those that are matrices."""
+    if not include:
+        return set()
+    left_out(model, include, "include")  # which knows the names
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    added: set[int] = set()
+    for name in include:
+        chosen = {
+            path: parameter
+            for path, parameter in parameters.items()
+            if path == name or (path.startswith(f"{name}.") and is_matrix(model, path, parameter))
+        }
+        if not chosen:
+            raise ValueError(
+                f"`include` should name parameters, or modules that have matrices. Found {name!r}, "
+                f"in which there is none (biases, norms, embeddings and positions count only if "
+                f"they are named themselves); leave it out."
+            )
+        if all(id(parameter) in without for parameter in chosen.values()):
+            raise ValueError(
+                f"`include` and `skip` should not name the same. Found {name!r}, which `skip` "
+                f"leaves dense; take it out of one of them."
+            )
+        for path in chosen:
+            if isinstance(model.get_submodule(path.rpartition(".")[0]), ParametrizationList):
+                raise ValueError(
+                    f"`include` should name plain parameters. Found `{path}`, of a "
+                    f"parametrization, which computes other weights from it; remove that first "
+                    f"(torch.nn.utils.parametrize.remove_parametrizations)."
+                )
+        added |= {id(parameter) for parameter in chosen.values()} - without
+    return added
+
+
 def _check_weight(name: str, weight: nn.Parameter) -> None:
     if is_lazy(weight) or weight.is_meta:
         raise ValueError(
             f"`model` should have its weights. Found `{name}` without data; run one batch through "
             f"a lazy module, or load the weights of one on the meta device, before pruning."
         )
-    if hasattr(weight, "device_mesh") or getattr(weight, "_is_flat_param", False):
+    if (
+        hasattr(weight, "device_mesh")
+        or hasattr(weight, "ds_tensor")  # of DeepSpeed's third stage: empty until it is needed
+        or getattr(weight, "_is_flat_param", False)
+    ):
         raise ValueError(
             f"`model` should hold its weights whole. Found `{name}` sharded over processes "
             f"({type(weight.data).__name__}); prune before sharding it."

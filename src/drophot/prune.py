@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import floor
 from typing import Any, get_args
 
@@ -16,8 +16,9 @@ from drophot._exact import exact
 from drophot._masks import Masks
 from drophot._pattern import to_semi_structured
 from drophot._summary import LayerSummary, Summary, summary
+from drophot._uncovered import warn_of_uncovered
 from drophot._warning import warn
-from drophot._weights import check_finite, prunable
+from drophot._weights import check_finite, names_of, prunable
 
 __all__ = [
     "LayerSummary",
@@ -39,15 +40,21 @@ def magnitude_prune(
     scope: Scope = "global",
     min_kept: float = 0.0,
     pattern: str | None = None,
-    skip: Collection[str] = (),
+    skip: Iterable[str] = (),
+    include: Iterable[str] = (),
 ) -> Masks:
     r"""Remove a share `ratio` of the weights: set those of the least magnitude to zero, in place.
 
     `ratio` is the share **removed**, :math:`\theta' = \theta \odot m`. Of `n` weights
-    `floor(ratio * n + 0.5)` are removed, exactly. Prunable are the weights of Linear and Conv
-    layers, the projections of MultiheadAttention included, never biases, norms or embeddings; a
-    weight shared between layers counts once. Ties at the threshold are broken so that the removed
-    weights are spread evenly among them.
+    `floor(ratio * n + 0.5)` are removed, exactly. Prunable are the weights of Linear, Bilinear,
+    Conv, MultiheadAttention and recurrent layers and of Transformers' `Conv1D`, never biases,
+    norms or embeddings. A weight that is shared between layers counts once; an embedding that
+    shares its weight with a Linear layer, as in most language models, is pruned with it, unless
+    `skip` names one of the two. Matrices in other layers stay dense, as do the weights of layers
+    that compute another kernel from them (weight standardisation): if these hold more than 1 % of
+    the model's matrix weights, embeddings not counted, a warning names them and their share, and
+    `include` prunes them. Ties at the threshold are broken so that the removed weights are spread
+    evenly among them.
 
     Weights that an earlier pruning removed stay removed and count among the weights that are
     removed, so that pruning again only removes more. Other weights that are zero are the first to
@@ -87,6 +94,9 @@ def magnitude_prune(
             about by name.
         skip: Names of modules or parameters to leave dense, as in `model.named_modules()`; a
             module's name stands for everything in it.
+        include: Names of further parameters to prune, or of modules, whose matrices are then
+            pruned: experts kept in 3-D tensors, for example. Biases, norms, embeddings and learned
+            positions of such a module are pruned only if their own names are given.
 
     Returns:
         The masks: what is kept, weight by weight.
@@ -94,9 +104,9 @@ def magnitude_prune(
     Raises:
         TypeError: If `ratio` or `min_kept` is not a number, or a weight not of plain floats.
         ValueError: If these are out of range or cannot both be met, the layers that are not all
-            zero have too few weights, `scope`, `pattern` or a name in `skip` is unknown, nothing
-            is left to prune, or a weight is not finite, has no data yet, is sharded over processes
-            or computed by a parametrization. The model is unchanged then.
+            zero have too few weights, `scope`, `pattern` or a name in `skip` or `include` is
+            unknown, nothing is left to prune, or a weight is not finite, has no data yet, is
+            sharded over processes or computed by a parametrization. The model is unchanged then.
 
     Example:
         >>> import torch
@@ -108,9 +118,8 @@ def magnitude_prune(
         >>> masks["weight"]
         tensor([[False,  True, False,  True]])
     """
-    return pruned(
-        model, ratio, scope=scope, min_kept=min_kept, pattern=pattern, skip=skip, late=set()
-    )
+    settings = {"scope": scope, "min_kept": min_kept, "pattern": pattern}
+    return pruned(model, ratio, **settings, skip=skip, include=include, late=set())
 
 
 @exact(in_place=True)
@@ -120,7 +129,8 @@ def pruned(
     *,
     scope: Scope,
     min_kept: float,
-    skip: Collection[str],
+    skip: Iterable[str],
+    include: Iterable[str],
     late: set[str],
     pattern: str | None = None,
 ) -> Masks:
@@ -132,6 +142,7 @@ def pruned(
         scope: How it is divided.
         min_kept: What stays of each layer.
         skip: What stays dense.
+        include: What is pruned beside what is known to be prunable.
         late: The layers that were all zero at an earlier pruning. Those that are now are added.
             With `"global"` they lose no more than `ratio` of their weights: these have grown for
             less time than those that they are compared with.
@@ -158,7 +169,9 @@ def pruned(
             f"scope={scope!r} and min_kept={min_kept}; leave them out."
         )
     kept, of = (0, 0) if pattern is None else _pattern.parse(pattern, ratio)
-    weights = prunable(model, skip)
+    skip = names_of("skip", skip)
+    weights = prunable(model, skip, include)
+    warn_of_uncovered(model, weights, skip)
     filled = {name for name, weight in weights.items() if check_finite(name, weight)}
     older = _older.masks_of(weights)
     blank = {n for n in weights if n not in filled and (n not in older or bool(older[n].any()))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot import _numbers
+from drophot._uncovered import said
+from drophot._weights import names_of
 from drophot.prune import Masks, Scope, check_ratio, check_scope, pruned
 
 __all__ = ["Schedule", "cubic", "geometric", "rewind"]
@@ -93,6 +95,7 @@ class Schedule:
         scope: As in `magnitude_prune`.
         min_kept: As in `magnitude_prune`.
         skip: As in `magnitude_prune`.
+        include: As in `magnitude_prune`.
 
     Raises:
         TypeError: If `ratios` is not an iterable, a ratio not a number, or `every` not an integer.
@@ -121,7 +124,8 @@ class Schedule:
         every: int,
         scope: Scope = "global",
         min_kept: float = 0.0,
-        skip: Collection[str] = (),
+        skip: Iterable[str] = (),
+        include: Iterable[str] = (),
     ) -> None:
         if isinstance(ratios, str) or not isinstance(ratios, Iterable):
             raise TypeError(
@@ -145,7 +149,8 @@ class Schedule:
         self._settings: dict[str, Any] = {
             "scope": scope,
             "min_kept": check_ratio("min_kept", min_kept),
-            "skip": skip if isinstance(skip, str) else tuple(skip),
+            "skip": names_of("skip", skip),
+            "include": names_of("include", include),
         }
         self._late: set[str] = set()  # layers that were all zero at a pruning
         self.steps = 0
@@ -180,7 +185,8 @@ class Schedule:
         due = steps % self.every == 0 and steps // self.every < len(self.ratios)
         if due:
             self.masks.apply()  # so that they are known as what was removed before
-            self.masks = self._prune(self.ratios[steps // self.every])
+            with said():  # what stays dense was said by the first pruning
+                self.masks = self._prune(self.ratios[steps // self.every])
         self.steps = steps  # a pruning that failed is still due
         return due
 
@@ -237,7 +243,9 @@ class Schedule:
 
     def _described(self) -> dict[str, Any]:
         """The settings that a state belongs to, in plain types."""
-        settings = self._settings | {"skip": sorted(self._settings["skip"])}
+        settings = self._settings | {
+            name: sorted(self._settings[name]) for name in ("skip", "include")
+        }
         return {"ratios": list(self.ratios), "every": self.every} | settings
 
     def _prune(self, ratio: float) -> Masks:
@@ -269,6 +277,7 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
 
     Example:
         >>> import torch
+        >>> from drophot import magnitude_prune
         >>> model = nn.Linear(8, 8)
         >>> start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         >>> masks = magnitude_prune(model, 0.5)

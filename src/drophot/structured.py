@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import floor
 from typing import Any, NamedTuple
@@ -97,7 +97,7 @@ _LAYERS = frozenset([
 
 
 def prune_channels(
-    model: nn.Module, ratio: float, example_inputs: Any, *, skip: Collection[str] = ()
+    model: nn.Module, ratio: float, example_inputs: Any, *, skip: Iterable[str] = ()
 ) -> Pruned:
     """Remove a share `ratio` of the channels, those of the least magnitude, in place.
 
@@ -156,8 +156,8 @@ def prune_channels(
         >>> pruned.channels, round(pruned.parameters.removed, 2)
         (Change(before=10, after=6), 0.48)
     """
-    ratio = prune.check_ratio("ratio", ratio)
-    weights = _weights.prunable(model, ())
+    prune.check_ratio("ratio", ratio)
+    weights = _weights.with_channels(model)
     left_out = _weights.left_out(model, skip)
     for name, weight in weights.items():
         _weights.check_finite(name, weight)

@@ -1,0 +1,113 @@
+"""The layers whose weights are known to be matrices of linear maps, and where these are."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.rnn import RNNCellBase
+from torch.nn.parameter import is_lazy
+
+# An attention layer keeps the weights of its input projections in parameters of its own; its output
+# projection is a Linear. Those of nn.RNN, LSTM and GRU depend on the layer: see `weights_of`.
+PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("weight",),
+    _ConvNd: ("weight",),
+    nn.MultiheadAttention: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
+    RNNCellBase: ("weight_ih", "weight_hh"),
+    nn.Bilinear: ("weight",),
+}
+
+# Parameters that are looked up or added, not multiplied, as the last word of their names says, or
+# any word of it for positions, unless there is also one of a matrix.
+_TABLES = re.compile(r"bias(es)?|pos|embed(s|dings?)?|tokens?|latents|prompts?")
+_POSITIONS = re.compile(r"pos|positions?|positional")
+_MATRICES = re.compile(r"proj|projection|weights?|kernel|matrix|linear")
+
+
+def weights_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of a layer's weights, those that do not exist in this one included.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The names of its parameters that are matrices of linear maps; none for a module that is
+        not known.
+    """
+    if isinstance(module, nn.RNNBase):  # of every layer and direction, projections included
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight_"))
+    if is_conv1d(module):
+        return ("weight",)
+    return tuple(
+        name for kind, names in PRUNABLE.items() if isinstance(module, kind) for name in names
+    )
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the Conv1D of Transformers: a Linear whose weight is `(in, out)`.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Whether it is one; Transformers is not imported to find out.
+    """
+    if not any(
+        kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+        for kind in type(module).__mro__
+    ):
+        return False
+    weight = getattr(module, "weight", None)
+    return weight is None or (weight.dim() == 2 and weight.shape[1] == getattr(module, "nf", None))
+
+
+def input_dimension(module: nn.Module, attribute: str) -> int | None:
+    """The dimension of a weight along which it is multiplied by the inputs.
+
+    Args:
+        module: The module that holds it.
+        attribute: The weight's name there.
+
+    Returns:
+        The dimension; `None` if it is not known, or there are two.
+    """
+    if attribute not in weights_of(module) or isinstance(module, nn.Bilinear):
+        return None
+    return 0 if isinstance(module, _ConvTransposeNd) or is_conv1d(module) else 1
+
+
+def is_matrix(model: nn.Module, name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is one that activations are multiplied by, as far as that can be seen.
+
+    Args:
+        model: The model.
+        name: The parameter's name.
+        parameter: The parameter.
+
+    Returns:
+        Whether it has two dimensions or more of a size above 1, and neither its module nor its name
+        say that it is looked up or added: an embedding or a norm, a bias, positions, or tokens that
+        are learned.
+    """
+    if is_lazy(parameter) or sum(size > 1 for size in parameter.shape) < 2:
+        return False
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    if attribute in weights_of(module):
+        return True
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return False
+    kind = type(module).__name__.lower()
+    if re.search(r"norm(\dd)?$", kind) or (attribute == "weight" and kind.endswith("embedding")):
+        return False
+    if isinstance(module, nn.ParameterList | nn.ParameterDict):
+        attribute = f"{path.rpartition('.')[2]}_{attribute}"
+    words = [word for word in attribute.lower().split("_") if word.isalpha()]
+    while len(words) > 1 and words[-1] in ("u", "v"):  # a pair of them
+        words.pop()
+    if words and _TABLES.fullmatch(words[-1]):
+        return False
+    positions, matrices = (any(map(p.fullmatch, words)) for p in (_POSITIONS, _MATRICES))
+    return matrices or not positions
