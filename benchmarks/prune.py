@@ -1,7 +1,7 @@
 """What pruning costs and what it gives, beside torch.nn.utils.prune and Torch-Pruning.
 
 `unstructured`: seconds and extra memory of magnitude pruning. Each measurement is a process of its
-own on a fresh model: seconds for the one call, and extra memory as the peak of the resident set
+own on a fresh model (`--scope erk` and `lamp` with `--only drophot`): seconds for the one call, and extra memory as the peak of the resident set
 during the call less what it was before. Two processes take turns, drophot and torch, and the
 medians over rounds are compared. CPU, Linux.
 
@@ -31,7 +31,7 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from common import save
@@ -69,7 +69,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("part", nargs="?", default="unstructured", choices=PARTS)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50", "vit_b_16"])
-    parser.add_argument("--scope", default="global", choices=["global", "layer"])
+    parser.add_argument("--scope", default="global", choices=["global", "layer", "erk", "lamp"])
     parser.add_argument("--ratio", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["drophot", "torch"], help="the other one cannot do it")
@@ -131,16 +131,14 @@ def measure(name: str, side: str, ratio: float, scope: str) -> dict[str, float]:
     size = sum(p.nbytes for p in model.parameters())
     # The first call of each loads code and starts threads; that is not what is measured.
     small = nn.Linear(100, 100)
-    magnitude_prune(small, 0.5)
+    magnitude_prune(small, 0.5, scope=cast("Any", scope))
     peer.global_unstructured([(small, "weight")], peer.L1Unstructured, amount=0.5)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = resident("VmRSS")
     start = perf_counter()
     if side == "drophot":
-        held: object = magnitude_prune(
-            model, ratio, scope="layer" if scope == "layer" else "global"
-        )
+        held: object = magnitude_prune(model, ratio, scope=cast("Any", scope))
     elif scope == "layer":
         held = [peer.l1_unstructured(*pair, amount=ratio) for pair in pairs]
     else:
