@@ -33,9 +33,6 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 8), Experts(), nn.Linear(8, 4))
 
 
-LEFT = r"2\.1% of the model's matrix weights.*`1.up` \(Experts\), `1.down` \(Experts\)\. "
-
-
 def test_what_is_left_dense_is_named_with_its_share() -> None:
     model = network()
     share = 1024 / (1024 + 64 + 32 + 32)
@@ -228,6 +225,14 @@ def test_a_run_says_it_before_it_trains() -> None:
     assert len(warned(make)) == 1
     record = runs[0].run()  # which says nothing more
     assert record.sparsity == pytest.approx(0.5)  # of the prunable weights
+    assert zeros(runs[0].model) < 0.1  # pyright: ignore[reportArgumentType]
+    run = runs[0].replace()
+    run.select()
+    model = run.train()
+    run.masks = magnitude_prune(model, 0.5, include=("1",))
+    run.pruned_accuracy = 0.0
+    assert run.finetune().sparsity == pytest.approx(zeros(model), abs=0.01)
+    assert zeros(model) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")

@@ -33,7 +33,7 @@ def prune(run: Any) -> Masks:
     """
     model: nn.Module = run.model
     run.pruner = run.channels = None
-    run.prunable = sum(weight.numel() for weight in prunable(model, ()).values())
+    run.prunable = sum(weight.numel() for weight in prunable(model).values())
     if run.structured:
         run.channels = prune_channels(model, run.prune_ratio, _sample(run))
         # Nothing that is left was removed, zeros included.
@@ -114,7 +114,7 @@ def held(run: Any, optimizer: Optimizer) -> Iterator[Callable[[int], None]]:
 
 
 def removed(run: Any) -> float:
-    """The share of the dense network's prunable weights that is zero or gone.
+    """The share of the dense network's prunable or masked weights that is zero or gone.
 
     Args:
         run: A run whose model is pruned.
@@ -122,9 +122,14 @@ def removed(run: Any) -> float:
     Returns:
         The share.
     """
-    left = prunable(run.model, ()).values()
-    total = run.prunable or sum(weight.numel() for weight in left)  # masks of a user's own
-    return 1 - sum(int(weight.detach().count_nonzero()) for weight in left) / total
+    weights = {id(weight): weight for weight in prunable(run.model).values()}
+    masked = map(run.model.get_parameter, run.masks)  # of a user's own: perhaps of others too
+    weights |= {id(weight): weight for weight in masked}
+    total = sum(weight.numel() for weight in weights.values())
+    if run.structured and run.prunable:
+        total = run.prunable
+    left = sum(int(weight.detach().count_nonzero()) for weight in weights.values())
+    return 1 - left / total
 
 
 def check(run: Any) -> None:

@@ -24,13 +24,16 @@ _said: ContextVar[bool] = ContextVar("_said", default=False)
 
 
 @contextmanager
-def said() -> Iterator[None]:
-    """Do not warn inside: it has been said before.
+def said(already: bool = True) -> Iterator[None]:
+    """Do not warn inside: it has been said before, or will be.
+
+    Args:
+        already: Whether that is so.
 
     Yields:
         Nothing.
     """
-    token = _said.set(True)
+    token = _said.set(already or _said.get())
     try:
         yield
     finally:

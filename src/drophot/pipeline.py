@@ -32,6 +32,7 @@ from drophot._ambient import surroundings
 from drophot._experiment import experiment
 from drophot._modes import Mode
 from drophot._pruning import ScheduleName
+from drophot._uncovered import said
 from drophot.dynamics import DynamicsTracker, Statistic
 from drophot.prune import Masks, Scope
 from drophot.records import Record
@@ -83,7 +84,8 @@ class DropHot:
             :class:`drophot.Scored` goes by another score, or class by class. `"k_center"` and
             `"facility_location"` go by features of step 1's network; `"crest"`, `"fresh_subset"`
             and `"loss_sampling"` choose while step 3 trains. See "How to choose a coreset".
-        prune_ratio: The share of Linear and Conv weights **removed**, in [0, 1).
+        prune_ratio: The share of the prunable weights **removed**, in [0, 1): see
+            `magnitude_prune`. If they are not nearly all of the matrix weights, a warning says so.
         forgetting: When a sample counts as forgotten. `"paper"`: by the model's state after each
             epoch; one that was never right scores 0. `"toneva"`: by the logits of its training
             batches, without a pass of its own; one that was never right is the hardest.
@@ -200,16 +202,17 @@ class DropHot:
         self.cache: training.Cache = cache
         self.progress = progress
         _probe.settle(self)
-        self.train_set, self.test_set, self._classes = _probe.prepare(
-            model,
-            optimizer,
-            train_set,
-            test_set,
-            device=self.device,
-            seed=self.seed,
-            cache=cache,
-            closure=not _modes.is_drophots_own(fit),
-        )
+        with said(self.structured):  # `channels` names what was left then
+            self.train_set, self.test_set, self._classes = _probe.prepare(
+                model,
+                optimizer,
+                train_set,
+                test_set,
+                device=self.device,
+                seed=self.seed,
+                cache=cache,
+                closure=not _modes.is_drophots_own(fit),
+            )
         _probe.check_sizes(self, self._classes)
         self._total = len(train_set)  # type: ignore[arg-type]
         self._fixed, self._unknown = experiment(self, train_set, test_set)

@@ -64,7 +64,8 @@ class Record:
     finetune_curve: tuple[float, ...]
     """After each fine-tuning epoch."""
     sparsity: float
-    """The share of prunable weights that is zero, or gone, after fine-tuning, counted in them."""
+    """The share of prunable weights that is zero, or gone, after fine-tuning, counted in them.
+    Matrices that are not prunable do not count: `DropHot` warns if they are more than 1 %."""
     seconds: dict[str, float] = field(compare=False)
     """Wall-clock seconds of each step; a step that was not needed is missing. Where a grid's
     baseline is the network of step 1, it has the seconds of "score" and no "train"."""
