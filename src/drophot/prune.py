@@ -121,7 +121,7 @@ def magnitude_prune(
     if pattern is not None:
         for name, dim in _pattern.fitting(model, weights, of, pattern).items():
             masks[name] = _pattern.cut(weights[name], kept, of, dim)
-        return Masks({name: weights[name] for name in masks}, masks)
+        return Masks(model, masks)
     groups = _budgets.groups(weights, ratio, scope, min_kept)
     edges = [
         _radix.edge([weights[name] for name in group], count) for group, count in groups if group
@@ -129,7 +129,7 @@ def magnitude_prune(
     for (group, _), edge in zip([g for g in groups if g[0]], edges, strict=True):
         cut = _radix.cutter(edge)
         masks |= {name: cut(weights[name]) for name in group}
-    return Masks(weights, {name: masks[name] for name in weights})
+    return Masks(model, {name: masks[name] for name in weights})
 
 
 def check_ratio(name: str, ratio: Any) -> None:
