@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from drophot._current import find, paths
 from drophot._factors import Factors
-from drophot._optimizers import innermost, members, trained, zero_state
+from drophot._optimizers import HOOKS, innermost, members, trained, zero_state
 
 
 class Counting(Protocol):
@@ -68,11 +68,14 @@ class Hold:
         self._adds_to_clean: dict[str, bool] = {}
         self._stamp: list[tuple[int, int]] = []
         self._frozen: list[tuple[str, bool]] = []
-        self._active = True
+        self._active = False
         self._compared = self._stepped = self._went_backward = False
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._finalizer.atexit = False
         self._number = next(_NUMBERS)
+
+    def _start(self) -> None:
+        self._active = True
         _HOLDS.add(self)
 
     @property
@@ -91,6 +94,7 @@ class Hold:
         Returns:
             What ends it.
         """
+        self._start()
         self._factors.zero(self._weights, self.masks)
         self._renew()
         for name, weight in self._weights.items():
@@ -153,6 +157,8 @@ class Hold:
         if not self._active:
             return
         self._factors.zero(self._weights, self.masks)
+        if hasattr(optimizer, "eval"):  # which makes weights of what it remembers: schedule-free
+            zero_state(optimizer, self._weights, self.masks, self._factors)
         self._stepped = True
         if not self._compared and not torch.compiler.is_compiling():
             self._compare()
@@ -219,7 +225,7 @@ class Hold:
             if known is None or known[0] is not weight:
                 self._hook(name, weight)
         for optimizer in self._alive():
-            zero_state(optimizer, self._weights, self.masks)
+            zero_state(optimizer, self._weights, self.masks, self._factors)
 
     def _hook(self, name: str, weight: nn.Parameter) -> None:
         """Mask a parameter's gradients. The hooks do not keep this object or the optimiser alive."""
@@ -310,7 +316,7 @@ class Hold:
                 f"{sum(back.values()):,} removed weights are no longer zero at the end of the hold "
                 f"({_listed(list(back))}): something other than a step of the held optimizer "
                 f"changed them, such as another optimizer or a checkpoint of the dense model. The "
-                f"hold has ended. Call masks.apply() to set them to zero, and hold what trains them."
+                f"hold has ended. Call masks.apply() to set them to zero."
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -335,6 +341,7 @@ class Hold:
         self._ids = state["ids"]
         self._weights = state["weights"]
         self._setup()
+        self._start()
         for name, weight in self._weights.items():
             self._hook(name, weight)
         # In a new process the numbers of hooks begin again, and should not be given twice.
@@ -365,10 +372,18 @@ class _StateWithHolds:
     """An optimiser's `__getstate__` while it is held: a copy is held too."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
+
+    def __getstate__(self) -> Optimizer | None:
+        return self._optimizer()
+
+    def __setstate__(self, state: Optimizer) -> None:
+        self._optimizer = weakref.ref(state)
 
     def __call__(self) -> Any:
-        optimizer = self._optimizer
+        optimizer = self._optimizer()
+        if optimizer is None:  # never: it is asked by the optimizer
+            return None
         state = type(optimizer).__getstate__(optimizer)
         if not isinstance(state, dict):
             return state
@@ -381,11 +396,10 @@ class _StateWithHolds:
 
 _HOLDS: weakref.WeakSet[Hold] = weakref.WeakSet()
 _NUMBERS = count()
-_HOOKS = ("step_pre_hooks", "step_post_hooks", "load_state_dict_post_hooks")
 
 
 def _hooks(optimizer: Optimizer) -> dict[str, dict[int, Callable[..., Any]]]:
-    return {f"_optimizer_{name}": getattr(optimizer, f"_optimizer_{name}") for name in _HOOKS}
+    return {f"_optimizer_{name}": getattr(optimizer, f"_optimizer_{name}") for name in HOOKS}
 
 
 def _hold_of(hook: Callable[..., Any]) -> Hold | None:

@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from drophot._factors import Factors
+
+HOOKS = ("step_pre_hooks", "step_post_hooks", "load_state_dict_post_hooks")
+
 
 def members(optimizer: Any) -> list[Optimizer]:
     """The torch optimisers that an optimiser is: itself, and those that it calls.
@@ -26,23 +30,21 @@ def members(optimizer: Any) -> list[Optimizer]:
         TypeError: If it has none.
     """
     found: dict[int, Optimizer] = {}
-    seen: set[int] = set()
-
-    def visit(thing: Any) -> None:
-        if id(thing) in seen:
-            return
-        seen.add(id(thing))
-        hooks = vars(thing).get("_optimizer_step_post_hooks")
-        if hooks is not None:  # Lightning's wrapper shares those of the optimizer in it
-            found.setdefault(id(hooks), thing)
-        for value in list(vars(thing).values()):
-            for part in value if isinstance(value, list | tuple) else (value,):
-                if isinstance(part, Optimizer):
-                    visit(part)
-
     steps = hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")
-    if isinstance(optimizer, Optimizer) or (steps and not isinstance(optimizer, nn.Module)):
-        visit(optimizer)
+    known = isinstance(optimizer, Optimizer) or (steps and not isinstance(optimizer, nn.Module))
+    queue: list[Any] = [optimizer] if known else []
+    seen: set[int] = set()
+    for thing in queue:
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        own = vars(thing)
+        if all(f"_optimizer_{name}" in own for name in HOOKS):
+            # Lightning's wrapper shares the hooks of the optimizer in it.
+            found.setdefault(id(own["_optimizer_step_post_hooks"]), thing)
+        for value in own.values():
+            parts = value if isinstance(value, list | tuple) else (value,)
+            queue += [part for part in parts if isinstance(part, Optimizer)]
     if not found:
         raise TypeError(
             f"`optimizer` should be a torch.optim.Optimizer, or hold one. Found "
@@ -60,12 +62,18 @@ def innermost(optimizers: list[Optimizer]) -> Optimizer:
 def trained(optimizers: Iterable[Optimizer]) -> set[int]:
     """The identities of the parameters that optimisers train."""
     return {
-        id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
 
 
 def zero_state(
-    optimizer: Optimizer, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
+    optimizer: Optimizer,
+    weights: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    factors: Factors,
 ) -> None:
     """Make an optimiser forget what it remembers of removed weights.
 
@@ -77,14 +85,16 @@ def zero_state(
         optimizer: The optimiser.
         weights: Those that it trains and that are masked.
         masks: At least theirs, True where a weight is kept.
+        factors: What multiplies by them.
     """
-    with torch.no_grad():
-        for name, weight in weights.items():
-            # In a defaultdict, asking makes an entry.
-            state = optimizer.state[weight] if weight in optimizer.state else {}
-            for tensor in _tensors(state):
-                if tensor.shape == weight.shape and tensor.is_floating_point():
-                    tensor.masked_fill_(~masks[name].to(tensor.device), 0)
+    for name, weight in weights.items():
+        state = optimizer.state.get(weight, {})
+        for tensor in _tensors(state):
+            if tensor.shape == weight.shape and tensor.is_floating_point():
+                if tensor.element_size() == weight.element_size():
+                    factors.zero({name: tensor}, masks)
+                else:
+                    tensor.detach().masked_fill_(~masks[name].to(tensor.device), 0)
     if isinstance(optimizer, LBFGS):
         _check_curvature(optimizer, weights, masks)
 
