@@ -49,6 +49,7 @@ HOUSE = [
     "_current",
     "_factors",
     "_optimizers",
+    "_followers",
     "_hold",
     "_masks",
     "_budgets",

@@ -1,6 +1,6 @@
 """Holding is training the sparse network: the weights are those of `torch.nn.utils.prune`.
 
-There the forward pass multiplies by the masks, so that everything else sees the sparse network only.
+There the forward pass multiplies by the masks, so that all else sees the sparse network only.
 """
 
 from collections.abc import Callable, Iterable
@@ -176,7 +176,7 @@ class SAM(optim.Optimizer):
                 p.copy_(self.state[p]["old"])
         self.base.step()
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         self.first_step()
         with torch.enable_grad():
             closure()

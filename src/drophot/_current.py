@@ -14,10 +14,10 @@ def find(model: nn.Module, path: str) -> nn.Parameter | None:
     *parents, last = path.split(".")
     module: nn.Module | None = model
     for name in parents:
-        module = module._modules[name] if name in module._modules else None
+        module = module._modules.get(name)
         if module is None:
             return None
-    return module._parameters[last] if last in module._parameters else None
+    return module._parameters.get(last)
 
 
 def paths(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
@@ -97,5 +97,6 @@ def is_sharded(model: nn.Module, weight: Tensor) -> bool:
     """Whether a weight is a DTensor or, in FSDP's first version, a piece of one vector."""
     if hasattr(weight, "device_mesh") or getattr(weight, "_is_flat_param", False):
         return True
-    managed = any(hasattr(module, "_is_fsdp_managed_module") for module in model.modules())
-    return weight.dim() == 1 and managed
+    return weight.dim() == 1 and any(
+        hasattr(module, "_is_fsdp_managed_module") for module in model.modules()
+    )

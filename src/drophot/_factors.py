@@ -16,10 +16,6 @@ class Factors:
     def __init__(self) -> None:
         self._known: dict[str, tuple[Tensor, Tensor, int]] = {}  # factor, mask, its version
 
-    def __getstate__(self) -> dict[str, object]:
-        """Copies make their own."""
-        return {"_known": {}}
-
     def of(self, name: str, mask: Tensor, like: Tensor) -> Tensor:
         """A mask as integers that multiply the bits `like`.
 
@@ -75,3 +71,18 @@ class Factors:
             return torch.where(mask.to(gradient.device), gradient, 0)
         bits = gradient.view(_BITS[gradient.element_size()])
         return (bits * self.of(name, mask, bits)).view(gradient.dtype)
+
+
+def stamp_of(gradient: Tensor) -> tuple[int, int] | None:
+    """What changes with a gradient's values; `None` is unknown."""
+    if gradient.layout != torch.strided or gradient.is_inference():
+        return None
+    return gradient.data_ptr(), gradient._version
+
+
+def can_be_changed(gradient: Tensor) -> bool:
+    """Whether a gradient may change in place: it has its memory, and no graph needs its values."""
+    if gradient.layout != torch.strided or gradient.requires_grad or gradient.is_inference():
+        return False
+    layout = zip(gradient.stride(), gradient.shape, strict=True)
+    return not any(step == 0 and size > 1 for step, size in layout)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, KeysView, ValuesView
 from itertools import count
 from typing import Any, Protocol
 
@@ -15,8 +15,23 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from drophot._current import find, paths
-from drophot._factors import Factors
-from drophot._optimizers import HOOKS, innermost, members, trained, zero_state
+from drophot._factors import Factors, can_be_changed, stamp_of
+from drophot._followers import Follower, follow, hooks_of
+from drophot._optimizers import innermost, members, trained, zero_state
+
+
+class Masked(Protocol):
+    """What Hold needs of `Masks`: it may not import them."""
+
+    _factors: Factors
+
+    def __getitem__(self, name: str) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def keys(self) -> KeysView[str]: ...
+
+    def values(self) -> ValuesView[Tensor]: ...
 
 
 class Counting(Protocol):
@@ -29,7 +44,7 @@ class Counting(Protocol):
         ...
 
 
-class Hold:
+class Hold(Follower):
     """One optimiser that holds the masks of one model.
 
     Before each step the gradients of removed weights are zero, since hooks on the parameters make
@@ -38,7 +53,7 @@ class Hold:
 
     def __init__(
         self,
-        masks: Mapping[str, Tensor],
+        masks: Masked,
         model: nn.Module,
         optimizer: Any,
         schedule: Counting | None = None,
@@ -62,7 +77,6 @@ class Hold:
 
     def _setup(self) -> None:
         """What a copy does not take over."""
-        self._factors = Factors()
         self._handles: dict[str, tuple[Tensor, list[RemovableHandle]]] = {}
         self._clean: dict[str, tuple[int, int] | None] = {}
         self._adds_to_clean: dict[str, bool] = {}
@@ -79,9 +93,13 @@ class Hold:
         _HOLDS.add(self)
 
     @property
-    def masks(self) -> Mapping[str, Tensor]:
+    def masks(self) -> Masked:
         """The masks that are held now."""
         return self._own if self._schedule is None else self._schedule.masks
+
+    @property
+    def _factors(self) -> Factors:
+        return self.masks._factors
 
     @property
     def names(self) -> list[str]:
@@ -107,8 +125,7 @@ class Hold:
                 optimizer.register_load_state_dict_post_hook(self.after_loading),
             ]
             self._ids += [handle.id for handle in handles]
-            if not isinstance(vars(optimizer).get("__getstate__"), _StateWithHolds):
-                vars(optimizer)["__getstate__"] = _StateWithHolds(optimizer)
+            follow(optimizer)
         return _Handle(self)
 
     def end(self, look: bool = True) -> None:
@@ -125,11 +142,10 @@ class Hold:
         self._active = False
         self._finalizer()
         for optimizer in self._alive():
-            for hooks in _hooks(optimizer).values():
+            for hooks in hooks_of(optimizer).values():
                 for number in self._ids:
                     hooks.pop(number, None)
-            if not any(_holds_of(optimizer)):
-                vars(optimizer).pop("__getstate__", None)
+            follow(optimizer)
         if not look:
             return
         self._check_zeros()
@@ -156,15 +172,15 @@ class Hold:
         """Zero the removed weights, and let a schedule count."""
         if not self._active:
             return
-        self._factors.zero(self._weights, self.masks)
+        counted = self._schedule is not None and self._is_counted(optimizer)
+        if not counted:  # a schedule zeroes all
+            self._factors.zero(self._weights, self.masks)
         if hasattr(optimizer, "eval"):  # which makes weights of what it remembers: schedule-free
             zero_state(optimizer, self._weights, self.masks, self._factors)
         self._stepped = True
         if not self._compared and not torch.compiler.is_compiling():
             self._compare()
-        if self._schedule is None or not self._is_counted(optimizer):
-            return
-        if self._schedule.step():
+        if self._schedule is not None and counted and self._schedule.step():
             self._renew()
 
     def after_loading(self, *_: Any) -> None:
@@ -182,7 +198,7 @@ class Hold:
 
     def _on_accumulated(self, name: str, weight: Tensor) -> None:
         if weight.grad is not None and self._adds_to_clean.get(name):
-            self._clean[name] = _stamp(weight.grad)
+            self._clean[name] = stamp_of(weight.grad)
 
     # --- what is held --------------------------------------------------------------------------
 
@@ -228,7 +244,7 @@ class Hold:
             zero_state(optimizer, self._weights, self.masks, self._factors)
 
     def _hook(self, name: str, weight: nn.Parameter) -> None:
-        """Mask a parameter's gradients. The hooks do not keep this object or the optimiser alive."""
+        """Mask a parameter's gradients, by hooks that keep neither this nor the optimiser alive."""
         _remove({name: self._handles[name]} if name in self._handles else {})
         reference = weakref.ref(self)
 
@@ -262,13 +278,13 @@ class Hold:
             return
         if not torch.compiler.is_compiling() and self._is_clean(name, gradient):
             return
-        if _can_be_changed(gradient) and gradient.element_size() == weight.element_size():
+        if can_be_changed(gradient) and gradient.element_size() == weight.element_size():
             self._factors.zero({name: gradient}, self.masks)
         else:
             weight.grad = self._factors.masked(name, self.masks[name], gradient)
 
     def _is_clean(self, name: str, gradient: Tensor) -> bool:
-        stamp = _stamp(gradient)
+        stamp = stamp_of(gradient)
         return stamp is not None and self._clean.get(name) == stamp
 
     def _is_counted(self, optimizer: Optimizer) -> bool:
@@ -368,48 +384,8 @@ class _Handle(RemovableHandle):
         self.__init__(state)
 
 
-class _StateWithHolds:
-    """An optimiser's `__getstate__` while it is held: a copy is held too."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer = weakref.ref(optimizer)
-
-    def __getstate__(self) -> Optimizer | None:
-        return self._optimizer()
-
-    def __setstate__(self, state: Optimizer) -> None:
-        self._optimizer = weakref.ref(state)
-
-    def __call__(self) -> Any:
-        optimizer = self._optimizer()
-        if optimizer is None:  # never: it is asked by the optimizer
-            return None
-        state = type(optimizer).__getstate__(optimizer)
-        if not isinstance(state, dict):
-            return state
-        held = {
-            attribute: type(hooks)((n, hook) for n, hook in hooks.items() if _hold_of(hook))
-            for attribute, hooks in _hooks(optimizer).items()
-        }
-        return state | held | {"__getstate__": self}
-
-
 _HOLDS: weakref.WeakSet[Hold] = weakref.WeakSet()
 _NUMBERS = count()
-
-
-def _hooks(optimizer: Optimizer) -> dict[str, dict[int, Callable[..., Any]]]:
-    return {f"_optimizer_{name}": getattr(optimizer, f"_optimizer_{name}") for name in HOOKS}
-
-
-def _hold_of(hook: Callable[..., Any]) -> Hold | None:
-    owner = getattr(hook, "__self__", None)
-    return owner if isinstance(owner, Hold) else None
-
-
-def _holds_of(optimizer: Optimizer) -> list[Hold]:
-    found = (_hold_of(hook) for hooks in _hooks(optimizer).values() for hook in hooks.values())
-    return [hold for hold in found if hold is not None]
 
 
 def _remove(handles: dict[str, tuple[Tensor, list[RemovableHandle]]]) -> None:
@@ -417,21 +393,6 @@ def _remove(handles: dict[str, tuple[Tensor, list[RemovableHandle]]]) -> None:
         for handle in each:
             handle.remove()
     handles.clear()
-
-
-def _stamp(gradient: Tensor) -> tuple[int, int] | None:
-    """What changes with a gradient's values; `None` is unknown."""
-    if gradient.layout != torch.strided or gradient.is_inference():
-        return None
-    return gradient.data_ptr(), gradient._version
-
-
-def _can_be_changed(gradient: Tensor) -> bool:
-    """Whether a gradient may change in place: it has its memory, and no graph needs its values."""
-    if gradient.layout != torch.strided or gradient.requires_grad or gradient.is_inference():
-        return False
-    layout = zip(gradient.stride(), gradient.shape, strict=True)
-    return not any(step == 0 and size > 1 for step, size in layout)
 
 
 def _listed(names: list[str]) -> str:
