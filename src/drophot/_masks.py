@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot import _older
+from drophot._current import current
+from drophot._factors import Factors
+from drophot._hold import Hold
 from drophot._uncovered import warn_of_uncovered
-from drophot._weights import names_of, prunable
-
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from drophot._weights import check_module, names_of, prunable
 
 
 class Masks(Mapping[str, Tensor]):
@@ -23,7 +25,8 @@ class Masks(Mapping[str, Tensor]):
 
     Made by `magnitude_prune`, or by `Masks.from_zeros` from a model that holds its zeros already.
     A mapping from parameter name to mask, in the model's order. The model itself is not touched
-    beyond its zeros: no hooks, no buffers, no renamed keys.
+    beyond its zeros: no buffers, no renamed keys. The masks belong to the model, not to the
+    parameters that it had when it was pruned: names are looked up each time.
 
     Example:
         >>> from drophot import magnitude_prune
@@ -39,17 +42,29 @@ class Masks(Mapping[str, Tensor]):
         Masks(1 tensor, 48 of 64 weights removed, sparsity 0.7500)
     """
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
-        self._weights = dict(weights)
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        self._model: nn.Module | None = model
         self._masks = {name: _usable(mask) for name, mask in masks.items()}
-        self._pairs: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        # What is held, by which hooks, and whether a step has shown what is not.
-        self._held: list[tuple[RemovableHandle, list[str]]] = []
-        self._compared = True
+        self._factors = Factors()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy is held by nobody."""
-        return self.__dict__ | {"_pairs": {}, "_held": []}
+    def __deepcopy__(self, memo: dict[int, Any]) -> Masks:
+        """A copy is of the model's copy, if both are copied in one call, and held by nobody."""
+        memo[id(self)] = twin = Masks.__new__(Masks)
+        try:
+            model = copy.deepcopy(self._model, memo)
+        except (RuntimeError, TypeError):  # a model that cannot be copied, alone or with its masks
+            model = None
+        twin.__setstate__((model, {name: mask.clone() for name, mask in self._masks.items()}))
+        return twin
+
+    def __getstate__(self) -> tuple[nn.Module | None, dict[str, Tensor]]:
+        """In a file the model goes with its masks, if it can be pickled."""
+        return self._model if _can_be_pickled(self._model) else None, self._masks
+
+    def __setstate__(self, state: tuple[nn.Module | None, dict[str, Tensor]]) -> None:
+        """Held by nobody."""
+        self._model, self._masks = state
+        self._factors = Factors()
 
     @classmethod
     def from_zeros(
@@ -74,7 +89,7 @@ class Masks(Mapping[str, Tensor]):
         skip = names_of("skip", skip)
         weights = prunable(model, skip, include)
         warn_of_uncovered(model, weights, skip)
-        return cls(weights, {name: weight.detach() != 0 for name, weight in weights.items()})
+        return cls(model, {name: weight.detach() != 0 for name, weight in weights.items()})
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -91,84 +106,57 @@ class Masks(Mapping[str, Tensor]):
         removed, total = self._count()
         return removed / total
 
-    def apply(self) -> None:
-        """Set the removed weights to zero, now."""
+    def apply(self, model: nn.Module | None = None) -> None:
+        """Set the removed weights to zero, now, in the parameters that the model has now.
+
+        Args:
+            model: A model of the same architecture, such as a new one, a copy or an average of the
+                weights, wrapped (DistributedDataParallel, AveragedModel, `torch.compile`) or not.
+                `None` is the model that was pruned.
+
+        Raises:
+            ValueError: If a masked parameter is missing in it, sharded over processes or of another
+                shape. The model is untouched then.
+        """
+        weights = current(self._known(model), self._masks)
         with torch.no_grad():
-            for name, weight in self._weights.items():
+            for name, weight in weights.items():
                 weight.masked_fill_(~self._masks[name].to(weight.device), 0)
-        _older.remember(self._weights, self._masks)  # pruning again keeps them
+        _older.remember(weights, self._masks)  # pruning again keeps them
 
-    def hold(self, optimizer: Optimizer) -> RemovableHandle:
-        """Keep the removed weights at zero through every step of an optimiser.
+    def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> RemovableHandle:
+        """Train the sparse network: keep the removed weights at zero while an optimiser trains.
 
-        After each step they are set to zero again, so that neither gradients nor momentum nor
-        weight decay, nor state from dense training, bring them back, and no step that overflows
-        makes them anything else. While held, a copy of the masks of the weights' size makes that
-        one fused multiplication.
+        Gradients of removed weights are zero as soon as they are computed, so that clipping, a
+        check for infinite gradients, and optimisers that mix coordinates (LBFGS, Muon, Adafactor,
+        SAM, LAMB) do what they do on the sparse network. What the optimiser remembers of removed
+        weights becomes zero: at once, and when it loads a state. After each step the weights are
+        set to zero again, so that no step that overflows makes them anything else. While held, a
+        copy of the masks of the weights' size makes each of these one fused multiplication.
 
         An optimiser holds the weights that it trains, those of groups that are added later too.
         Where several train one model, hold each of them; if at the first step, or at one before
         which that changed, some of the weights that are trained are held by none, a warning says
-        how many.
+        how many. A wrapper around an optimiser (accelerate, Lightning, SAM, Lookahead) holds those
+        in it. A copy of the optimiser, by `copy.deepcopy` or `pickle`, together with its model,
+        is held as well.
 
         Args:
             optimizer: The optimiser that trains the model, or a part of it.
+            model: Another model of the same architecture, as in `apply`. `None` is the model that
+                was pruned.
 
         Returns:
-            A handle: `handle.remove()` lifts the masks, and so does leaving `with handle:`.
+            A handle: `handle.remove()` lifts the masks, and so does leaving `with handle:`. Both
+            raise a `RuntimeError` if removed weights are not zero then, because something other
+            than a step of the optimiser changed them.
 
         Raises:
             TypeError: If `optimizer` is not a torch optimiser.
-            ValueError: If it trains none of the masked parameters.
+            ValueError: If it trains none of the masked parameters, or the model no longer has
+                them, or they are sharded over processes.
         """
-        names = self.check(optimizer)
-        self.apply()
-        before = self._trained(optimizer)
-
-        def after_step(*_: Any) -> None:
-            nonlocal before
-            looks = not torch.compiler.is_compiling()
-            if looks and (now := self._trained(optimizer)) != before:  # a group joined, say
-                names[:], before = self._names(optimizer), now
-                self._compared = False
-            self.zero(names)
-            if looks and not self._compared:
-                self._compare()
-
-        handle = optimizer.register_step_post_hook(after_step)
-        self._held.append((handle, names))
-        self._compared = False
-        return handle
-
-    def _trained(self, optimizer: Optimizer) -> list[Any]:
-        """What differs when an optimiser takes up more weights, or others are trained."""
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        return [*sizes, *(weight.requires_grad for weight in self._weights.values())]
-
-    def _names(self, optimizer: Optimizer) -> list[str]:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [name for name, weight in self._weights.items() if id(weight) in trained]
-
-    def _compare(self) -> None:
-        """Say once what is trained and held by no optimiser."""
-        self._compared = True
-        self._held = [(h, names) for h, names in self._held if h.id in (h.hooks_dict_ref() or ())]
-        held = {name for _, names in self._held for name in names}
-        loose = [
-            name
-            for name, weight in self._weights.items()
-            if name not in held and weight.requires_grad and not self._masks[name].all()
-        ]
-        if loose:
-            removed = sum(int((~self._masks[name]).sum()) for name in loose)
-            shown = ", ".join(f"`{name}`" for name in loose[:3]) + ", …" * (len(loose) > 3)
-            warnings.warn(
-                f"`hold` keeps the weights that its optimizer trains. Found {removed:,} of "
-                f"{self._count()[0]:,} removed weights in none that is held ({shown}): they can "
-                f"grow back. Call masks.hold(optimizer) for each optimizer that trains them; if "
-                f"none does, requires_grad_(False) says so.",
-                stacklevel=2,
-            )
+        return Hold(self, self._known(model), optimizer).begin()
 
     def check(self, optimizer: Optimizer) -> list[str]:
         """Refuse an optimiser that does not train what was pruned.
@@ -183,49 +171,31 @@ class Masks(Mapping[str, Tensor]):
             TypeError: If `optimizer` is not a torch optimiser.
             ValueError: If it trains none of the masked parameters.
         """
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"`optimizer` should be a torch.optim.Optimizer. Found {type(optimizer).__name__}."
-            )
-        names = self._names(optimizer)
-        if not names:
-            raise ValueError(
-                "`optimizer` should train the model that was pruned. Found none of its pruned "
-                "weights in it. If it trains a copy of that model, or one that was loaded anew, "
-                "hold Masks.from_zeros(copy); else prune the model whose parameters it was given."
-            )
-        return names
+        return Hold(self, self._known(None), optimizer).names
 
     def zero(self, names: Sequence[str] | None = None) -> None:
         """Set the removed weights to zero, by one fused multiplication of their bits.
 
-        What `hold` calls after each step, for loops that would rather call it themselves. It keeps
-        a copy of the masks of the weights' size; `apply` does the same once, without.
+        For loops that call it after each step themselves, with an optimiser that treats each weight
+        alone; `hold` masks gradients and momentum as well. It keeps a copy of the masks of the
+        weights' size; `apply` does the same once, without.
 
         Args:
             names: Of these parameters; `None` is all of them.
         """
-        names = list(self._weights) if names is None else names
-        looks = not torch.compiler.is_compiling()  # which has no addresses
-        pairs = [self._pair(name, looks) for name in names]
-        weights, factors = ([pair[side] for pair in pairs] for side in (0, 1))
-        torch._foreach_mul_(weights, factors)  # pyright: ignore[reportPrivateImportUsage]
+        masks = self._masks if names is None else {name: self._masks[name] for name in names}
+        self._factors.zero(current(self._known(None), masks), masks)
 
-    def _pair(self, name: str, looks: bool) -> tuple[Tensor, Tensor]:
-        """A weight's bits and its mask, as integers: zero times infinity or NaN is not zero."""
-        weight, mask, known = self._weights[name], self._masks[name], self._pairs.get(name)
-        if known is not None and known[2] is not mask:  # loaded anew
-            known = None
-        if looks and known is not None and _same_memory(known[0], weight):
-            return known[:2]
-        bits = weight.detach().view(_BITS[weight.element_size()])
-        if known is not None and _alike(known[1], bits):
-            factor = known[1]
-        else:
-            factor, looks = torch.empty_like(bits).copy_(mask), True
-        if looks:
-            self._pairs[name] = bits, factor, mask
-        return bits, factor
+    def _known(self, model: nn.Module | None) -> nn.Module:
+        """The model that was given, or the one that was pruned."""
+        model = self._model if model is None else model
+        if model is None:
+            raise ValueError(
+                "`model` must be given. These masks are a copy that was made without the model "
+                "that was pruned, which could not be copied."
+            )
+        check_module("model", model)
+        return model
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masks, by parameter name, for `torch.save`.
@@ -242,7 +212,8 @@ class Masks(Mapping[str, Tensor]):
             state_dict: What `state_dict` gave for the same architecture.
 
         Raises:
-            ValueError: If names, shapes or dtypes are not this model's. Nothing is changed then.
+            ValueError: If names, shapes or dtypes are not this model's, or the model no longer has
+                these parameters. Nothing is changed then.
         """
         if state_dict.keys() != self._masks.keys():
             strange = sorted(state_dict.keys() ^ self._masks.keys())
@@ -257,9 +228,12 @@ class Masks(Mapping[str, Tensor]):
                     f'`state_dict["{name}"]` should be a bool tensor of shape '
                     f"{tuple(mine.shape)}. Found {mask.dtype}, {tuple(mask.shape)}."
                 )
+        if self._model is not None:
+            current(self._model, self._masks)
         for name, mask in state_dict.items():
             self._masks[name] = _usable(mask.to(self._masks[name].device, copy=True))
-        self.apply()
+        if self._model is not None:
+            self.apply()
 
     def __repr__(self) -> str:
         removed, total = self._count()
@@ -282,10 +256,20 @@ def _usable(mask: Tensor) -> Tensor:
         return mask.clone()
 
 
-def _same_memory(bits: Tensor, weight: Tensor) -> bool:
-    """Whether a weight is where it was: nothing else can be, while its memory is kept."""
-    return bits.data_ptr() == weight.data_ptr() and bits.stride() == weight.stride()
+def _can_be_pickled(model: nn.Module | None) -> bool:
+    """Whether a model can be pickled, found without copying its tensors."""
+    try:
+        _Dry(_Nowhere()).dump(model)
+    except (AttributeError, TypeError, RuntimeError, pickle.PicklingError):
+        return False
+    return True
 
 
-def _alike(factor: Tensor, bits: Tensor) -> bool:
-    return factor.device == bits.device and factor.dtype == bits.dtype
+class _Dry(pickle.Pickler):
+    def persistent_id(self, obj: object) -> str | None:
+        return "left out" if isinstance(obj, Tensor | Masks) else None
+
+
+class _Nowhere:
+    def write(self, data: object) -> None:
+        pass

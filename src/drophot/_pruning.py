@@ -38,7 +38,7 @@ def prune(run: Any) -> Masks:
         run.channels = prune_channels(model, run.prune_ratio, _sample(run))
         # Nothing that is left was removed, zeros included.
         left = prunable(model, ())
-        masks = Masks(left, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
+        masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
     elif run.schedule == "one-shot":
         with said():  # by the run's constructor
             masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)

@@ -187,7 +187,7 @@ def pruned(
             for name, dim in dims.items()
         }
         _warn_of_zeros(weights, masks, ratio)
-    found = Masks(weights, masks)
+    found = Masks(model, masks)
     _older.remember(weights, found)
     return found
 

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot import _numbers
+from drophot._current import current
+from drophot._hold import Hold
 from drophot._uncovered import said
 from drophot._weights import names_of
 from drophot.prune import Masks, Scope, check_ratio, check_scope, pruned
@@ -191,20 +193,24 @@ class Schedule:
         return due
 
     def hold(self, optimizer: Optimizer) -> RemovableHandle:
-        """Call `step` after each step of an optimiser.
+        """Hold the masks as `Masks.hold` does, and call `step` after each step of an optimiser.
+
+        Where several optimisers train one model, hold each of them. The steps of the one that was
+        held last are counted, so that one iteration counts once.
 
         Args:
-            optimizer: The optimiser that trains the model.
+            optimizer: The optimiser that trains the model, or a part of it.
 
         Returns:
-            A handle: `handle.remove()` ends it, and so does leaving `with handle:`.
+            A handle: `handle.remove()` ends it, and so does leaving `with handle:`. Both raise a
+            `RuntimeError` if removed weights are not zero then, or no step was counted although
+            the model was trained.
 
         Raises:
             TypeError: If `optimizer` is not a torch optimiser.
-            ValueError: If it trains none of the masked parameters.
+            ValueError: If it trains none of the masked parameters, or these are sharded.
         """
-        self.masks.check(optimizer)
-        return optimizer.register_step_post_hook(lambda *_: (self.step(), None)[1])
+        return Hold(self.masks, self._model, optimizer, self).begin()
 
     def state_dict(self) -> dict[str, Any]:
         """Where it is, for `torch.save`.
@@ -267,13 +273,14 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
         https://arxiv.org/abs/1912.05671.
 
     Args:
-        model: The pruned model.
-        masks: Its masks.
+        model: The model that gets the weights: the pruned one, or another of the same
+            architecture, such as a new one or a copy.
+        masks: Masks of such a model.
         state_dict: The other weights, of the whole model.
 
     Raises:
-        ValueError: If names or shapes are not the model's, or the tensors are the model's own,
-            which are trained with it. Nothing is changed then.
+        ValueError: If names or shapes are not the model's, it lacks a masked parameter, or the
+            tensors are the model's own, which are trained with it. Nothing is changed then.
 
     Example:
         >>> import torch
@@ -287,16 +294,27 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
     """
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state_dict.keys())
-    wrong += [n for n, t in own.items() if n in state_dict and state_dict[n].shape != t.shape]
+    wrong += [name for name in own if name in state_dict and not _alike(own, state_dict, name)]
     if wrong:
         raise ValueError(
             f"`state_dict` should hold the weights of this model. Found a difference in {wrong}."
         )
-    for name, tensor in own.items():
-        if tensor.numel() and tensor.data_ptr() == state_dict[name].data_ptr():
+    for name, tensor in own.items():  # extra state is anything
+        other = state_dict[name]
+        both = isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.numel()
+        if both and tensor.data_ptr() == other.data_ptr():
             raise ValueError(
                 f"`state_dict` should be a copy. Found `{name}` to be the model's own, which is "
                 f"trained with it; keep copy.deepcopy(model.state_dict()) when it is time."
             )
+    current(model, masks)
     model.load_state_dict(state_dict)
-    masks.apply()
+    masks.apply(model)
+
+
+def _alike(own: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    """Whether two entries can be the same tensor at two times, or are a module's extra state."""
+    one, two = own[name], other[name]
+    if isinstance(one, Tensor) != isinstance(two, Tensor):
+        return name.endswith("_extra_state")
+    return not isinstance(one, Tensor) or name.endswith("_extra_state") or one.shape == two.shape
