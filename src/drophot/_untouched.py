@@ -96,7 +96,7 @@ def followed(
         for path, module in model.named_modules()
         for handle in (
             module.register_forward_pre_hook(hook(path)),
-            module.register_forward_hook(after),
+            module.register_forward_hook(after, always_call=True),
         )
     ]
     try:

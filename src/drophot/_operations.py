@@ -1,0 +1,319 @@
+"""Which operators a forward pass calls, in which module, and what they cost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from drophot._eager import eagerly, uncached
+from drophot._latency import call
+from drophot._untouched import followed, untouched
+
+# Multiply-adds of operators that torch's counter has no formula for; two operations each.
+_MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
+    "mv": lambda a, b: a.numel(),
+    "addmv": lambda c, a, b, **_: a.numel(),
+    "dot": lambda a, b: a.numel(),
+    "vdot": lambda a, b: a.numel(),
+    "addbmm": lambda c, a, b, **_: a.numel() * b.shape[2],
+    "_int_mm": lambda a, b: a.numel() * b.shape[1],
+    "_trilinear": lambda *args, **_: _trilinear(*args),
+    "_grouped_mm": lambda a, b, offs=None, *_, **__: _grouped(a, b, offs),
+    # Each recurrent weight meets each step of each sequence; packed ones have a row for each.
+    "mkldnn_rnn_layer": lambda x, ih, hh, *_, **__: _recurrent(x, [ih, hh]),
+    "_cudnn_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
+    "miopen_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: _attention(q, k, v),
+    "_scaled_dot_product_fused_attention_overrideable": (
+        lambda q, k, v, *_, **__: _attention(q, k, v)
+    ),
+    "_scaled_dot_product_attention_math_for_mps": lambda q, k, v, *_, **__: _attention(q, k, v),
+}
+# Where an operator's factors are, the one that is a layer's weight first.
+_FACTORS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), (2, 1)),
+    **dict.fromkeys(("mm", "bmm", "_scaled_mm", "_int_mm", "mv", "dot", "vdot"), (1, 0)),
+    **dict.fromkeys(("convolution", "_convolution", "cudnn_convolution"), (1,)),
+    **dict.fromkeys(("convolution_overrideable", "_slow_conv2d_forward"), (1,)),
+    "_trilinear": (1, 0, 2),
+}
+_RECURRENT = {"mkldnn_rnn_layer": slice(1, 3), "_cudnn_rnn": slice(1, 2), "miopen_rnn": slice(1, 2)}
+
+# Words in the names of torch's operators that are made of products. Those of them that have no
+# formula are of unknown cost; the others, elementwise, pooling and moves, count as nothing.
+_PRODUCTS = frozenset([
+    *("conv", "conv1", "conv2", "conv3", "convolution", "rnn", "lstm", "gru"),
+    *("mm", "addmm", "bmm", "baddbmm", "mv", "matmul", "gemm", "smm", "hspmm", "sspaddmm"),
+    *("spmm", "linear", "attention", "mha", "transformer", "trilinear", "fft", "cdist"),
+    *(
+        "pdist",
+        "linalg",
+        "eig",
+        "eigh",
+        "svd",
+        "qr",
+        "geqrf",
+        "orgqr",
+        "ormqr",
+        "cholesky",
+        "lstsq",
+        "solve",
+        "inverse",
+    ),
+])
+_MOVES = re.compile(
+    r"upsample_|_thnn_fused_|.*flatten_weight|.*reorder|linalg_vector_norm|linalg_cross"
+    r"|_linalg_check_errors|_fused_sdp_choice"
+)
+# Operators of other libraries that torch's own counterparts count as nothing.
+_FREE = re.compile(
+    r"prims?\.|profiler\.|_?c10d|torchvision\.(nms|(ps_)?roi_(align|pool))|rngprims\.|image\."
+)
+
+
+@dataclass(slots=True)
+class Operations:
+    """What one module calls itself, without its children."""
+
+    flops: int = 0
+    """Two for each multiply-add, of the operators whose cost is known."""
+    effective: int = 0
+    """Those of them that are left without the zeros of weights."""
+    uncounted: dict[str, None] = field(default_factory=dict)
+    """The operators of unknown cost, as an ordered set."""
+
+
+def operations(model: nn.Module, example_inputs: Any) -> dict[str, Operations]:
+    """Count the operations of one call, in evaluation mode.
+
+    Args:
+        model: Any module; it comes back as it was.
+        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+
+    Returns:
+        What each module calls itself, by its path; a module with several paths has the first.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    # A whole layer as one operator has no cost that is known; its products do.
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with untouched(model) as device, eagerly(), uncached(device):
+            counter = _Counter(model, example_inputs)
+            with followed(model, counter.enter, counter.leave), counter:
+                call(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return counter.found
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operators at the module that calls them.
+
+    It knows of each memory whether it holds weights (parameters, and what is made of parameters
+    without a product: casts, slices, masked ones) or activations (what depends on the inputs).
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        super().__init__()
+        self.found: dict[str, Operations] = {}
+        self._stack: list[str] = []
+        self._weight: dict[int, tuple[Any, bool]] = {}
+        self._density: dict[tuple[Any, ...], tuple[int, int]] = {}
+        for parameter in model.parameters():
+            self._remember(parameter, True)
+        for tensor in _tensors(example_inputs):
+            self._remember(tensor, False)
+
+    def enter(self, path: str) -> None:
+        self._stack.append(path)
+
+    def leave(self) -> None:
+        self._stack.pop()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.higher_order.cond:
+            predicate, if_true, if_false, operands = args
+            with self:
+                return (if_true if predicate else if_false)(*operands)
+        if isinstance(func, HigherOrderOperator):
+            out = func(*args, **kwargs)
+            self._count(func, func, str(func.name()), args, kwargs, out)
+            return out
+        packet = func.overloadpacket
+        name = str(packet)
+        if packet not in flop_registry and _own(name) is None:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        given = [self._is_weight(tensor) for tensor in _tensors((args, kwargs))]
+        out = func(*args, **kwargs)
+        counted = self._count(func, packet, name, args, kwargs, out)
+        if given:
+            weight = not counted and False not in given and True in given
+            for tensor in _tensors(out):
+                if weight or counted or False in given:
+                    self._remember(tensor, weight)
+        return out
+
+    def _count(
+        self, func: Any, packet: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any
+    ) -> bool:
+        """Add an operator at the module that calls it; whether it is one that multiplies."""
+        flops: int | None = None
+        own = _own(name)
+        try:
+            if packet in flop_registry:
+                flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+            elif own is not None:
+                flops = 2 * own(*args, **kwargs)
+        except Exception:  # a formula that does not know this way to call the operator
+            flops = None
+        known = packet in flop_registry or own is not None
+        if not known and (_is_free(name) and not isinstance(func, HigherOrderOperator)):
+            return False
+        at = self.found.setdefault(self._stack[-1] if self._stack else "", Operations())
+        if flops is None:
+            at.uncounted[name] = None
+            return True
+        at.flops += flops
+        at.effective += self._effective(name.removeprefix("aten."), args, kwargs, flops)
+        return True
+
+    def _effective(self, name: str, args: Any, kwargs: dict[str, Any], flops: int) -> int:
+        """The operations that are left without those whose weight is zero."""
+        if name == "_grouped_mm":
+            return self._grouped_effective(flops, *args, **kwargs)
+        if name in _RECURRENT:
+            weights = [t for t in _tensors(args[_RECURRENT[name]]) if t.dim() == 2]
+            counts = [self._nonzeros(t) if self._is_weight(t) else (1, 1) for t in weights]
+            total = sum(t.numel() for t in weights)
+            left = sum(
+                t.numel() * some // all_ for t, (some, all_) in zip(weights, counts, strict=True)
+            )
+            return flops * left // total if total else flops
+        for place in _FACTORS.get(name, ()):
+            if place < len(args) and self._is_weight(args[place]):
+                some, all_ = self._nonzeros(args[place])
+                return flops * some // all_ if all_ else flops
+        return flops
+
+    def _grouped_effective(
+        self, flops: int, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any
+    ) -> int:
+        """Each group of rows meets the weights of its own expert."""
+        if not self._is_weight(b):
+            return flops
+        if a.dim() == 2 and b.dim() == 3 and offs is not None:
+            ends = [0, *offs.tolist()]
+            rows = [end - start for start, end in pairwise(ends)]
+            return 2 * sum(n * self._nonzeros(w)[0] for n, w in zip(rows, b, strict=True))
+        some, all_ = self._nonzeros(b)
+        return flops * some // all_ if all_ else flops
+
+    def _nonzeros(self, tensor: Tensor) -> tuple[int, int]:
+        """The number of entries that are not zero, and of all; of what is repeated, once."""
+        version = None if tensor.is_inference() else tensor._version
+        key = (_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), version)
+        if key not in self._density:
+            once = tensor[tuple(slice(None) if step else slice(1) for step in tensor.stride())]
+            self._density[key] = count_nonzeros(once), once.numel()
+        return self._density[key]
+
+    def _is_weight(self, tensor: Any) -> bool | None:
+        """Whether a tensor holds weights; `None` for a constant."""
+        address = _address(tensor)
+        return self._weight[address][1] if address in self._weight else None
+
+    def _remember(self, tensor: Tensor, weight: bool) -> None:
+        address = _address(tensor)
+        if address is not None:  # a weak reference, by which no other memory gets this address
+            self._weight[address] = tensor.untyped_storage()._weak_ref(), weight
+
+
+def count_nonzeros(tensor: Tensor) -> int:
+    """How many entries of a tensor are not zero.
+
+    Args:
+        tensor: Dense, of any dtype.
+
+    Returns:
+        The number.
+    """
+    tensor = tensor.detach()
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch cannot count these
+        tensor = tensor.float()
+    return int(tensor.count_nonzero())
+
+
+def _own(name: str) -> Callable[..., int] | None:
+    return _MULTIPLY_ADDS.get(name.removeprefix("aten.")) if name.startswith("aten.") else None
+
+
+def _is_free(name: str) -> bool:
+    """Whether an operator without a formula has no products in it."""
+    if not name.startswith("aten."):
+        return _FREE.match(name) is not None
+    name = name.removeprefix("aten.")
+    if _MOVES.match(name):
+        return True
+    return _PRODUCTS.isdisjoint(re.split(r"_+|(?<=[a-z]\d)(?=[a-z])|(?<=conv)(?=_)", name))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _address(tensor: Any) -> int | None:
+    """What identifies a tensor's memory, if it has one."""
+    if not isinstance(tensor, Tensor):
+        return None
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and opaque ones
+        return None
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> int:
+    return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _recurrent(x: Tensor, weights: Any) -> int:
+    return prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _trilinear(a: Tensor, b: Tensor, c: Tensor, *expand: list[int]) -> int:
+    shapes = []
+    for tensor, places in zip((a, b, c), expand[:3], strict=True):
+        shape = list(tensor.shape)
+        for place in places:
+            shape.insert(place, 1)
+        shapes.append(shape)
+    return prod(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> int:
+    last = 0 if offs is None or not offs.numel() else int(offs[-1])
+    if a.dim() == b.dim() == 3:
+        return a.numel() * b.shape[2]
+    if a.dim() == 2 and b.dim() == 3:
+        return last * a.shape[1] * b.shape[2]
+    if a.dim() == 3:
+        return a.shape[1] * a.shape[2] * last
+    return a.shape[0] * last * b.shape[1]
