@@ -305,7 +305,7 @@ def test_ranks_have_equal_bits(ranks: list[dict[str, Any]]) -> None:
 
 def test_an_error_on_one_rank_is_one_on_all(ranks: list[dict[str, Any]]) -> None:
     assert ranks[1]["one fails"] == "OSError: the disk is gone"
-    assert ranks[0]["one fails"].startswith("ValueError: `recalibrate_bn` .*Ranks [1] failed"[:30])
+    assert ranks[0]["one fails"].startswith("ValueError: `recalibrate_bn` should succeed")
     assert "Ranks [1] failed" in ranks[0]["one fails"]
     for rank in ranks:
         assert "`loader` should give at least one batch" in rank["none"]
