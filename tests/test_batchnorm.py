@@ -203,9 +203,9 @@ class OfItsOwn(nn.BatchNorm1d):
 
     def forward(self, input: Tensor) -> Tensor:
         mean, variance = input.mean(0), input.var(0)
-        if self.training:
-            self.running_mean += self.momentum * (mean.detach() - self.running_mean)
-            self.running_var += self.momentum * (variance.detach() - self.running_var)
+        if self.training and self.momentum is not None:
+            for name, new in (("running_mean", mean), ("running_var", variance)):
+                self.get_buffer(name).lerp_(new.detach(), self.momentum)
         return (input - mean) / (variance + self.eps).sqrt()
 
 

@@ -55,6 +55,7 @@ HOUSE = [
     "_whole_file",
     "_compressed",
     "_latency",
+    "_formulas",
     "_operations",
     "_summary",
     "prune",

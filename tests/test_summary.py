@@ -581,7 +581,9 @@ def test_each_expert_meets_its_own_tokens() -> None:
     experts[0, :, 8:] = 0
     experts[2, :4] = 0
     ends = torch.tensor(rows).cumsum(0).to(torch.int32)
-    model = Does(lambda m, x: torch._grouped_mm(x, m.w, offs=m.ends), w=nn.Parameter(experts))
+    model = Does(
+        lambda m, x: torch.ops.aten._grouped_mm(x, m.w, offs=m.ends), w=nn.Parameter(experts)
+    )
     model.register_buffer("ends", ends)
     found = summary(model, torch.ones(12, 16, dtype=torch.bfloat16), batch_sizes=())
     assert found.flops == 2 * 12 * 16 * 32

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import prod
 from typing import Any
 
 import torch
@@ -14,32 +11,12 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from drophot._eager import eagerly, uncached
+from drophot._formulas import is_free, multiply_adds
 from drophot._latency import call
 from drophot._untouched import followed, untouched
 
-# Multiply-adds of operators that torch's counter has no formula for; two operations each.
-_MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
-    "mv": lambda a, b: a.numel(),
-    "addmv": lambda c, a, b, **_: a.numel(),
-    "dot": lambda a, b: a.numel(),
-    "vdot": lambda a, b: a.numel(),
-    "addbmm": lambda c, a, b, **_: a.numel() * b.shape[2],
-    "_int_mm": lambda a, b: a.numel() * b.shape[1],
-    "_trilinear": lambda *args, **_: _trilinear(*args),
-    "_grouped_mm": lambda a, b, offs=None, *_, **__: _grouped(a, b, offs),
-    # Each recurrent weight meets each step of each sequence; packed ones have a row for each.
-    "mkldnn_rnn_layer": lambda x, ih, hh, *_, **__: _recurrent(x, [ih, hh]),
-    "_cudnn_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
-    "miopen_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
-    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: _attention(q, k, v),
-    "_scaled_dot_product_fused_attention_overrideable": (
-        lambda q, k, v, *_, **__: _attention(q, k, v)
-    ),
-    "_scaled_dot_product_attention_math_for_mps": lambda q, k, v, *_, **__: _attention(q, k, v),
-}
 # Where an operator's factors are, the one that is a layer's weight first.
 _FACTORS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), (2, 1)),
@@ -49,37 +26,6 @@ _FACTORS: dict[str, tuple[int, ...]] = {
     "_trilinear": (1, 0, 2),
 }
 _RECURRENT = {"mkldnn_rnn_layer": slice(1, 3), "_cudnn_rnn": slice(1, 2), "miopen_rnn": slice(1, 2)}
-
-# Words in the names of torch's operators that are made of products. Those of them that have no
-# formula are of unknown cost; the others, elementwise, pooling and moves, count as nothing.
-_PRODUCTS = frozenset([
-    *("conv", "conv1", "conv2", "conv3", "convolution", "rnn", "lstm", "gru"),
-    *("mm", "addmm", "bmm", "baddbmm", "mv", "matmul", "gemm", "smm", "hspmm", "sspaddmm"),
-    *("spmm", "linear", "attention", "mha", "transformer", "trilinear", "fft", "cdist"),
-    *(
-        "pdist",
-        "linalg",
-        "eig",
-        "eigh",
-        "svd",
-        "qr",
-        "geqrf",
-        "orgqr",
-        "ormqr",
-        "cholesky",
-        "lstsq",
-        "solve",
-        "inverse",
-    ),
-])
-_MOVES = re.compile(
-    r"upsample_|_thnn_fused_|.*flatten_weight|.*reorder|linalg_vector_norm|linalg_cross"
-    r"|_linalg_check_errors|_fused_sdp_choice"
-)
-# Operators of other libraries that torch's own counterparts count as nothing.
-_FREE = re.compile(
-    r"prims?\.|profiler\.|_?c10d|torchvision\.(nms|(ps_)?roi_(align|pool))|rngprims\.|image\."
-)
 
 
 @dataclass(slots=True)
@@ -127,7 +73,10 @@ class _Counter(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
+        from torch.utils.flop_counter import flop_registry  # which takes a while to import
+
         super().__init__()
+        self._formulas = flop_registry
         self.found: dict[str, Operations] = {}
         self._stack: list[str] = []
         self._weight: dict[int, tuple[Any, bool]] = {}
@@ -157,7 +106,7 @@ class _Counter(TorchDispatchMode):
             return out
         packet = func.overloadpacket
         name = str(packet)
-        if packet not in flop_registry and _own(name) is None:
+        if packet not in self._formulas and multiply_adds(name) is None:
             with self:
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
@@ -177,16 +126,16 @@ class _Counter(TorchDispatchMode):
     ) -> bool:
         """Add an operator at the module that calls it; whether it is one that multiplies."""
         flops: int | None = None
-        own = _own(name)
+        own = multiply_adds(name)
         try:
-            if packet in flop_registry:
-                flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
+            if packet in self._formulas:
+                flops = int(self._formulas[packet](*args, **kwargs, out_val=out))
             elif own is not None:
                 flops = 2 * own(*args, **kwargs)
         except Exception:  # a formula that does not know this way to call the operator
             flops = None
-        known = packet in flop_registry or own is not None
-        if not known and (_is_free(name) and not isinstance(func, HigherOrderOperator)):
+        known = packet in self._formulas or own is not None
+        if not known and (is_free(name) and not isinstance(func, HigherOrderOperator)):
             return False
         at = self.found.setdefault(self._stack[-1] if self._stack else "", Operations())
         if flops is None:
@@ -262,20 +211,6 @@ def count_nonzeros(tensor: Tensor) -> int:
     return int(tensor.count_nonzero())
 
 
-def _own(name: str) -> Callable[..., int] | None:
-    return _MULTIPLY_ADDS.get(name.removeprefix("aten.")) if name.startswith("aten.") else None
-
-
-def _is_free(name: str) -> bool:
-    """Whether an operator without a formula has no products in it."""
-    if not name.startswith("aten."):
-        return _FREE.match(name) is not None
-    name = name.removeprefix("aten.")
-    if _MOVES.match(name):
-        return True
-    return _PRODUCTS.isdisjoint(re.split(r"_+|(?<=[a-z]\d)(?=[a-z])|(?<=conv)(?=_)", name))
-
-
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
@@ -288,32 +223,3 @@ def _address(tensor: Any) -> int | None:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and opaque ones
         return None
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor) -> int:
-    return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
-
-
-def _recurrent(x: Tensor, weights: Any) -> int:
-    return prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.dim() == 2)
-
-
-def _trilinear(a: Tensor, b: Tensor, c: Tensor, *expand: list[int]) -> int:
-    shapes = []
-    for tensor, places in zip((a, b, c), expand[:3], strict=True):
-        shape = list(tensor.shape)
-        for place in places:
-            shape.insert(place, 1)
-        shapes.append(shape)
-    return prod(max(sizes) for sizes in zip(*shapes, strict=True))
-
-
-def _grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> int:
-    last = 0 if offs is None or not offs.numel() else int(offs[-1])
-    if a.dim() == b.dim() == 3:
-        return a.numel() * b.shape[2]
-    if a.dim() == 2 and b.dim() == 3:
-        return last * a.shape[1] * b.shape[2]
-    if a.dim() == 3:
-        return a.shape[1] * a.shape[2] * last
-    return a.shape[0] * last * b.shape[1]
