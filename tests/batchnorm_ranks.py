@@ -86,6 +86,7 @@ def main(folder: Path) -> None:
         for case, of in BATCHES.items():
             model = network(name)
             wrapped = DistributedDataParallel(model) if name == "plain" else model
+            wrapped = torch.compile(wrapped, backend="eager") if case == "uneven" else wrapped
             recalibrate_bn(wrapped, of(rank))
             found[f"{name}, {case}"] = model.state_dict()
     model = network("plain")

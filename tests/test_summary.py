@@ -412,6 +412,18 @@ WEIGHTS: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
         64,
     ),
     "twice": (lambda: Twice(linear()), x, 128, 32),
+    "not in a list of modules": (
+        lambda: Does(lambda m, x: m.hidden[0](x), hidden=[linear()]),
+        x,
+        64,
+        16,
+    ),
+    "divided by a norm of it": (
+        lambda: Does(lambda m, x: F.linear(x, m.w / torch.dot(m.w[0], m.w[0])), w=sparse(4, 4)),
+        x,
+        8 + 64,
+        8 + 16,
+    ),
     "grouped": (
         lambda: Does(
             lambda m, x: F.conv2d(x.view(1, 4, 1, 2), m.w, groups=2), w=sparse(4, 2, 1, 1)

@@ -131,7 +131,7 @@ def _sums(
 ) -> dict[str, Sums]:
     """What each layer is given in one pass; the model is as it was."""
     # These would talk to other ranks, or copy the layers to other devices.
-    inner = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
+    inner = _unwrapped(model)
     with (
         untouched(model) as device,
         gathered(layers) as sums,
@@ -141,6 +141,16 @@ def _sums(
         for batch in loader:
             inner(_inputs(batch, inner).to(device))
     return sums
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
+            model = original  # compiled, which this pass is not
+        else:
+            return model
 
 
 def _write(layers: Mapping[str, _NormBase], sums: Mapping[str, Sums]) -> None:

@@ -114,11 +114,11 @@ class _Counter(TorchDispatchMode):
         given = [self._is_weight(tensor) for tensor in _tensors((args, kwargs))]
         out = func(*args, **kwargs)
         counted = self._count(func, packet, name, args, kwargs, out)
-        if given:
-            weight = not counted and False not in given and True in given
-            for tensor in _tensors(out):
-                if weight or counted or False in given:
-                    self._remember(tensor, weight)
+        for tensor in _tensors(out) if given else ():
+            if False in given or (counted and tensor.numel() > 1):
+                self._remember(tensor, False)
+            elif True in given and not counted:
+                self._remember(tensor, True)  # a number made of weights, as a norm, is a constant
         return out
 
     def _count(
@@ -188,7 +188,9 @@ class _Counter(TorchDispatchMode):
     def _is_weight(self, tensor: Any) -> bool | None:
         """Whether a tensor holds weights; `None` for a constant."""
         address = _address(tensor)
-        return self._weight[address][1] if address in self._weight else None
+        if address in self._weight:
+            return self._weight[address][1]
+        return True if isinstance(tensor, nn.Parameter) else None  # of a module that is not listed
 
     def _remember(self, tensor: Tensor, weight: bool) -> None:
         address = _address(tensor)
