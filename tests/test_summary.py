@@ -1,6 +1,8 @@
 """What a network is worth: compressed bytes, effective operations, measured time."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -301,6 +303,25 @@ def test_a_module_that_fails_and_is_caught_leaves_the_others_theirs() -> None:
     assert rows == {"(model)": 32, "wrong": 0, "right": 64}
 
 
+def test_a_hook_that_fails_and_is_caught_does_not_close_the_module_around_it() -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("not now")
+
+    class Tries(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrong = nn.Linear(4, 4)
+            self.wrong.register_forward_pre_hook(fails)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with suppress(RuntimeError):
+                self.wrong(x)
+            return x @ x.mT
+
+    found = summary(nn.Sequential(Tries()), torch.ones(2, 4), batch_sizes=(1,))
+    assert {layer.name: layer.flops for layer in found.layers} == {"0": 32, "0.wrong": 0}
+
+
 class Does(nn.Module):
     """A function of its parts and the input."""
 
@@ -400,10 +421,21 @@ WEIGHTS: dict[str, tuple[Callable[[], nn.Module], Tensor, int, int]] = {
         16,
     ),
     "learned inputs": (
-        lambda: Does(lambda m, x: m.other(m.q).relu() @ x.T, q=sparse(2, 4), other=linear()),
+        lambda: Does(lambda m, x: m.other(m.q).relu() @ x.T, q=sparse(2, 4), other=linear(8)),
         x,
         64 + 32,
-        16 + 32,
+        32 + 32,
+    ),
+    "learned inputs and biases": (
+        lambda: Does(
+            lambda m, x: (F.linear(m.q, m.w, m.bias) + m.bias).relu() @ x.T,
+            q=sparse(2, 4),
+            w=sparse(4, 4, zeros=0.5),
+            bias=nn.Parameter(-torch.ones(4)),
+        ),
+        x,
+        64 + 32,
+        32 + 32,
     ),
     "mixed by the inputs": (
         lambda: Does(lambda m, x: F.linear(x, m.w * x.mean()), w=sparse(4, 4)),
@@ -534,6 +566,16 @@ def test_a_vision_transformer_by_hand() -> None:
         )
         found = summary(model, torch.randn(1, 3, 32, 32), batch_sizes=())
         assert getattr(found, wanted) == by_weight + products
+
+
+@pytest.mark.parametrize(
+    ("name", "multiply_adds"), [("resnet18", 1_814_073_344), ("mobilenet_v2", 300_774_272)]
+)
+def test_published_multiply_adds(name: str, multiply_adds: int) -> None:
+    models = pytest.importorskip("torchvision").models
+    model = getattr(models, name)(weights=None)
+    found = summary(model, torch.randn(1, 3, 224, 224), batch_sizes=())
+    assert found.flops == 2 * multiply_adds
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -751,10 +793,20 @@ def test_what_is_no_module_is_refused() -> None:
 
 
 def test_a_compiled_model_is_counted_as_it_is_written() -> None:
-    model = torch.compile(nn.Sequential(linear(), nn.ReLU(), linear()), backend="eager")
+    def kernels(graph: Any, _: object) -> Callable[..., Any]:
+        """A compiler whose code calls nothing that could be counted."""
+
+        def run(*args: Any) -> Any:
+            with torch.utils._python_dispatch._disable_current_modes():
+                return graph(*args)
+
+        return run
+
+    model = torch.compile(nn.Sequential(linear(), nn.ReLU(), linear()), backend=kernels)
     model(x)
-    found = summary(model, x, batch_sizes=())
+    found = summary(model, x, batch_sizes=(1,))  # without the warnings of what cannot be compiled
     assert (found.flops, found.effective_flops) == (128, 32)
+    assert [sorted(layer.latency or ()) for layer in found.layers] == [[1], [1]]
 
 
 def test_weights_of_eight_bits_are_counted() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -79,7 +80,7 @@ class _Counter(TorchDispatchMode):
         self._formulas = flop_registry
         self.found: dict[str, Operations] = {}
         self._stack: list[str] = []
-        self._weight: dict[int, tuple[Any, bool]] = {}
+        self._weight: dict[int, tuple[StorageWeakRef, bool]] = {}
         self._density: dict[tuple[Any, ...], tuple[int, int]] = {}
         for parameter in model.parameters():
             self._remember(parameter, True)
@@ -195,7 +196,7 @@ class _Counter(TorchDispatchMode):
     def _remember(self, tensor: Tensor, weight: bool) -> None:
         address = _address(tensor)
         if address is not None:  # a weak reference, by which no other memory gets this address
-            self._weight[address] = tensor.untyped_storage()._weak_ref(), weight
+            self._weight[address] = StorageWeakRef(tensor.untyped_storage()), weight
 
 
 def count_nonzeros(tensor: Tensor) -> int:

@@ -37,7 +37,7 @@ class LayerSummary:
     effective_flops: int | None
     """Those of them that are left without the zeros of the weights that they use."""
     latency: Mapping[int, float] | None
-    """Milliseconds by batch size."""
+    """Milliseconds by batch size; of a compiled model, as the layer is without the compiler."""
     counted_flops: int | None = None
     """Of the operators of known cost: all of `flops`, or the part that could be counted."""
     uncounted: tuple[str, ...] = ()

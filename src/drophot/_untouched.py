@@ -81,15 +81,19 @@ def followed(
     Yields:
         Nothing; the hooks come off again, also after an error.
     """
+    entered: list[nn.Module] = []
 
     def hook(path: str) -> Callable[..., None]:
-        def before(*_: Any) -> None:
+        def before(module: nn.Module, *_: Any) -> None:
+            entered.append(module)
             enter(path)
 
         return before
 
-    def after(*_: Any) -> None:
-        leave()
+    def after(module: nn.Module, *_: Any) -> None:
+        if entered and entered[-1] is module:  # else another hook failed before it was entered
+            entered.pop()
+            leave()
 
     hooks = [
         handle
