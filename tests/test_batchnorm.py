@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator
 from copy import deepcopy
+from typing import Any
 
+import batchnorm_ranks as worker
 import numpy as np
 import pytest
 import references
 import torch
+from conftest import ROOT, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -89,7 +92,9 @@ def stops() -> Iterator[Tensor]:
     ("loader", "error", "message"),
     [
         ([], ValueError, "`loader` should give at least one batch. Found none"),
-        ([{"x": 3}], TypeError, "`loader` should give batches .*Found int in a dict"),
+        ([{"x": 3}], TypeError, "`loader` should give batches .*Found int in a dict with x"),
+        ([{"labels": torch.ones(8, 4)}], TypeError, "`loader` .*Found NoneType in a dict with lab"),
+        ([torch.full((8, 4), torch.nan)], ValueError, "`model` .* finite .*torch.float32.* `1`"),
         ([()], TypeError, "`loader` should give batches .*Found NoneType in a tuple"),
         (stops(), OSError, "the disk is gone"),
         ([torch.randn(8, 4), torch.randn(8, 5)], RuntimeError, "shapes|size"),
@@ -147,3 +152,167 @@ def test_weights_that_autocast_kept_are_not_those_after_pruning() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         recalibrate_bn(plain, [inputs])
     torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
+
+
+# --- in every dtype ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_many_batches_are_averaged_in_any_dtype(dtype: torch.dtype, kind) -> None:
+    torch.manual_seed(0)
+    layer = kind(4).to(dtype)
+    batches = [(torch.randn(8, 4) * 2 + 0.5).to(dtype) for _ in range(400)]
+    recalibrate_bn(layer, batches)
+    mean, variance = references.batchnorm_statistics([b.double().numpy() for b in batches])
+    last = torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-6  # one rounding, at the end
+    np.testing.assert_allclose(layer.running_mean.double(), mean, rtol=last)
+    np.testing.assert_allclose(layer.running_var.double(), variance, rtol=last)
+    assert layer.running_mean.dtype == dtype
+
+
+def test_statistics_beyond_the_dtype_are_refused() -> None:
+    layer = nn.BatchNorm1d(2).half()
+    with pytest.raises(ValueError, match="finite in torch.float16. Found .*`the model`"):
+        recalibrate_bn(layer, [torch.tensor([[0.0, 1], [600, 2]]).half()])
+    assert layer.running_var.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.1, 1.0])
+def test_momentum_has_no_part_in_it(momentum: float | None) -> None:
+    layer = nn.BatchNorm1d(1, momentum=momentum)
+    recalibrate_bn(layer, [torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0], [8.0]])])
+    assert (layer.running_mean.item(), layer.running_var.item()) == (4, 5)
+    assert layer.momentum == momentum
+
+
+def test_instances_that_are_tracked_count_each() -> None:
+    torch.manual_seed(0)
+    layer = nn.InstanceNorm1d(2, track_running_stats=True)
+    first, second = torch.randn(3, 2, 5), torch.randn(1, 2, 7)
+    recalibrate_bn(layer, [first, second])
+    of = [(15, first), (7, second)]
+    mean = sum(n * batch.mean(2).mean(0) for n, batch in of) / 22
+    variance = sum(n * batch.var(2).mean(0) for n, batch in of) / 22
+    torch.testing.assert_close(layer.running_mean, mean)
+    torch.testing.assert_close(layer.running_var, variance)
+
+
+class OfItsOwn(nn.BatchNorm1d):
+    """Computes its statistics itself, as synchronised layers of other libraries do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, variance = input.mean(0), input.var(0)
+        if self.training and self.momentum is not None:
+            for name, new in (("running_mean", mean), ("running_var", variance)):
+                self.get_buffer(name).lerp_(new.detach(), self.momentum)
+        return (input - mean) / (variance + self.eps).sqrt()
+
+
+class Rescales(nn.BatchNorm1d):
+    """Normalises something else than its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(3 * input)
+
+
+class Functional(nn.Module):
+    """Normalises without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return nn.functional.batch_norm(
+            x, norm.running_mean, norm.running_var, training=norm.training
+        )
+
+
+@pytest.mark.parametrize(("kind", "scale"), [(OfItsOwn, 1), (Rescales, 3)])
+def test_layers_with_code_of_their_own(kind, scale: int) -> None:
+    layer = kind(1)
+    recalibrate_bn(layer, [torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0], [8.0]])])
+    assert layer.running_mean.item() == pytest.approx(4 * scale)
+    assert layer.running_var.item() == pytest.approx(5 * scale**2)
+
+
+def test_layers_that_are_used_by_another_module() -> None:
+    model = Functional()
+    recalibrate_bn(model, [torch.tensor([[1.0], [3.0]]), torch.tensor([[4.0], [8.0]])])
+    assert (model.norm.running_mean.item(), model.norm.running_var.item()) == (4, 5)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"labels": torch.zeros(8, dtype=torch.int64), "pixel_values": torch.ones(8, 4)},
+        {"label_ids": torch.zeros(8), "x": torch.ones(8, 4), "index": torch.arange(8)},
+        {"other": torch.zeros(8, 3), "main": torch.ones(8, 4)},
+    ],
+)
+def test_the_inputs_of_a_batch_with_names(batch: dict[str, Tensor]) -> None:
+    layer = nn.BatchNorm1d(4)
+    if "main" in batch:
+        layer.main_input_name = "main"
+    recalibrate_bn(layer, [batch])
+    assert layer.running_mean.tolist() == [1] * 4
+
+
+def test_inference_mode_and_its_tensors() -> None:
+    with torch.inference_mode():
+        layer = nn.BatchNorm1d(1)
+        recalibrate_bn(layer, [torch.tensor([[1.0], [3.0]])])
+        assert (layer.running_mean.item(), layer.running_var.item()) == (2, 2)
+
+
+def test_a_wrapped_model() -> None:
+    layer = nn.BatchNorm1d(1)
+    recalibrate_bn(nn.DataParallel(layer), [torch.tensor([[1.0], [3.0]])])
+    assert layer.running_mean.item() == 2
+
+
+# --- over several processes ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun(2, ROOT / "tests" / "batchnorm_ranks.py", str(folder), folder=folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", worker.MODELS)
+@pytest.mark.parametrize("batches", worker.BATCHES)
+def test_ranks_equal_one_process_that_saw_everything(
+    ranks: list[dict[str, Any]], name: str, batches: str
+) -> None:
+    alone = worker.network(name)
+    recalibrate_bn(alone, [batch for rank in range(2) for batch in worker.BATCHES[batches](rank)])
+    for rank in ranks:
+        found = rank[f"{name}, {batches}"]
+        assert found.keys() == alone.state_dict().keys()
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=1e-7)
+
+
+def test_ranks_have_equal_bits(ranks: list[dict[str, Any]]) -> None:
+    for name, state in ranks[0].items():
+        if "," in name:
+            assert all(torch.equal(v, ranks[1][name][key]) for key, v in state.items()), name
+
+
+def test_an_error_on_one_rank_is_one_on_all(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[1]["one fails"] == "OSError: the disk is gone"
+    assert ranks[0]["one fails"].startswith("ValueError: `recalibrate_bn` should succeed")
+    assert "Ranks [1] failed" in ranks[0]["one fails"]
+    for rank in ranks:
+        assert "`loader` should give at least one batch" in rank["none"]
+        assert "the same BatchNorm layers on every rank" in rank["other models"]
+        assert rank["left"] == [0.0] * 3
+
+
+def test_a_group_of_one_rank_keeps_to_itself(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["alone"] for rank in ranks] == [[0.5], [1.5]]
+    assert "`group` should contain this rank" in ranks[0]["not a member"]

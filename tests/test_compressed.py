@@ -1,8 +1,14 @@
 """Compressed checkpoints: exact, as small as theory says, and safe to read."""
 
 import json
+import os
+import stat
 import struct
+import subprocess
+import sys
+import threading
 import zipfile
+from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 
@@ -222,6 +228,12 @@ def entry(header: dict, name: str = "fc1.weight") -> dict:
         (lambda h, f: h.update(metadata=[]), "damaged or something else"),
         (lambda h, f: h.update(metadata={"fc1": "ab"}), "'ab'"),
         (lambda h, f: h.update(tensors=[]), "damaged or something else"),
+        (lambda h, f: h.update(more="x" * (1 << 21)), "bytes for 'drophot.json', of at most 1,"),
+        (lambda h, f: h.update(format="x" * 9999), "Found 'x{50}'; it"),
+        (
+            lambda h, f: h["tensors"].update({f"{n}{'x' * 900}": {} for n in range(500)}),
+            "'0x{99}'.* and 480 more",
+        ),
     ],
 )
 def test_a_file_that_is_not_right_changes_nothing(change, message: str, tmp_path: Path) -> None:
@@ -416,3 +428,333 @@ def test_a_lazy_model_is_told_to_run_first(tmp_path: Path) -> None:
         load_compressed(model, path)
     model(torch.zeros(1, 4))
     load_compressed(model, path)
+
+
+# --- files from anybody --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("part", ["drophot.json", "0", "0.mask"])
+def test_parts_that_have_to_be_inflated_are_refused(method: int, part: str, tmp_path: Path) -> None:
+    model = nn.Linear(40, 40)
+    magnitude_prune(model, 0.8)
+    save_compressed(model, tmp_path / "model")
+    with (
+        zipfile.ZipFile(tmp_path / "model") as source,
+        zipfile.ZipFile(tmp_path / "other", "w") as archive,
+    ):
+        for name in source.namelist():
+            kind = method if name == part else zipfile.ZIP_STORED
+            archive.writestr(name, source.read(name), compress_type=kind)
+    with pytest.raises(ValueError, match=f"`path` .*Found '{part}' compressed by method {method}"):
+        load_compressed(nn.Linear(40, 40), tmp_path / "other")
+
+
+def test_a_description_that_inflates_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "bomb"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("drophot.json", b" " * 10_000_000)
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(ValueError, match="compressed by method 8"):
+        load_compressed(nn.Linear(2, 2), path)
+
+
+def test_a_size_beyond_the_file_is_not_believed(tmp_path: Path) -> None:
+    """The archive says of a part that it is larger than the whole file."""
+    path = tmp_path / "model"
+    save_compressed(nn.Linear(2, 2), path)
+    content = path.read_bytes()
+    at = content.rindex(b"PK\x01\x02")  # the directory's last entry, that of the description
+    huge = struct.pack("<II", 1_000_000, 1_000_000)
+    path.write_bytes(content[: at + 20] + huge + content[at + 28 :])
+    with pytest.raises(ValueError, match=r"1,000,000 bytes for 'drophot.json', of at most [\d,]+"):
+        load_compressed(nn.Linear(2, 2), path)
+
+
+def damaged(path: Path, model: nn.Module, places: range, change: int) -> Counter[str]:
+    """How loading ends for each place that is changed; never in other values."""
+    content = path.read_bytes()
+    ends: Counter[str] = Counter()
+    for place in places:
+        wrong = bytearray(content)
+        wrong[place % len(content)] ^= change
+        path.write_bytes(bytes(wrong))
+        other = nn.Linear(8, 8)
+        before = deepcopy(other.state_dict())
+        try:
+            load_compressed(other, path)
+        except ValueError:
+            assert all(torch.equal(w, before[name]) for name, w in other.state_dict().items())
+            ends["refused"] += 1
+        else:
+            assert same(model, other)
+            ends["loaded"] += 1
+    path.write_bytes(content)
+    return ends
+
+
+@pytest.mark.parametrize("change", [0x01, 0x0E, 0x55, 0xFF])
+def test_every_byte_counts(change: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    magnitude_prune(model, 0.8)
+    save_compressed(model, tmp_path / "model")
+    size = (tmp_path / "model").stat().st_size
+    ends = damaged(tmp_path / "model", model, range(size), change)
+    assert ends["refused"] > size / 2
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_every_byte_of_an_archive_of_another_kind(method: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    save_compressed(model, tmp_path / "stored")
+    with (
+        zipfile.ZipFile(tmp_path / "stored") as source,
+        zipfile.ZipFile(tmp_path / "model", "w", method) as archive,
+    ):
+        for name in source.namelist():
+            archive.writestr(name, source.read(name))
+    size = (tmp_path / "model").stat().st_size
+    ends = damaged(tmp_path / "model", model, range(0, size, 3), 0x55)
+    assert ends["loaded"] == 0
+
+
+def test_every_length(tmp_path: Path) -> None:
+    save_compressed(nn.Linear(8, 8), tmp_path / "model")
+    content = (tmp_path / "model").read_bytes()
+    for length in range(len(content)):
+        (tmp_path / "model").write_bytes(content[:length])
+        with pytest.raises(ValueError, match="`path`"):
+            load_compressed(nn.Linear(8, 8), tmp_path / "model")
+
+
+def test_notes_that_would_not_load_are_not_saved(tmp_path: Path) -> None:
+    class Notes(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.register_state_dict_post_hook(
+                lambda module, state, prefix, local: local.update(notes="x" * (2 << 20))
+            )
+
+    with pytest.raises(ValueError, match="`model` should note less .*Found .*2,097,"):
+        save_compressed(Notes(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- through the model's own protocol ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", [torch.zeros(0), torch.randn(7), torch.eye(9), torch.arange(3)])
+def test_extra_state_may_have_grown(state: Tensor, tmp_path: Path) -> None:
+    model, other = Seen(), Seen()
+    model.seen = state
+    save_compressed(model, tmp_path / "model")
+    load_compressed(other, tmp_path / "model")
+    assert torch.equal(other.seen, state)
+    assert other.seen.dtype == state.dtype
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda e: e.update(shape=[1 << 40, 1 << 40]),
+        lambda e: e.update(shape=[1 << 40], nonzeros=0),
+        lambda e: e.update(shape=[-1]),
+        lambda e: e.update(shape=["a"]),
+        lambda e: e.update(shape=[3.5]),
+        lambda e: e.update(dtype="nn"),
+        lambda e: e.update(dtype="nowhere"),
+        lambda e: e.update(shape=5),
+    ],
+)
+def test_extra_state_is_bounded_by_the_file(change, tmp_path: Path) -> None:
+    model, other = Seen(), Seen()
+    save_compressed(model, tmp_path / "model")
+    rewritten(tmp_path / "model", lambda header, _: change(entry(header, "_extra_state")))
+    before = deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="`path`"):
+        load_compressed(other, tmp_path / "model")
+    assert all(torch.equal(w, before[name]) for name, w in other.state_dict().items())
+
+
+def test_an_expanded_buffer_is_named_before_anything_changes(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return Holds(first=torch.randn(3), x=torch.randn(1, 3).expand(4, 3))
+
+    one, other = model(), model()
+    save_compressed(one, tmp_path / "model")
+    before = other.first.clone()
+    with pytest.raises(ValueError, match=r"`model` .*Found `x` expanded to \(4, 3\); .*clone"):
+        load_compressed(other, tmp_path / "model")
+    assert torch.equal(other.first, before)
+    other.x = other.x.clone()
+    load_compressed(other, tmp_path / "model")
+    assert same(one, other)
+
+
+def test_a_hook_that_fails_says_that_the_model_is_loaded_in_part(tmp_path: Path) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("mine")
+
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    save_compressed(model, tmp_path / "model")
+    other.register_load_state_dict_post_hook(fails)
+    with pytest.raises(KeyError, match="mine") as caught:
+        load_compressed(other, tmp_path / "model")
+    assert "the model may be loaded in part" in caught.value.__notes__[0]
+
+
+def test_a_model_of_other_tensors_is_not_taken_for_a_damaged_file(tmp_path: Path) -> None:
+    save_compressed(nn.Linear(2, 2), tmp_path / "model")
+    with pytest.raises(TypeError, match="`model` .*Found `_extra_state`, a dict"):
+        load_compressed(Extra(2, 2), tmp_path / "model")
+
+
+# --- writers beside each other -------------------------------------------------------------------
+
+
+def constant(value: float) -> nn.Module:
+    model = nn.Linear(300, 300, bias=False)
+    nn.init.constant_(model.weight, value)
+    return model
+
+
+def test_threads_that_save_to_one_path_do_not_damage_it(tmp_path: Path) -> None:
+    path, errors = tmp_path / "model", []
+
+    def save(value: float) -> None:
+        try:
+            for _ in range(10):
+                save_compressed(constant(value), path)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(value,)) for value in (1.0, 2.0, 3.0)]
+    save(1.0)
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        model = constant(0.0)
+        load_compressed(model, path)
+        assert len(set(model.weight.flatten().tolist())) == 1
+    assert errors == []
+    assert list(tmp_path.iterdir()) == [path]
+
+
+WRITER = """
+import os, sys, torch
+from pathlib import Path
+from torch import nn
+from drophot import _compressed
+os.getpid = lambda: 1  # as in a container
+write = _compressed._write
+def slow(archive, *rest):
+    out = write(archive, *rest)
+    print("writing", flush=True)
+    sys.stdin.readline()
+    return out
+_compressed._write = slow
+_compressed.save_compressed(nn.Linear(20, 20), sys.argv[1])
+print("saved", flush=True)
+"""
+
+
+def writer(path: Path) -> subprocess.Popen[str]:
+    """A process in the middle of saving."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout.readline() == "writing\n"
+    return process
+
+
+def parts(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix == ".part")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed there")
+def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    live = writer(path)
+    (mine,) = parts(tmp_path)
+    killed = writer(path)
+    killed.kill()
+    killed.communicate()
+    assert len(parts(tmp_path)) == 2
+    others = ["model.backup.part", "model.0123456789abcdef.part.txt", "other.0123456789abcdef.part"]
+    for name in others:
+        (tmp_path / name).write_text("somebody's")
+    model, found = nn.Linear(20, 20), nn.Linear(20, 20)
+    save_compressed(model, path)
+    load_compressed(found, path)
+    assert same(model, found)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, mine, "model"])
+    rest, _ = live.communicate("\n\n")
+    assert rest.splitlines()[-1] == "saved"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "model"])
+    load_compressed(found, path)
+    assert not same(model, found), "the one that ended last"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
+def test_the_file_has_the_mode_that_open_would_give(tmp_path: Path) -> None:
+    def mode(path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
+    old = os.umask(0o027)
+    try:
+        save_compressed(nn.Linear(2, 2), tmp_path / "new")
+        assert mode(tmp_path / "new") == 0o640
+        (tmp_path / "new").chmod(0o604)
+        save_compressed(nn.Linear(2, 2), tmp_path / "new")
+        assert mode(tmp_path / "new") == 0o604, "that of the file that was there"
+    finally:
+        os.umask(old)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
+def test_a_link_still_leads_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder" / "model")
+    for _ in range(2):
+        model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+        save_compressed(model, tmp_path / "link")
+        load_compressed(other, tmp_path / "folder" / "model")
+        assert same(model, other)
+        assert (tmp_path / "link").is_symlink()
+    assert len(list((tmp_path / "folder").iterdir())) == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes and links as POSIX has them")
+def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model'$"):
+        save_compressed(nn.Linear(2, 2), tmp_path / "nowhere" / "model")
+    with pytest.raises(IsADirectoryError, match="`path` should be a file. Found the folder"):
+        save_compressed(nn.Linear(2, 2), tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="`path` should be a regular file"):
+        save_compressed(nn.Linear(2, 2), tmp_path / "pipe")
+    (tmp_path / "pipe").unlink()
+    (tmp_path / "old").write_text("old")
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write anything
+    with pytest.raises(PermissionError, match="`path` should be writable. Found .*old"):
+        save_compressed(nn.Linear(2, 2), tmp_path / "old")
+    assert (tmp_path / "old").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_the_longest_name_that_a_file_can_have(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    save_compressed(model, path)
+    load_compressed(other, path)
+    assert same(model, other)
+    assert list(tmp_path.iterdir()) == [path]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from drophot._weights import check_module
+from drophot._whole_file import replaced
 
 _FORMAT = "drophot compressed 1"
 _HEADER = "drophot.json"
@@ -24,8 +25,8 @@ _NO_NOTE = {"version": 1}
 
 # What reading a file that is not one of these, or no longer, can end in.
 _DAMAGE = (
-    *(zipfile.BadZipFile, zlib.error, json.JSONDecodeError, UnicodeDecodeError, EOFError),
-    *(OSError, KeyError, TypeError, AttributeError, RuntimeError, NotImplementedError),
+    *(zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, EOFError, struct.error),
+    *(OSError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError),
 )
 
 
@@ -49,7 +50,9 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
     At a sparsity of 80 % a file of 32-bit weights takes 0.2 + 1/32 = 0.231 of the dense one.
     Tensors that would not be smaller are written whole, and tensors that share their memory once.
     The file is a plain zip archive of raw bytes and a description in JSON: nothing in it can run
-    when it is read. It appears whole or not at all.
+    when it is read. It appears whole or not at all, also where several threads or processes save to
+    one path; the last one wins. What a killed one left beside it (`NAME.….part`) is removed by the
+    next.
 
     Args:
         model: Pruned, on any device.
@@ -58,6 +61,9 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
     Raises:
         TypeError: If `model` is no module, `path` no path, or the `state_dict` holds something else
             than dense tensors.
+        ValueError: If what the modules note in the `state_dict`'s metadata is larger than a
+            description may be, or `path` is no regular file.
+        OSError: If the folder, or the file that is there, cannot be written to.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -75,31 +81,34 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
     state = model.state_dict()
     for name, tensor in state.items():
         _check_dense(name, tensor)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     entries: dict[str, dict[str, Any]] = {}
     shared: dict[tuple[Any, ...], str] = {}
-    try:
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-            for number, (name, tensor) in enumerate(state.items()):
-                memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-                if tensor.numel() and memory in shared:
-                    entries[name] = {"same as": shared[memory]}
-                    continue
-                shared[memory] = name
-                entries[name] = _write(archive, str(number), tensor.detach())
-            header = {"format": _FORMAT, "tensors": entries, "metadata": _metadata(state)}
-            archive.writestr(_HEADER, json.dumps(header, default=_refuse))
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replaced(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for number, (name, tensor) in enumerate(state.items()):
+            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            if tensor.numel() and memory in shared:
+                entries[name] = {"same as": shared[memory]}
+                continue
+            shared[memory] = name
+            entries[name] = _write(archive, str(number), tensor.detach())
+        described = {"format": _FORMAT, "tensors": entries, "metadata": _metadata(state)}
+        header = json.dumps(described, default=_refuse).encode()
+        if len(header) > _longest_header(state):
+            raise ValueError(
+                f"`model` should note less in its state's metadata. Found a description of "
+                f"{len(header):,} bytes, of at most {_longest_header(state):,}; save it with "
+                f"torch.save."
+            )
+        archive.writestr(_HEADER, header)
 
 
 def load_compressed(model: nn.Module, path: Path | str) -> None:
     """Load what `save_compressed` wrote into a model of the same architecture, in place.
 
-    As `model.load_state_dict` loads the `state_dict` that was saved, by it: modules with a way of
-    their own to load, and hooks, come into their own. Every tensor is equal to the one that was
-    saved. A zero's sign may differ: those of either are one here.
+    The tensors are read and checked, then given to `model.load_state_dict`, so that hooks and
+    modules that load in their own way work as usual. Every tensor is equal to the one that was
+    saved. A zero's sign may differ: those of either are one here. A file from anybody is safe to
+    load: what is read is bounded by the model and by the size of the file.
 
     Args:
         model: On any device.
@@ -108,7 +117,9 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
     Raises:
         TypeError: If `model` is no module or `path` no path.
         ValueError: If the file is damaged or something else, names, shapes or dtypes are not the
-            model's, or the model is lazy or on the meta device. Nothing is changed then.
+            model's (extra state may have other shapes), or the model is lazy, on the meta device or
+            has buffers that repeat one value in memory. Nothing is changed then. What a hook of the
+            model raises comes with a note that the model may be loaded in part.
     """
     check_module("model", model)
     path = _path(path)
@@ -123,6 +134,15 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
             f"`model` should have memory for its tensors. Found `{empty[0]}` on meta; call "
             f"model.to_empty(device=...) first."
         )
+    for name, tensor in state.items():
+        _check_dense(name, tensor)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        repeated = zip(tensor.shape, tensor.stride(), strict=True)
+        if name in state and any(size > 1 and not step for size, step in repeated):
+            raise ValueError(
+                f"`model` should have memory of its own for each number. Found `{name}` expanded "
+                f"to {tuple(tensor.shape)}; replace it by a clone of it."
+            )
     with path.open("rb") as file:
         try:
             found = _read(file, state)
@@ -131,7 +151,11 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
                 f"`path` should be a file of save_compressed, whole. Found {path}, which is "
                 f"damaged or something else ({type(error).__name__}: {error})."
             ) from error
-    model.load_state_dict(found)
+    try:
+        model.load_state_dict(found)
+    except Exception as error:
+        error.add_note(f"load_compressed: the model may be loaded in part from {path}.")
+        raise
 
 
 def _path(path: Any) -> Path:
@@ -170,17 +194,18 @@ def _write(archive: zipfile.ZipFile, number: str, tensor: Tensor) -> dict[str, A
 def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state of the same tensors and notes as the one that was written."""
     with zipfile.ZipFile(file) as archive:
-        header = json.loads(archive.read(_HEADER))
+        header = json.loads(_content(archive, _HEADER, _longest_header(state)))
         if header.get("format") != _FORMAT:
             raise ValueError(
                 f"`path` should be a file of the format {_FORMAT!r}. Found "
-                f"{header.get('format')!r}; it may be of a later drophot."
+                f"{str(header.get('format'))[:50]!r}; it may be of a later drophot."
             )
         entries = header["tensors"]
         if strange := sorted(entries.keys() ^ state.keys()):
+            more = f" and {len(strange) - 20:,} more" if len(strange) > 20 else ""
             raise ValueError(
-                f"`model` should have the tensors of the file. Found a difference in {strange}; "
-                f"it is of another model."
+                f"`model` should have the tensors of the file. Found a difference in "
+                f"{[name[:100] for name in strange[:20]]}{more}; it is of another model."
             )
         found: OrderedDict[str, Tensor] = OrderedDict()
         found._metadata = _noted(header, state)  # type: ignore[attr-defined]
@@ -188,6 +213,8 @@ def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
             source = entry.get("same as", name)
             own = entries[source]
             mine = state[name]
+            if _is_extra(name) and _is_extra(source):
+                mine = _as_described(own)
             dtype = str(mine.dtype).removeprefix("torch.")
             if own["dtype"] != dtype or own["shape"] != list(mine.shape):
                 raise ValueError(
@@ -195,7 +222,8 @@ def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
                     f"{tuple(own['shape'])}. Found {dtype} {tuple(mine.shape)}."
                 )
             if source not in found:
-                found[source] = _tensor(archive, own, state[source], source)
+                like = mine if _is_extra(source) else state[source]
+                found[source] = _tensor(archive, own, like, source)
             found[name] = found[source]
     return found
 
@@ -212,14 +240,15 @@ def _noted(header: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[s
 
 
 def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name: str) -> Tensor:
-    # The model says how much there is to read, not the file.
+    # The model says how much there is to read, or the size of the file: not what the file says.
     total, size = like.numel(), like.element_size()
     count = entry.get("nonzeros", total)
     if not isinstance(count, int) or not 0 <= count <= total:
         raise ValueError(f"`path` should be whole. Found {count!r} values of {total} in `{name}`.")
+    content = _exactly(archive, entry["file"], count * size, name) if count else None
     values = torch.empty(count, dtype=like.dtype, device="cpu")
-    if count:
-        _bytes(values).numpy()[:] = _exactly(archive, entry["file"], count * size, name)
+    if content is not None:
+        _bytes(values).numpy()[:] = content
     if "nonzeros" not in entry:
         return values.view(like.shape)
     packed = _exactly(archive, f"{entry['file']}.mask", (total + 7) // 8, name)
@@ -237,7 +266,43 @@ def _exactly(archive: zipfile.ZipFile, file: str, size: int, name: str) -> np.nd
             f"`path` should be whole. Found {archive.getinfo(file).file_size:,} bytes of "
             f"{size:,} for `{name}`."
         )
-    return np.frombuffer(archive.read(file), dtype=np.uint8)
+    return np.frombuffer(_content(archive, file, size), dtype=np.uint8)
+
+
+def _content(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
+    """A part of the file, if it is stored as it is and no larger than it may be."""
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(
+            f"`path` should be a file of save_compressed, with its parts stored as they are. Found "
+            f"{name!r} compressed by method {entry.compress_type}; it is of something else."
+        )
+    whole = os.fstat(archive.fp.fileno()).st_size if archive.fp is not None else 0
+    if entry.file_size > min(most, whole) or entry.compress_size != entry.file_size:
+        raise ValueError(
+            f"`path` should be whole. Found {entry.file_size:,} bytes for {name!r}, of at most "
+            f"{min(most, whole):,}."
+        )
+    return archive.read(name)
+
+
+def _longest_header(state: Mapping[str, Any]) -> int:
+    """How many bytes a description of these tensors may have: some for each, and for notes."""
+    return (1 << 20) + sum(4096 + 12 * len(name) for name in state)
+
+
+def _is_extra(name: str) -> bool:
+    """Whether a tensor is a module's extra state, which may have any shape."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _as_described(entry: dict[str, Any]) -> Tensor:
+    """A tensor without memory, of the dtype and the shape that a file describes."""
+    dtype = getattr(torch, entry["dtype"])
+    sizes = entry["shape"]
+    if not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in sizes):
+        raise ValueError(f"`path` should be whole. Found {str(entry)[:100]} for extra state.")
+    return torch.empty(sizes, dtype=dtype, device="meta")
 
 
 def _bytes(flat: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from drophot._eager import eagerly
 from drophot._untouched import followed, untouched
 
 
@@ -99,10 +100,11 @@ def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, f
         runs: How many calls, after one to warm up.
 
     Returns:
-        Milliseconds by module path, the medians. Measuring slows small modules down.
+        Milliseconds by module path, the medians. Measuring slows small modules down. Those of a
+        compiled model are of the model as it is written, as compiled layers cannot be told apart.
     """
     found: dict[str, list[float]] = {}
-    with untouched(model) as device:
+    with untouched(model) as device, eagerly():
         wait = _waiting(device)
         stack: list[tuple[str, float, float]] = []  # path, start, what its children took
         total: dict[str, float] = {}

@@ -12,8 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from drophot import _random, schedule, training
-from drophot._batchnorm import recalibrate_bn, with_statistics
+from drophot._batchnorm import recalibrate_alone
 from drophot._loop import LoopError
+from drophot._statistics import with_statistics
 from drophot._uncovered import said
 from drophot._weights import prunable
 from drophot.prune import Masks, magnitude_prune
@@ -54,7 +55,7 @@ def prune(run: Any) -> Masks:
     if run.recalibrate_bn:
         order = torch.Generator().manual_seed(2 * run.seed)
         batches = training.batches(run.train_set, run.batch_size, run.device, shuffle=order)
-        recalibrate_bn(model, _whole(batches, run.batch_size))
+        recalibrate_alone(model, _whole(batches, run.batch_size))
     return masks
 
 

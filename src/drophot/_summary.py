@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from drophot import _numbers
 from drophot._compressed import compressed_bytes
-from drophot._latency import call, latency, layer_latencies, of_batch
-from drophot._layers import weights_of
-from drophot._untouched import untouched
+from drophot._latency import latency, layer_latencies, of_batch
+from drophot._operations import Operations, count_nonzeros, operations
+from drophot._weights import check_module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,15 @@ class LayerSummary:
     compressed_bytes: int
     """Of a bit mask and the values that are not zero, where that is less."""
     flops: int | None
-    """Of the dense computation, two for each multiply-add."""
+    """Of the dense computation, two for each multiply-add; `None` if it is not known."""
     effective_flops: int | None
-    """These times the share of the layer's weights that is not zero."""
+    """Those of them that are left without the zeros of the weights that they use."""
     latency: Mapping[int, float] | None
-    """Milliseconds by batch size."""
+    """Milliseconds by batch size; of a compiled model, as the layer is without the compiler."""
+    counted_flops: int | None = None
+    """Of the operators of known cost: all of `flops`, or the part that could be counted."""
+    uncounted: tuple[str, ...] = ()
+    """The operators of unknown cost that the layer calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +50,8 @@ class Summary:
 
     Zeros do not reduce `bytes`, `flops` and `latency`, which are those of dense tensors on dense
     kernels. `compressed_bytes` is what `save_compressed` writes of the parameters, and
-    `effective_flops` what a kernel that skips every zero could do with at best.
+    `effective_flops` what a kernel that skips every zero weight could do with at best. Both counts
+    of operations are `None` if the network calls an operator of unknown cost.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -61,6 +66,10 @@ class Summary:
     effective_flops: int | None
     latency: Mapping[int, float] | None
     """Milliseconds by batch size, of the whole network; its layers' were measured by themselves."""
+    counted_flops: int | None = None
+    """Of the operators of known cost: all of `flops`, or the part that could be counted."""
+    uncounted: tuple[str, ...] = ()
+    """The operators of unknown cost, of all layers."""
 
     @property
     def sparsity(self) -> float:
@@ -81,7 +90,8 @@ class Summary:
             for row in cells
         ]
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        notes = [f"? not counted: {', '.join(self.uncounted)}"] if self.uncounted else []
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1], *notes])
 
 
 def summary(
@@ -89,10 +99,19 @@ def summary(
 ) -> Summary:
     """Say what a network is worth: parameters, zeros, bytes, operations and time, layer by layer.
 
-    A parameter shared between layers counts once, in the first. Operations are those that
-    `torch.utils.flop_counter` counts for the example inputs: matrix products, convolutions and
-    attention; they stand at the layer that calls them, shared or not. Latency is measured, in
+    A parameter shared between layers counts once, in the first. Operations are those of matrix
+    products, convolutions, attention and recurrent layers on the example inputs, counted by the
+    formulas of `torch.utils.flop_counter` and, where it has none, of our own. They belong to the
+    module that calls the operator, whichever of its parents called it and whoever owns the weight.
+    An operator that consists of products but has no formula, or that another library brings along,
+    is of unknown cost: it is named in `uncounted`, and no total is given. Register a formula with
+    `torch.utils.flop_counter.register_flop_formula` to have it counted. Latency is measured, in
     evaluation mode, on the device and with the threads that there are.
+
+    Effective operations are those that are left when every product with a zero weight is skipped,
+    operator by operator: of the weight that the operator uses, or of the tensor that is made of
+    weights by casts, slices or masks. Products of activations, as those of attention, are left as
+    they are.
 
     Args:
         model: Any module. It comes back as it was, mode and random state included.
@@ -104,9 +123,10 @@ def summary(
         The summary.
 
     Raises:
-        TypeError: If a batch size is not an integer.
-        ValueError: If one is less than 1, or time is to be measured and the inputs have no batch
-            dimension.
+        TypeError: If `model` is no module, or a batch size is not an integer.
+        ValueError: If a batch size is less than 1, if time is to be measured and the inputs have no
+            batch dimension, if a parameter has no data yet (lazy, or on the meta device) or is
+            sharded, or the model is TorchScript and there are inputs.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
@@ -119,16 +139,18 @@ def summary(
         >>> sorted(summary(model, torch.ones(1, 4)).latency)
         [1, 32]
     """
-    flops: dict[str, int] | None = None
+    _check_parameters(model)
+    counts: dict[str, Operations] | None = None
     times: dict[int, dict[str, float]] = {}
     whole: dict[int, float] | None = None
     if example_inputs is not None:
+        _check_not_scripted(model)
         sizes = [
             _numbers.integer(f"batch_sizes[{number}]", size, least=1)
             for number, size in enumerate(batch_sizes)
         ]
         batches = {size: of_batch(example_inputs, size) for size in sizes}
-        flops = _flops(model, example_inputs)
+        counts = operations(model, example_inputs)
         if batches:
             times = {size: layer_latencies(model, inputs) for size, inputs in batches.items()}
             whole = {size: latency(model, inputs) for size, inputs in batches.items()}
@@ -137,80 +159,67 @@ def summary(
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p not in seen]
         seen.update(own)
-        operations = None if flops is None else flops.get(name, 0)
-        if not own and not operations:
+        count = None if counts is None else counts.get(name, Operations())
+        if not own and (count is None or not (count.flops or count.uncounted)):
             continue
         took = {size: found.get(name, 0.0) for size, found in times.items()}
+        known = count is not None and not count.uncounted
         layers.append(
             LayerSummary(
                 name=name or "(model)",
                 kind=type(module).__name__,
                 parameters=sum(p.numel() for p in own),
-                nonzeros=sum(int(p.detach().count_nonzero()) for p in own),
+                nonzeros=sum(count_nonzeros(p) for p in own),
                 bytes=sum(p.numel() * p.element_size() for p in own),
                 compressed_bytes=sum(compressed_bytes(p) for p in own),
-                flops=operations,
-                effective_flops=None if operations is None else _effective(module, operations),
+                flops=count.flops if count and known else None,
+                effective_flops=count.effective if count and known else None,
+                counted_flops=count.flops if count else None,
+                uncounted=tuple(count.uncounted) if count else (),
                 latency=took or None,
             )
         )
+    uncounted = tuple(dict.fromkeys(name for layer in layers for name in layer.uncounted))
+    known = counts is not None and not uncounted
     return Summary(
         layers=tuple(layers),
         parameters=sum(layer.parameters for layer in layers),
         nonzeros=sum(layer.nonzeros for layer in layers),
         bytes=sum(layer.bytes for layer in layers),
         compressed_bytes=sum(layer.compressed_bytes for layer in layers),
-        flops=None if flops is None else sum(layer.flops or 0 for layer in layers),
-        effective_flops=None if flops is None else sum(x.effective_flops or 0 for x in layers),
+        flops=sum(layer.flops or 0 for layer in layers) if known else None,
+        effective_flops=sum(layer.effective_flops or 0 for layer in layers) if known else None,
+        counted_flops=None if counts is None else sum(x.counted_flops or 0 for x in layers),
+        uncounted=uncounted,
         latency=whole,
     )
 
 
-def _effective(module: nn.Module, operations: int) -> int:
-    """Operations, in proportion to the weights that are not zero."""
-    weights = [
-        weight for name in weights_of(module) if (weight := getattr(module, name, None)) is not None
-    ]
-    if isinstance(module, nn.MultiheadAttention):
-        weights.append(module.out_proj.weight)  # called by it, not by its layer
-    total = sum(weight.numel() for weight in weights)
-    if not total:
-        return operations
-    return round(operations * sum(int(w.detach().count_nonzero()) for w in weights) / total)
+def _check_not_scripted(model: nn.Module) -> None:
+    """Refuse compiled TorchScript, inside which nobody can tell the layers apart."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"`model` should be made of plain modules where operations are to be counted. "
+                f"Found `{name or 'the model'}` in TorchScript; give the module that it was made "
+                f"from, or leave `example_inputs` out."
+            )
 
 
-def _flops(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """Operations by module path, without those of its children."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    fused = torch.backends.mha.get_fastpath_enabled()
-    # Fused attention is one operator of a cost that the counter may not know; apart it is products.
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with (
-            untouched(model),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            call(model, example_inputs)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    root = type(model).__name__
-    counts = {
-        path.removeprefix(root).removeprefix("."): sum(operations.values())
-        for path, operations in counter.get_flop_counts().items()
-        if path != "Global"
-    }
-    own = dict(counts)
-    for path, count in counts.items():
-        parent = path
-        while parent:
-            parent = parent.rpartition(".")[0]
-            if parent in own:
-                own[parent] -= count
-                break
-    return own
+def _check_parameters(model: nn.Module) -> None:
+    """Refuse parameters whose values are not there to be counted."""
+    check_module("model", model)
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter) or parameter.is_meta:
+            raise ValueError(
+                f"`model` should have its weights. Found `{name}` without data; run one batch "
+                f"through a lazy module, or load the weights of one on the meta device, first."
+            )
+        if hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False):
+            raise ValueError(
+                f"`model` should hold its weights whole. Found `{name}` sharded over processes; "
+                f"summarise the model before sharding it."
+            )
 
 
 def _row(layer: LayerSummary | Summary, name: str, kind: str) -> dict[str, str]:
@@ -226,6 +235,11 @@ def _row(layer: LayerSummary | Summary, name: str, kind: str) -> dict[str, str]:
     }
     if layer.flops is not None:
         row |= {"FLOPs": f"{layer.flops:,}", "effective": f"{layer.effective_flops:,}"}
+    elif layer.counted_flops is not None:
+        row |= {
+            "FLOPs": f"≥ {layer.counted_flops:,}" if layer.counted_flops else "?",
+            "effective": "?",
+        }
     for size, took in (layer.latency or {}).items():
         row[f"ms at {size}"] = f"{took:.3g}"
     return row

@@ -81,22 +81,26 @@ def followed(
     Yields:
         Nothing; the hooks come off again, also after an error.
     """
+    entered: list[nn.Module] = []
 
     def hook(path: str) -> Callable[..., None]:
-        def before(*_: Any) -> None:
+        def before(module: nn.Module, *_: Any) -> None:
+            entered.append(module)
             enter(path)
 
         return before
 
-    def after(*_: Any) -> None:
-        leave()
+    def after(module: nn.Module, *_: Any) -> None:
+        if entered and entered[-1] is module:  # else another hook failed before it was entered
+            entered.pop()
+            leave()
 
     hooks = [
         handle
         for path, module in model.named_modules()
         for handle in (
             module.register_forward_pre_hook(hook(path)),
-            module.register_forward_hook(after),
+            module.register_forward_hook(after, always_call=True),
         )
     ]
     try:

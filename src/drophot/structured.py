@@ -42,7 +42,7 @@ class Pruned:
     parameters: Change
     """All of them, biases and norms included."""
     flops: Change
-    """Of the example inputs: two for each multiply-add."""
+    """Of the example inputs: two for each multiply-add, in operators of known cost."""
     bytes: Change
     layers: Mapping[str, Change]
     """The outputs of each layer, by its weight's name."""
@@ -201,7 +201,7 @@ def prune_channels(
         ratio=ratio,
         channels=Change(outputs, left),
         parameters=Change(before.parameters, after.parameters),
-        flops=Change(before.flops or 0, after.flops or 0),
+        flops=Change(before.counted_flops or 0, after.counted_flops or 0),
         bytes=Change(before.bytes, after.bytes),
         layers=layers,
         kept=kept,

@@ -1,0 +1,119 @@
+"""What operators cost that torch's counter does not know, and which of them cost nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+from torch import Tensor
+
+# Multiply-adds of operators that torch's counter has no formula for; two operations each.
+_MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
+    "mv": lambda a, b: a.numel(),
+    "addmv": lambda c, a, b, **_: a.numel(),
+    "dot": lambda a, b: a.numel(),
+    "vdot": lambda a, b: a.numel(),
+    "addbmm": lambda c, a, b, **_: a.numel() * b.shape[2],
+    "_int_mm": lambda a, b: a.numel() * b.shape[1],
+    "_trilinear": lambda *args, **_: _trilinear(*args),
+    "_grouped_mm": lambda a, b, offs=None, *_, **__: _grouped(a, b, offs),
+    # Each recurrent weight meets each step of each sequence; packed ones have a row for each.
+    "mkldnn_rnn_layer": lambda x, ih, hh, *_, **__: _recurrent(x, [ih, hh]),
+    "_cudnn_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
+    "miopen_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: _attention(q, k, v),
+    "_scaled_dot_product_fused_attention_overrideable": (
+        lambda q, k, v, *_, **__: _attention(q, k, v)
+    ),
+    "_scaled_dot_product_attention_math_for_mps": lambda q, k, v, *_, **__: _attention(q, k, v),
+}
+# Words in the names of torch's operators that are made of products. Those of them that have no
+# formula are of unknown cost; the others, elementwise, pooling and moves, count as nothing.
+_PRODUCTS = frozenset([
+    *("conv", "conv1", "conv2", "conv3", "convolution", "rnn", "lstm", "gru"),
+    *("mm", "addmm", "bmm", "baddbmm", "mv", "matmul", "gemm", "smm", "hspmm", "sspaddmm"),
+    *("spmm", "linear", "attention", "mha", "transformer", "trilinear", "fft", "cdist"),
+    *(
+        "pdist",
+        "linalg",
+        "eig",
+        "eigh",
+        "svd",
+        "qr",
+        "geqrf",
+        "orgqr",
+        "ormqr",
+        "cholesky",
+        "lstsq",
+        "solve",
+        "inverse",
+    ),
+])
+_MOVES = re.compile(
+    r"upsample_|_thnn_fused_|.*flatten_weight|.*reorder|linalg_vector_norm|linalg_cross"
+    r"|_linalg_check_errors|_fused_sdp_choice"
+)
+# Operators of other libraries that torch's own counterparts count as nothing.
+_FREE = re.compile(
+    r"prims?\.|profiler\.|_?c10d|torchvision\.(nms|(ps_)?roi_(align|pool))|rngprims\.|image\."
+)
+
+
+def multiply_adds(name: str) -> Callable[..., int] | None:
+    """Our own formula for one of torch's operators.
+
+    Args:
+        name: The operator's, with its library.
+
+    Returns:
+        A function of the operator's arguments, or `None`.
+    """
+    return _MULTIPLY_ADDS.get(name.removeprefix("aten.")) if name.startswith("aten.") else None
+
+
+def is_free(name: str) -> bool:
+    """Whether an operator without a formula has no products in it.
+
+    Args:
+        name: The operator's, with its library.
+
+    Returns:
+        Whether it counts as nothing; else its cost is unknown.
+    """
+    if not name.startswith("aten."):
+        return _FREE.match(name) is not None
+    name = name.removeprefix("aten.")
+    if _MOVES.match(name):
+        return True
+    return _PRODUCTS.isdisjoint(re.split(r"_+|(?<=[a-z]\d)(?=[a-z])|(?<=conv)(?=_)", name))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor) -> int:
+    return prod(q.shape[:-1]) * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _recurrent(x: Tensor, weights: Any) -> int:
+    return prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _trilinear(a: Tensor, b: Tensor, c: Tensor, *expand: list[int]) -> int:
+    shapes = []
+    for tensor, places in zip((a, b, c), expand[:3], strict=True):
+        shape = list(tensor.shape)
+        for place in places:
+            shape.insert(place, 1)
+        shapes.append(shape)
+    return prod(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None) -> int:
+    last = 0 if offs is None or not offs.numel() else int(offs[-1])
+    if a.dim() == b.dim() == 3:
+        return a.numel() * b.shape[2]
+    if a.dim() == 2 and b.dim() == 3:
+        return last * a.shape[1] * b.shape[2]
+    if a.dim() == 3:
+        return a.shape[1] * a.shape[2] * last
+    return a.shape[0] * last * b.shape[1]
