@@ -269,6 +269,7 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
 
     Example:
         >>> import torch
+        >>> from drophot import magnitude_prune
         >>> model = nn.Linear(8, 8)
         >>> start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         >>> masks = magnitude_prune(model, 0.5)
