@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from drophot import _numbers
 from drophot._compressed import compressed_bytes
 from drophot._latency import latency, layer_latencies, of_batch
 from drophot._operations import Operations, count_nonzeros, operations

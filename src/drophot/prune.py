@@ -187,6 +187,8 @@ def pruned(
             for name, dim in dims.items()
         }
         _warn_of_zeros(weights, masks, ratio)
+        asked = sum(mask.numel() // of * (of - kept) for mask in masks.values())
+        _warn_of_older(masks, asked, f'`pattern="{pattern}"`')
     found = Masks(model, masks)
     _older.remember(weights, found)
     return found
@@ -219,13 +221,7 @@ def _cut(
     if older:
         sizes = [weight.numel() for weight in weights.values()]
         asked = sum(floor(ratio * n + 0.5) for n in (sizes if scope == "layer" else [sum(sizes)]))
-        removed = sum(int((~mask).sum()) for mask in masks.values())
-        if removed > asked:
-            warn(
-                f"`ratio={ratio:g}` with scope={scope!r} removes {asked:,} weights. Found "
-                f"{removed:,} that are removed now, as weights that an earlier pruning removed "
-                f"do not come back; to prune less, load the weights from before it."
-            )
+        _warn_of_older(masks, asked, f"`ratio={ratio:g}` with scope={scope!r}")
     return {name: masks[name] for name in weights}
 
 
@@ -255,6 +251,16 @@ def _warn_of_zeros(
             f"`ratio={ratio:g}` removes fewer weights than are zero already. Found {more:,} more "
             f"zeros in {', '.join(names[:3])}{', …' * (len(names) > 3)}: they are not masked and "
             f"can be trained. To mask all zeros, use Masks.from_zeros(model)."
+        )
+
+
+def _warn_of_older(masks: Mapping[str, Tensor], asked: int, what: str) -> None:
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    if removed > asked:
+        warn(
+            f"{what} removes {asked:,} weights. Found {removed:,} that are removed now, as weights "
+            f"that an earlier pruning removed do not come back; to prune less, load the weights "
+            f"from before it."
         )
 
 
