@@ -159,15 +159,16 @@ def test_weights_that_autocast_kept_are_not_those_after_pruning() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
-def test_many_batches_are_averaged_in_any_dtype(dtype: torch.dtype, kind) -> None:
+@pytest.mark.parametrize("count", [3, 400])
+def test_batches_are_averaged_in_any_dtype(dtype: torch.dtype, kind, count: int) -> None:
     torch.manual_seed(0)
-    layer = kind(4).to(dtype)
-    batches = [(torch.randn(8, 4) * 2 + 0.5).to(dtype) for _ in range(400)]
+    layer = kind(64).to(dtype)
+    batches = [(torch.randn(8, 64) * 2 + 0.5).to(dtype) for _ in range(count)]
     recalibrate_bn(layer, batches)
     mean, variance = references.batchnorm_statistics([b.double().numpy() for b in batches])
-    last = torch.finfo(dtype).eps if dtype.itemsize < 4 else 1e-6  # one rounding, at the end
-    np.testing.assert_allclose(layer.running_mean.double(), mean, rtol=last)
-    np.testing.assert_allclose(layer.running_var.double(), variance, rtol=last)
+    last = torch.finfo(dtype).eps / 2 if dtype.itemsize < 4 else 0  # one rounding, at the end
+    np.testing.assert_allclose(layer.running_mean.double(), mean, rtol=last, atol=1e-6)
+    np.testing.assert_allclose(layer.running_var.double(), variance, rtol=last, atol=2e-6)
     assert layer.running_mean.dtype == dtype
 
 
