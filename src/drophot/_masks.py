@@ -156,7 +156,9 @@ class Masks(Mapping[str, Tensor]):
             ValueError: If it trains none of the masked parameters, or the model no longer has
                 them, or they are sharded over processes.
         """
-        return Hold(self, self._known(model), optimizer).begin()
+        hold = Hold(self, self._known(model), optimizer)
+        self.apply(model)
+        return hold.begin()
 
     def check(self, optimizer: Optimizer) -> list[str]:
         """Refuse an optimiser that does not train what was pruned.
