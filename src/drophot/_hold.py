@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, KeysView, ValuesView
+from collections.abc import Mapping
 from itertools import count
 from typing import Any, Protocol
 
@@ -18,20 +18,6 @@ from drophot._current import find, paths
 from drophot._factors import Factors, can_be_changed, stamp_of
 from drophot._followers import Follower, follow, hooks_of
 from drophot._optimizers import innermost, members, trained, zero_state
-
-
-class Masked(Protocol):
-    """What Hold needs of `Masks`: it may not import them."""
-
-    _factors: Factors
-
-    def __getitem__(self, name: str) -> Tensor: ...
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def keys(self) -> KeysView[str]: ...
-
-    def values(self) -> ValuesView[Tensor]: ...
 
 
 class Counting(Protocol):
@@ -53,7 +39,7 @@ class Hold(Follower):
 
     def __init__(
         self,
-        masks: Masked,
+        masks: Mapping[str, Tensor],
         model: nn.Module,
         optimizer: Any,
         schedule: Counting | None = None,
@@ -93,13 +79,14 @@ class Hold(Follower):
         _HOLDS.add(self)
 
     @property
-    def masks(self) -> Masked:
+    def masks(self) -> Mapping[str, Tensor]:
         """The masks that are held now."""
         return self._own if self._schedule is None else self._schedule.masks
 
     @property
     def _factors(self) -> Factors:
-        return self.masks._factors
+        """Those of the masks, so that there is one copy."""
+        return self.masks._factors  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
     def names(self) -> list[str]:
