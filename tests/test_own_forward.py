@@ -1,6 +1,8 @@
 """Layers whose forward is their own: those that keep zeros are pruned, the others stay dense."""
 
 import copy
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -209,6 +211,25 @@ def test_a_model_of_nothing_else_is_refused_by_name() -> None:
         magnitude_prune(model, 0.5)
     every = tuple(str(number) for number in range(5))
     assert magnitude_prune(model, 0.5, include=every).sparsity == 0.5
+
+
+class Through(nn.Linear):
+    """Multiplies by what a function makes of its weight."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(6, 6)
+        self.function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.function(self.weight), self.bias)
+
+
+def test_each_layer_is_judged_by_what_it_does() -> None:
+    functions = (torch.sigmoid, torch.relu, torch.cos, torch.tanh)
+    model = nn.Sequential(*(Through(function) for function in functions))
+    (message,) = warned(lambda: magnitude_prune(model, 0.5))
+    assert re.findall("`(.*?)`", message)[:2] == ["0.weight", "2.weight"]
+    assert list(Masks.from_zeros(model, skip=("0", "2"))) == ["1.weight", "3.weight"]
 
 
 def test_a_forward_that_was_put_on_a_layer_is_not_trusted() -> None:

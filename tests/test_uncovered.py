@@ -184,6 +184,16 @@ def test_layers_that_torch_quantised_are_counted() -> None:
     assert "`1.weight` (Linear, packed)" in message
 
 
+def test_a_model_of_nothing_else_is_refused_by_the_names() -> None:
+    model = nn.Module()
+    model.register_parameter("mix", nn.Parameter(torch.ones(4, 4)))
+    with pytest.raises(ValueError, match="Found none in Module; .* in `include`: mix"):
+        magnitude_prune(model, 0.5)
+    assert magnitude_prune(model, 0.5, include=("mix",)).sparsity == 0.5
+    with pytest.raises(ValueError, match="besides those in `skip`; prune the module that holds th"):
+        magnitude_prune(model, 0.5, skip=("mix",))
+
+
 def test_a_schedule_says_it_once() -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -46,16 +46,7 @@ def keeps_zeros(module: nn.Module, known: Verdicts) -> bool | None:
         return True
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return None  # a copy would call what belongs to the layer itself
-    key = (
-        type(module),
-        module.training,
-        tuple((n, p.shape) for n, p in module._parameters.items() if p is not None),
-        tuple(
-            (name, value)
-            for name, value in module.__dict__.items()
-            if isinstance(value, bool | int | float | str | tuple | None) and _hashable(value)
-        ),
-    )
+    key = _key(module)
     if key not in known:
         known[key] = _try(module)
     return known[key]
@@ -70,12 +61,16 @@ def _has_own_forward(module: nn.Module) -> bool:
     return not all(one and f"{one}.".startswith((home, "torch.")) for one in homes)
 
 
-def _hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
+def _key(module: nn.Module) -> tuple[Any, ...]:
+    """What layers that compute alike have in common: class, shapes, settings, functions, parts."""
+    shapes = [(name, p.shape) for name, p in module._parameters.items() if p is not None]
+    settings = [
+        (name, id(value) if callable(value) else repr(value))
+        for name, value in module.__dict__.items()
+        if callable(value) or isinstance(value, bool | int | float | str | tuple | None)
+    ]
+    parts = [(name, repr(part)) for name, part in module._modules.items()]
+    return type(module), *shapes, *settings, *module._buffers, *parts
 
 
 def _try(module: nn.Module) -> bool | None:

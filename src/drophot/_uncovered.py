@@ -94,7 +94,7 @@ def warn_of_uncovered(
     more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
     warn(
         f"{share:.1%} of the model's matrix weights, embeddings not counted, stay dense, since "
-        f"their layers are not known to be linear maps: {shown}{more}. The ratio is a share of the "
+        f"drophot does not know how they are used: {shown}{more}. The ratio is a share of the "
         f"others. Pass `include` with their names, or those of their modules, to prune them too, "
         f"or `skip` to leave them dense without this warning."
     )
@@ -103,10 +103,11 @@ def warn_of_uncovered(
 def _packed(module: nn.Module) -> dict[str, int]:
     """How many weights a quantised layer has in tensors that are no parameters."""
     place = type(module).__module__
-    if place.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+    if place.startswith("torch.") and ".quantized." in place:
         weight: Any = getattr(module, "weight", None)
         weight = weight() if callable(weight) else weight
-        return {"weight": weight.numel()} if isinstance(weight, Tensor) else {}
+        matrix = isinstance(weight, Tensor) and "Embedding" not in type(module).__name__
+        return {"weight": weight.numel()} if matrix else {}
     return {
         name: buffer.numel()
         for name, buffer in module._buffers.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from difflib import get_close_matches
 from pathlib import PurePath
 from typing import Any
@@ -54,23 +54,19 @@ def prunable(
             f"a forward of their own that may not keep zeros: {', '.join(others[:3])}"
             f"{', …' * (len(others) > 3)}; if it does, name them in `include`."
         )
-    if not found:
-        unknown = [
-            f"`{name}`"
-            for name, parameter in model.named_parameters()
-            if id(parameter) not in without and is_matrix(model, name, parameter)
-        ]
-        raise ValueError(
-            f"`model` should have weights to prune, in Linear, Conv, MultiheadAttention or "
-            f"recurrent layers. Found none in {type(model).__name__}"
-            f"{' besides those in `skip`' if skip else ''}; prune the module that holds them"
-            f"{', or name its own in `include`: ' + ', '.join(unknown[:3]) if unknown else ''}."
-        )
+    unknown = [
+        name
+        for name, parameter in ({} if found else dict(model.named_parameters())).items()
+        if id(parameter) not in without and is_matrix(model, name, parameter)
+    ]
+    _require(found, model, bool(skip), unknown)
     return found
 
 
 def with_channels(model: nn.Module) -> dict[str, nn.Parameter]:
     """The weights of layers whose outputs are channels, by name, shared ones once.
+
+    Those of recurrent layers and of Conv1D are not among them: the trace finds their channels.
 
     Args:
         model: Any module.
@@ -80,14 +76,29 @@ def with_channels(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Raises:
         TypeError: As `prunable`.
-        ValueError: As `prunable`, but not if there are none.
+        ValueError: As `prunable`.
     """
     check_module("model", model)
+    found = list(_checked(model, set(), set()))
+    _require(found, model)
     return {
         name: weight
-        for name, module, weight in _checked(model, set(), set())
+        for name, module, weight in found
         if isinstance(module, nn.Linear | _ConvNd | nn.MultiheadAttention)
     }
+
+
+def _require(
+    found: Sized, model: nn.Module, skipped: bool = False, unknown: Sequence[str] = ()
+) -> None:
+    if found:
+        return
+    own = f", or name its own in `include`: {', '.join(unknown[:3])}" if unknown else ""
+    raise ValueError(
+        f"`model` should have weights to prune, in Linear, Conv, MultiheadAttention or recurrent "
+        f"layers. Found none in {type(model).__name__}{' besides those in `skip`' * skipped}; "
+        f"prune the module that holds them{own}."
+    )
 
 
 def _checked(
