@@ -123,8 +123,9 @@ class Shrink:
         found = {}
         for name, weight in self.weights.items():
             own = [axis for axis in self.ties.of(weight) if axis.dim == self.output(name)]
-            found[name] = own
-        return reasons(self.ties, self.pools, self.gone, self.weights, found, self.ratio)
+            if own or weight.shape[self.output(name)] > 1:
+                found[name] = own
+        return reasons(self.ties, self.pools, self.gone, found, self.ratio)
 
     def other(self) -> dict[str, float]:
         """Parameters of no layer known here that keep their shape, and their share of all."""

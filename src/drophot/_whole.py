@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from drophot._pools import Pools
 from drophot._ties import Axis, Ties
@@ -115,7 +115,6 @@ def reasons(
     ties: Ties,
     pools: Pools,
     gone: Tensor,
-    weights: Mapping[str, nn.Parameter],
     outputs: Mapping[str, list[Axis]],
     ratio: float,
 ) -> tuple[dict[str, str], dict[str, str]]:
@@ -125,8 +124,7 @@ def reasons(
         ties: What the forward pass said.
         pools: The channels.
         gone: The entries that are gone.
-        weights: Of the layers, by name.
-        outputs: The axes of their outputs.
+        outputs: The axes of the layers' outputs, by the weight's name.
         ratio: The share asked for.
 
     Returns:
@@ -141,8 +139,8 @@ def reasons(
     words = [OUTPUT, *(plain(why) for why, _ in ties.fixed)]
     whole, part = {}, {}
     for name, axes in outputs.items():
-        if weights[name].numel() and not axes:
-            whole[name] = "it has one channel, or is not used with these inputs"
+        if not axes:
+            whole[name] = "it is not used with these inputs"
         for axis in axes:
             ids = axis.ids.reshape(-1)
             channels = pools.channel[ids]
