@@ -255,7 +255,8 @@ def by_scatter(x: Tensor) -> Tensor:
 
 def by_matrix(x: Tensor) -> Tensor:
     ones = torch.ones(EDGES.shape[1], dtype=x.dtype)
-    return torch.sparse.mm(torch.sparse_coo_tensor(EDGES, ones, (len(x), len(x))), x)
+    matrix = torch.sparse_coo_tensor(EDGES, ones, (len(x), len(x)), check_invariants=True)
+    return torch.sparse.mm(matrix, x)
 
 
 class Graph(nn.Module):

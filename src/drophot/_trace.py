@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
         axes = [self.ties.of(t) for t in given]
         computed = any(t in self._computed or t in self.ties.names for t in given)
         out = func(*args, **kwargs)
@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):
         outs: list[Tensor],
         met: bool,
     ) -> list[list[Axis]]:
-        where = f"{spoken(name)} in {self.path[-1] or 'the model'} needs all of these channels"
+        where = f"{name} in {self.path[-1] or 'the model'}"
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = elementwise
@@ -352,37 +352,6 @@ def tensors_in(value: Any) -> list[Tensor]:
     return found
 
 
-# What operators are called in networks' code, if not by their name.
-_WORDS = {
-    "mm": "a matrix product",
-    "bmm": "a matrix product",
-    "addmm": "a matrix product",
-    "baddbmm": "a matrix product",
-    "sparse_addmm": "a matrix product",
-    "constant_pad_nd": "pad",
-    "split_with_sizes": "split",
-    "im2col": "unfold",
-    "col2im": "fold",
-    "euclidean_dist": "cdist",
-    "unsafe_view": "view",
-    "linalg_vector_norm": "norm",
-}
-
-
-def spoken(name: str) -> str:
-    """What an operator is called in a network's code.
-
-    Args:
-        name: Its own name.
-
-    Returns:
-        A word or two.
-    """
-    name = name.strip("_").removeprefix("native_")
-    name = name.removesuffix("_forward").removesuffix("_no_training").removesuffix("_legit")
-    return _WORDS.get(name, name)
-
-
 def numbers(name: str, args: Any, kwargs: Any, axes: list[Axis]) -> list[Any] | None:
     """The numbers that an operator is called with, but for sizes.
 
@@ -403,9 +372,21 @@ def numbers(name: str, args: Any, kwargs: Any, axes: list[Axis]) -> list[Any] | 
         args = args[:8]  # without the number of groups
     return [
         value
-        for value in tree_leaves((args, kwargs))
+        for value in flat((args, kwargs))
         if isinstance(value, float) or (isinstance(value, int) and name not in SIZED)
     ]
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """What an operator is called with, one by one: its lists are plain ones."""
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from flat(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from flat(one)
+    else:
+        yield value
 
 
 def is_view(out: Tensor, given: Sequence[Tensor]) -> bool:
