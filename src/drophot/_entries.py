@@ -102,9 +102,7 @@ def _rows(ties: Ties, trial: _Trial, place: int, axis: Axis, along: Along) -> Ax
     return axis
 
 
-def _put(
-    found: list[list[Axis]], trial: _Trial, place: int, axis: Axis, along: Along
-) -> None:
+def _put(found: list[list[Axis]], trial: _Trial, place: int, axis: Axis, along: Along) -> None:
     """Add an axis to those of the outputs."""
     for number, (dim, owner) in enumerate(along.outputs):
         ids = axis.ids.index_select(axis.dim, owner)
