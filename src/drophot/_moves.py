@@ -43,9 +43,7 @@ def _pad(
                 return None
             shape = list(axis.ids.shape)
             shape[axis.dim] = -1
-            before, after = (
-                ties.new(x.dim(), axis.dim, n).expand(shape) for n in sides[axis.dim]
-            )
+            before, after = (ties.new(x.dim(), axis.dim, n).expand(shape) for n in sides[axis.dim])
             ties.fix([Axis(axis.dim, before), Axis(axis.dim, after)], where)
             ids = torch.cat([before, axis.ids, after], axis.dim)
             axis = Axis(axis.dim, ids)
