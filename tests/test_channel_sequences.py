@@ -78,6 +78,7 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
         self.part = {"partial rotary": 8}.get(kind, self.width)
         rates = 1 / 100 ** (torch.arange(0, self.part, 2).double() / self.part)
+        self.rates: Tensor
         self.register_buffer("rates", rates)
         self.table = nn.Parameter(torch.randn(31, heads if kind == "bias" else self.width))
         self.mix = nn.Linear(heads, heads)

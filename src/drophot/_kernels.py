@@ -66,7 +66,7 @@ def _grouped(
         return None
     whole = ties.even(axes[0], range(weight.dim())).ids.reshape(groups, -1)
     each = weight.shape[1]
-    if transposed:
+    if transposed and given is not None:
         ties.tie(whole, given.ids.reshape(groups, -1))
         part = ties.new(1, 0, groups * each).reshape(groups, each)
     else:
