@@ -75,7 +75,7 @@ class Attention(Residual):
 
     def forward(self, x: Tensor) -> Tensor:
         n, width = x.shape
-        q, k, v = self.qkv(x).reshape(n, 3, self.heads, self.each).permute(1, 2, 0, 3)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.each)).permute(1, 2, 0, 3)
         mixed = F.scaled_dot_product_attention(q, k, v)
         return super().forward(x + mixed.transpose(0, 1).reshape(n, width))
 

@@ -30,7 +30,7 @@ class Literal(nn.Module):
 
 class Halved(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.softmax(-1) if x.shape[-1] == 16 else x
+        return x if x.shape[-1] == 16 else x.sigmoid()
 
 
 class Scaled(nn.Module):
@@ -112,7 +112,7 @@ def test_parameters_of_an_unknown_kind_are_named_with_their_share() -> None:
             self.taps = nn.Parameter(torch.randn(40, 16))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x * torch.fft.rfft(self.taps.t(), dim=0).abs()[:1].sum()
+            return x * torch.linalg.qr(self.taps)[1].abs().sum()
 
     model = net(Filter())
     total = sum(parameter.numel() for parameter in model.parameters())

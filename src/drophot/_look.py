@@ -54,7 +54,9 @@ def look(
         if is_out_of_memory(error):
             raise
         seen.error = error
-        seen.failures[min(seen.end, len(calls) - 1)] = f"code: fails with fewer channels ({type(error).__name__})"
+        seen.failures[min(seen.end, len(calls) - 1)] = (
+            f"code: fails with fewer channels ({type(error).__name__})"
+        )
         return seen
     while seen.end < len(calls) and calls[seen.end].name == "clone":
         seen.end += 1

@@ -130,7 +130,7 @@ class Shrink:
     def other(self) -> dict[str, float]:
         """Parameters of no layer known here that keep their shape, and their share of all."""
         now = dict(self.model.named_parameters())
-        total = sum(parameter.numel() for parameter in now.values())
+        total = sum(self._tensors.get(name, tensor).numel() for name, tensor in now.items())
         return {
             name: parameter.numel() / total
             for name, parameter in now.items()
@@ -329,11 +329,9 @@ class Shrink:
         self.pools.settle()
 
     def _with_others(self, failures: Mapping[int, str], alike: Alike) -> dict[int, str]:
-        """Add to calls that fail all of their kind, where one of these failed before.
-
-        Where a network's code stops or goes another way at a call, the next ones cannot be seen:
-        one after the other they would take a pass each.
-        """
+        """Add to calls that fail all of their kind, where one of these failed before."""
+        # Where a network's code stops or goes another way at a call, the next ones cannot be seen:
+        # one after the other they would take a pass each.
         found = dict(failures)
         for number, why in failures.items():
             path = alike.owner(number)

@@ -15,7 +15,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from drophot._entries import entries
 from drophot._latency import call
+from drophot._memory import is_out_of_memory
 from drophot._rules import RULES, elementwise
+from drophot._seen import UsersError, guarded
 from drophot._ties import Axis, Shape, Ties, View
 from drophot._untouched import followed, untouched
 
@@ -95,11 +97,25 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
         given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
-        axes = [self.ties.of(t) for t in given]
-        computed = any(t in self._computed or t in self.ties.names for t in given)
+        with guarded():
+            axes = [self.ties.of(t) for t in given]
         out = func(*args, **kwargs)
+        with guarded():
+            self._record(func, args, kwargs, given, axes, out)
+        return out
+
+    def _record(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        axes: list[list[Axis]],
+        out: Any,
+    ) -> None:
+        name = func.overloadpacket.__name__
+        computed = any(t in self._computed or t in self.ties.names for t in given)
         leaves, spec = tree_flatten(out)
         outs = [t for t in leaves if isinstance(t, Tensor)]
         found = self._rule(func, name, args, kwargs, outs, any(axes))
@@ -120,7 +136,6 @@ class Recorder(TorchDispatchMode):
                 computed,
             )
         )
-        return out
 
     def _rule(
         self,
@@ -169,34 +184,41 @@ def record(
 
     Raises:
         ValueError: If the model does not take the inputs.
-        MemoryError: If there is no memory for them.
-        torch.OutOfMemoryError: If a device has none.
+        UsersError: If the model's code raises an error of another kind.
     """
-    turned: dict[View, int] = {}
     try:
         run(model, example_inputs, nullcontext())  # what it computes once, for all models
-        while True:
-            ties = Ties(model, whole_heads, turned)
-            recorder = Recorder(ties)
-            out = run(model, example_inputs, recorder, recorder.path)
-            if ties.asked.keys() <= turned.keys():
-                break
-            turned = ties.asked | turned
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if type(error) not in MISFIT:
+            raise UsersError(error) from error
         raise ValueError(
             f"`example_inputs` should be what the model is called with: a tensor, a tuple of "
             f"arguments or a dict. Found {type(error).__name__}: {error}"
         ) from error
+    turned: dict[View, int] = {}
+    while True:
+        ties = Ties(model, whole_heads, turned)
+        recorder = Recorder(ties)
+        try:
+            out = run(model, example_inputs, recorder, recorder.path)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise UsersError(error) from error
+        if ties.asked.keys() <= turned.keys():
+            break
+        turned = ties.asked | turned
     for tensor in tensors_in(out):
         ties.fix(ties.of(tensor), "an output of the network")
     training = Recorder(ties)
     try:
         out = run(model, example_inputs, training, training.path, training=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # it takes something else then: targets, more samples
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # It takes something else then: targets, more samples.
         return ties, recorder.calls, []
     for tensor in tensors_in(out):
         ties.fix(ties.of(tensor), "an output of the network")
@@ -204,6 +226,9 @@ def record(
     news = [c for c in training.calls if (c.path, c.name) not in known and c.name not in RANDOM]
     return ties, recorder.calls, training.calls if news else []
 
+
+# What torch and Python raise where a model does not fit what it is called with.
+MISFIT = (TypeError, RuntimeError, ValueError, IndexError, AttributeError, AssertionError)
 
 # What dropout and norms do in training only; shapes are those of evaluation.
 RANDOM = frozenset([

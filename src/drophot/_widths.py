@@ -76,7 +76,7 @@ class Widths:
             after = attempt(current)
             good = self._good(trial, seen, after)
             if good and hidden:  # the others are like these, where they do not fail for it
-                good |= {n for n in hidden if not self._fails_for(n, after, seen)}
+                good |= {n for n, (_, there) in hidden.items() if there not in after.failures}
             if good:
                 accepted |= {names: value for names, value in trial.items() if names in good}
                 self.known |= {n: (found | hidden)[n][1] for n in good}
@@ -132,12 +132,6 @@ class Widths:
                 if after is not None and after != value and self._holder((other, key)) not in have:
                     more.setdefault((other, key), (after, there))
         return more
-
-    def _fails_for(self, names: Names, after: Seen, before: Seen) -> bool:
-        """Whether a call of a module fails, that did not fail before."""
-        return any(
-            names[0] in self._calls[n].path for n in after.failures if n not in before.failures
-        )
 
     def _good(self, trial: Numbers, before: Seen, after: Seen) -> set[Names]:
         """Those of some numbers with which calls of their modules do not fail any more."""
