@@ -68,9 +68,10 @@ def _over(norm: Any, kept: Tensor) -> Callable[[Tensor], Tensor]:
     def group_norm(x: Tensor) -> Tensor:
         groups = kept.view(norm.num_groups, -1)
         if torch.equal(groups.all(1), groups.any(1)):  # whole groups are what they were
-            return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps) * kept[
-                (..., *[None] * (x.dim() - 2))
-            ]
+            return (
+                F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+                * kept[(..., *[None] * (x.dim() - 2))]
+            )
         y = F.group_norm(x[:, kept], norm.num_groups, norm.weight[kept], norm.bias[kept], norm.eps)
         return _put(x.transpose(1, -1), kept, y.transpose(1, -1)).transpose(1, -1)
 
@@ -110,9 +111,7 @@ def assert_same_numbers(dense: nn.Module, pruned: nn.Module, *others: Any) -> No
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     """Random numbers in float64."""
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def pruned_by_law(model: nn.Module, *inputs: Any, ratio: float = 0.5) -> Pruned:

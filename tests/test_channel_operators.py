@@ -123,7 +123,9 @@ PRUNED: dict[str, Any] = {
     "index_add": lambda x: x.index_add(2, torch.arange(x.shape[2]).flip(0), x),
     "index_put": lambda x: x.index_put((torch.tensor([0]),), torch.tensor(1.0, dtype=x.dtype)),
     "index": lambda x: x[:, :, torch.arange(4)[:, None], torch.arange(4)],
-    "cdist": lambda x: x * torch.cdist(x.flatten(2).mT, x.flatten(2).mT).mean((1, 2), True)[..., None],
+    "cdist": lambda x: (
+        x * torch.cdist(x.flatten(2).mT, x.flatten(2).mT).mean((1, 2), True)[..., None]
+    ),
     "complex numbers": lambda x: (torch.complex(x, x) * 1j).abs(),
     "Unflatten": decoder(nn.Unflatten(1, (12, 4, 4)), nn.ReLU(), nn.ConvTranspose2d(12, 16, 3)),
     "view into channels": With(
@@ -153,6 +155,27 @@ def embedded(s: Any, x: Tensor) -> Tensor:
 
 def channel_attention(s: Any, x: Tensor) -> Tensor:
     return x * s.conv(x.mean((2, 3))[:, None]).sigmoid()[:, 0, :, None, None]
+
+
+class Standardised(nn.Conv2d):
+    """Weights that are computed from the parameter, as in NF-RegNet."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(weight, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding, groups=self.groups)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_standardised_weights_in_groups_are_those_of_a_smaller_layer(groups: int) -> None:
+    model = Between(Standardised(16, 16, 3, padding=1, groups=groups)).double().eval()
+    pruned = prune_channels(model, 0.5, normal(2, 3, 8, 8))
+    assert list(pruned.whole) == ["head.weight"]
+    left = 2 if groups == 2 else 4
+    alone = Standardised(8, 8, 3, padding=1, groups=left).double()
+    alone.load_state_dict(model.op.state_dict())
+    assert model.op.groups == left
+    assert torch.equal(alone(normal(2, 8, 5, 5)), model.op(normal(2, 8, 5, 5)))
 
 
 LEFT: dict[str, tuple[str, Any]] = {

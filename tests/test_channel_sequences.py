@@ -78,7 +78,8 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
         self.part = {"partial rotary": 8}.get(kind, self.width)
         rates = 1 / 100 ** (torch.arange(0, self.part, 2).double() / self.part)
-        self.register_buffer("rates", rates, persistent=False)
+        self.rates: Tensor
+        self.register_buffer("rates", rates)
         self.table = nn.Parameter(torch.randn(31, heads if kind == "bias" else self.width))
         self.mix = nn.Linear(heads, heads)
         self.scale = 1 / math.sqrt(self.width)
@@ -237,7 +238,7 @@ def test_a_recurrent_layer_that_cannot_get_narrower_is_named() -> None:
     assert pruned.layers["a.weight"] == (12, 6)
     for name in ("mixes.weight_ih_l0", "mixes.weight_hh_l0"):
         assert pruned.layers[name] == (64, 64)
-        assert "16" in pruned.whole[name]
+        assert "a new tensor" in pruned.whole[name]
 
 
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]])

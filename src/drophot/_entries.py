@@ -23,13 +23,16 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _RANDOM = torch.Tag.nondeterministic_seeded
 
 
+Owners = tuple[int, Tensor]  # an output's dimension, and whose each of its entries is
+
+
 @dataclass(frozen=True, slots=True)
 class Along:
     """What an operator does along a dimension."""
 
     dims: dict[int, int]  # of each tensor that has it, by its place among the arguments
     step: int  # so many neighbours go together
-    outputs: list[tuple[int, Tensor]]  # each output's dimension, and whose each of its entries is
+    outputs: list[Owners | None]  # of each output; `None` where it has no such dimension
 
 
 def entries(ties: Ties, where: str, func: Any, args: Any, kwargs: Any) -> list[list[Axis]] | None:
@@ -52,7 +55,7 @@ def entries(ties: Ties, where: str, func: Any, args: Any, kwargs: Any) -> list[l
     trial = _Trial.of(func, args, kwargs)
     if trial is None:
         return None
-    given = [leaf for leaf in tree_leaves((args, kwargs))]
+    given = tree_leaves((args, kwargs))
     axes = {
         place: {axis.dim: axis for axis in ties.of(leaf)}
         for place, leaf in enumerate(given)
@@ -73,7 +76,7 @@ def entries(ties: Ties, where: str, func: Any, args: Any, kwargs: Any) -> list[l
             if along is None:
                 if not any(
                     trial.along(place, other, {}) and ties.turn(axis, other)
-                    for other in range(axis.ids.dim())
+                    for other in reversed(range(axis.ids.dim()))
                     if other != dim
                 ):
                     ties.fix([axis], where)
@@ -91,10 +94,11 @@ def entries(ties: Ties, where: str, func: Any, args: Any, kwargs: Any) -> list[l
 def _rows(ties: Ties, trial: _Trial, place: int, axis: Axis, along: Along) -> Axis:
     """An axis that varies only along dimensions which the operator keeps apart too."""
     alone = len(along.dims) == 1 and along.step == 1
+    alike = [n for n, owners in enumerate(along.outputs) if owners is not None]
     for dim in range(axis.ids.dim()):
         if dim != axis.dim and axis.ids.size(dim) > 1:
             row = trial.along(place, dim, {}) if alone else None
-            if row is None or row.step > 1:
+            if row is None or row.step > 1 or any(row.outputs[n] is None for n in alike):
                 axis = ties.even(axis, [dim])
     if along.step > 1:
         ids = axis.ids.reshape(-1, along.step)
@@ -104,15 +108,19 @@ def _rows(ties: Ties, trial: _Trial, place: int, axis: Axis, along: Along) -> Ax
 
 def _put(found: list[list[Axis]], trial: _Trial, place: int, axis: Axis, along: Along) -> None:
     """Add an axis to those of the outputs."""
-    for number, (dim, owner) in enumerate(along.outputs):
+    for number, owners in enumerate(along.outputs):
+        if owners is None:
+            continue
+        dim, owner = owners
         ids = axis.ids.index_select(axis.dim, owner)
         order, sizes = {dim: axis.dim}, [1] * trial.whole[number].dim()
         sizes[dim] = len(owner)
         for other in range(axis.ids.dim()):
             if other != axis.dim and axis.ids.size(other) > 1:
-                row = trial.along(place, other, {})
-                assert row is not None  # it was tried already
-                its_dim, its_owner = row.outputs[number]
+                row = trial.along(place, other, {})  # it was tried already
+                its = row.outputs[number] if row is not None else None
+                assert its is not None
+                its_dim, its_owner = its
                 order[its_dim], sizes[its_dim] = other, len(its_owner)
                 ids = ids.index_select(other, its_owner)
         rest = [d for d in range(ids.dim()) if d not in order.values()]
@@ -175,12 +183,12 @@ class _Trial:
         smaller = {n for out in self.whole for n in out.shape if 1 < n < size and size % n == 0}
         return [1, *sorted(size // n for n in smaller)]
 
-    def _outputs(self, dims: dict[int, int], size: int, step: int) -> list[Any] | None:
+    def _outputs(self, dims: dict[int, int], size: int, step: int) -> list[Owners | None] | None:
         """Whose each entry of the outputs is, if that is so whichever entries are left."""
         random = torch.Generator().manual_seed(size)
         groups = size // step
         order = torch.randperm(groups, generator=random)
-        found: list[Any] | None = None
+        found: list[Owners | None] | None = None
         for some in (order[: (groups + 1) // 2], order[(groups + 1) // 2 :], order[:1]):
             if not 0 < len(some) < groups:
                 continue
@@ -189,18 +197,16 @@ class _Trial:
             part = self._part(dims, kept.repeat_interleave(step))
             if part is None or len(part) != len(self.whole):
                 return None
-            owners = [
-                _owner(whole, out, kept, step) for whole, out in zip(self.whole, part, strict=True)
-            ]
-            if any(owner is None for owner in owners):
-                return None
-            if found is not None and any(
-                a[0] != b[0] or not torch.equal(a[1], b[1])  # pyright: ignore[reportOptionalSubscript]
-                for a, b in zip(found, owners, strict=True)
-            ):
+            owners: list[Owners | None] = []
+            for whole, out in zip(self.whole, part, strict=True):
+                same = whole.shape == out.shape
+                owners.append(None if same else _owner(whole, out, kept, step))
+                if owners[-1] is None and not (same and _close(whole, out)):
+                    return None
+            if found is not None and not all(map(_same, found, owners)):
                 return None
             found = owners
-        return found
+        return found if found is not None and any(found) else None
 
     def _part(self, dims: dict[int, int], kept: Tensor) -> list[Tensor] | None:
         leaves = list(self.leaves)
@@ -210,7 +216,13 @@ class _Trial:
         return _call(self.func, leaves, self.spec)
 
 
-def _owner(whole: Tensor, part: Tensor, kept: Tensor, step: int) -> tuple[int, Tensor] | None:
+def _same(one: Owners | None, other: Owners | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one[0] == other[0] and torch.equal(one[1], other[1])
+
+
+def _owner(whole: Tensor, part: Tensor, kept: Tensor, step: int) -> Owners | None:
     """The dimension of an output that got smaller, and whose its entries were."""
     dim = _smaller(whole.shape, part.shape)
     if dim is None:

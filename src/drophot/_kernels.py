@@ -66,7 +66,7 @@ def _grouped(
         return None
     whole = ties.even(axes[0], range(weight.dim())).ids.reshape(groups, -1)
     each = weight.shape[1]
-    if transposed:
+    if transposed and given is not None:
         ties.tie(whole, given.ids.reshape(groups, -1))
         part = ties.new(1, 0, groups * each).reshape(groups, each)
     else:
@@ -77,7 +77,7 @@ def _grouped(
         else:
             ties.tie(whole[:, :1], part)
             ties.tie(whole[:, :1], whole)
-            if (name := ties.names.get(weight)) is not None:
+            if (name := ties.source(weight, whole.reshape(-1))) is not None:
                 ties.groups[name] = whole[:, 0]
         ties.fix([axis for dim, axis in axes.items() if dim == 1], where)
     else:

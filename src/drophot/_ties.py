@@ -95,6 +95,16 @@ class Ties:
         self.rows.append(row)
         return along(row, dims, dim)
 
+    def source(self, weight: Tensor, row: Tensor) -> str | None:
+        """The parameter that a weight is, or is computed from, whose first entries are these."""
+        if weight in self.names:
+            return self.names[weight]
+        for tensor, name in self.names.items():
+            for axis in self.axes.get(tensor) or ():
+                if tensor.dim() > 1 and axis.dim == 0 and torch.equal(axis.ids.reshape(-1), row):
+                    return name
+        return None
+
     def tie(self, some: Tensor, others: Tensor) -> None:
         """Let entries go together only."""
         some, others = torch.broadcast_tensors(some, others)

@@ -60,9 +60,12 @@ class Widths:
         self._slots = {name: dict(_slots.slots(module)) for name, module in self.modules.items()}
         tried: set[tuple[Kind, frozenset[Names]]] = set()
         while seen.failures:
-            kinds = self._candidates(seen.failures, accepted)
-            trials = [(kind, frozenset(found)) for kind, found in kinds.items()]
-            trial_of = next((one for one in trials if one not in tried), None)
+            for later in (False, True):
+                kinds = self._candidates(seen.failures, accepted, later)
+                trials = [(kind, frozenset(found)) for kind, found in kinds.items()]
+                trial_of = next((one for one in trials if one not in tried), None)
+                if trial_of is not None:
+                    break
             if trial_of is None:
                 break
             tried.add(trial_of)
@@ -148,14 +151,14 @@ class Widths:
         return good
 
     def _candidates(
-        self, failures: Iterable[int], accepted: Iterable[Names]
+        self, failures: Iterable[int], accepted: Iterable[Names], later: bool = False
     ) -> dict[Kind, dict[Names, tuple[int, int]]]:
         """Numbers that are the width of something at a call that fails, by their kind."""
         found: dict[Kind, dict[Names, tuple[int, int]]] = {}
         have = {self._holder(names) for names in accepted}
         for number in failures:
-            widths = self._widths(number)
             path = self._calls[number].path
+            widths = self._later(number) if later else self._widths(number)
             for depth, name in enumerate(reversed(path)):
                 module = self.modules[name]
                 for key, value in self._slots[name].items():
@@ -193,6 +196,20 @@ class Widths:
         found = {size: next(iter(some)) for size, some in widths.items() if len(some) == 1}
         self._sizes[number] = found
         return found
+
+
+    def _later(self, number: int) -> dict[int, int]:
+        """The same for the calls that come next in a module: of 3 * 16, the width may be 16."""
+        path = self._calls[number].path
+        widths: dict[int, set[int]] = {}
+        for n in range(number, min(number + _NEXT, len(self._calls))):
+            if self._calls[n].path == path:
+                for size, after in self._widths(n).items():
+                    widths.setdefault(size, set()).add(after)
+        return {size: next(iter(some)) for size, some in widths.items() if len(some) == 1}
+
+
+_NEXT = 12  # calls that are looked through for the parts of a width
 
 
 class Alike:
