@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from drophot import _heads, _slots
 from drophot._check import shapes_left
@@ -19,7 +18,7 @@ from drophot._left import taken
 from drophot._look import look
 from drophot._pools import Pools
 from drophot._seen import Seen, UsersError, differ, first_other
-from drophot._sizes import sizes
+from drophot._sizes import matrices, sizes
 from drophot._swap import Names, like, replace, small, swap
 from drophot._ties import Axis, Ties
 from drophot._trace import SIZED, Call
@@ -56,7 +55,7 @@ class Shrink:
         self.calls = calls
         self.training = list(training)
         self.ratio = ratio
-        self.weights, self._dims = _matrices(model, ties, weights)
+        self.weights, self._dims = matrices(model, ties, weights)
         made = [(self.output(name), ties.of(weight)) for name, weight in self.weights.items()]
         outputs = [axis.ids.reshape(-1) for dim, axes in made for axis in axes if axis.dim == dim]
         self.pools = Pools(ties, outputs)
@@ -387,28 +386,3 @@ class Capricious(Exception):  # noqa: N818 (not for users)
         super().__init__()
         self.name = name
         self.path = path
-
-
-def _matrices(
-    model: nn.Module, ties: Ties, weights: Mapping[str, nn.Parameter]
-) -> tuple[dict[str, nn.Parameter], dict[str, int]]:
-    """The weights of layers, and all other parameters that channels are made with."""
-    found, dims = dict(weights), {}
-    columns = torch.zeros(ties.count, dtype=torch.bool)
-    row = torch.zeros(ties.count, dtype=torch.int64)
-    for number, ids in enumerate(ties.rows):
-        row[ids] = number
-    for ids in ties.columns:
-        if len(row[ids].unique()) == 1:  # not samples or tokens, of which a parameter is a part
-            columns[ids] = True
-    known = {id(weight) for weight in weights.values()}
-    for name in weights:
-        module = model.get_submodule(name.rpartition(".")[0])
-        dims[name] = int(isinstance(module, _ConvTransposeNd))
-    for name, parameter in model.named_parameters():
-        if id(parameter) in known or parameter.dim() < 2:
-            continue
-        for axis in ties.axes.get(parameter) or ():
-            if axis.dim >= parameter.dim() - 2 and bool(columns[axis.ids].all()):
-                found[name], dims[name] = parameter, axis.dim
-    return found, dims

@@ -1,13 +1,16 @@
-"""The numbers by which torch's own modules say how large they are."""
+"""Which weights make channels, and the numbers by which torch's modules say how large they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from drophot._ties import Ties
 
 
 def sizes(
@@ -54,3 +57,28 @@ def sizes(
         yield "embedding_dim", weight[1]
     elif hasattr(module, "normalized_shape"):
         yield "normalized_shape", weight
+
+
+def matrices(
+    model: nn.Module, ties: Ties, weights: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, nn.Parameter], dict[str, int]]:
+    """The weights of layers, and all other parameters that channels are made with."""
+    found, dims = dict(weights), {}
+    columns = torch.zeros(ties.count, dtype=torch.bool)
+    row = torch.zeros(ties.count, dtype=torch.int64)
+    for number, ids in enumerate(ties.rows):
+        row[ids] = number
+    for ids in ties.columns:
+        if len(row[ids].unique()) == 1:  # not samples or tokens, of which a parameter is a part
+            columns[ids] = True
+    known = {id(weight) for weight in weights.values()}
+    for name in weights:
+        module = model.get_submodule(name.rpartition(".")[0])
+        dims[name] = int(isinstance(module, _ConvTransposeNd))
+    for name, parameter in model.named_parameters():
+        if id(parameter) in known or parameter.dim() < 2:
+            continue
+        for axis in ties.axes.get(parameter) or ():
+            if axis.dim >= parameter.dim() - 2 and bool(columns[axis.ids].all()):
+                found[name], dims[name] = parameter, axis.dim
+    return found, dims
