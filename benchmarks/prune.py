@@ -14,6 +14,9 @@ run in turn.
 `families`: one of each of torchvision's kinds of network, at two ratios, by both, each for two
 minutes at most.
 
+`depth`: stacks of 10 to 80 blocks of attention, a reshape to a width that each block keeps and a
+residual connection, half of the channels: seconds of the CPU, and how often the network is run.
+
 `compressed`: the size of a pruned network's file, by `save_compressed` and by `torch.save`.
 """
 
@@ -30,7 +33,7 @@ from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any, cast
 
 import torch
@@ -339,11 +342,50 @@ def compressed(options: Namespace) -> list[dict[str, Any]]:
     return figures
 
 
+class Stored(nn.Module):
+    """Attention and two layers, with widths that the code reads from attributes."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.each, self.inner = heads, width // heads, 4 * width
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, self.inner), nn.Linear(self.inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, self.each))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.out(mixed)
+        return x + self.down(self.up(x).relu().view(*x.shape[:2], self.inner))
+
+
+def depth(options: Namespace) -> list[dict[str, Any]]:
+    figures = []
+    for blocks in (10, 20, 40, 80):
+        seconds, passes, row = [], 0, {}
+        for _ in range(options.rounds):
+            torch.manual_seed(0)
+            stack = [Stored(32, 4) for _ in range(blocks)]
+            model = nn.Sequential(nn.Linear(8, 32), *stack, nn.Linear(32, 4))
+            calls: list[int] = []
+            model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            start = process_time()
+            pruned = prune_channels(model, 0.5, torch.randn(2, 16, 8))
+            seconds.append(process_time() - start)
+            passes = len(calls)
+            row = {"channels_removed": round(pruned.channels.removed, 4)}
+        row |= {"blocks": blocks, "passes": passes, "rounds": options.rounds}
+        figures.append(row | {"cpu_seconds": round(statistics.median(seconds), 2)})
+        print(json.dumps(figures[-1]), flush=True)
+    return figures
+
+
 PARTS: dict[str, Callable[[Namespace], Any]] = {
     "unstructured": unstructured,
     "masks": masks,
     "structured": structured,
     "families": families,
+    "depth": depth,
     "compressed": compressed,
 }
 

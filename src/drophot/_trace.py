@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from drophot._entries import entries
 from drophot._latency import call
+from drophot._memory import is_out_of_memory
 from drophot._rules import RULES, elementwise
-from drophot._ties import Axis, Shape, Ties
+from drophot._seen import UsersError, guarded
+from drophot._ties import Axis, Shape, Ties, View
 from drophot._untouched import followed, untouched
 
 # Operators whose whole numbers are sizes, which follow from the channels that are left.
@@ -94,11 +97,25 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        axes = [self.ties.of(t) for t in given]
-        computed = any(t in self._computed or t in self.ties.names for t in given)
+        given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
+        with guarded():
+            axes = [self.ties.of(t) for t in given]
         out = func(*args, **kwargs)
+        with guarded():
+            self._record(func, args, kwargs, given, axes, out)
+        return out
+
+    def _record(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        axes: list[list[Axis]],
+        out: Any,
+    ) -> None:
+        name = func.overloadpacket.__name__
+        computed = any(t in self._computed or t in self.ties.names for t in given)
         leaves, spec = tree_flatten(out)
         outs = [t for t in leaves if isinstance(t, Tensor)]
         found = self._rule(func, name, args, kwargs, outs, any(axes))
@@ -119,7 +136,6 @@ class Recorder(TorchDispatchMode):
                 computed,
             )
         )
-        return out
 
     def _rule(
         self,
@@ -144,6 +160,9 @@ class Recorder(TorchDispatchMode):
                 found = None
             if found is not None:
                 return found
+        found = entries(self.ties, where, func, args, kwargs)
+        if found is not None:
+            return found
         for tensor in tree_leaves((args, kwargs)):
             self.ties.fix(self.ties.of(tensor), where)
         return [[] for _ in outs]
@@ -165,29 +184,41 @@ def record(
 
     Raises:
         ValueError: If the model does not take the inputs.
-        MemoryError: If there is no memory for them.
-        torch.OutOfMemoryError: If a device has none.
+        UsersError: If the model's code raises an error of another kind.
     """
-    ties = Ties(model, whole_heads)
-    recorder = Recorder(ties)
     try:
         run(model, example_inputs, nullcontext())  # what it computes once, for all models
-        out = run(model, example_inputs, recorder, recorder.path)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if type(error) not in MISFIT:
+            raise UsersError(error) from error
         raise ValueError(
             f"`example_inputs` should be what the model is called with: a tensor, a tuple of "
             f"arguments or a dict. Found {type(error).__name__}: {error}"
         ) from error
+    turned: dict[View, int] = {}
+    while True:
+        ties = Ties(model, whole_heads, turned)
+        recorder = Recorder(ties)
+        try:
+            out = run(model, example_inputs, recorder, recorder.path)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise UsersError(error) from error
+        if ties.asked.keys() <= turned.keys():
+            break
+        turned = ties.asked | turned
     for tensor in tensors_in(out):
         ties.fix(ties.of(tensor), "an output of the network")
     training = Recorder(ties)
     try:
         out = run(model, example_inputs, training, training.path, training=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # it takes something else then: targets, more samples
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        # It takes something else then: targets, more samples.
         return ties, recorder.calls, []
     for tensor in tensors_in(out):
         ties.fix(ties.of(tensor), "an output of the network")
@@ -195,6 +226,9 @@ def record(
     news = [c for c in training.calls if (c.path, c.name) not in known and c.name not in RANDOM]
     return ties, recorder.calls, training.calls if news else []
 
+
+# What torch and Python raise where a model does not fit what it is called with.
+MISFIT = (TypeError, RuntimeError, ValueError, IndexError, AttributeError, AssertionError)
 
 # What dropout and norms do in training only; shapes are those of evaluation.
 RANDOM = frozenset([
@@ -363,9 +397,21 @@ def numbers(name: str, args: Any, kwargs: Any, axes: list[Axis]) -> list[Any] | 
         args = args[:8]  # without the number of groups
     return [
         value
-        for value in tree_leaves((args, kwargs))
+        for value in flat((args, kwargs))
         if isinstance(value, float) or (isinstance(value, int) and name not in SIZED)
     ]
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """What an operator is called with, one by one: its lists are plain ones."""
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from flat(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from flat(one)
+    else:
+        yield value
 
 
 def is_view(out: Tensor, given: Sequence[Tensor]) -> bool:
@@ -384,6 +430,7 @@ def _remembered(name: str, leaf: Any, given: Sequence[Tensor]) -> Any:
         leaf.is_floating_point()
         or leaf.is_complex()
         or "pool" in name
+        or "empty" in name  # whatever was there
         or (is_view(leaf, given) and not name.endswith("_"))
     ):
         return leaf.dtype, leaf.device

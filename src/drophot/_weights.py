@@ -13,8 +13,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
-from drophot._kernels import Verdicts, keeps_zeros
 from drophot._layers import is_matrix, weights_of
+from drophot._own_forward import Verdicts, keeps_zeros
 
 
 def prunable(
