@@ -63,6 +63,7 @@ HOUSE = [
     "_sums",
     "_rules",
     "_entries",
+    "_run",
     "_trace",
     "_pools",
     "_whole",

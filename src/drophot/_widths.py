@@ -197,7 +197,6 @@ class Widths:
         self._sizes[number] = found
         return found
 
-
     def _later(self, number: int) -> dict[int, int]:
         """The same for the calls that come next in a module: of 3 * 16, the width may be 16."""
         path = self._calls[number].path
