@@ -330,10 +330,12 @@ class Shrink:
 
     def _with_others(self, failures: Mapping[int, str], alike: Alike) -> dict[int, str]:
         """Add to calls that fail all of their kind, where one of these failed before."""
-        # Where a network's code stops or goes another way at a call, the next ones cannot be seen:
-        # one after the other they would take a pass each.
+        # Where a network's code stops or goes another way, or the first values differ, the next
+        # calls are not seen: one after the other they would take a pass each.
         found = dict(failures)
         for number, why in failures.items():
+            if why != VALUES and not why.startswith("code: "):
+                continue  # all of these are seen at once
             path = alike.owner(number)
             key = (type(alike.modules[path]), alike.inside[path].index(number), why)
             self._failed[key] += 1

@@ -97,7 +97,8 @@ class Pruned:
         if self.other:
             most = sorted(self.other.items(), key=lambda item: -item[1])
             shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
-            lines.append(f"not pruned: {_some(shares)}")
+            shares = [one for one, (_, share) in zip(shares, most, strict=True) if share >= 5e-4]
+            lines += [f"not pruned: {_some(shares)}"] if shares else []
         return "\n".join(lines)
 
 
