@@ -80,6 +80,7 @@ HOUSE = [
     "_sums",
     "_rules",
     "_entries",
+    "_run",
     "_trace",
     "_pools",
     "_whole",

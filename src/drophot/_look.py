@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from drophot._check import Check, shapes_left
 from drophot._memory import is_out_of_memory
+from drophot._run import run, tensors_in
 from drophot._seen import Seen, Stop
-from drophot._trace import Call, run, tensors_in
+from drophot._trace import Call
 from drophot._zeroed import Zeroed
 
 

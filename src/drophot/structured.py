@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from drophot import _slots, _trace, _weights, _whole, prune
+from drophot import _run, _slots, _trace, _weights, _whole, prune
 from drophot._heads import WholeHeads
 from drophot._memory import is_out_of_memory
 from drophot._seen import InternalError, UsersError
@@ -365,7 +365,7 @@ def _summary(model: nn.Module, example_inputs: Any) -> Summary:
     try:
         for parameter in wanted:
             parameter.requires_grad_(False)
-        with _trace.remembered(model):
+        with _run.remembered(model):
             return summary(model, example_inputs, batch_sizes=())
     finally:
         for parameter in wanted:
