@@ -63,6 +63,11 @@ def _over(norm: Any, kept: Tensor) -> Callable[[Tensor], Tensor]:
         return _put(x, kept, F.rms_norm(x[..., kept], shape, weight, norm.eps))
 
     def group_norm(x: Tensor) -> Tensor:
+        groups = kept.view(norm.num_groups, -1)
+        if torch.equal(groups.all(1), groups.any(1)):  # whole groups are what they were
+            return F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps) * kept[
+                (..., *[None] * (x.dim() - 2))
+            ]
         y = F.group_norm(x[:, kept], norm.num_groups, norm.weight[kept], norm.bias[kept], norm.eps)
         return _put(x.transpose(1, -1), kept, y.transpose(1, -1)).transpose(1, -1)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from drophot._moves import OVER
+from drophot._sums import OVER
 from drophot._ties import Axis
 from drophot._trace import Call, is_view, numbers, run, tensors_in
 
@@ -243,7 +243,7 @@ class Zeroed(TorchDispatchMode):
         if name in ("native_layer_norm", "_fused_rms_norm"):
             sizes[1] = list(args[0].shape[-len(args[1]) :])
         elif name == "native_group_norm":
-            sizes[6] = args[0].shape[1] if args[4] == args[6] else args[6]
+            sizes[6] = left_of(call.shapes[1], outputs[1], self.gone)[1]
             sizes[4] = args[0].shape[1]
         leaves, spec = tree_flatten(func(*sizes, **kwargs))
         for place, leaf in enumerate(leaves):

@@ -8,7 +8,7 @@ not known here fixes all that it meets: the network is then pruned less, never w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 Shape = Sequence[int]
+View = tuple[str, tuple[int, ...]]  # the module that it is called in, and its shape
 
 
 class Axis(NamedTuple):
@@ -36,10 +37,19 @@ class Ties:
     Args:
         model: The network.
         whole_heads: Modules, and the width of heads in them that go as a whole or not at all.
+        turned: Which dimension entries go along where a view makes several of one, if not the last.
     """
 
-    def __init__(self, model: nn.Module, whole_heads: Collection[tuple[str, int]] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        whole_heads: Collection[tuple[str, int]] = (),
+        turned: Mapping[View, int] | None = None,
+    ) -> None:
         self.whole_heads = whole_heads
+        self.turned = turned or {}
+        self.asked: dict[View, int] = {}  # what should be turned
+        self.views: dict[View, Tensor] = {}  # what is left of one dimension, as several
         self.path = ""  # of the module that an operator is called in
         self.names: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -53,11 +63,15 @@ class Ties:
         self.parts: list[Tensor] = []  # each is to lose a share of its own
         self.columns: list[Tensor] = []  # what matrices make
         self.groups: dict[str, Tensor] = {}  # by the name of a weight: one entry of each group
+        # Tensors of places among entries, which should then stay if these are used, and why.
+        self.places: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def of(self, tensor: Any) -> list[Axis]:
         """The axes of a tensor; a parameter that is met for the first time gets its own."""
         if not isinstance(tensor, Tensor):
             return []
+        if tensor in self.places:
+            self.fix(*self.places.pop(tensor))
         if tensor in self.names and tensor not in self.axes and tensor.is_floating_point():
             self.axes[tensor] = [
                 Axis(dim, self.new(tensor.dim(), dim, size))
@@ -65,6 +79,14 @@ class Ties:
                 if size > 1
             ]
         return self.axes.get(tensor) or []
+
+    def at(self, tensor: Tensor, dim: int, why: str) -> Axis | None:
+        """The axis along one dimension; what there is along others stays."""
+        axes = self.of(tensor)
+        for axis in axes:
+            if axis.dim != dim and not self.turn(axis, dim):
+                self.fix([axis], why)
+        return next((axis for axis in axes if axis.dim == dim), None)
 
     def new(self, dims: int, dim: int, size: int) -> Tensor:
         """Entries that nothing is known of yet, along one of so many dimensions."""
@@ -81,6 +103,27 @@ class Ties:
     def fix(self, axes: Sequence[Axis], why: str) -> None:
         """Let entries stay."""
         self.fixed += [(why, axis.ids.reshape(-1)) for axis in axes]
+
+    def turn(self, axis: Axis, dim: int) -> bool:
+        """Ask for another dimension of what a view made of one, as of channels before an image.
+
+        Args:
+            axis: Along the last of them, which was taken.
+            dim: Along which it should have been.
+
+        Returns:
+            Whether that is possible; then the network has to be looked at once more.
+        """
+        if axis.dim == dim or axis.ids.size(dim) == 1:
+            return False
+        first = axis.ids.narrow(dim, 0, 1).reshape(-1).sort().values
+        for key, ids in self.views.items():
+            for other in range(ids.dim()):
+                same = ids.size(other) == axis.ids.size(dim) and ids.numel() == axis.ids.numel()
+                if same and torch.equal(ids.narrow(other, 0, 1).reshape(-1).sort().values, first):
+                    self.asked[key] = other
+                    return True
+        return False
 
     def even(self, axis: Axis, dims: Sequence[int]) -> Axis:
         """An axis whose entries are the same in all rows along other dimensions."""
@@ -160,6 +203,10 @@ class Ties:
             self.tie(ids.narrow(width, 0, 1), ids)
             ids = ids.narrow(width, 0, 1)
         if len(varying) > 1:
+            key = self.path, tuple(new)
+            if (dim := self.turned.get(key)) in varying:
+                return self.even(Axis(dim, ids), varying)
+            self.views.setdefault(key, ids)
             self.level.append(ids.movedim(varying[-1], -1).reshape(-1, ids.size(varying[-1])))
         return Axis(varying[-1], ids)
 

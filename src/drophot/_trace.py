@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from drophot._entries import entries
 from drophot._latency import call
 from drophot._rules import RULES, elementwise
-from drophot._ties import Axis, Shape, Ties
+from drophot._ties import Axis, Shape, Ties, View
 from drophot._untouched import followed, untouched
 
 # Operators whose whole numbers are sizes, which follow from the channels that are left.
@@ -144,6 +145,9 @@ class Recorder(TorchDispatchMode):
                 found = None
             if found is not None:
                 return found
+        found = entries(self.ties, where, func, args, kwargs)
+        if found is not None:
+            return found
         for tensor in tree_leaves((args, kwargs)):
             self.ties.fix(self.ties.of(tensor), where)
         return [[] for _ in outs]
@@ -168,11 +172,16 @@ def record(
         MemoryError: If there is no memory for them.
         torch.OutOfMemoryError: If a device has none.
     """
-    ties = Ties(model, whole_heads)
-    recorder = Recorder(ties)
+    turned: dict[View, int] = {}
     try:
         run(model, example_inputs, nullcontext())  # what it computes once, for all models
-        out = run(model, example_inputs, recorder, recorder.path)
+        while True:
+            ties = Ties(model, whole_heads, turned)
+            recorder = Recorder(ties)
+            out = run(model, example_inputs, recorder, recorder.path)
+            if ties.asked.keys() <= turned.keys():
+                break
+            turned = ties.asked | turned
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

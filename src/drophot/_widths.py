@@ -55,6 +55,10 @@ class Widths:
         seen = attempt(accepted)
         if not seen.failures:
             return seen
+        # As they are before any trial, whose numbers are left in the modules.
+        self._slots = {
+            name: list(_slots.slots(module)) for name, module in self.modules.items()
+        }
         tried: set[Kind] = set()
         while seen.failures:
             kinds = self._candidates(seen.failures, accepted)
@@ -124,7 +128,7 @@ class Widths:
             path = self._calls[number].path
             for depth, name in enumerate(reversed(path)):
                 module = self.modules[name]
-                for key, value in _slots.slots(module):
+                for key, value in self._slots[name]:
                     after = widths.get(value)
                     if after is None or after == value or self._holder((name, key)) in have:
                         continue
