@@ -1,5 +1,6 @@
 """Channels that are gone against channels of zeros; which are gone is seen from the values."""
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from drophot.structured import Pruned, prune_channels, rebuild
 
 
 def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -103,3 +106,27 @@ def assert_same_numbers(dense: nn.Module, pruned: nn.Module, *others: Any) -> No
             assert [t.shape for t in found] == [t.shape for t in expected]
             for one, other in zip(found, expected, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Random numbers in float64."""
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+def pruned_by_law(model: nn.Module, *inputs: Any, ratio: float = 0.5) -> Pruned:
+    """Prune a network by the first inputs, hold it to the law for all, and rebuild it."""
+    new = deepcopy(model)
+    model = distinct(model)
+    dense = deepcopy(model)
+    pruned = prune_channels(model, ratio, inputs[0])
+    assert_same_numbers(dense, model, *inputs)
+    again = rebuild(new.double().eval(), json.loads(json.dumps(pruned.description)))
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for one, other in zip(
+            tensors_of(again(inputs[0])), tensors_of(model(inputs[0])), strict=True
+        ):
+            assert torch.equal(one, other)
+    return pruned

@@ -142,7 +142,7 @@ def _slice(
             elif step > 1:
                 ties.fix([axis], where)
                 continue
-            elif size % length == first % length == 0:  # one of several equal parts
+            elif length > 1 and size % length == first % length == 0:  # one of several equal parts
                 ties.level.append(rows.reshape(-1, length))
             else:
                 ties.level += rows.split([first, length, size - first - length], 1)
