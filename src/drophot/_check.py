@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from drophot._sums import OVER
-from drophot._ties import Axis
-from drophot._trace import Call, is_view, numbers, run, tensors_in
+from drophot._left import left_of, taken
+from drophot._memory import is_out_of_memory
+from drophot._seen import Seen, Stop, guarded, print_of
+from drophot._trace import Call, flat, is_view, numbers
+from drophot._whole import operation
 
-MEMORY = (MemoryError, torch.OutOfMemoryError)
 # Not compared as plain values: DataParallel opens the profiler's records.
 OPAQUE = (Tensor, torch.ScriptObject)
-
-
-@dataclass(slots=True)
-class Seen:
-    """What was seen of a call of the network."""
-
-    failures: dict[int, str] = field(default_factory=dict)
-    """Why a call does not do what it did, by its number."""
-    end: int = 0
-    """The number of calls that were reached."""
-    outputs: list[Tensor] = field(default_factory=list)
-    """What the network gave, if it came to its end."""
-    prints: list[list[Tensor]] = field(default_factory=list)
-    """A few sums of what each call gave."""
-    error: Exception | None = None
-    """What the network's own code raised."""
-
-
-class _Stop(BaseException):
-    """Nothing can be compared any more."""
 
 
 class Check(TorchDispatchMode):
@@ -52,10 +32,18 @@ class Check(TorchDispatchMode):
         calls: What it did.
         gone: The entries that are gone.
         prints: Whether to keep sums of what each call gives.
+        shapes: Of what each call is to give.
     """
 
-    def __init__(self, calls: Sequence[Call], gone: Tensor, prints: bool) -> None:
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        gone: Tensor,
+        prints: bool,
+        shapes: Sequence[list[tuple[int, ...]]],
+    ) -> None:
         super().__init__()
+        self.shapes = shapes
         self.calls = calls
         self.gone = gone
         self.prints = prints
@@ -64,7 +52,10 @@ class Check(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
+        with guarded():
+            return self._compare(func, args, kwargs or {})
+
+    def _compare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, seen = _layout(func.overloadpacket.__name__), self.seen
         while name != "clone" and self._next() == "clone":  # it was needed for the layout then
             seen.prints.append([])
@@ -72,37 +63,38 @@ class Check(TorchDispatchMode):
         if name == "clone" != self._next():
             return func(*args, **kwargs)
         number = seen.end
+        if {self._next(), name} == {"slice", "alias"}:  # of all that is left, or not of all
+            seen.failures[number] = "size"
+            seen.end += 1
+            return self._forced(self.calls[number], self.shapes[number])
         if self._next() != name:
-            why = (
-                "the code takes as many as there were, by a number that is not found in a module"
-                if (self._next(), name) == ("slice", "alias")
-                else f"the code then calls {name} instead of {self._next() or 'nothing more'}"
+            seen.failures[min(number, len(self.calls) - 1)] = (
+                f"code: goes another way with fewer channels, to {operation(name)}"
             )
-            seen.failures[min(number, len(self.calls) - 1)] = why
-            raise _Stop
+            raise Stop
         call = self.calls[number]
         seen.end += 1
         if call.numbers is not None:
             found = numbers(name, args, kwargs, [])
             if found is not None and not _equal(found, call.numbers):
                 seen.failures[number] = _other(found, call.numbers)
-        shapes = [left_of(shape, axes, self.gone) for shape, axes in _shaped(call)]
+        shapes = self.shapes[number]
         try:
             out = func(*args, **kwargs)
-        except MEMORY:
-            raise
         except Exception as error:
-            seen.failures[number] = str(error).splitlines()[0] if str(error) else repr(error)
+            if is_out_of_memory(error):
+                raise
+            seen.failures[number] = "size"
             return self._forced(call, shapes)
         leaves, spec = tree_flatten(out)
         outs = [t for t in leaves if isinstance(t, Tensor)]
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
         if len(outs) == len(shapes):
             out, leaves = self._decided(call, out, leaves, spec, shapes, given, number)
             outs = [t for t in leaves if isinstance(t, Tensor)]
         found = [tuple(t.shape) for t in outs]
         if found != shapes:
-            seen.failures.setdefault(number, f"it gives {_sizes(found)}, not {_sizes(shapes)}")
+            seen.failures.setdefault(number, "size")
             return self._forced(call, shapes)
         if self.prints:
             seen.prints.append([print_of(t) for t in outs])
@@ -135,14 +127,18 @@ class Check(TorchDispatchMode):
                     continue
                 if not call.computed:
                     if kept.shape == leaf.shape:
-                        self.seen.failures[number] = "it gives other values"
+                        self.seen.failures[number] = (
+                            "its result follows from the number of channels"
+                        )
                 elif kept.shape == leaf.shape and not is_view(leaf, given):
                     leaf.copy_(kept)
                 else:
                     leaves[i], changed = kept.clone(), True
             elif not isinstance(leaf, OPAQUE) and not isinstance(before, tuple):
                 if leaf != before and not call.computed:
-                    self.seen.failures[number] = f"it gives {leaf}, not {before}"
+                    self.seen.failures[number] = (
+                        f"its result, {before}, follows from the number of channels"
+                    )
                 leaves[i], changed = before, True
         return (tree_unflatten(leaves, spec) if changed else out), leaves
 
@@ -166,222 +162,14 @@ class Check(TorchDispatchMode):
         return out
 
 
-class Zeroed(TorchDispatchMode):
-    """The network with all channels, where those that are gone are zero after each call.
-
-    What adds up or takes norms over channels does it over those that are kept.
-
-    Args:
-        calls: What it does.
-        gone: The entries that are gone.
-        prints: Whether to keep sums of what each call gives.
-    """
-
-    def __init__(self, calls: Sequence[Call], gone: Tensor, prints: bool) -> None:
-        super().__init__()
-        self.calls = calls
-        self.gone = gone
-        self.prints = prints
-        self.seen = Seen()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name, number = func.overloadpacket.__name__, self.seen.end
-        if number == len(self.calls) or self.calls[number].name != name:
-            self.seen.failures[number] = f"another call, {name}"
-            raise _Stop
-        call = self.calls[number]
-        self.seen.end += 1
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        lost = [[a for a in axes if self.gone[a.ids].any()] for axes in call.given]
-        outputs = [[a for a in axes if self.gone[a.ids].any()] for axes in call.outputs]
-        if name in OVER and any(lost):
-            out = self._over_kept(func, name, args, kwargs, given, lost, call, outputs)
-        else:
-            out = func(*args, **kwargs)
-        leaves, spec = tree_flatten(out)
-        place, changed = 0, False
-        for i, (leaf, before) in enumerate(zip(leaves, call.leaves, strict=False)):
-            if isinstance(leaf, torch.ScriptObject):
-                continue
-            if not isinstance(leaf, Tensor):
-                leaves[i], changed = before, True
-                continue
-            axes = outputs[place] if place < len(outputs) else []
-            place += 1
-            shares = is_view(leaf, given)
-            if isinstance(before, Tensor):
-                if leaf.shape == before.shape and not (shares and not name.endswith("_")):
-                    leaf.copy_(before)
-                elif leaf.shape != before.shape:
-                    leaves[i], changed = before.clone(), True
-            elif axes and (not shares or name.endswith("_")):
-                for axis in axes:
-                    leaf.masked_fill_(self.gone[axis.ids].to(leaf.device), 0)
-        if self.prints:
-            outs = [t for t in leaves if isinstance(t, Tensor)]
-            whole = [outputs[i] if i < len(outputs) else [] for i in range(len(outs))]
-            self.seen.prints.append([
-                print_of(taken(t, axes, self.gone)) for t, axes in zip(outs, whole, strict=True)
-            ])
-        return tree_unflatten(leaves, spec) if changed else out
-
-    def _over_kept(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: Any,
-        given: list[Tensor],
-        lost: list[list[Axis]],
-        call: Call,
-        outputs: list[list[Axis]],
-    ) -> Any:
-        kept = iter([taken(t, axes, self.gone) for t, axes in zip(given, lost, strict=True)])
-        args, kwargs = tree_map_only(Tensor, lambda _: next(kept), (args, kwargs))
-        sizes = list(args)
-        if name in ("native_layer_norm", "_fused_rms_norm"):
-            sizes[1] = list(args[0].shape[-len(args[1]) :])
-        elif name == "native_group_norm":
-            sizes[6] = left_of(call.shapes[1], outputs[1], self.gone)[1]
-            sizes[4] = args[0].shape[1]
-        leaves, spec = tree_flatten(func(*sizes, **kwargs))
-        for place, leaf in enumerate(leaves):
-            shape = tuple(call.shapes[place])
-            if isinstance(leaf, Tensor) and tuple(leaf.shape) != shape:
-                axes = outputs[place] if place < len(outputs) else []
-                whole = leaf.new_zeros(shape)
-                whole[_keep(shape, axes, self.gone).to(leaf.device)] = leaf.reshape(-1)
-                leaves[place] = whole
-        return tree_unflatten(leaves, spec)
-
-
-def look(
-    model: nn.Module,
-    example_inputs: Any,
-    calls: Sequence[Call],
-    gone: Tensor,
-    *,
-    training: bool = False,
-    zeroed: bool = False,
-    prints: bool = False,
-) -> Seen:
-    """Run a network and see whether it does what it did.
-
-    Args:
-        model: The network.
-        example_inputs: What it is called with.
-        calls: What it did.
-        gone: The entries that are gone.
-        training: Whether to call it in training mode.
-        zeroed: Whether it has all channels still, to be zero instead of gone.
-        prints: Whether to keep sums of what each call gives.
-
-    Returns:
-        What was seen.
-    """
-    mode = (Zeroed if zeroed else Check)(calls, gone, prints)
-    seen = mode.seen
-    try:
-        seen.outputs = tensors_in(run(model, example_inputs, mode, training=training))
-    except _Stop:
-        return seen
-    except MEMORY:
-        raise
-    except Exception as error:
-        seen.error = error
-        seen.failures[min(seen.end, len(calls) - 1)] = f"{type(error).__name__}: {error}"
-        return seen
-    while seen.end < len(calls) and calls[seen.end].name == "clone":
-        seen.end += 1
-    if seen.end < len(calls):
-        seen.failures[seen.end] = f"the code does not call {calls[seen.end].name} then"
-    return seen
-
-
-def differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two results are too far apart to be a matter of rounding."""
-    if one.shape != other.shape:
-        return True
-    if not one.is_floating_point() or not one.numel():
-        return False
-    one, other = one.double(), other.double()
-    same = (one == other) | ~one.isfinite() | ~other.isfinite()
-    off = torch.where(same, 0, one - other).norm()
-    size = torch.where(same & ~other.isfinite(), 0, other).norm()
-    return bool(off > _TOLERANCE * size + 1e-30)
-
-
-_TOLERANCE = 1e-2  # of float32 after many layers; what is really wrong is far off
-
-
-def print_of(tensor: Tensor) -> Tensor:
-    """A few sums that tell a tensor from others, in float64."""
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    flat = tensor.detach().reshape(-1).double()
-    flat = torch.where(flat.isfinite(), flat, 0)
-    wave = (
-        torch.arange(len(flat), device=flat.device, dtype=torch.float64).mul_(0.7548776662).cos_()
-    )
-    return torch.stack([flat.norm(), (flat * wave).sum()]).cpu()
-
-
-def first_other(one: Seen, other: Seen) -> int | None:
-    """The number of the first call that gives other values in two looks."""
-    for number, (a, b) in enumerate(zip(one.prints, other.prints, strict=False)):
-        for x, y in zip(a, b, strict=False):
-            size = max(float(x[0]), float(y[0]))
-            if bool(((x - y).abs() > _TOLERANCE * size + 1e-30).any()):
-                return number
-    return None
-
-
-def taken(tensor: Tensor, axes: list[Axis], gone: Tensor) -> Tensor:
-    """What is left of a tensor.
-
-    Args:
-        tensor: The tensor.
-        axes: Those along which entries are gone.
-        gone: The entries that are.
-
-    Returns:
-        A copy of the rest, or the tensor itself where it has all.
-    """
-    if not axes:
-        return tensor
-    keep = _keep(tensor.shape, axes, gone)
-    shape = left_of(tensor.shape, axes, gone)
-    return tensor.detach()[keep.to(tensor.device)].view(shape)
-
-
-def _keep(shape: Sequence[int], axes: list[Axis], gone: Tensor) -> Tensor:
-    keep = torch.ones(tuple(shape), dtype=torch.bool)
-    for axis in axes:
-        keep &= ~gone[axis.ids]
-    return keep
-
-
-def left_of(shape: Sequence[int], axes: list[Axis], gone: Tensor) -> tuple[int, ...]:
-    """The shape of what is left of a tensor."""
-    sizes = list(shape)
-    for axis in axes:
-        sizes[axis.dim] = left(axis, gone)
-    return tuple(sizes)
-
-
-def left(axis: Axis, gone: Tensor) -> int:
-    """How many entries a row along an axis still has."""
-    row = axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))[0]
-    return len(row) - int(gone[row].sum())
-
-
-def _shaped(call: Call) -> list[tuple[Any, list[Axis]]]:
+def shapes_left(calls: Sequence[Call], gone: Tensor) -> list[list[tuple[int, ...]]]:
+    """The shapes of what each call is to give."""
     return [
-        (shape, call.outputs[i] if i < len(call.outputs) else [])
-        for i, shape in enumerate(call.shapes)
+        [
+            left_of(shape, call.outputs[i] if i < len(call.outputs) else [], gone)
+            for i, shape in enumerate(call.shapes)
+        ]
+        for call in calls
     ]
 
 
@@ -399,9 +187,5 @@ def _equal(some: list[Any], others: list[Any]) -> bool:
 def _other(found: list[Any], before: list[Any]) -> str:
     for a, b in zip(found, before, strict=False):
         if a != b:
-            return f"it is called with {a:.6g} instead of {b:.6g}"
-    return "it is called with other numbers"
-
-
-def _sizes(shapes: list[tuple[int, ...]]) -> str:
-    return " and ".join(" by ".join(map(str, shape)) or "one number" for shape in shapes)
+            return f"a number follows from the number of channels, {b:.6g} with all of them"
+    return "its numbers follow from the number of channels"

@@ -96,7 +96,7 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
         axes = [self.ties.of(t) for t in given]
         computed = any(t in self._computed or t in self.ties.names for t in given)
         out = func(*args, **kwargs)
@@ -403,9 +403,21 @@ def numbers(name: str, args: Any, kwargs: Any, axes: list[Axis]) -> list[Any] | 
         args = args[:8]  # without the number of groups
     return [
         value
-        for value in tree_leaves((args, kwargs))
+        for value in flat((args, kwargs))
         if isinstance(value, float) or (isinstance(value, int) and name not in SIZED)
     ]
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """What an operator is called with, one by one: its lists are plain ones."""
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from flat(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from flat(one)
+    else:
+        yield value
 
 
 def is_view(out: Tensor, given: Sequence[Tensor]) -> bool:

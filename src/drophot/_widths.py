@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from drophot import _slots
-from drophot._check import Seen, left
+from drophot._left import left
+from drophot._seen import Seen
 from drophot._trace import Call
 
 Names = tuple[str, _slots.Key]  # of a module, and where in it
@@ -20,7 +21,8 @@ class Widths:
     """Finds the numbers that have to follow the channels.
 
     A number is changed only if a call fails without that and none fails for it. Modules of the same
-    class keep their widths in the same place, so that one trial is of all of them.
+    class keep their widths in the same place, so that one trial is of all of them, of those too
+    that an error of the network's own code hides: passes do not grow with the number of layers.
 
     Args:
         model: The network.
@@ -31,9 +33,7 @@ class Widths:
         self.modules = dict(model.named_modules())
         self.known: dict[Names, int] = {}  # which call each of them mended
 
-    def learn(
-        self, calls: Sequence[Call], gone: Tensor, attempt: Callable[[Numbers], Seen]
-    ) -> Seen:
+    def learn(self, calls: Sequence[Call], gone: Any, attempt: Callable[[Numbers], Seen]) -> Seen:
         """Change as few numbers as needed for the calls to do what they did.
 
         Args:
@@ -46,59 +46,95 @@ class Widths:
         """
         self._calls, self._gone = calls, gone
         self._sizes: dict[int, dict[int, int]] = {}
+        self._like = Alike(self.modules, calls)
         accepted: Numbers = {}
         for names, number in self.known.items():
             before = int(_slots.read(self.modules[names[0]], names[1]))
             after = self._widths(number).get(before) if number < len(calls) else None
             if after is not None and after != before:
                 accepted[names] = after
-        seen = attempt(accepted)
+        seen, current = attempt(accepted), dict(accepted)
         if not seen.failures:
             return seen
-        # As they are before any trial, whose numbers are left in the modules.
-        self._slots = {
-            name: list(_slots.slots(module)) for name, module in self.modules.items()
-        }
-        tried: set[Kind] = set()
+        # As they are before any trial, whose numbers stay in the modules until the next one.
+        self._slots = {name: dict(_slots.slots(module)) for name, module in self.modules.items()}
+        tried: set[tuple[Kind, frozenset[Names]]] = set()
         while seen.failures:
             kinds = self._candidates(seen.failures, accepted)
-            kind = next((kind for kind in kinds if kind not in tried), None)
-            if kind is None:
+            trials = [(kind, frozenset(found)) for kind, found in kinds.items()]
+            trial_of = next((one for one in trials if one not in tried), None)
+            if trial_of is None:
                 break
-            tried.add(kind)
-            trial = {names: value for names, (value, _) in kinds[kind].items()}
-            good = self._good(trial, seen, attempt(accepted | trial))
+            tried.add(trial_of)
+            found = kinds[trial_of[0]]
+            hidden = self._hidden(trial_of[0], found, accepted) if self._stopped(seen) else {}
+            trial = {names: value for names, (value, _) in (found | hidden).items()}
+            current = accepted | trial
+            after = attempt(current)
+            good = self._good(trial, seen, after)
+            if good and hidden:  # the others are like these, where they do not fail for it
+                good |= {n for n in hidden if not self._fails_for(n, after, seen)}
             if good:
-                accepted |= {names: trial[names] for names in good}
-                self.known |= {names: kinds[kind][names][1] for names in good}
-                seen = attempt(accepted)
+                accepted |= {names: value for names, value in trial.items() if names in good}
+                self.known |= {n: (found | hidden)[n][1] for n in good}
+                seen = after if current == accepted else attempt(accepted)
+                current = dict(accepted)
         if seen.failures:
-            accepted, seen = self._together(accepted, seen, attempt)
-        return attempt(accepted)
+            accepted, seen, current = self._together(accepted, seen, current, attempt)
+        return seen if current == accepted else attempt(accepted)
 
     def _together(
-        self, accepted: Numbers, seen: Seen, attempt: Callable[[Numbers], Seen]
-    ) -> tuple[Numbers, Seen]:
+        self,
+        accepted: Numbers,
+        seen: Seen,
+        current: Numbers,
+        attempt: Callable[[Numbers], Seen],
+    ) -> tuple[Numbers, Seen, Numbers]:
         """Numbers that help only together, as the sizes of a split."""
         kinds = self._candidates(seen.failures, accepted)
-        every = {names: (v, n) for found in kinds.values() for names, (v, n) in found.items()}
         if len(kinds) < 2:
-            return accepted, seen
-        after = attempt(accepted | {names: value for names, (value, _) in every.items()})
+            return accepted, seen, current
+        every = {names: (v, n) for found in kinds.values() for names, (v, n) in found.items()}
         trial = {names: value for names, (value, _) in every.items()}
+        after = attempt(accepted | trial)
         good = self._good(trial, seen, after)
         if not good:
-            return accepted, seen
-        trial = {names: trial[names] for names in good}
+            return accepted, seen, accepted | trial
+        trial = {names: value for names, value in trial.items() if names in good}
         for kind in kinds:  # one of them may not be needed
             fewer = {names: v for names, v in trial.items() if names not in kinds[kind]}
             without = attempt(accepted | fewer)
             if without.failures.keys() <= after.failures.keys() and without.end >= after.end:
                 trial = fewer
-        if trial:
-            accepted = accepted | trial
-            self.known |= {names: every[names][1] for names in trial}
-        return accepted, attempt(accepted)
+        accepted = accepted | trial
+        self.known |= {names: every[names][1] for names in trial}
+        return accepted, attempt(accepted), dict(accepted)
+
+    def _stopped(self, seen: Seen) -> bool:
+        """Whether the network's code went no further, so that other modules were not reached."""
+        return seen.end < len(self._calls)
+
+    def _hidden(
+        self, kind: Kind, found: Mapping[Names, tuple[int, int]], accepted: Iterable[Names]
+    ) -> dict[Names, tuple[int, int]]:
+        """The same slot of modules of the same class that come later."""
+        more: dict[Names, tuple[int, int]] = {}
+        if kind[-1] is not None:  # an object that modules share
+            return more
+        have = {self._holder(names) for names in (*accepted, *found)}
+        for (path, key), (_, number) in found.items():
+            for other, there in self._like.to(path, number):
+                value = self._slots[other].get(key)
+                after = None if value is None else self._widths(there).get(value)
+                if after is not None and after != value and self._holder((other, key)) not in have:
+                    more.setdefault((other, key), (after, there))
+        return more
+
+    def _fails_for(self, names: Names, after: Seen, before: Seen) -> bool:
+        """Whether a call of a module fails, that did not fail before."""
+        return any(
+            names[0] in self._calls[n].path for n in after.failures if n not in before.failures
+        )
 
     def _good(self, trial: Numbers, before: Seen, after: Seen) -> set[Names]:
         """Those of some numbers with which calls of their modules do not fail any more."""
@@ -118,7 +154,7 @@ class Widths:
         return good
 
     def _candidates(
-        self, failures: Mapping[int, str], accepted: Iterable[Names]
+        self, failures: Iterable[int], accepted: Iterable[Names]
     ) -> dict[Kind, dict[Names, tuple[int, int]]]:
         """Numbers that are the width of something at a call that fails, by their kind."""
         found: dict[Kind, dict[Names, tuple[int, int]]] = {}
@@ -128,7 +164,7 @@ class Widths:
             path = self._calls[number].path
             for depth, name in enumerate(reversed(path)):
                 module = self.modules[name]
-                for key, value in self._slots[name]:
+                for key, value in self._slots[name].items():
                     after = widths.get(value)
                     if after is None or after == value or self._holder((name, key)) in have:
                         continue
@@ -151,7 +187,10 @@ class Widths:
         if number in self._sizes:
             return self._sizes[number]
         widths: dict[int, set[int]] = {}
-        for axis in self._calls[number].axes:
+        axes = list(self._calls[number].axes)
+        if self._calls[number].name == "clone" and number + 1 < len(self._calls):
+            axes += self._calls[number + 1].axes  # the reshape that asks for it, and is refused
+        for axis in axes:
             row = axis.ids.movedim(axis.dim, -1)
             widths.setdefault(row.size(-1), set()).add(left(axis, self._gone))
             if row.numel() > row.size(-1):
@@ -160,3 +199,39 @@ class Widths:
         found = {size: next(iter(some)) for size, some in widths.items() if len(some) == 1}
         self._sizes[number] = found
         return found
+
+
+class Alike:
+    """Which calls of modules of the same class are the same call of their code.
+
+    Args:
+        modules: By path.
+        calls: What the network did.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], calls: Sequence[Call]) -> None:
+        self.modules = modules
+        self.calls = calls
+        self.inside: dict[str, list[int]] = {}  # the calls of each module, in order
+        for number, call in enumerate(calls):
+            for path in dict.fromkeys(call.path):
+                self.inside.setdefault(path, []).append(number)
+
+    def owner(self, number: int) -> str:
+        """The module whose code a call is in, rather than a layer of torch's in it."""
+        path = self.calls[number].path
+        own = [p for p in path if not type(self.modules[p]).__module__.startswith("torch.nn")]
+        return (own or path)[-1]
+
+    def to(self, path: str, number: int) -> list[tuple[str, int]]:
+        """The modules like one, and in each the call that is like one of its calls."""
+        place = self.inside[path].index(number)
+        kind, name = type(self.modules[path]), self.calls[number].name
+        return [
+            (other, numbers[place])
+            for other, numbers in self.inside.items()
+            if other != path
+            and type(self.modules[other]) is kind
+            and place < len(numbers)
+            and self.calls[numbers[place]].name == name
+        ]

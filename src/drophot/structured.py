@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from drophot import _slots, _trace, _weights, prune
-from drophot._shrink import Shrink, WholeHeads, replace
+from drophot import _slots, _trace, _weights, _whole, prune
+from drophot._heads import WholeHeads
+from drophot._memory import is_out_of_memory
+from drophot._seen import InternalError, UsersError
+from drophot._shrink import Capricious, Shrink
 from drophot._summary import Summary, summary
+from drophot._swap import like, replace
 
 __all__ = ["Change", "Pruned", "prune_channels", "rebuild"]
 
@@ -50,6 +54,12 @@ class Pruned:
     """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
     whole: Mapping[str, str]
     """The layers that kept all of theirs, and why."""
+    asked: int
+    """How many channels `ratio` is of all layers' outputs, one by one."""
+    kept_back: Mapping[str, int]
+    """How many fewer were removed than asked for, by the reason."""
+    other: Mapping[str, float]
+    """Parameters that are no layer's weights and kept their shape: the share of all."""
     attributes: Mapping[str, Change]
     """The numbers in modules that were changed, by the name of the module and the attribute."""
     description: dict[str, Any]
@@ -63,21 +73,41 @@ class Pruned:
                 f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
                 f"{change.removed:>6.1%} removed"
             )
-        asked = sum(
-            min(floor(self.ratio * change.before + 0.5), change.before - 1)
-            for change in self.layers.values()
-        )
-        removed = self.channels.before - self.channels.after
-        if asked > removed:
-            lines.append(f"kept back {asked - removed:,} of {asked:,} channels asked for")
-        own = {
-            name: change
-            for name, change in self.attributes.items()
-            if name.rpartition(".")[2] not in _LAYERS
-        }
-        lines += [f"changed: {name} from {a} to {b}" for name, (a, b) in own.items()]
-        lines += [f"whole: {name} ({why})" for name, why in self.whole.items()]
+        own: dict[tuple[str, Change], list[str]] = {}
+        for name, change in self.attributes.items():
+            _, _, last = name.rpartition(".")
+            if last not in _LAYERS:
+                own.setdefault((last, change), []).append(name)
+        if own:
+            changes = [
+                f"{names[0] if len(names) == 1 else last} from {a} to {b}"
+                + (f" in {len(names)} modules" if len(names) > 1 else "")
+                for (last, (a, b)), names in own.items()
+            ]
+            lines.append(f"changed: {_some(changes)}")
+        if self.kept_back:
+            lines.append(
+                f"kept back {sum(self.kept_back.values()):,} of {self.asked:,} channels asked for:"
+            )
+            most = _whole.together(self.kept_back)
+            lines += [f"{count:>10,}  {why}" for count, why in most[:_LINES]]
+            if len(most) > _LINES:
+                rest = sum(count for count, _ in most[_LINES:])
+                lines.append(f"{rest:>10,}  for other reasons: see `kept_back`")
+        if self.other:
+            most = sorted(self.other.items(), key=lambda item: -item[1])
+            shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
+            lines.append(f"not pruned: {_some(shares)}")
         return "\n".join(lines)
+
+
+_LINES = 8  # of reasons that are shown
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    """The first few of a list."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 # What torch's own layers say of their shapes, which follow from their weights.
@@ -142,6 +172,8 @@ def prune_channels(
             take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed
             by a parametrization, or no channel can go. The model is
             untouched then.
+        RuntimeError: If drophot itself fails, which is said. Errors of the model's own code, and of
+            memory that runs out, are raised as they are.
 
     Example:
         >>> import torch
@@ -161,6 +193,42 @@ def prune_channels(
     left_out = _weights.left_out(model, skip)
     for name, weight in weights.items():
         _weights.check_finite(name, weight)
+    try:
+        return _pruned(model, ratio, example_inputs, weights, left_out)
+    except UsersError as found:
+        raise found.error from found.error.__cause__
+    except Capricious as found:
+        raise ValueError(
+            f"`model` should do the same each time it is called in evaluation mode. Found that "
+            f"{_whole.operation(found.name)} in {_whole.inside(found.path)} differs from call to "
+            f"call; prune the parts that do not change."
+        ) from None
+    except (InternalError, *_BUGS) as found:
+        error = found.error if isinstance(found, InternalError) else found
+        if is_out_of_memory(error):
+            raise error from error.__cause__
+        raise RuntimeError(
+            f"`prune_channels` failed inside ({type(error).__name__}: {error}). This is a bug in "
+            f"drophot, not in the model, which is as it was; please report it. `skip=` with the "
+            f"names of the modules that are special may work around it."
+        ) from error
+
+
+# What its own code raises only if something is wrong with it.
+_BUGS = (
+    *(AssertionError, AttributeError, LookupError, RuntimeError, ArithmeticError),
+    *(StopIteration, NameError, RecursionError, UnboundLocalError),
+)
+
+
+def _pruned(
+    model: nn.Module,
+    ratio: float,
+    example_inputs: Any,
+    weights: Mapping[str, nn.Parameter],
+    left_out: Collection[int | str],
+) -> Pruned:
+    """Remove channels, and say what was removed."""
     whole_heads: set[tuple[str, int]] = set()
     tried: set[tuple[str, int]] = set()
     before = None
@@ -181,22 +249,31 @@ def prune_channels(
             tried |= error.heads
             whole_heads = whole_heads | error.heads if error.possible else whole_heads - error.heads
     try:
-        kept, whole = shrink.kept(), shrink.reasons()
+        kept, (whole, part) = shrink.kept(), shrink.reasons()
         layers = {
             name: Change(weight.shape[shrink.output(name)], len(kept[name]))
             for name, weight in shrink.weights.items()
         }
         outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
         if ratio and left == outputs:
-            why = "; ".join(f"{name}: {why}" for name, why in list(whole.items())[:5])
+            reasons = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
             raise ValueError(
                 f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
-                f"({why}); raise it, or prune single weights with magnitude_prune."
+                f"({'; '.join(reasons)}); raise it, or prune single weights with magnitude_prune."
             )
         after = _summary(model, example_inputs)
     except BaseException:
         shrink.restore()
         raise
+    asked = {
+        name: min(floor(ratio * change.before + 0.5), change.before - 1)
+        for name, change in layers.items()
+    }
+    kept_back: dict[str, int] = {}
+    for name, change in layers.items():
+        if fewer := asked[name] - (change.before - change.after):
+            why = whole.get(name) or part[name]
+            kept_back[why] = kept_back.get(why, 0) + fewer
     return Pruned(
         ratio=float(ratio),
         channels=Change(outputs, left),
@@ -206,6 +283,9 @@ def prune_channels(
         layers=layers,
         kept=kept,
         whole=whole,
+        asked=sum(asked.values()),
+        kept_back={why: count for why, count in kept_back.items() if count > 0},
+        other=shrink.other(),
         attributes={
             f"{path}.{_slots.written(key)}".removeprefix("."): Change(*values)
             for (path, key), values in shrink.attributes.items()
@@ -255,11 +335,7 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
             left = old.detach().flatten()[description["kept"][name]].reshape(shape)
         else:
             left = old.detach()[tuple(slice(n) for n in shape)].clone()
-        new[name] = (
-            nn.Parameter(left, requires_grad=old.requires_grad)
-            if isinstance(old, nn.Parameter)
-            else left
-        )
+        new[name] = like(old, left)
     attributes: dict[tuple[str, _slots.Key], Any] = {}
     changes: list[tuple[str, _slots.Key, Any]] = [
         (path, (name,), value)
