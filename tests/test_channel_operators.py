@@ -156,28 +156,28 @@ def channel_attention(s: Any, x: Tensor) -> Tensor:
 
 
 LEFT: dict[str, tuple[str, Any]] = {
-    "split by constants": ("split", lambda x: swapped(x, [4, 12])),
-    "halves by constants": ("slice", (lambda x: x[:, :8] * x[:, 8:], 8)),
+    "split by constants": ("a split", lambda x: swapped(x, [4, 12])),
+    "halves by constants": ("indexing", (lambda x: x[:, :8] * x[:, 8:], 8)),
     "view by constants": (
-        "view",
+        "a reshape",
         decoder(With(lambda s, x: x.view(-1, 12, 4, 4)), nn.Conv2d(12, 16, 3)),
     ),
     "cumsum": ("cumsum", lambda x: x.cumsum(1)),
     "flip": ("flip", lambda x: x.flip(1)),
     "roll": ("roll", lambda x: x.roll(1, 1)),
-    "fft": ("fft", lambda x: torch.fft.fft(x, dim=1).real),
-    "an index": ("index", (lambda x: x[:, torch.tensor([0, 2, 1, 1])], 4)),
+    "fft": ("a Fourier transform", lambda x: torch.fft.fft(x, dim=1).real),
+    "an index": ("indexing", (lambda x: x[:, torch.tensor([0, 2, 1, 1])], 4)),
     "argmax as an index": ("argmax", With(embedded, table=nn.Embedding(16, 16))),
     "max as an index": (
         "max",
         With(lambda s, x: x + x.max(1, keepdim=True)[1]),
     ),
     "a convolution over channels": (
-        "convolution",
+        "a convolution",
         With(channel_attention, conv=nn.Conv1d(1, 1, 3, padding=1, bias=False)),
     ),
     "a vector of numbers": (
-        "mul",
+        "a product",
         lambda x: x * torch.linspace(0, 1, 16, dtype=x.dtype)[:, None, None],
     ),
 }
@@ -247,7 +247,7 @@ def test_an_operator_that_nobody_knows_is_tried(dim: int, left: int) -> None:
     assert pruned.layers["a.weight"] == (16, left)
     assert ("a.weight" in pruned.whole) == (left == 16)
     if left == 16:
-        assert pruned.whole["a.weight"] == "reversed_sum in op needs all of these channels"
+        assert pruned.whole["a.weight"] == "`reversed_sum` in `op` needs all of them"
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

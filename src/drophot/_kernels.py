@@ -27,7 +27,7 @@ def _convolution(
 ) -> Found:
     known = weight in ties.axes
     axes = {axis.dim: axis for axis in ties.of(weight)}
-    ties.fix([axis for dim, axis in axes.items() if dim > 1], f"the size of a kernel: {where}")
+    ties.fix([axis for dim, axis in axes.items() if dim > 1], f"the kernel of {where}")
     given = ties.at(x, 1, where)
     given = ties.even(given, range(x.dim())) if given else None
     ins, out = (0, 1) if transposed else (1, 0)

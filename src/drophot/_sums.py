@@ -32,7 +32,7 @@ def _reduce(
         found.append(axis)
     for out in outs:  # places among channels are others when some of these are gone
         if over and not out.is_floating_point():
-            ties.places[out] = over, f"places among them are used: {where}"
+            ties.places[out] = over, where
     return [found for _ in outs]
 
 

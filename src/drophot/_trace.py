@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):
         outs: list[Tensor],
         met: bool,
     ) -> list[list[Axis]]:
-        where = f"{spoken(name)} in {self.path[-1] or 'the model'} needs all of these channels"
+        where = f"{name} in {self.path[-1] or 'the model'}"
         rule = RULES.get(name) or RULES.get(name.removesuffix("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = elementwise
@@ -350,37 +350,6 @@ def tensors_in(value: Any) -> list[Tensor]:
 
     look(value)
     return found
-
-
-# What operators are called in networks' code, if not by their name.
-_WORDS = {
-    "mm": "a matrix product",
-    "bmm": "a matrix product",
-    "addmm": "a matrix product",
-    "baddbmm": "a matrix product",
-    "sparse_addmm": "a matrix product",
-    "constant_pad_nd": "pad",
-    "split_with_sizes": "split",
-    "im2col": "unfold",
-    "col2im": "fold",
-    "euclidean_dist": "cdist",
-    "unsafe_view": "view",
-    "linalg_vector_norm": "norm",
-}
-
-
-def spoken(name: str) -> str:
-    """What an operator is called in a network's code.
-
-    Args:
-        name: Its own name.
-
-    Returns:
-        A word or two.
-    """
-    name = name.strip("_").removeprefix("native_")
-    name = name.removesuffix("_forward").removesuffix("_no_training").removesuffix("_legit")
-    return _WORDS.get(name, name)
 
 
 def numbers(name: str, args: Any, kwargs: Any, axes: list[Axis]) -> list[Any] | None:

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from drophot._left import keep_mask, left_of, taken
 from drophot._memory import is_out_of_memory
-from drophot._sums import OVER
 from drophot._seen import Seen, Stop, guarded, print_of
+from drophot._sums import OVER
 from drophot._ties import Axis
 from drophot._trace import Call, is_view
 
