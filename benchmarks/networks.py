@@ -12,6 +12,7 @@ Outcomes:
 - `right`: the pruned network gives what the dense one gives where the removed entries are zero, for
   another batch and for another size where the network takes one (`oracle.py`).
 - `right but for attention's scale`: the same, if the dense network had the pruned one's scale.
+- `nothing removed`: right, since it is the dense network.
 - `refused`: a ValueError that names the argument; the network is untouched.
 - `not checked`: pruned, and it runs, but the law could not be stated; `off` says why.
 - `wrong`, `broken` (the forward pass fails after pruning), `crashed`, `timed out`, `out of memory`.
@@ -34,7 +35,6 @@ from collections import Counter
 from copy import deepcopy
 from importlib import import_module
 from importlib.metadata import version
-from math import prod
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter, process_time
@@ -43,6 +43,7 @@ from typing import Any
 import torch
 import zoo
 from oracle import NotChecked, Wrong, call, compare, distinct, tensors_of
+from peer import by_torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,7 +187,7 @@ def measure(name: str, tool: str, pipe: Connection) -> None:
     pipe.send(row)
     start = process_time()
     try:
-        whole = (by_drophot if tool == "drophot" else by_torch_pruning)(model, example)
+        whole = (by_drophot if tool == "drophot" else by_torch_pruning)(model, RATIO, example)
     except ValueError as error:
         if tool != "drophot" or "`" not in str(error):
             raise
@@ -241,6 +242,8 @@ def checked(
             found["off"] = f"{off:.1e}"
             if off <= limit:
                 found["outcome"] = "right" if scale else "right but for attention's scale"
+                if row["parameters_after"] == row["parameters"]:
+                    found["outcome"] = "nothing removed"
                 return found
             found.setdefault("outcome", "wrong")
         except Wrong as error:
@@ -301,74 +304,9 @@ def widths(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def by_drophot(model: nn.Module, example: Any) -> dict[str, str]:
+def by_drophot(model: nn.Module, ratio: float, example: Any) -> dict[str, str]:
     """Prune, and give the reasons of layers that are whole."""
-    return dict(import_module("drophot.structured").prune_channels(model, RATIO, example).whole)
-
-
-def by_torch_pruning(model: nn.Module, example: Any) -> dict[str, str]:
-    """Prune as Torch-Pruning's examples for timm and Transformers do."""
-    tp: Any = import_module("torch_pruning")
-    heads: dict[nn.Module, int] = {}
-    for module in model.modules():
-        number = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
-        number = number or getattr(getattr(module, "config", None), "num_attention_heads", None)
-        fewer: Any = getattr(getattr(module, "config", None), "num_key_value_heads", number)
-        if not isinstance(number, int):
-            continue
-        for names in (("qkv",), ("query", "key", "value"), ("q_proj", "k_proj", "v_proj")):
-            layers = [getattr(module, name, None) for name in names]
-            for layer, n in zip(layers, (number, fewer, fewer), strict=False):
-                if isinstance(layer, nn.Linear) and None not in layers:
-                    heads[layer] = n
-    pruner = tp.pruner.BasePruner(
-        model,
-        example,
-        tp.importance.MagnitudeImportance(p=2),
-        pruning_ratio=RATIO,
-        ignored_layers=last(model, example),
-        num_heads=heads,
-        output_transform=lambda out: [t for t in tensors_of(out) if t.grad_fn is not None],
-    )
-    pruner.step()
-    for module in model.modules():
-        for name in ("qkv", "query", "q_proj"):
-            layer = getattr(module, name, None)
-            if layer not in heads:
-                continue
-            wide = layer.out_features // (3 if name == "qkv" else 1)
-            number = pruner.num_heads[layer]
-            repaired = {"head_dim": wide // number, "attention_head_size": wide // number}
-            repaired |= {"attn_dim": wide, "all_head_size": wide, "num_attention_heads": number}
-            for attribute, value in (repaired | {"num_heads": number}).items():
-                if isinstance(getattr(module, attribute, None), int):
-                    setattr(module, attribute, value)
-    return {}
-
-
-def last(model: nn.Module, example: Any) -> list[nn.Module]:
-    """The layers whose outputs are the network's, or that have as many as there are classes."""
-    made: list[tuple[nn.Module, int]] = []
-
-    def keep(module: nn.Module, _: Any, out: Any) -> None:
-        made.extend((module, t.untyped_storage().data_ptr()) for t in tensors_of(out))
-
-    layers = [module for module in model.modules() if not list(module.children())]
-    hooks = [module.register_forward_hook(keep) for module in layers]
-    outputs = call(model, example)
-    for hook in hooks:
-        hook.remove()
-    storages = {t.untyped_storage().data_ptr() for t in outputs}
-    found = {module for module, storage in made if storage in storages}
-    sizes = {prod(t.shape[1:2]) for t in outputs} | {zoo.CLASSES}
-    found |= {
-        module
-        for module in layers
-        if isinstance(module, (nn.Linear, _ConvNd))
-        and len(module.weight) in sizes
-        and (isinstance(module, nn.Linear) or len(module.weight) == zoo.CLASSES)
-    }
-    return [module for module in layers if module in found]
+    return dict(import_module("drophot.structured").prune_channels(model, ratio, example).whole)
 
 
 def imported() -> str:
@@ -384,7 +322,7 @@ def imported() -> str:
         nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
     )  # loads what is loaded late
     for tool in (by_drophot, by_torch_pruning):
-        tool(deepcopy(small), torch.ones(2, 4))
+        tool(deepcopy(small), RATIO, torch.ones(2, 4))
     packages = ("torch", "torchvision", "timm", "transformers", "segmentation-models-pytorch")
     return ", ".join(f"{name} {version(name)}" for name in (*packages, "torch-pruning"))
 
