@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
     parser.add_argument("--again", nargs="*", default=[], help="outcomes to do again")
     parser.add_argument(
-        "--seconds", type=int, default=90, help="of a core, for a network and a tool"
+        "--seconds", type=int, default=30, help="of a core, for a network and a tool"
     )
     parser.add_argument("--wall", type=int, default=600, help="seconds on the clock")
     parser.add_argument("--gib", type=float, default=10, help="of memory")
@@ -102,7 +102,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def write(path: Path, row: dict[str, Any]) -> None:
     new = not path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
