@@ -105,7 +105,7 @@ KINDS = {
     "": {".md", ".toml"},
     ".ci": {""},
     "benchmarks": {".py", ".md"},
-    "benchmarks/results": {".json", ".jsonl"},
+    "benchmarks/results": {".csv", ".json", ".jsonl"},
     "docs": {".md", ".rst", ".py", ".toml", ".css", ".svg", ".png"},
     "examples": {".py"},
     "src": {".py", ".typed"},
