@@ -1,9 +1,9 @@
 """What pruning costs and what it gives, beside torch.nn.utils.prune and Torch-Pruning.
 
 `unstructured`: seconds and extra memory of magnitude pruning. Each measurement is a process of its
-own on a fresh model (`--scope erk` and `lamp` with `--only drophot`): seconds for the one call, and extra memory as the peak of the resident set
-during the call less what it was before. Two processes take turns, drophot and torch, and the
-medians over rounds are compared. CPU, Linux.
+own on a fresh model (`--scope erk` and `lamp` with `--only drophot`): seconds for the one call, and
+extra memory as the peak of the resident set during the call less what it was before. Two processes
+take turns, drophot and torch, and the medians over rounds are compared. CPU, Linux.
 
 `masks`: an AdamW step of ResNet-18 with masks held and without, in turn.
 
