@@ -191,7 +191,7 @@ def masks(options: Namespace) -> dict[str, Any]:
             masked.append(step())
             start = perf_counter()  # what holding adds to a step, alone
             for weight in weights:
-                gradient = weight.grad
+                gradient: Any = weight.grad
                 for mask in list((weight._backward_hooks or {}).values()):
                     gradient = mask(gradient)
             for kind in ("pre", "post"):

@@ -118,11 +118,12 @@ class Masks(Mapping[str, Tensor]):
             ValueError: If a masked parameter is missing in it, sharded over processes or of another
                 shape. The model is untouched then.
         """
-        weights = current(self._known(model), self._masks)
+        model = self._known(model)
+        weights = current(model, self._masks)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.masked_fill_(~self._masks[name].to(weight.device), 0)
-        _older.remember(weights, self._masks)  # pruning again keeps them
+        _older.remember(model, self._masks)  # pruning again keeps them
 
     def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> RemovableHandle:
         """Train the sparse network: keep the removed weights at zero while an optimiser trains.

@@ -1,41 +1,53 @@
-"""Which zeros of a parameter are there because an earlier mask removed them."""
+"""Which zeros of a model are there because an earlier mask removed them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-# The last mask that was applied to a parameter, for as long as the parameter lives.
-_masks = WeakIdKeyDictionary()
+from drophot._current import paths
+
+# The last mask that was applied to each parameter of a module, for as long as the module lives. It
+# is kept by module, since torch cannot swap a parameter that something refers to weakly.
+_masks: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 
 
-def remember(weights: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+def remember(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Note the masks whose removed weights have just been set to zero.
 
     Args:
-        weights: The parameters, by name.
-        masks: Their masks, `True` where a weight is kept.
+        model: The model, wrapped or not.
+        masks: By parameter name, `True` where a weight is kept.
     """
-    for name, mask in masks.items():
-        _masks[weights[name]] = mask
+    for name, path in paths(model, masks).items():
+        owner, attribute = _owner(model, path)
+        _masks.setdefault(owner, {})[attribute] = masks[name]
 
 
-def masks_of(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+def masks_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The masks that hold still.
 
     Args:
-        weights: The parameters of one model, by name.
+        model: The model.
+        weights: Its parameters, by name.
 
     Returns:
         By name, of those parameters that have one. None at all if a weight that one of them
         removed is there again: the masks were lifted, or other weights were loaded.
     """
-    found = {
-        name: mask.to(weight.device)
-        for name, weight in weights.items()
-        if (mask := _masks.get(weight)) is not None and mask.shape == weight.shape
-    }
+    found = {}
+    for name, weight in weights.items():
+        owner, attribute = _owner(model, name)
+        mask = _masks.get(owner, {}).get(attribute)
+        if mask is not None and mask.shape == weight.shape:
+            found[name] = mask.to(weight.device)
     held = all(not weights[name].detach()[~mask].any() for name, mask in found.items())
     return found if held else {}
+
+
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module that a parameter belongs to, and its name there."""
+    parent, _, attribute = path.rpartition(".")
+    return model.get_submodule(parent), attribute

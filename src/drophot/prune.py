@@ -173,7 +173,7 @@ def pruned(
     weights = prunable(model, skip, include)
     warn_of_uncovered(model, weights, skip)
     filled = {name for name, weight in weights.items() if check_finite(name, weight)}
-    older = _older.masks_of(weights)
+    older = _older.masks_of(model, weights)
     blank = {n for n in weights if n not in filled and (n not in older or bool(older[n].any()))}
     late |= blank
     if pattern is None:
@@ -190,7 +190,7 @@ def pruned(
         asked = sum(mask.numel() // of * (of - kept) for mask in masks.values())
         _warn_of_older(masks, asked, f'`pattern="{pattern}"`')
     found = Masks(model, masks)
-    _older.remember(weights, found)
+    _older.remember(model, found)
     return found
 
 

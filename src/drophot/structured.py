@@ -189,7 +189,7 @@ def prune_channels(
         >>> pruned.channels, round(pruned.parameters.removed, 2)
         (Change(before=10, after=6), 0.48)
     """
-    prune.check_ratio("ratio", ratio)
+    ratio = prune.check_ratio("ratio", ratio)
     weights = _weights.with_channels(model)
     left_out = _weights.left_out(model, skip)
     for name, weight in weights.items():
