@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot import _older
-from drophot._current import current
+from drophot._current import current, own_names
 from drophot._factors import Factors
 from drophot._hold import Hold
 from drophot._uncovered import warn_of_uncovered
@@ -243,7 +243,8 @@ class Masks(Mapping[str, Tensor]):
         """Take over saved masks and set the weights that they remove to zero.
 
         Args:
-            state_dict: What `state_dict` gave for the same architecture.
+            state_dict: What `state_dict` gave for the same architecture, wrapped or not, as in
+                `apply`.
 
         Raises:
             TypeError: If it is no dict, or holds anything but tensors.
@@ -251,6 +252,9 @@ class Masks(Mapping[str, Tensor]):
                 these parameters. Nothing is changed then.
         """
         check_mapping("state_dict", state_dict)
+        own = own_names(state_dict.keys(), self._masks.keys())
+        if len(set(own.values())) == len(state_dict):
+            state_dict = {own[name]: mask for name, mask in state_dict.items()}
         if state_dict.keys() != self._masks.keys():
             strange = sorted(state_dict.keys() ^ self._masks.keys())
             raise ValueError(

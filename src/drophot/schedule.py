@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot import _budgets, _numbers, _older
-from drophot._current import current
+from drophot._current import current, own_names
 from drophot._hold import Hold, is_counting
 from drophot._uncovered import said
 from drophot._weights import check_mapping, names_of, prunable
@@ -256,12 +256,13 @@ class Schedule:
                     f"{state_dict[name]}; make the Schedule as it was made then."
                 )
         steps = _numbers.integer('state_dict["steps"]', state_dict["steps"], least=0)
-        late = set(names_of('state_dict["late"]', state_dict["late"]))
+        late = names_of('state_dict["late"]', state_dict["late"])
         check_mapping('state_dict["masks"]', state_dict["masks"])
-        self._check_order(state_dict["masks"])
+        own = own_names((*late, *state_dict["masks"]), self.masks.keys())
+        self._check_order({own[name]: mask for name, mask in state_dict["masks"].items()})
         self.masks.load_state_dict(state_dict["masks"])
         self.steps = steps
-        self._late = late
+        self._late = {own[name] for name in late}
 
     def _check_order(self, saved: Mapping[str, Tensor]) -> None:
         """Refuse a model whose pruned layers were taken for layers that start at zero."""
