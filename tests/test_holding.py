@@ -200,7 +200,9 @@ def test_the_cure_for_a_copy_is_one() -> None:
     optimizer = SGD(twin.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=r"`optimizer` .*Masks\.from_zeros\(copy\)"):
         masks.hold(optimizer)
-    with Masks.from_zeros(twin).hold(optimizer):
+    zeros = Masks.from_zeros(twin)
+    zeros.apply()  # its head was emptied
+    with zeros.hold(optimizer):
         step(twin, optimizer)
     assert Masks.from_zeros(twin).sparsity == 0.8
 

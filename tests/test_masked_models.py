@@ -336,3 +336,23 @@ if __name__ == "__main__":
     import sys
 
     main(Path(sys.argv[1]))
+
+
+@pytest.mark.parametrize("wrapped", ["saved", "loaded"])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_saved_masks_fit_a_model_that_is_wrapped_or_not(
+    wrap: Callable[[nn.Module], nn.Module], wrapped: str
+) -> None:
+    saved, loaded = network(), network(5)
+    nn.init.zeros_(saved[3].weight)
+    old, new = wrap(saved), loaded
+    if wrapped == "loaded":
+        old, new = saved, wrap(loaded)
+    with pytest.warns(UserWarning, match="nothing but zeros"):  # so that it joins late
+        schedule = Schedule(old, [0.25, 0.5], every=1)
+    again = Schedule(new, [0.25, 0.5], every=1)
+    again.load_state_dict(schedule.state_dict())
+    assert again.masks.keys() == Masks.from_zeros(new).keys()
+    assert again.state_dict()["late"] == [name for name in again.masks if "3.weight" in name]
+    for layer, mask in zip((loaded[0], loaded[3]), schedule.masks.values(), strict=True):
+        assert not layer.weight[~mask].any()

@@ -57,6 +57,7 @@ HOUSE = [
     "_factors",
     "_optimizers",
     "_followers",
+    "_unheld",
     "_hold",
     "_masks",
     "_lamp",

@@ -1,6 +1,7 @@
 """Schedules, the lottery ticket, BatchNorm anew, channels: what step 4 and 5 of a run can do."""
 
 import json
+import warnings
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -360,3 +361,32 @@ def test_old_lines_are_read() -> None:
     assert isinstance(old, Record)
     assert (old.schedule, old.scope, old.parameters) == ("one-shot", "layer", 0)
     assert replace(old, parameters=record.parameters, scope=record.scope) == record
+
+
+def test_models_that_cannot_be_changed_are_refused() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(4, 4))
+    assert Masks.from_zeros(model).sparsity == 0
+    with pytest.raises(ValueError, match=r"`0\.weight`.*inference_mode"):
+        magnitude_prune(model, 0.5)
+    with pytest.raises(ValueError, match=r"`0\.weight`.*inference_mode"):
+        Masks.from_zeros(model).apply()
+    with torch.inference_mode():
+        assert magnitude_prune(model, 0.5).sparsity == 0.5
+
+
+def test_a_scripted_model_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        model = torch.jit.script(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="TorchScript"):
+        magnitude_prune(model, 0.5)
+
+
+def test_the_cure_for_a_parametrized_layer_names_it_only_if_it_has_a_name() -> None:
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="`weight` computed") as caught:
+        magnitude_prune(layer, 0.5)
+    assert "skip" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"skip=\('1',\)"):
+        magnitude_prune(nn.Sequential(nn.Linear(4, 4), layer), 0.5)

@@ -350,7 +350,7 @@ def test_it_remembers_what_started_at_zero_when_it_is_resumed(tmp_path) -> None:
 
 def test_numbers_of_numpy_are_plain_in_the_state(tmp_path) -> None:
     model = network()
-    ratios = np.linspace(0.1, 0.8, 4)
+    ratios = np.linspace(0.1, 0.7, 4)
     schedule = Schedule(model, ratios, every=np.int64(2), min_kept=np.float32(0.25))
     torch.save(schedule.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt")
@@ -380,3 +380,79 @@ def test_a_layer_that_was_emptied_stays_empty() -> None:
     masks.apply()
     assert magnitude_prune(other, 0.95).sparsity == 0.95
     assert not other[2].weight.any()
+
+
+# --- mistakes that would show late, or not at all -------------------------------------------------
+
+
+def test_steps_that_a_hold_counts_are_not_counted_twice() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = Schedule(model, [0.25, 0.5], every=3)
+    with schedule.hold(optimizer):
+        train(model, optimizer, 1)
+        with pytest.raises(RuntimeError, match=r"`step` .*counted already"):
+            schedule.step()
+    assert schedule.steps == 1
+    schedule.step()  # once it is held no longer
+    assert schedule.steps == 2
+
+
+@pytest.mark.parametrize("scope", ["global", "lamp"])
+def test_a_minimum_that_the_last_ratio_cannot_leave_is_refused_at_once(scope) -> None:
+    model = network()
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="`min_kept`"):
+        Schedule(model, [0.2, 0.8], every=1, scope=scope, min_kept=0.25)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    schedule = Schedule(model, [0.2, 0.75], every=1, scope=scope, min_kept=0.25)
+    assert schedule.step()
+    assert schedule.masks.sparsity == 0.75
+
+
+def test_resuming_with_weights_that_were_loaded_too_early_is_refused() -> None:
+    """A layer that was emptied looks like one that starts at zero, so that others are pruned."""
+
+    def schedule_of(model: nn.Module) -> Schedule:
+        return Schedule(model, [0.3, 0.5], every=1)
+
+    model = network()
+    model[2].weight.data.mul_(1e-6)
+    schedule = schedule_of(model)
+    schedule.step()
+    assert not schedule.masks["2.weight"].any()
+    saved, state = deepcopy(model.state_dict()), schedule.state_dict()
+
+    early = network()
+    early.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="`2.weight`"):
+        again = schedule_of(early)
+    with pytest.raises(ValueError, match=r"`2\.weight`.*Schedule first"):
+        again.load_state_dict(state)
+    assert again.steps == 0
+
+    right = network()
+    again = schedule_of(right)
+    right.load_state_dict(saved)
+    again.load_state_dict(state)
+    assert torch.equal(right[0].weight, model[0].weight)
+    assert again.masks == schedule.masks
+
+
+@pytest.mark.parametrize("value", [None, [], "masks.pt", nn.Linear(2, 2)], ids=repr)
+def test_what_is_no_state_is_refused(value) -> None:
+    model = network()
+    masks, schedule = magnitude_prune(model, 0.5), Schedule(network(), [0.5], every=1)
+    for load in (
+        masks.load_state_dict,
+        schedule.load_state_dict,
+        lambda state: rewind(model, masks, state),
+    ):
+        with pytest.raises(TypeError, match="`state_dict` should be a dict"):
+            load(value)
+    with pytest.raises(TypeError, match=r'`state_dict\["masks"\]` should be a dict'):
+        schedule.load_state_dict(schedule.state_dict() | {"masks": value})
+    with pytest.raises(TypeError, match=r'`state_dict\["2\.weight"\]` should be a bool tensor'):
+        masks.load_state_dict(masks.state_dict() | {"2.weight": [True]})
+    with pytest.raises(TypeError, match="`masks` should be a Masks"):
+        rewind(model, value, model.state_dict())

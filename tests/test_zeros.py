@@ -202,7 +202,8 @@ def test_other_weights_have_no_older_masks() -> None:
 
 
 def hold(model: nn.Module, masks: Masks) -> None:
-    masks.hold(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="`3.weight` at zero"):
+        masks.hold(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def load(model: nn.Module, masks: Masks) -> None:

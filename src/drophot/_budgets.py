@@ -87,6 +87,27 @@ def groups(
     return [*found, (free, rest)] if free else found
 
 
+def check_minimum(
+    weights: Mapping[str, Tensor], older: Mapping[str, Tensor], ratio: float, min_kept: float
+) -> None:
+    """Refuse a share that a ranking of all layers cannot remove, before it is due.
+
+    Args:
+        weights: By name.
+        older: The masks of an earlier pruning, as in `groups`.
+        ratio: The share of all weights that is to go.
+        min_kept: The share of each layer that stays at least.
+
+    Raises:
+        ValueError: If both cannot be met.
+    """
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    gone = {name: int((~mask).sum()) for name, mask in older.items()}
+    most = sum(max(gone.get(n, 0), size - _least(min_kept, size)) for n, size in sizes.items())
+    if (remove := floor(ratio * sum(sizes.values()) + 0.5)) > most:
+        _refuse(remove, most, min_kept, ())
+
+
 def erk(
     shapes: Mapping[str, Sequence[int]], remove: int, gone: Mapping[str, int] | None = None
 ) -> dict[str, int]:

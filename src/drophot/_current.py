@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 
@@ -65,6 +65,23 @@ def current(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Param
     """
     parameters = {name: find(model, path) for name, path in paths(model, masks).items()}
     return {name: weight for name, weight in parameters.items() if weight is not None}
+
+
+def own_names(names: Collection[str], own: Collection[str]) -> dict[str, str]:
+    """Names of the same parameters in two models, of which one may be wrapped.
+
+    Args:
+        names: Names of parameters.
+        own: The names that are wanted, of all parameters.
+
+    Returns:
+        For each name the one that is wanted; a name that is none of them, or of several, stays.
+    """
+    plain: dict[str, list[str]] = {}
+    for name in own:
+        plain.setdefault(_unwrapped(name), []).append(name)
+    found = {name: plain.get(_unwrapped(name), []) for name in names if name not in own}
+    return {name: name for name in names} | {n: w[0] for n, w in found.items() if len(w) == 1}
 
 
 def _unwrapped(path: str) -> str:

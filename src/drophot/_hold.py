@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from drophot import _older
 from drophot._current import find, paths
 from drophot._factors import Factors, can_be_changed, stamp_of
 from drophot._followers import Follower, follow, hooks_of
 from drophot._optimizers import innermost, members, trained, zero_state
+from drophot._unheld import listed, warn_of_loose, warn_of_newer
 
 
 class Counting(Protocol):
@@ -25,9 +26,21 @@ class Counting(Protocol):
 
     masks: Any
 
-    def step(self) -> bool:
+    def _advance(self) -> bool:
         """Count a step of the optimiser."""
         ...
+
+
+def is_counting(schedule: Counting) -> bool:
+    """Whether a hold counts the steps of a schedule, and has counted one.
+
+    Args:
+        schedule: The schedule.
+
+    Returns:
+        Whether there is such a hold.
+    """
+    return any(hold._schedule is schedule and hold._stepped for hold in _active())
 
 
 class Hold(Follower):
@@ -69,6 +82,7 @@ class Hold(Follower):
         self._stamp: list[tuple[int, int]] = []
         self._frozen: list[tuple[str, bool]] = []
         self._active = False
+        self._applied = _older.changes()
         self._compared = self._stepped = self._went_backward = False
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._finalizer.atexit = False
@@ -151,6 +165,7 @@ class Hold(Follower):
             return
         if not torch.compiler.is_compiling():
             self._look()
+            self._compare_masks()
         with torch.no_grad():
             for name, weight in self._weights.items():
                 self._clean_gradient(name, weight)
@@ -166,8 +181,9 @@ class Hold(Follower):
             zero_state(optimizer, self._weights, self.masks, self._factors)
         self._stepped = True
         if not self._compared and not torch.compiler.is_compiling():
-            self._compare()
-        if self._schedule is not None and counted and self._schedule.step():
+            self._compared = True
+            warn_of_loose(self._found(), self.masks, _active())
+        if self._schedule is not None and counted and self._schedule._advance():
             self._renew()
 
     def after_loading(self, *_: Any) -> None:
@@ -278,46 +294,34 @@ class Hold(Follower):
         """Whether a step is one of the schedule's: those of the optimiser that was held last."""
         if torch.compiler.is_compiling():
             return True
-        holds = [h for h in _HOLDS if h._schedule is self._schedule and h._active and h._alive()]
+        holds = [hold for hold in _active() if hold._schedule is self._schedule]
         last = max(holds, key=lambda hold: hold._number)
         return last is self and optimizer is self._counts()
 
     # --- what is said --------------------------------------------------------------------------
 
-    def _compare(self) -> None:
-        """Say once what is trained and held by no optimiser."""
-        self._compared = True
-        masks = self.masks
-        held = {id(w) for h in _HOLDS if h._active and h._alive() for w in h._weights.values()}
-        loose = [
-            name
-            for name, weight in self._found().items()
-            if weight.requires_grad and id(weight) not in held and not masks[name].all()
-        ]
-        if loose:
-            removed = sum(int((~masks[name]).count_nonzero()) for name in loose)
-            total = sum(int((~mask).count_nonzero()) for mask in masks.values())
-            warnings.warn(
-                f"`hold` keeps the weights that its optimizer trains. Found {removed:,} of "
-                f"{total:,} removed weights in none that is held ({_listed(loose)}): they can "
-                f"grow back. Call masks.hold(optimizer) for each optimizer that trains them; if "
-                f"none does, requires_grad_(False) says so.",
-                stacklevel=2,
-            )
+    def _compare_masks(self) -> None:
+        """Say once what was removed since by masks that are not held."""
+        if self._applied != (now := _older.changes()):
+            self._applied = now
+            weights = {self._paths[name]: weight for name, weight in self._weights.items()}
+            warn_of_newer(self._model, weights, _active())
 
     def _check_zeros(self) -> None:
         masks, back = self.masks, {}
-        for name in self._weights:
-            weight, mask = find(self._model, self._paths[name]), masks[name]
+        for name, path in self._paths.items():
+            weight, mask = find(self._model, path), masks[name]
             if weight is None or weight.shape != mask.shape:
                 continue  # the network has other shapes now
+            if name not in self._weights and weight.requires_grad:
+                continue  # another optimiser's
             number = int(((weight.detach() != 0) & ~mask.to(weight.device)).count_nonzero())
             if number:
                 back[name] = number
         if back:
             raise RuntimeError(
                 f"{sum(back.values()):,} removed weights are no longer zero at the end of the hold "
-                f"({_listed(list(back))}): something other than a step of the held optimizer "
+                f"({listed(list(back))}): something other than a step of the held optimizer "
                 f"changed them, such as another optimizer or a checkpoint of the dense model. The "
                 f"hold has ended. Call masks.apply() to set them to zero."
             )
@@ -361,6 +365,14 @@ class _Handle(RemovableHandle):
     def remove(self) -> None:
         self._hold.end()
 
+    def __enter__(self) -> _Handle:
+        if not self._hold._active:
+            raise RuntimeError(
+                "The hold has ended, so that nothing would be held in this `with` block. Call "
+                "`hold` again for each block."
+            )
+        return self
+
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         self._hold.end(look=kind is None)
 
@@ -375,12 +387,13 @@ _HOLDS: weakref.WeakSet[Hold] = weakref.WeakSet()
 _NUMBERS = count()
 
 
+def _active() -> list[Hold]:
+    """All that hold now."""
+    return [hold for hold in _HOLDS if hold._active and hold._alive()]
+
+
 def _remove(handles: dict[str, tuple[Tensor, list[RemovableHandle]]]) -> None:
     for _, each in handles.values():
         for handle in each:
             handle.remove()
     handles.clear()
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names[:3]) + ", …" * (len(names) > 3)

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot import _older
-from drophot._current import current
+from drophot._current import current, own_names
 from drophot._factors import Factors
 from drophot._hold import Hold
 from drophot._uncovered import warn_of_uncovered
-from drophot._weights import check_module, names_of, prunable
+from drophot._warning import warn
+from drophot._weights import check_changeable, check_mapping, check_module, names_of, prunable
 
 
 class Masks(Mapping[str, Tensor]):
@@ -44,6 +45,7 @@ class Masks(Mapping[str, Tensor]):
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         self._model: nn.Module | None = model
+        self._doubtful: list[str] = []  # all zero, and perhaps not because of a pruning
         self._masks = {name: _usable(mask) for name, mask in masks.items()}
         self._factors = Factors()
 
@@ -64,6 +66,7 @@ class Masks(Mapping[str, Tensor]):
     def __setstate__(self, state: tuple[nn.Module | None, dict[str, Tensor]]) -> None:
         """Held by nobody."""
         self._model, self._masks = state
+        self._doubtful = []
         self._factors = Factors()
 
     @classmethod
@@ -71,6 +74,11 @@ class Masks(Mapping[str, Tensor]):
         cls, model: nn.Module, *, skip: Iterable[str] = (), include: Iterable[str] = ()
     ) -> Masks:
         """The masks of a model that is pruned already: what is zero is removed.
+
+        A layer in which every weight is zero is removed as well. If it is one that starts at zero,
+        such as LoRA's B or a new head, name it in `skip`, since it cannot be trained under these
+        masks. Where no earlier pruning of the model emptied it, `hold` warns about it, unless
+        `apply` was called before, which says that these zeros were pruned.
 
         Args:
             model: Any module; a dense one gives masks that keep everything.
@@ -89,7 +97,9 @@ class Masks(Mapping[str, Tensor]):
         skip = names_of("skip", skip)
         weights = prunable(model, skip, include)
         warn_of_uncovered(model, weights, skip)
-        return cls(model, {name: weight.detach() != 0 for name, weight in weights.items()})
+        masks = cls(model, {name: weight.detach() != 0 for name, weight in weights.items()})
+        masks._doubtful = _blank(model, weights)
+        return masks
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -99,6 +109,15 @@ class Masks(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._masks)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the same weights are kept, of parameters of the same names."""
+        if not isinstance(other, Mapping) or self.keys() != other.keys():
+            return False
+        return all(
+            isinstance(other[name], Tensor) and torch.equal(mask, other[name].to(mask.device))
+            for name, mask in self._masks.items()
+        )
 
     @property
     def sparsity(self) -> float:
@@ -120,10 +139,13 @@ class Masks(Mapping[str, Tensor]):
         """
         model = self._known(model)
         weights = current(model, self._masks)
+        for name, weight in weights.items():
+            check_changeable(name, weight)
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.masked_fill_(~self._masks[name].to(weight.device), 0)
         _older.remember(model, self._masks)  # pruning again keeps them
+        self._doubtful = []
 
     def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> RemovableHandle:
         """Train the sparse network: keep the removed weights at zero while an optimiser trains.
@@ -158,6 +180,15 @@ class Masks(Mapping[str, Tensor]):
                 them, or they are sharded over processes.
         """
         hold = Hold(self, self._known(model), optimizer)
+        frozen = [f"`{n}`" for n in self._doubtful if n in hold.names and not self[n].any()]
+        if frozen:
+            warn(
+                f"`hold` keeps all of {', '.join(frozen[:3])}{', …' * (len(frozen) > 3)} at zero, "
+                f"so that these weights cannot be trained. They were zero when Masks.from_zeros "
+                f"made these masks, and no earlier pruning is known to have removed them. If they "
+                f"start at zero, as LoRA's B and new heads do, name them in its `skip`; if they "
+                f"were pruned, call masks.apply() before masks.hold(optimizer)."
+            )
         self.apply(model)
         return hold.begin()
 
@@ -212,12 +243,18 @@ class Masks(Mapping[str, Tensor]):
         """Take over saved masks and set the weights that they remove to zero.
 
         Args:
-            state_dict: What `state_dict` gave for the same architecture.
+            state_dict: What `state_dict` gave for the same architecture, wrapped or not, as in
+                `apply`.
 
         Raises:
+            TypeError: If it is no dict, or holds anything but tensors.
             ValueError: If names, shapes or dtypes are not this model's, or the model no longer has
                 these parameters. Nothing is changed then.
         """
+        check_mapping("state_dict", state_dict)
+        own = own_names(state_dict.keys(), self._masks.keys())
+        if len(set(own.values())) == len(state_dict):
+            state_dict = {own[name]: mask for name, mask in state_dict.items()}
         if state_dict.keys() != self._masks.keys():
             strange = sorted(state_dict.keys() ^ self._masks.keys())
             raise ValueError(
@@ -226,6 +263,11 @@ class Masks(Mapping[str, Tensor]):
             )
         for name, mask in state_dict.items():
             mine = self._masks[name]
+            if not isinstance(mask, Tensor):
+                raise TypeError(
+                    f'`state_dict["{name}"]` should be a bool tensor. Found a '
+                    f"{type(mask).__name__}; convert it by torch.as_tensor."
+                )
             if mask.dtype != torch.bool or mask.shape != mine.shape:
                 raise ValueError(
                     f'`state_dict["{name}"]` should be a bool tensor of shape '
@@ -249,6 +291,13 @@ class Masks(Mapping[str, Tensor]):
     def _count(self) -> tuple[int, int]:
         total = sum(mask.numel() for mask in self._masks.values())
         return total - sum(int(mask.count_nonzero()) for mask in self._masks.values()), total
+
+
+def _blank(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> list[str]:
+    """The layers that can be trained, are all zero, and that no known pruning has emptied."""
+    zero = {n: w for n, w in weights.items() if w.requires_grad and not w.detach().any()}
+    older = _older.masks_of(model, zero)
+    return [name for name in zero if name not in older or bool(older[name].any())]
 
 
 def _usable(mask: Tensor) -> Tensor:

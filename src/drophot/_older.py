@@ -14,6 +14,7 @@ _BLOCK = 1 << 20  # weights looked at in one go
 # The last mask that was applied to each parameter of a module, for as long as the module lives. It
 # is kept by module, since torch cannot swap a parameter that something refers to weakly.
 _masks: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_calls = [0]
 
 
 def remember(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -23,9 +24,19 @@ def remember(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         model: The model, wrapped or not.
         masks: By parameter name, `True` where a weight is kept.
     """
+    _calls[0] += 1
     for name, path in paths(model, masks).items():
         owner, attribute = _owner(model, path)
         _masks.setdefault(owner, {})[attribute] = masks[name]
+
+
+def changes() -> int:
+    """A number that is greater after each call of `remember`.
+
+    Returns:
+        The number.
+    """
+    return _calls[0]
 
 
 def masks_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -37,6 +37,11 @@ def prunable(
             is sharded, sparse or computed by something else.
     """
     check_module("model", model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "`model` should be a plain module. Found one of TorchScript; give the module that it "
+            "was made from, and script that afterwards."
+        )
     skip, include = names_of("skip", skip), names_of("include", include)
     without = left_out(model, skip)
     added = _included(model, include, without)
@@ -119,7 +124,7 @@ def _checked(
                     f"`model` should have plain parameters. Found `{joined(path, attribute)}` "
                     f"computed by a parametrization or an older pruning hook; remove that first "
                     f"(torch.nn.utils.parametrize.remove_parametrizations, "
-                    f"torch.nn.utils.prune.remove), or give skip=({path!r},)."
+                    f"torch.nn.utils.prune.remove){f', or give skip=({path!r},)' * bool(path)}."
                 )
         for attribute, weight in module._parameters.items():
             if weight is None or id(weight) in seen:
@@ -159,6 +164,39 @@ def check_module(name: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         cure = "; load it into a model, and give that" if isinstance(model, Mapping) else ""
         raise TypeError(f"`{name}` should be a torch.nn.Module. Found {_kind(model)}{cure}.")
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Refuse what holds nothing by name.
+
+    Args:
+        name: What the caller calls it.
+        value: The value.
+
+    Raises:
+        TypeError: If it is no mapping.
+    """
+    if not isinstance(value, Mapping):
+        cure = "; give its state_dict()" if hasattr(value, "state_dict") else ""
+        cure = "; load the file, and give what is in it" if isinstance(value, str) else cure
+        raise TypeError(f"`{name}` should be a dict of tensors. Found {_kind(value)}{cure}.")
+
+
+def check_changeable(name: str, weight: Tensor) -> None:
+    """Refuse a weight that cannot be set to zero in place.
+
+    Args:
+        name: Its name.
+        weight: The weight.
+
+    Raises:
+        ValueError: If it was made in inference mode, which is over.
+    """
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"`model` should have weights that can be changed. Found `{name}`, which was made in "
+            f"torch.inference_mode(); make or load the model outside of it."
+        )
 
 
 def _kind(value: Any) -> str:

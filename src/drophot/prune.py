@@ -18,7 +18,7 @@ from drophot._pattern import to_semi_structured
 from drophot._summary import LayerSummary, Summary, summary
 from drophot._uncovered import warn_of_uncovered
 from drophot._warning import warn
-from drophot._weights import check_finite, names_of, prunable
+from drophot._weights import check_changeable, check_finite, names_of, prunable
 
 __all__ = [
     "LayerSummary",
@@ -105,8 +105,9 @@ def magnitude_prune(
         TypeError: If `ratio` or `min_kept` is not a number, or a weight not of plain floats.
         ValueError: If these are out of range or cannot both be met, the layers that are not all
             zero have too few weights, `scope`, `pattern` or a name in `skip` or `include` is
-            unknown, nothing is left to prune, or a weight is not finite, has no data yet, is
-            sharded over processes or computed by a parametrization. The model is unchanged then.
+            unknown, nothing is left to prune, `model` is one of TorchScript, or a weight is not
+            finite, has no data yet, is sharded over processes, computed by a parametrization or
+            made in inference mode. The model is unchanged then.
 
     Example:
         >>> import torch
@@ -171,6 +172,8 @@ def pruned(
     kept, of = (0, 0) if pattern is None else _pattern.parse(pattern, ratio)
     skip = names_of("skip", skip)
     weights = prunable(model, skip, include)
+    for name, weight in weights.items():
+        check_changeable(name, weight)
     warn_of_uncovered(model, weights, skip)
     filled = {name for name, weight in weights.items() if check_finite(name, weight)}
     older = _older.masks_of(model, weights)

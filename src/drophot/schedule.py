@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from drophot import _numbers
-from drophot._current import current
-from drophot._hold import Hold
+from drophot import _budgets, _numbers, _older
+from drophot._current import current, own_names
+from drophot._hold import Hold, is_counting
 from drophot._uncovered import said
-from drophot._weights import names_of
+from drophot._weights import check_mapping, names_of, prunable
 from drophot.prune import Masks, Scope, check_ratio, check_scope, pruned
 
 __all__ = ["Schedule", "cubic", "geometric", "rewind"]
@@ -154,6 +154,7 @@ class Schedule:
             "skip": names_of("skip", skip),
             "include": names_of("include", include),
         }
+        self._check_minimum()
         self._late: set[str] = set()  # layers that were all zero at a pruning
         self.steps = 0
         self.masks = self._prune(self.ratios[0])
@@ -175,8 +176,18 @@ class Schedule:
             Whether it pruned.
 
         Raises:
-            RuntimeError: If it is captured in a CUDA graph. `drophot.fit` takes plain steps then.
+            RuntimeError: If it is captured in a CUDA graph (`drophot.fit` takes plain steps then),
+                or a held optimiser counts the steps already.
         """
+        if is_counting(self):
+            raise RuntimeError(
+                "`step` should not be called while the schedule is held, since each step of the "
+                "held optimizer is counted already. Leave out either `hold` or this call."
+            )
+        return self._advance()
+
+    def _advance(self) -> bool:
+        """Count a step, and prune on where that is due."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "`step` should be called outside of a CUDA graph, since it counts. Found a "
@@ -228,10 +239,12 @@ class Schedule:
             state_dict: What `state_dict` gave, with the same settings.
 
         Raises:
-            TypeError: If the number of steps is not an integer.
+            TypeError: If it is no dict, or the number of steps not an integer.
             ValueError: If it is no schedule's, one of other settings, or of another model's masks,
-                or the number of steps is negative; nothing is changed then.
+                the number of steps is negative, or the model had its saved weights when this
+                schedule was made, and lost others since; nothing is changed then.
         """
+        check_mapping("state_dict", state_dict)
         if lacking := {"steps", "masks", "late", *self._described()} - state_dict.keys():
             raise ValueError(
                 f"`state_dict` should be what a Schedule's gave. Found no {sorted(lacking)[0]!r}."
@@ -243,9 +256,26 @@ class Schedule:
                     f"{state_dict[name]}; make the Schedule as it was made then."
                 )
         steps = _numbers.integer('state_dict["steps"]', state_dict["steps"], least=0)
+        late = names_of('state_dict["late"]', state_dict["late"])
+        check_mapping('state_dict["masks"]', state_dict["masks"])
+        own = own_names((*late, *state_dict["masks"]), self.masks.keys())
+        self._check_order({own[name]: mask for name, mask in state_dict["masks"].items()})
         self.masks.load_state_dict(state_dict["masks"])
         self.steps = steps
-        self._late = set(state_dict["late"])
+        self._late = {own[name] for name in late}
+
+    def _check_order(self, saved: Mapping[str, Tensor]) -> None:
+        """Refuse a model whose pruned layers were taken for layers that start at zero."""
+        if not self.ratios[0] or self._settings["scope"] not in ("global", "lamp"):
+            return
+        emptied = [n for n in sorted(self._late & saved.keys()) if not torch.any(saved[n])]
+        if emptied:
+            raise ValueError(
+                f"`state_dict` removes all of `{emptied[0]}`, which was zero when this Schedule "
+                f"was made. The model had its saved weights by then, so the first pruning took "
+                f"this layer for one that starts at zero, and removed other weights instead. Make "
+                f"the Schedule first, then load the model's weights, then this."
+            )
 
     def _described(self) -> dict[str, Any]:
         """The settings that a state belongs to, in plain types."""
@@ -253,6 +283,14 @@ class Schedule:
             name: sorted(self._settings[name]) for name in ("skip", "include")
         }
         return {"ratios": list(self.ratios), "every": self.every} | settings
+
+    def _check_minimum(self) -> None:
+        """Refuse now what the last pruning would refuse."""
+        skip, include = self._settings["skip"], self._settings["include"]
+        if self._settings["min_kept"] and self._settings["scope"] in ("global", "lamp"):
+            weights = prunable(self._model, skip, include)
+            older = _older.masks_of(self._model, weights)
+            _budgets.check_minimum(weights, older, self.ratios[-1], self._settings["min_kept"])
 
     def _prune(self, ratio: float) -> Masks:
         late = set(self._late)
@@ -279,6 +317,7 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
         state_dict: The other weights, of the whole model.
 
     Raises:
+        TypeError: If `masks` is no `Masks`, or `state_dict` no dict.
         ValueError: If names or shapes are not the model's, it lacks a masked parameter, or the
             tensors are the model's own, which are trained with it. Nothing is changed then.
 
@@ -292,6 +331,9 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
         >>> torch.equal(model.weight, start["weight"] * masks["weight"])
         True
     """
+    if not isinstance(masks, Masks):
+        raise TypeError(f"`masks` should be a Masks. Found a {type(masks).__name__}.")
+    check_mapping("state_dict", state_dict)
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state_dict.keys())
     wrong += [name for name in own if name in state_dict and not _alike(own, state_dict, name)]
