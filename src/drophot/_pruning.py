@@ -15,7 +15,7 @@ from drophot import _random, schedule, training
 from drophot._batchnorm import recalibrate_alone
 from drophot._loop import LoopError
 from drophot._statistics import with_statistics
-from drophot._uncovered import said
+from drophot._uncovered import uncovered_warning_silenced
 from drophot._weights import prunable
 from drophot.prune import Masks, magnitude_prune
 from drophot.structured import prune_channels
@@ -41,7 +41,7 @@ def prune(run: Any) -> Masks:
         left = prunable(model, ())
         masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
     elif run.schedule == "one-shot":
-        with said():  # by the run's constructor
+        with uncovered_warning_silenced():  # by the run's constructor
             masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)
     else:
         steps, times = _steps(run), run.prunings
@@ -49,7 +49,7 @@ def prune(run: Any) -> Masks:
             ratios, every = schedule.cubic(run.prune_ratio, times), steps // 2 // max(times - 1, 1)
         else:
             ratios, every = schedule.geometric(run.prune_ratio, times), steps // times
-        with said():
+        with uncovered_warning_silenced():
             run.pruner = schedule.Schedule(model, ratios, every=max(every, 1), scope=run.scope)
         masks = run.pruner.masks
     if run.recalibrate_bn:

@@ -32,7 +32,7 @@ from drophot._ambient import surroundings
 from drophot._experiment import experiment
 from drophot._modes import Mode
 from drophot._pruning import ScheduleName
-from drophot._uncovered import said
+from drophot._uncovered import uncovered_warning_silenced
 from drophot.dynamics import DynamicsTracker, Statistic
 from drophot.prune import Masks, Scope
 from drophot.records import Record
@@ -202,7 +202,7 @@ class DropHot:
         self.cache: training.Cache = cache
         self.progress = progress
         _probe.settle(self)
-        with said(self.structured):  # `channels` names what was left then
+        with uncovered_warning_silenced(self.structured):  # `channels` names what was left then
             self.train_set, self.test_set, self._classes = _probe.prepare(
                 model,
                 optimizer,

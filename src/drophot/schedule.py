@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from drophot import _numbers
 from drophot._current import current
 from drophot._hold import Hold
-from drophot._uncovered import said
+from drophot._uncovered import uncovered_warning_silenced
 from drophot._weights import names_of
 from drophot.prune import Masks, Scope, check_ratio, check_scope, pruned
 
@@ -187,7 +187,7 @@ class Schedule:
         due = steps % self.every == 0 and steps // self.every < len(self.ratios)
         if due:
             self.masks.apply()  # so that they are known as what was removed before
-            with said():  # what stays dense was said by the first pruning
+            with uncovered_warning_silenced():  # what stays dense was said by the first pruning
                 self.masks = self._prune(self.ratios[steps // self.every])
         self.steps = steps  # a pruning that failed is still due
         return due
