@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from drophot import _older
+from drophot import _earlier_masks
 from drophot._current import current
 from drophot._factors import Factors
 from drophot._hold import Hold
@@ -123,7 +123,7 @@ class Masks(Mapping[str, Tensor]):
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.masked_fill_(~self._masks[name].to(weight.device), 0)
-        _older.remember(model, self._masks)  # pruning again keeps them
+        _earlier_masks.remember(model, self._masks)  # pruning again keeps them
 
     def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> RemovableHandle:
         """Train the sparse network: keep the removed weights at zero while an optimiser trains.

@@ -76,7 +76,7 @@ def uncovered(
 def warn_of_uncovered(
     model: nn.Module, weights: Mapping[str, nn.Parameter], skip: Iterable[str] = ()
 ) -> None:
-    """Warn with the names of the matrices that stay dense, if they hold more than 1 % of the weights.
+    """Warn with the names of the matrices that stay dense, if they hold more than 1 % of all.
 
     Args:
         model: Any module.

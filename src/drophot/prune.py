@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from drophot import _budgets, _numbers, _older, _pattern, _radix
+from drophot import _budgets, _earlier_masks, _numbers, _pattern, _radix
 from drophot._batchnorm import recalibrate_bn
 from drophot._budgets import Scope
 from drophot._compressed import load_compressed, save_compressed
@@ -173,7 +173,7 @@ def pruned(
     weights = prunable(model, skip, include)
     warn_of_uncovered(model, weights, skip)
     filled = {name for name, weight in weights.items() if check_finite(name, weight)}
-    older = _older.masks_of(model, weights)
+    older = _earlier_masks.masks_of(model, weights)
     blank = {n for n in weights if n not in filled and (n not in older or bool(older[n].any()))}
     late |= blank
     if pattern is None:
@@ -190,7 +190,7 @@ def pruned(
         asked = sum(mask.numel() // of * (of - kept) for mask in masks.values())
         _warn_of_older(masks, asked, f'`pattern="{pattern}"`')
     found = Masks(model, masks)
-    _older.remember(model, found)
+    _earlier_masks.remember(model, found)
     return found
 
 
