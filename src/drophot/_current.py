@@ -40,9 +40,9 @@ def paths(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
     if len(found) < len(masks):
         plain: dict[str, list[str]] = {}
         for path, _ in model.named_parameters(remove_duplicate=False):
-            plain.setdefault(_unwrapped(path), []).append(path)
+            plain.setdefault(without_wrappers(path), []).append(path)
         for name in masks:
-            candidates = plain.get(_unwrapped(name), [])
+            candidates = plain.get(without_wrappers(name), [])
             if name not in found and len(candidates) == 1:
                 found[name] = candidates[0]
     for name, mask in masks.items():
@@ -67,7 +67,8 @@ def current(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Param
     return {name: weight for name, weight in parameters.items() if weight is not None}
 
 
-def _unwrapped(path: str) -> str:
+def without_wrappers(path: str) -> str:
+    """A parameter's name without what DataParallel, DDP, FSDP and torch.compile add to it."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 

@@ -157,14 +157,14 @@ def check_module(name: str, model: Any) -> None:
         TypeError: If it is none.
     """
     if not isinstance(model, nn.Module):
-        cure = "; load it into a model, and give that" if isinstance(model, Mapping) else ""
-        raise TypeError(f"`{name}` should be a torch.nn.Module. Found {_kind(model)}{cure}.")
+        cure = ": load it into a model and pass the model" if isinstance(model, Mapping) else ""
+        raise TypeError(f"`{name}` must be a torch.nn.Module. Found {_kind(model)}{cure}.")
 
 
 def _kind(value: Any) -> str:
     """What a value is, as a user would recognise it."""
     shown = isinstance(value, str | float | int | PurePath)
-    return f"{value!r}" if shown else f"a {type(value).__name__}"
+    return f"{value!r}" if shown else f"an object of type {type(value).__name__}"
 
 
 def names_of(argument: str, value: Any) -> tuple[str, ...]:
