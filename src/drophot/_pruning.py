@@ -159,8 +159,9 @@ def check(run: Any) -> None:
             raise ValueError(f"`{name}` should not be given with {why}. Found both; leave one out.")
     if run.protocol == "released" and (several or run.structured):
         raise ValueError(
-            '`protocol="released"` should stand alone: it prunes in one shot and holds no masks. '
-            f"Found schedule={run.schedule!r} and structured={run.structured}; leave them out."
+            '`protocol="released"` cannot be combined with other pruning: it prunes in one shot '
+            f"and holds no masks. Found schedule={run.schedule!r} and structured={run.structured}; "
+            f"leave them out."
         )
 
 
@@ -184,8 +185,8 @@ def check_model(run: Any) -> None:
         probe = run.factory().to(run.device)
         if run.recalibrate_bn and not with_statistics(probe):
             raise ValueError(
-                f"`recalibrate_bn` should be given for a model with BatchNorm. Found none in "
-                f"{type(probe).__name__}; leave it out."
+                f"`recalibrate_bn` needs a model with BatchNorm layers, and "
+                f"{type(probe).__name__} has none. Leave it out."
             )
         if run.structured and run.prune_ratio:
             prune_channels(probe, run.prune_ratio, _sample(run))

@@ -65,7 +65,7 @@ def uncovered(
             name = joined(path, attribute)
             if is_matrix(model, name, parameter):
                 computed = attribute in weights_of(module)
-                why = f"{kind}, whose own forward may not keep its zeros" if computed else kind
+                why = f"{kind}, whose forward may not keep its zeros" if computed else kind
                 found[name] = parameter.numel(), why
         if path not in without:
             packed = _packed(module)

@@ -160,13 +160,13 @@ def pruned(
     min_kept = check_ratio("min_kept", min_kept)
     if min_kept and scope not in ("global", "lamp"):
         raise ValueError(
-            f'`min_kept` should go with a ranking of all layers, "global" or "lamp". Found '
-            f"scope={scope!r}, which gives each layer its share already; leave it out."
+            f'`min_kept` needs a ranking of all layers, scope="global" or "lamp". Found '
+            f"scope={scope!r}, which already gives each layer its share: leave it out."
         )
     if pattern is not None and (scope != "global" or min_kept):
         raise ValueError(
-            f"`pattern` should stand alone: each group of weights loses the same. Found "
-            f"scope={scope!r} and min_kept={min_kept}; leave them out."
+            f"`pattern` cannot be combined with other options, since each group of weights loses "
+            f"the same number. Found scope={scope!r} and min_kept={min_kept}: leave them out."
         )
     kept, of = (0, 0) if pattern is None else _pattern.parse(pattern, ratio)
     skip = names_of("skip", skip)
