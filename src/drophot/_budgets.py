@@ -49,7 +49,7 @@ def groups(
             have too few weights.
     """
     sizes = {name: weight.numel() for name, weight in weights.items()}
-    removed = {name: int((~mask).sum()) for name, mask in older.items()}
+    removed = {name: int((~mask).count_nonzero()) for name, mask in older.items()}
     gone = {name: removed.get(name, 0) for name in weights}
     if scope == "layer":
         return [([n], max(gone[n], floor(ratio * size + 0.5))) for n, size in sizes.items()]

@@ -183,7 +183,7 @@ def _write(archive: zipfile.ZipFile, number: str, tensor: Tensor) -> dict[str, A
     }
     if _may_be_sparse(flat):
         kept = flat != 0
-        count = int(kept.sum())
+        count = int(kept.count_nonzero())
         if _sparse_bytes(flat.numel(), count, flat) < flat.numel() * flat.element_size():
             entry["nonzeros"] = count
             archive.writestr(f"{number}.mask", np.packbits(kept.numpy()).tobytes())
@@ -270,7 +270,7 @@ def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name:
         return values.view(like.shape)
     packed = _exactly(archive, f"{entry['file']}.mask", (total + 7) // 8, name)
     kept = torch.from_numpy(np.unpackbits(packed, count=total).view(bool))
-    if int(kept.sum()) != count:
+    if int(kept.count_nonzero()) != count:
         raise ValueError(f"`path` should be whole. Found another number of values in `{name}`.")
     flat = torch.zeros(total, dtype=like.dtype, device="cpu")
     flat[kept] = values

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from drophot._current import paths
 
+_BLOCK = 1 << 20  # weights looked at in one go
+
 # The last mask that was applied to each parameter of a module, for as long as the module lives. It
 # is kept by module, since torch cannot swap a parameter that something refers to weakly.
 _masks: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -43,8 +45,16 @@ def masks_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
         mask = _masks.get(owner, {}).get(attribute)
         if mask is not None and mask.shape == weight.shape:
             found[name] = mask.to(weight.device)
-    held = all(not weights[name].detach()[~mask].any() for name, mask in found.items())
+    held = all(_holds(weights[name], mask) for name, mask in found.items())
     return found if held else {}
+
+
+def _holds(weight: Tensor, mask: Tensor) -> bool:
+    """Whether all that a mask removed is zero, looked at in blocks to save memory."""
+    blocks = zip(
+        weight.detach().reshape(-1).split(_BLOCK), mask.reshape(-1).split(_BLOCK), strict=True
+    )
+    return not any(bool((values.bool() & ~kept).any()) for values, kept in blocks)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

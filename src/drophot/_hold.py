@@ -295,8 +295,8 @@ class Hold(Follower):
             if weight.requires_grad and id(weight) not in held and not masks[name].all()
         ]
         if loose:
-            removed = sum(int((~masks[name]).sum()) for name in loose)
-            total = sum(int((~mask).sum()) for mask in masks.values())
+            removed = sum(int((~masks[name]).count_nonzero()) for name in loose)
+            total = sum(int((~mask).count_nonzero()) for mask in masks.values())
             warnings.warn(
                 f"`hold` keeps the weights that its optimizer trains. Found {removed:,} of "
                 f"{total:,} removed weights in none that is held ({_listed(loose)}): they can "
@@ -311,7 +311,7 @@ class Hold(Follower):
             weight, mask = find(self._model, self._paths[name]), masks[name]
             if weight is None or weight.shape != mask.shape:
                 continue  # the network has other shapes now
-            number = int(((weight.detach() != 0) & ~mask.to(weight.device)).sum())
+            number = int(((weight.detach() != 0) & ~mask.to(weight.device)).count_nonzero())
             if number:
                 back[name] = number
         if back:

@@ -248,7 +248,7 @@ class Masks(Mapping[str, Tensor]):
 
     def _count(self) -> tuple[int, int]:
         total = sum(mask.numel() for mask in self._masks.values())
-        return total - sum(int(mask.sum()) for mask in self._masks.values()), total
+        return total - sum(int(mask.count_nonzero()) for mask in self._masks.values()), total
 
 
 def _usable(mask: Tensor) -> Tensor:

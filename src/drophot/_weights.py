@@ -318,7 +318,7 @@ def check_finite(name: str, weight: nn.Parameter) -> bool:
     """
     least, most = weight.detach().aminmax()  # the quickest look at all of them; NaN comes through
     if not (least.isfinite() and most.isfinite()):
-        bad = int((~weight.isfinite()).sum())
+        bad = int((~weight.isfinite()).count_nonzero())
         raise ValueError(
             f"`model` should have finite weights only. Found {bad} that are NaN or infinite in "
             f"`{name}`; a network that diverged has nothing to rank."

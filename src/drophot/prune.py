@@ -242,7 +242,7 @@ def _warn_of_zeros(
     weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], ratio: float
 ) -> None:
     zeros = {
-        name: int(masks[name].sum()) - int(weight.count_nonzero())
+        name: int(masks[name].count_nonzero()) - int(weight.count_nonzero())
         for name, weight in weights.items()
     }
     if more := sum(zeros.values()):
@@ -255,7 +255,7 @@ def _warn_of_zeros(
 
 
 def _warn_of_older(masks: Mapping[str, Tensor], asked: int, what: str) -> None:
-    removed = sum(int((~mask).sum()) for mask in masks.values())
+    removed = sum(int((~mask).count_nonzero()) for mask in masks.values())
     if removed > asked:
         warn(
             f"{what} removes {asked:,} weights. Found {removed:,} that are removed now, as weights "
