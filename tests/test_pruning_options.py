@@ -231,7 +231,7 @@ def test_structured_is_a_smaller_network_that_is_trained_on() -> None:
         ({"structured": True, "scope": "global"}, "`structured` should not be given with another"),
         (
             {"protocol": "released", "schedule": "gradual"},
-            "`protocol=.released.` cannot be,
+            "`protocol=.released.` cannot be",
         ),
         ({"protocol": "released", "structured": True}, "`protocol=.released.` cannot be"),
         ({"schedule": "iterative", "finetune_epochs": 0}, "`prunings` should be at most the steps"),
