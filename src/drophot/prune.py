@@ -1,4 +1,4 @@
-"""Magnitude pruning, and masks that hold."""
+"""Magnitude pruning, with masks that keep removed weights at zero."""
 
 from __future__ import annotations
 
@@ -93,13 +93,13 @@ def magnitude_prune(
             two digits or more. Layers whose inputs M does not divide stay dense and are warned
             about by name.
         skip: Names of modules or parameters to leave dense, as in `model.named_modules()`; a
-            module's name stands for everything in it.
+            module's name includes everything in it.
         include: Names of further parameters to prune, or of modules, whose matrices are then
             pruned: experts kept in 3-D tensors, for example. Biases, norms, embeddings and learned
             positions of such a module are pruned only if their own names are given.
 
     Returns:
-        The masks: what is kept, weight by weight.
+        The masks, `True` where a weight is kept.
 
     Raises:
         TypeError: If `ratio` or `min_kept` is not a number, or a weight not of plain floats.
@@ -142,7 +142,7 @@ def pruned(
         scope: How it is divided.
         min_kept: What stays of each layer.
         skip: What stays dense.
-        include: What is pruned beside what is known to be prunable.
+        include: What is pruned in addition to what is known to be prunable.
         late: The layers that were all zero at an earlier pruning. Those that are now are added.
             With `"global"` they lose no more than `ratio` of their weights: these have grown for
             less time than those that they are compared with.
