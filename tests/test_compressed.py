@@ -276,7 +276,7 @@ def test_a_file_that_is_cut_short_or_no_archive(length: int, tmp_path: Path) -> 
     path = tmp_path / "model"
     save_compressed(lenet(), path)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match="`path` should be a file of save_compressed, whole"):
+    with pytest.raises(ValueError, match="`path` should be a file that save_compressed wrote"):
         load_compressed(lenet(), path)
     path.write_bytes(struct.pack("<1000f", *range(1000)))
     with pytest.raises(ValueError, match="damaged or something else"):
@@ -621,6 +621,22 @@ def constant(value: float) -> nn.Module:
     model = nn.Linear(300, 300, bias=False)
     nn.init.constant_(model.weight, value)
     return model
+
+
+def test_names_that_a_wrapper_changed_are_told_apart_from_another_model(tmp_path: Path) -> None:
+    path, model = tmp_path / "model", nn.Linear(3, 3)
+    save_compressed(nn.DataParallel(model), path)
+    with pytest.raises(ValueError, match=r"`model` .*module\.weight.*wrapper"):
+        load_compressed(model, path)
+    with pytest.raises(ValueError, match="another model"):
+        load_compressed(nn.Sequential(model), path)
+
+
+def test_another_dtype_is_refused_with_the_call_that_helps(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    save_compressed(nn.Linear(3, 3).half(), path)
+    with pytest.raises(ValueError, match=r"`model` .*float32.*model.to\(torch.float16\)"):
+        load_compressed(nn.Linear(3, 3), path)
 
 
 def test_threads_that_save_to_one_path_do_not_damage_it(tmp_path: Path) -> None:

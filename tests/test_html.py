@@ -207,10 +207,10 @@ def test_a_finished_or_larger_store_is_not_so_far(tmp_path: Path) -> None:
 
 
 def test_what_is_no_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Found no records.jsonl in"):
+    with pytest.raises(ValueError, match="no records.jsonl in"):
         html(tmp_path, tmp_path / "page.html")
     (tmp_path / "records.jsonl").write_text('{"half": ')
-    with pytest.raises(ValueError, match="at least one record. Found none so far"):
+    with pytest.raises(ValueError, match="at least one record, but has none so far"):
         html(str(tmp_path), tmp_path / "page.html")
     (tmp_path / "records.jsonl").write_text(to_line(one()) + "\nx\n")
     with pytest.raises(

@@ -112,7 +112,7 @@ def test_stratified_is_handed_on() -> None:
 @pytest.mark.parametrize("mode", OF_FEATURES)
 def test_features_are_those_of_step_1s_network_class_by_class(mode: Any) -> None:
     run = drop_hot(mode=mode)
-    with pytest.raises(RuntimeError, match="`select` needs scorer. Found none; call score"):
+    with pytest.raises(RuntimeError, match="needs a trained scoring network: call `run.score"):
         run.select()
     run.score()
     kind = {"k_center": "penultimate", "facility_location": "error"}[mode]
@@ -308,7 +308,7 @@ def test_scores_of_ones_own_serve_any_scored_mode() -> None:
     run = drop_hot(mode=Scored("aum", Stratified(hard="low")))
     run.scores = torch.arange(120.0)
     assert torch.equal(run.select(), select(run.scores, 0.5, Stratified(hard="low")))
-    with pytest.raises(RuntimeError, match="`statistic` needs step 1"):
+    with pytest.raises(RuntimeError, match="`statistic` needs a tracker"):
         run.statistic("aum")
 
 

@@ -53,7 +53,7 @@ HOUSE = [
     "_weights",
     "_uncovered",
     "_current",
-    "_older",
+    "_earlier_masks",
     "_factors",
     "_optimizers",
     "_followers",

@@ -149,9 +149,9 @@ def test_a_layer_that_does_not_fit_is_named_and_left_dense() -> None:
         (0.7, {"pattern": "1:3"}, "`ratio` should be the share that the pattern 1:3 removes, 0.66"),
         (0.745, {"pattern": "1:4"}, "`ratio` should be the share that the pattern 1:4 removes, 0"),
         (0.8, {"pattern": "2:4"}, "`ratio` should be the share that the pattern 2:4 removes, 0.5"),
-        (0.5, {"pattern": "2:4", "scope": "layer"}, "`pattern` should stand alone"),
-        (0.5, {"pattern": "2:4", "min_kept": 0.1}, "`pattern` should stand alone"),
-        (0.5, {"pattern": "5:10"}, "`pattern` should fit a layer. Found .* weight .8 inputs."),
+        (0.5, {"pattern": "2:4", "scope": "layer"}, "`pattern` cannot be combined"),
+        (0.5, {"pattern": "2:4", "min_kept": 0.1}, "`pattern` cannot be combined"),
+        (0.5, {"pattern": "5:10"}, "`pattern` should fit a layer.* weight .8 inputs."),
     ],
 )
 def test_what_is_no_pattern_is_refused(ratio: float, settings: dict, message: str) -> None:

@@ -257,7 +257,7 @@ def test_skip_takes_modules_parameters_and_other_names_of_a_shared_weight() -> N
     masks = magnitude_prune(model := named(), 0.5, skip=["0.0"])
     assert zeros(model, ["0.0.weight"]) == 0
     assert masks.sparsity == 0.5
-    with pytest.raises(ValueError, match=r"Found none in Sequential besides those in `skip`"):
+    with pytest.raises(ValueError, match=r"Sequential has none besides those in `skip`"):
         magnitude_prune(named(), 0.5, skip=["0"])
 
 
@@ -607,8 +607,8 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (nn.BatchNorm1d(3), ValueError, "Found none in BatchNorm1d"),
-        (nn.Sequential(), ValueError, "Found none in Sequential"),
+        (nn.BatchNorm1d(3), ValueError, "BatchNorm1d has none"),
+        (nn.Sequential(), ValueError, "Sequential has none"),
         (nn.LazyLinear(3), ValueError, "`weight` without data"),
         (nn.Linear(3, 3, device="meta"), ValueError, "`weight` without data"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), ValueError, "parametrization"),

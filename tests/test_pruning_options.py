@@ -230,11 +230,14 @@ def test_structured_is_a_smaller_network_that_is_trained_on() -> None:
         ({"structured": True, "schedule": "iterative"}, "`structured` should not be given with a"),
         ({"structured": True, "rewind": True}, "`structured` should not be given with other weig"),
         ({"structured": True, "scope": "global"}, "`structured` should not be given with another"),
-        ({"protocol": "released", "schedule": "gradual"}, "`protocol=.released.` should stand alo"),
-        ({"protocol": "released", "structured": True}, "`protocol=.released.` should stand alone"),
+        (
+            {"protocol": "released", "schedule": "gradual"},
+            "`protocol=.released.` cannot be",
+        ),
+        ({"protocol": "released", "structured": True}, "`protocol=.released.` cannot be"),
         ({"schedule": "iterative", "finetune_epochs": 0}, "`prunings` should be at most the steps"),
         ({"schedule": "iterative", "prunings": 0}, "`prunings` should be at least 1. Found 0"),
-        ({"recalibrate_bn": True}, "`recalibrate_bn` should be given for a model with BatchNorm"),
+        ({"recalibrate_bn": True}, "`recalibrate_bn` needs a model with BatchNorm"),
         ({"scope": "all"}, "`scope` should be one of"),
         ({"structured": True, "prune_ratio": 0.01}, "`ratio` should remove at least one channel"),
     ],
@@ -331,7 +334,7 @@ def test_batchnorm_is_a_control_too(tmp_path) -> None:
     assert [r.recalibrated for r in records] == [False, False, True, False, True]
     one, other = (r for r in records if r.mode == "random")
     assert one.trained_accuracy == other.trained_accuracy
-    with pytest.raises(ValueError, match="`recalibrate_bn` should be given for a model with"):
+    with pytest.raises(ValueError, match="`recalibrate_bn` needs a model with"):
         Grid(drop_hot(), **settings, controls=["recalibrate_bn"])
     with pytest.raises(ValueError, match="`pipeline` should leave its controls to the grid"):
         Grid(normed(recalibrate_bn=True), **settings)

@@ -223,8 +223,8 @@ def test_the_controls_go_with_it() -> None:
     ("changes", "words"),
     [
         ({"protocol": "authors"}, '`protocol` should be "paper" or "released". Found \'authors\''),
-        ({"protocol": "released", "forgetting": "toneva"}, "should stand alone.*'toneva'"),
-        ({"protocol": "released", "scope": "global"}, "should stand alone.*scope='global'"),
+        ({"protocol": "released", "forgetting": "toneva"}, "cannot be combined.*'toneva'"),
+        ({"protocol": "released", "scope": "global"}, "cannot be combined.*scope='global'"),
     ],
     ids=str,
 )

@@ -155,8 +155,8 @@ def test_it_goes_on_where_it_was(tmp_path) -> None:
         ({"min_kept": 0.1}, "schedule with min_kept=0.0. Found 0.1"),
         ({"skip": ["0"]}, r"schedule with skip=\[\]. Found \['0'\]"),
         ({"steps": -3}, r"steps.* should be at least 0. Found -3"),
-        ({"steps": None}, "what a Schedule's gave. Found no 'steps'"),
-        ({"scope": None}, "what a Schedule's gave. Found no 'scope'"),
+        ({"steps": None}, "It has no 'steps'"),
+        ({"scope": None}, "It has no 'scope'"),
         ({"masks": {}}, "masks"),
     ],
 )
@@ -177,16 +177,20 @@ def test_the_state_of_another_schedule_is_refused_and_changes_nothing(change, me
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"ratios": []}, ValueError, "`ratios` should have at least one"),
-        ({"ratios": [0.5, 0.4]}, ValueError, "`ratios` should not fall. Found 0.4 after 0.5"),
+        ({"ratios": []}, ValueError, "`ratios` must contain at least one"),
+        ({"ratios": [0.5, 0.4]}, ValueError, "`ratios` must not decrease, .*Found 0.4 after 0.5"),
         ({"ratios": [0.5, 1.0]}, ValueError, r"`ratios\[1\]` should be a share"),
         ({"ratios": ["a"]}, TypeError, r"`ratios\[0\]` should be a number"),
         ({"every": 0}, ValueError, "`every` should be at least 1. Found 0"),
         ({"every": 2.0}, TypeError, "`every` should be an integer. Found 2.0, a float; pass 2"),
         ({"every": 31 / 2}, TypeError, "`every` should be an integer. Found 15.5"),
         ({"every": "3"}, TypeError, "`every` should be an integer. Found '3', a str; pass 3"),
-        ({"ratios": 0.5}, TypeError, "`ratios` should be several numbers. Found 0.5.*give .0.5."),
-        ({"ratios": "0.5"}, TypeError, "`ratios` should be several numbers. Found '0.5'"),
+        (
+            {"ratios": 0.5},
+            TypeError,
+            "`ratios` must be an iterable .*Found 0.5.*pass .0.5.",
+        ),
+        ({"ratios": "0.5"}, TypeError, "`ratios` must be an iterable of numbers. Found '0.5'"),
         ({"min_kept": "0.1"}, TypeError, "`min_kept` should be a number"),
         ({"scope": "all"}, ValueError, "`scope` should be one of"),
         ({"skip": ["9"]}, ValueError, "Found '9'"),
@@ -249,7 +253,7 @@ def test_weights_of_another_model_are_refused(change: str) -> None:
         state["3.bias"] = torch.ones(1)
     else:
         state["2.bias"] = torch.ones(1)
-    with pytest.raises(ValueError, match=r"`state_dict` should hold .* difference in \['[23].bias"):
+    with pytest.raises(ValueError, match=r"`state_dict` must hold .* difference in \['[23].bias"):
         rewind(model, masks, state)
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
 
@@ -270,7 +274,7 @@ def test_a_pruning_that_failed_is_still_due() -> None:
 def test_the_models_own_state_is_no_earlier_one() -> None:
     model = network()
     masks = magnitude_prune(model, 0.5)
-    with pytest.raises(ValueError, match="`state_dict` should be a copy. Found `0.weight`"):
+    with pytest.raises(ValueError, match="`state_dict` must be a copy. `0.weight`"):
         rewind(model, masks, model.state_dict())
 
 

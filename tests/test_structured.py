@@ -555,7 +555,7 @@ def infinite() -> nn.Module:
         (parametrised, {}, ValueError, "Found `0.weight` computed by a parametrization"),
         (infinite, {}, ValueError, "Found 1 that are NaN or infinite in `0.weight`"),
         (partial(nn.Linear, 4, 2), {}, ValueError, "removes none .weight: an output"),
-        (nn.ReLU, {}, ValueError, "Found none in ReLU"),
+        (nn.ReLU, {}, ValueError, "ReLU has none"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(

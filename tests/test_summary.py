@@ -159,6 +159,45 @@ def test_inputs_without_a_batch_are_refused(inputs) -> None:
         summary(nn.Linear(3, 3), inputs)
 
 
+def test_a_shape_instead_of_inputs_is_told_apart() -> None:
+    with pytest.raises(ValueError, match=r"`example_inputs` .*\(1, 3\).*torch.randn\(1, 3\)"):
+        summary(nn.Linear(3, 3), (1, 3))
+
+
+def test_inputs_of_one_sample_fail_with_the_batch_size_that_was_tried() -> None:
+    with pytest.raises(RuntimeError) as error:
+        summary(nn.Linear(3, 3), torch.ones(3), batch_sizes=(2,))
+    assert "batch size of 2" in error.value.__notes__[0]
+    assert summary(nn.Linear(3, 3), torch.ones(3), batch_sizes=()).flops == 18
+
+
+class Stateful(nn.Module):
+    """Counts its calls in a buffer and in an attribute, and keeps what it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.kept: list[Tensor] = []
+        self.number = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.number += 1
+        self.kept.append(self.layer(x))
+        return self.kept[-1]
+
+
+def test_what_a_model_remembers_of_its_calls_is_as_it_was() -> None:
+    model = Stateful()
+    kept = model.kept
+    summary(model, torch.ones(1, 3), batch_sizes=(1, 2))
+    assert model.calls == 0
+    assert model.number == 0
+    assert model.kept is kept
+    assert not kept
+
+
 def test_named_inputs() -> None:
     class Named(nn.Module):
         def __init__(self, inputs: int, outputs: int) -> None:
@@ -788,7 +827,7 @@ def test_torchscript_is_told_so_where_operations_are_asked_for() -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(TypeError, match="`model` should be a torch.nn.Module. Found a OrderedDict"):
+    with pytest.raises(TypeError, match="`model` must be a torch.nn.Module. Found .* OrderedDict"):
         summary(nn.Linear(2, 2).state_dict())
 
 

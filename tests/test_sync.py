@@ -131,7 +131,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(found: Any) -> None:
         assert errors["targets left"] == str([0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
         assert "num_samples, [10, 11" in errors["sizes"]
         assert "kind, [4, 1" in errors["kinds"]
-        mine = "`index` should be in [0, 10). Found 50" if number == 1 else "wrong ones on [1]"
+        mine = "`index` should be in [0, 10). Found 50" if number == 1 else "Ranks [1] received"
         assert mine in errors["fault"]
         assert "started from" in errors["past"]
         if number != 1:

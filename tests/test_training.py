@@ -193,9 +193,13 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (Subset(TensorDataset(torch.zeros(2, 3), torch.zeros(2)), []), ValueError, "Found none"),
-        (TensorDataset(torch.zeros(0, 3), torch.zeros(0)), ValueError, "Found none"),
-        ([], ValueError, "`dataset` should have at least one sample. Found none"),
+        (
+            Subset(TensorDataset(torch.zeros(2, 3), torch.zeros(2)), []),
+            ValueError,
+            "at least one sample",
+        ),
+        (TensorDataset(torch.zeros(0, 3), torch.zeros(0)), ValueError, "one sample"),
+        ([], ValueError, "`dataset` must have at least one sample"),
         (Stream(), TypeError, "Found Stream without a length"),
         ([("image", 0)], TypeError, r"Found \(str, int\); .*ToTensor"),
         ([torch.zeros(3)], TypeError, "Found Tensor"),

@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, anew."""
+"""Recompute the running statistics of BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -19,60 +19,61 @@ from drophot._untouched import untouched
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# What a batch with names calls something else than the model's inputs.
+# Names of entries in a batch that are not inputs of the model.
 _NOT_INPUTS = frozenset(["labels", "label", "label_ids", "targets", "target", "index"])
 
 
 def recalibrate_bn(
     model: nn.Module, loader: Iterable[Any], *, group: ProcessGroup | None = None
 ) -> None:
-    r"""Set the running statistics of all BatchNorm layers anew from a loader's batches.
+    r"""Recompute the running statistics of all BatchNorm layers from a loader's batches.
 
-    Pruned weights give other activations than those that the running statistics were gathered
-    from. One pass puts that right; no weight is touched. The statistics start anew, and each layer
-    weighs a batch by its number :math:`n_b` of values a channel, so that a smaller last batch
-    counts for what it holds:
+    Pruning changes the activations, so the running statistics of the dense model no longer describe
+    them. One pass over training data corrects that; no weight is changed. The old statistics are
+    discarded, and each batch is weighted by its number :math:`n_b` of values per channel, so that a
+    smaller last batch counts less:
 
     .. math::
         \mu = \sum_b \frac{n_b}{n} \mu_b \qquad \sigma^2 = \sum_b \frac{n_b}{n} \sigma_b^2
 
-    with the mean :math:`\mu_b` and the unbiased variance :math:`\sigma_b^2` of each batch. They are
-    summed in float64, also where the layer's own buffers are of float16 or bfloat16. In the
-    pass all BatchNorm layers are in training mode at once, so that each sees what those before it
-    make of the same batch; everything else, dropout for one, is in evaluation mode. Batches should
-    be as in training: shuffled, and not much smaller. InstanceNorm layers that track statistics
-    are treated alike, with the mean and the variance of each instance.
+    with the mean :math:`\mu_b` and the unbiased variance :math:`\sigma_b^2` of each batch. The sums
+    are in float64, even if the buffers of the layer are float16 or bfloat16. During the pass all
+    BatchNorm layers are in training mode, so that each sees the activations that the layers before
+    it compute from the same batch; all other modules, such as dropout, are in evaluation mode.
+    Batches should be shuffled as in training, and not much smaller. InstanceNorm layers that track
+    statistics are included, with the mean and the variance of each instance.
 
-    With several processes, every rank of the group calls it with its own batches, and all get the
-    statistics of all batches, as one process would that saw every rank's. Ranks may have different
-    numbers of batches, or none. `SyncBatchNorm` normalises each batch without the other ranks in
-    this pass. A model that is sharded, whose ranks communicate in every forward pass, needs equally
-    many batches on all ranks.
+    With several processes, call it on every rank of the group with that rank's batches. All ranks
+    get the statistics that one process would compute from the batches of all ranks. Ranks may have
+    different numbers of batches, or none. `SyncBatchNorm` normalises each batch without the other
+    ranks in this pass. A sharded model, whose ranks communicate in every forward pass, needs the
+    same number of batches on all ranks.
 
-    Modes, momenta and the random state are put back. A layer that no batch reaches, and layers
-    without running statistics, keep what they have.
+    Modes, momenta and the random state are restored. Layers that no batch reaches, and layers
+    without running statistics, are not changed.
 
     References:
         Li et al., EagleEye: Fast Sub-net Evaluation for Efficient Neural Network Pruning, ECCV
         2020, https://arxiv.org/abs/2007.02491 (adaptive batch normalization).
 
     Args:
-        model: Called as `model(inputs)`; what it gives is not looked at.
-            `DistributedDataParallel` and `DataParallel` are unwrapped.
-        loader: Gives batches: the inputs, or a tuple or list with the inputs first, or a mapping.
-            Of a mapping the inputs are what the model names in `main_input_name`, as those of
-            Transformers do, else the first entry that is not called label, labels, label_ids,
-            target, targets or index. They are moved to the model's device.
-        group: The ranks that take part; `None` means all. To recalibrate on one rank only, give a
+        model: Called as `model(inputs)`; its output is ignored. `DistributedDataParallel`,
+            `DataParallel` and `torch.compile` are unwrapped.
+        loader: Yields batches: a tensor of inputs, a tuple or list with the inputs first, or a
+            mapping. The inputs of a mapping are the entry that the model names in
+            `main_input_name`, as Transformers' models do, else the first entry that is not called
+            label, labels, label_ids, target, targets or index. They are moved to the model's
+            device. For a model with several inputs, wrap the model in a module that takes one.
+        group: The ranks that take part; `None` means all. To recalibrate on one rank only, pass a
             group of that rank.
 
     Raises:
-        TypeError: If a batch has no tensor of inputs first.
-        ValueError: If the model has no BatchNorm layer with running statistics, or one that has
-            seen no data yet, the loader is empty (on all ranks), a batch has one value a channel
-            only, the statistics are not finite or beyond the range of the buffers' dtype, or this
-            rank is not in `group`. The statistics are then what they were, and so they are if the
-            loader or the model raises. On the other ranks that is a ValueError too.
+        TypeError: If a batch does not have a tensor of inputs first.
+        ValueError: If the model has no BatchNorm layer with running statistics, or a lazy one, if
+            the loader is empty (on all ranks), a batch has only one value per channel, the
+            statistics are not finite in the dtype of the buffers, or this rank is not in `group`.
+            The statistics are unchanged then, and also if the loader or the model raises. If one
+            rank fails, the others raise a ValueError.
 
     Example:
         >>> model = nn.BatchNorm1d(1)
@@ -83,8 +84,7 @@ def recalibrate_bn(
     layers = _layers(model)
     if (ranks := _ranks.count(group)) < 1:
         raise ValueError(
-            "`group` should contain this rank. Found one that does not; call `recalibrate_bn` on "
-            "the ranks of the group only."
+            "`group` must contain this rank. Call `recalibrate_bn` only on the ranks of the group."
         )
     if ranks == 1:
         _write(layers, _sums(model, layers, loader))
@@ -114,14 +114,14 @@ def _layers(model: nn.Module) -> dict[str, _NormBase]:
     layers = with_statistics(model)
     if not layers:
         raise ValueError(
-            f"`model` should have BatchNorm layers with running statistics. Found none in "
-            f"{type(model).__name__}; there is nothing to recalibrate."
+            f"`model` must have BatchNorm layers with running statistics. "
+            f"{type(model).__name__} has none, so there is nothing to recalibrate."
         )
     for path, layer in layers.items():
         if layer.running_mean is not None and is_lazy(layer.running_mean):
             raise ValueError(
-                f"`model` should have the data of its BatchNorm layers. Found `{path}` without; "
-                f"run one batch through a lazy module first."
+                f"`model` must be initialised. `{path}` is a lazy layer that has seen no data: run "
+                f"one batch through the model first."
             )
     return layers
 
@@ -129,7 +129,7 @@ def _layers(model: nn.Module) -> dict[str, _NormBase]:
 def _sums(
     model: nn.Module, layers: Mapping[str, _NormBase], loader: Iterable[Any]
 ) -> dict[str, Sums]:
-    """What each layer is given in one pass; the model is as it was."""
+    """The sums of each layer in one pass; the model is restored."""
     # These would talk to other ranks, or copy the layers to other devices.
     inner = _unwrapped(model)
     with (
@@ -156,7 +156,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _write(layers: Mapping[str, _NormBase], sums: Mapping[str, Sums]) -> None:
     """Set the buffers of the layers that were called."""
     if not sums:
-        raise ValueError("`loader` should give at least one batch. Found none.")
+        raise ValueError("`loader` must yield at least one batch, but it is empty.")
     new = {}
     for path, found in sums.items():
         layer: Any = layers[path]
@@ -169,9 +169,9 @@ def _write(layers: Mapping[str, _NormBase], sums: Mapping[str, Sums]) -> None:
         ]
         if not all(bool(value.isfinite().all()) for value in new[path]):
             raise ValueError(
-                f"`model` should give activations whose statistics are finite in "
-                f"{layer.running_mean.dtype}. Found NaN or infinity at `{path or 'the model'}`; "
-                f"look for weights that diverged, or use a wider dtype."
+                f"`model` must have activations whose statistics are finite in "
+                f"{layer.running_mean.dtype}. Found NaN or infinity in `{path or 'the model'}`: "
+                f"check the weights for divergence, or use a wider dtype."
             )
     for path, (mean, variance) in new.items():
         layer = layers[path]
@@ -198,13 +198,13 @@ def _merged(
         raise failure
     if failed := table[:, 0].nonzero()[:, 0].tolist():
         raise ValueError(
-            f"`recalibrate_bn` should succeed on every rank. Ranks {failed} failed (see the error "
-            f"raised there). Nothing was merged."
+            f"`recalibrate_bn` failed on ranks {failed} (see the error raised there). Nothing was "
+            f"merged."
         )
     if len(table.unique(dim=0)) > 1:
         raise ValueError(
-            f"`model` should have the same BatchNorm layers on every rank. Found, for layers and "
-            f"channels, {table[:, 1:3].tolist()}."
+            f"`model` must have the same BatchNorm layers on every rank. Found, as [layers, "
+            f"channels] of each rank, {table[:, 1:3].tolist()}."
         )
     rows = []
     for path, width in zip(layers, widths, strict=True):
@@ -242,8 +242,8 @@ def _inputs(batch: Any, model: nn.Module) -> Tensor:
     if not isinstance(first, Tensor):
         keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise TypeError(
-            f"`loader` should give batches with a tensor of inputs first. Found "
-            f"{type(first).__name__} in a {type(batch).__name__}{keys}; wrap the loader in one "
-            f"that does."
+            f"`loader` must yield batches with a tensor of inputs first. Found "
+            f"{type(first).__name__} in a batch of type {type(batch).__name__}{keys}: wrap the "
+            f"loader in a generator that yields the inputs."
         )
     return first

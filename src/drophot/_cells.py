@@ -88,7 +88,7 @@ def cells(records: Iterable[Record], name: str = "records") -> list[list[Record]
                 f"{cell_words(record)}, with different results{where}; keep one of the two."
             )
     if not found:
-        raise ValueError(f"`{name}` should hold at least one record. Found none.")
+        raise ValueError(f"`{name}` must hold at least one record, but it is empty.")
     return [list(runs.values()) for runs in found.values()]
 
 
@@ -106,8 +106,8 @@ def pairs(records: Iterable[Record], against: str) -> list[list[tuple[Record, Re
     modes = dict.fromkeys(runs[0].mode for runs in groups)
     if against not in modes:
         raise ValueError(
-            f"`against` should be a mode of the records. Found none of mode {against!r}, only "
-            f"{', '.join(modes)}; add the records of the reference, or choose another."
+            f"`against` should be a mode of the records. Found {against!r}; the modes of the "
+            f"records are {', '.join(modes)}. Add the records of the reference, or choose another."
         )
     loose = independent_of(against)
     # What was scored alike comes before what merely need not have been. The first run counts.

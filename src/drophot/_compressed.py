@@ -7,7 +7,7 @@ import os
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from drophot._current import without_wrappers
 from drophot._weights import check_module
 from drophot._whole_file import replaced
 
@@ -51,19 +52,19 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
     Tensors that would not be smaller are written whole, and tensors that share their memory once.
     The file is a plain zip archive of raw bytes and a description in JSON: nothing in it can run
     when it is read. It appears whole or not at all, also where several threads or processes save to
-    one path; the last one wins. What a killed one left beside it (`NAME.….part`) is removed by the
-    next.
+    one path; the last one wins. A process that is killed may leave a file `NAME.….part` in the same
+    folder, which the next call removes.
 
     Args:
         model: Pruned, on any device.
-        path: The file; one that is there is replaced.
+        path: The file; an existing one is replaced.
 
     Raises:
-        TypeError: If `model` is no module, `path` no path, or the `state_dict` holds something else
-            than dense tensors.
-        ValueError: If what the modules note in the `state_dict`'s metadata is larger than a
-            description may be, or `path` is no regular file.
-        OSError: If the folder, or the file that is there, cannot be written to.
+        TypeError: If `model` is not a module, `path` not a path, or the `state_dict` holds anything
+            but dense tensors.
+        ValueError: If the metadata of the `state_dict` is too large for the file's description, or
+            `path` is not a regular file.
+        OSError: If the folder, or the existing file, cannot be written to.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -107,27 +108,27 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
 
     The tensors are read and checked, then given to `model.load_state_dict`, so that hooks and
     modules that load in their own way work as usual. Every tensor is equal to the one that was
-    saved. A zero's sign may differ: those of either are one here. A file from anybody is safe to
-    load: what is read is bounded by the model and by the size of the file.
+    saved, except that negative zeros become positive. Files from untrusted sources are safe to
+    load: how much is read is bounded by the model and by the size of the file.
 
     Args:
         model: On any device.
         path: The file.
 
     Raises:
-        TypeError: If `model` is no module or `path` no path.
-        ValueError: If the file is damaged or something else, names, shapes or dtypes are not the
-            model's (extra state may have other shapes), or the model is lazy, on the meta device or
-            has buffers that repeat one value in memory. Nothing is changed then. What a hook of the
-            model raises comes with a note that the model may be loaded in part.
+        TypeError: If `model` is not a module or `path` not a path.
+        ValueError: If the file is damaged or was not written by `save_compressed`, if names, shapes
+            or dtypes are not the model's (extra state may have other shapes), or if the model is
+            lazy, on the meta device or has expanded buffers. Nothing is changed then. An error that
+            a hook of the model raises has a note that the model may be loaded in part.
     """
     check_module("model", model)
     path = _path(path)
     state = model.state_dict()
     if lazy := [name for name, tensor in state.items() if is_lazy(tensor)]:
         raise ValueError(
-            f"`model` should know the shapes of its tensors. Found `{lazy[0]}` of a lazy module "
-            f"without; run one batch through the model first."
+            f"`model` should know the shapes of its tensors. Found `{lazy[0]}` of a lazy module: "
+            f"run one batch through the model first."
         )
     if empty := [name for name, tensor in state.items() if getattr(tensor, "is_meta", False)]:
         raise ValueError(
@@ -140,15 +141,15 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
         repeated = zip(tensor.shape, tensor.stride(), strict=True)
         if name in state and any(size > 1 and not step for size, step in repeated):
             raise ValueError(
-                f"`model` should have memory of its own for each number. Found `{name}` expanded "
-                f"to {tuple(tensor.shape)}; replace it by a clone of it."
+                f"`model` should not have expanded tensors. Found `{name}` expanded to "
+                f"{tuple(tensor.shape)}; replace it by a clone."
             )
     with path.open("rb") as file:
         try:
             found = _read(file, state)
         except _DAMAGE as error:
             raise ValueError(
-                f"`path` should be a file of save_compressed, whole. Found {path}, which is "
+                f"`path` should be a file that save_compressed wrote. Found {path}, which is "
                 f"damaged or something else ({type(error).__name__}: {error})."
             ) from error
     try:
@@ -202,11 +203,7 @@ def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
             )
         entries = header["tensors"]
         if strange := sorted(entries.keys() ^ state.keys()):
-            more = f" and {len(strange) - 20:,} more" if len(strange) > 20 else ""
-            raise ValueError(
-                f"`model` should have the tensors of the file. Found a difference in "
-                f"{[name[:100] for name in strange[:20]]}{more}; it is of another model."
-            )
+            raise ValueError(_other_names(strange, entries.keys(), state.keys()))
         found: OrderedDict[str, Tensor] = OrderedDict()
         found._metadata = _noted(header, state)  # type: ignore[attr-defined]
         for name, entry in entries.items():
@@ -219,13 +216,33 @@ def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
             if own["dtype"] != dtype or own["shape"] != list(mine.shape):
                 raise ValueError(
                     f"`model` should have `{name}` as the file does, {own['dtype']} "
-                    f"{tuple(own['shape'])}. Found {dtype} {tuple(mine.shape)}."
+                    f"{tuple(own['shape'])}. Found {dtype} {tuple(mine.shape)}"
+                    + (
+                        f": call model.to(torch.{own['dtype']}) first, and convert it afterwards."
+                        if own["shape"] == list(mine.shape)
+                        else "; the file is of another model."
+                    )
                 )
             if source not in found:
                 like = mine if _is_extra(source) else state[source]
                 found[source] = _tensor(archive, own, like, source)
             found[name] = found[source]
     return found
+
+
+def _other_names(strange: list[str], there: Iterable[str], here: Iterable[str]) -> str:
+    """What to tell a user whose file and model have tensors of other names."""
+    more = f" and {len(strange) - 20:,} more" if len(strange) > 20 else ""
+    cure = "; it is of another model."
+    if sorted(map(without_wrappers, there)) == sorted(map(without_wrappers, here)):
+        cure = (
+            ": a wrapper such as DistributedDataParallel or torch.compile adds `module.` or "
+            "`_orig_mod.` to the names of one of them. Save and load the module inside it."
+        )
+    return (
+        f"`model` should have the tensors of the file. Found a difference in "
+        f"{[name[:100] for name in strange[:20]]}{more}{cure}"
+    )
 
 
 def _noted(header: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -40,9 +40,9 @@ def paths(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
     if len(found) < len(masks):
         plain: dict[str, list[str]] = {}
         for path, _ in model.named_parameters(remove_duplicate=False):
-            plain.setdefault(_unwrapped(path), []).append(path)
+            plain.setdefault(without_wrappers(path), []).append(path)
         for name in masks:
-            candidates = plain.get(_unwrapped(name), [])
+            candidates = plain.get(without_wrappers(name), [])
             if name not in found and len(candidates) == 1:
                 found[name] = candidates[0]
     for name, mask in masks.items():
@@ -79,12 +79,13 @@ def own_names(names: Collection[str], own: Collection[str]) -> dict[str, str]:
     """
     plain: dict[str, list[str]] = {}
     for name in own:
-        plain.setdefault(_unwrapped(name), []).append(name)
-    found = {name: plain.get(_unwrapped(name), []) for name in names if name not in own}
+        plain.setdefault(without_wrappers(name), []).append(name)
+    found = {name: plain.get(without_wrappers(name), []) for name in names if name not in own}
     return {name: name for name in names} | {n: w[0] for n, w in found.items() if len(w) == 1}
 
 
-def _unwrapped(path: str) -> str:
+def without_wrappers(path: str) -> str:
+    """A parameter's name without what DataParallel, DDP, FSDP and torch.compile add to it."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
-from drophot import _older
+from drophot import _earlier_masks
 from drophot._current import find, paths
 from drophot._factors import Factors, can_be_changed, stamp_of
 from drophot._followers import Follower, follow, hooks_of
@@ -82,7 +82,7 @@ class Hold(Follower):
         self._stamp: list[tuple[int, int]] = []
         self._frozen: list[tuple[str, bool]] = []
         self._active = False
-        self._applied = _older.changes()
+        self._applied = _earlier_masks.changes()
         self._compared = self._stepped = self._went_backward = False
         self._finalizer = weakref.finalize(self, _remove, self._handles)
         self._finalizer.atexit = False
@@ -302,7 +302,7 @@ class Hold(Follower):
 
     def _compare_masks(self) -> None:
         """Say once what was removed since by masks that are not held."""
-        if self._applied != (now := _older.changes()):
+        if self._applied != (now := _earlier_masks.changes()):
             self._applied = now
             weights = {self._paths[name]: weight for name, weight in self._weights.items()}
             warn_of_newer(self._model, weights, _active())

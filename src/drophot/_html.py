@@ -133,7 +133,7 @@ def load(source: Iterable[Record] | Path | str) -> Source:
         source = {(_cells.identity(line), line.seed): line for line in lines}.values()
     source = _cells.checked(source, "source")
     if not source:
-        raise ValueError("`source` should hold at least one record. Found none so far.")
+        raise ValueError("`source` must hold at least one record, but has none so far.")
     found = _cells.cells(source, "source")
     more = order([runs[0] for runs in found])
     keys = [((*more(runs[0]), *_order(run)), run) for runs in found for run in runs]
@@ -192,8 +192,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     path = folder / "records.jsonl"
     if not path.is_file():
         raise ValueError(
-            f"`source` should be records or a grid's folder. Found no records.jsonl in {folder}; "
-            f"give the folder that Grid.run was given."
+            f"`source` should be records or a grid's folder. There is no records.jsonl in "
+            f"{folder}: pass the folder that was passed to Grid.run."
         )
     whole, _, _ = path.read_bytes().rpartition(b"\n")  # after it, a line that is being written
     records = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -33,7 +34,7 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def of_batch(example_inputs: Any, size: int) -> Any:
-    """Example inputs of another batch size, the first sample again and again.
+    """Example inputs of another batch size, which repeat the first sample.
 
     Args:
         example_inputs: Tensors, nested or not, whose first dimension is the batch.
@@ -45,12 +46,19 @@ def of_batch(example_inputs: Any, size: int) -> Any:
     Raises:
         ValueError: If the tensors have no first dimension in common.
     """
-    tensors = [t for t in tree_leaves(example_inputs) if isinstance(t, Tensor) and t.dim()]
+    leaves = tree_leaves(example_inputs)
+    tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
+    if not tensors and leaves and all(type(n) is int for n in leaves):
+        raise ValueError(
+            f"`example_inputs` must be tensors. Found {example_inputs!r}, which looks like a "
+            f"shape; pass torch.randn({', '.join(map(str, leaves))})."
+        )
     sizes = {len(t) for t in tensors}
     if len(sizes) != 1 or 0 in sizes:
+        found = f"first dimensions of {sorted(sizes)}" if sizes else "no tensor with dimensions"
         raise ValueError(
-            f"`example_inputs` should have the batch as their first dimension. Found sizes "
-            f"{sorted(sizes) or 'of no tensor'}; give inputs with one, or batch_sizes=()."
+            f"`example_inputs` must have the batch as their first dimension. Found {found}: pass "
+            f"inputs with one, or batch_sizes=() to leave the time out."
         )
 
     def repeated(value: Any) -> Any:
@@ -59,6 +67,27 @@ def of_batch(example_inputs: Any, size: int) -> Any:
         return value[:1].expand(size, *value.shape[1:]).clone()
 
     return tree_map(repeated, example_inputs)
+
+
+@contextmanager
+def noted(size: int) -> Iterator[None]:
+    """Note in errors of the model that its inputs have another batch size than the example.
+
+    Args:
+        size: The batch size.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(
+            f"summary: this was raised while the time was measured, with `example_inputs` repeated "
+            f"to a batch size of {size}. Their first dimension must be the batch; pass "
+            f"batch_sizes=() to leave the time out."
+        )
+        raise
 
 
 def latency(model: nn.Module, inputs: Any, seconds: float = 0.3) -> float:

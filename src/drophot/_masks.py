@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from drophot import _older
+from drophot import _earlier_masks
 from drophot._current import current, own_names
 from drophot._factors import Factors
 from drophot._hold import Hold
@@ -144,7 +144,7 @@ class Masks(Mapping[str, Tensor]):
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.masked_fill_(~self._masks[name].to(weight.device), 0)
-        _older.remember(model, self._masks)  # pruning again keeps them
+        _earlier_masks.remember(model, self._masks)  # pruning again keeps them
         self._doubtful = []
 
     def hold(self, optimizer: Optimizer, model: nn.Module | None = None) -> RemovableHandle:
@@ -296,7 +296,7 @@ class Masks(Mapping[str, Tensor]):
 def _blank(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> list[str]:
     """The layers that can be trained, are all zero, and that no known pruning has emptied."""
     zero = {n: w for n, w in weights.items() if w.requires_grad and not w.detach().any()}
-    older = _older.masks_of(model, zero)
+    older = _earlier_masks.masks_of(model, zero)
     return [name for name in zero if name not in older or bool(older[name].any())]
 
 

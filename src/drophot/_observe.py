@@ -64,7 +64,7 @@ def observe(
                 )
             present(index, model(inputs.to(device)), targets)
     if batch is None:
-        raise ValueError("`loader` should give at least one batch. Found none.")
+        raise ValueError("`loader` must yield at least one batch, but it is empty.")
 
 
 def _own_workers(loader: Any) -> Any:

@@ -68,19 +68,19 @@ def fitting(
         path, _, attribute = name.rpartition(".")
         dim = input_dimension(model.get_submodule(path), attribute)
         if dim is None:
-            others.append(f"{name} (which dimension is its inputs' is not known)")
+            others.append(f"{name} (its input dimension is not known)")
         elif weight.shape[dim] % of:
             others.append(f"{name} ({weight.shape[dim]} inputs)")
         else:
             fits[name] = dim
     if not fits:
         raise ValueError(
-            f"`pattern` should fit a layer. Found no input dimension that {of} divides: "
+            f"`pattern` should fit a layer, but {of} divides the number of inputs of none: "
             f"{', '.join(others)}."
         )
     if others:
         warn(
-            f'`pattern="{pattern}"` leaves layers dense whose inputs {of} does not divide: '
+            f'`pattern="{pattern}"` leaves layers dense if {of} does not divide their inputs: '
             f"{', '.join(others)}."
         )
     return fits

@@ -44,8 +44,9 @@ def settle(run: Any) -> None:
             )
     if run.protocol == "released" and (run.forgetting, run.scope) != ("paper", "layer"):
         raise ValueError(
-            f'`protocol="released"` should stand alone: it counts its own way and prunes layer by '
-            f"layer. Found forgetting={run.forgetting!r} and scope={run.scope!r}; leave them out."
+            f'`protocol="released"` cannot be combined with other settings: it counts '
+            f"in its own way and prunes layer by layer. Found forgetting={run.forgetting!r} and "
+            f"scope={run.scope!r}; leave them out."
         )
     flags = ("equal_steps", "reinitialize", "rewind", "recalibrate_bn", "structured", "progress")
     for name in flags:
@@ -157,7 +158,7 @@ def build(
     if factory() is model:
         raise ValueError(
             "`model` should give a new model each time. Found the same object twice, whose "
-            "training would go on instead of starting anew; build the model inside the factory."
+            "training would continue instead of starting again; build the model inside the factory."
         )
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         raise TypeError(

@@ -15,7 +15,7 @@ from drophot import _random, schedule, training
 from drophot._batchnorm import recalibrate_alone
 from drophot._loop import LoopError
 from drophot._statistics import with_statistics
-from drophot._uncovered import said
+from drophot._uncovered import uncovered_warning_silenced
 from drophot._weights import prunable
 from drophot.prune import Masks, magnitude_prune
 from drophot.structured import prune_channels
@@ -41,7 +41,7 @@ def prune(run: Any) -> Masks:
         left = prunable(model, ())
         masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
     elif run.schedule == "one-shot":
-        with said():  # by the run's constructor
+        with uncovered_warning_silenced():  # by the run's constructor
             masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)
     else:
         steps, times = _steps(run), run.prunings
@@ -49,7 +49,7 @@ def prune(run: Any) -> Masks:
             ratios, every = schedule.cubic(run.prune_ratio, times), steps // 2 // max(times - 1, 1)
         else:
             ratios, every = schedule.geometric(run.prune_ratio, times), steps // times
-        with said():
+        with uncovered_warning_silenced():
             run.pruner = schedule.Schedule(model, ratios, every=max(every, 1), scope=run.scope)
         masks = run.pruner.masks
     if run.recalibrate_bn:
@@ -159,8 +159,9 @@ def check(run: Any) -> None:
             raise ValueError(f"`{name}` should not be given with {why}. Found both; leave one out.")
     if run.protocol == "released" and (several or run.structured):
         raise ValueError(
-            '`protocol="released"` should stand alone: it prunes in one shot and holds no masks. '
-            f"Found schedule={run.schedule!r} and structured={run.structured}; leave them out."
+            '`protocol="released"` cannot be combined with other pruning: it prunes in one shot '
+            f"and holds no masks. Found schedule={run.schedule!r} and structured={run.structured}; "
+            f"leave them out."
         )
 
 
@@ -184,8 +185,8 @@ def check_model(run: Any) -> None:
         probe = run.factory().to(run.device)
         if run.recalibrate_bn and not with_statistics(probe):
             raise ValueError(
-                f"`recalibrate_bn` should be given for a model with BatchNorm. Found none in "
-                f"{type(probe).__name__}; leave it out."
+                f"`recalibrate_bn` needs a model with BatchNorm layers, and "
+                f"{type(probe).__name__} has none. Leave it out."
             )
         if run.structured and run.prune_ratio:
             prune_channels(probe, run.prune_ratio, _sample(run))

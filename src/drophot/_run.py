@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drophot._latency import call
-from drophot._untouched import followed, untouched
+from drophot._untouched import followed, remembered, untouched
 
 
 def run(
@@ -65,40 +65,6 @@ def _gate_by_gate() -> Iterator[None]:
     finally:
         torch._C._set_mkldnn_enabled(before[0])
         torch._C._set_cudnn_enabled(before[1])
-
-
-@contextmanager
-def remembered(model: nn.Module) -> Iterator[None]:
-    """Put back attributes and buffers that a call changes: caches, counters, statistics.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
-    attributes = [(vars(module), dict(vars(module))) for module in modules]
-    held = {
-        id(value): (value, value.copy())
-        for _, values in attributes
-        for value in values.values()
-        if isinstance(value, (dict, list, set))
-    }
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
-    try:
-        yield
-    finally:
-        for now, before in attributes:
-            now.clear()
-            now.update(before)
-        for value, before in held.values():
-            value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
-        with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -231,7 +231,7 @@ def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
     """
     _check_kind(name, dataset)
     if len(dataset) == 0:
-        raise ValueError(f"`{name}` should have at least one sample. Found none.")
+        raise ValueError(f"`{name}` must have at least one sample, but it is empty.")
     try:
         sample = _samples(dataset, [0])[0]
     except (NotImplementedError, KeyError) as error:

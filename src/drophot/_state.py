@@ -302,7 +302,7 @@ class State:
             if len(set(of[name])) > 1:
                 raise ValueError(
                     f"The trackers of all ranks should agree before `sync`. Found, for {name}, "
-                    f"{of[name]}; make them alike, and load the same state on every rank."
+                    f"{of[name]}. Create equal trackers and load the same state on every rank."
                 )
         if any(of["alone"]):
             raise RuntimeError(
@@ -311,8 +311,8 @@ class State:
             )
         if wrong := [rank for rank, fault in enumerate(of["fault"]) if fault != NO_FAULT]:
             raise ValueError(
-                f"Every rank should be given right indices. Found wrong ones on {wrong}, whose "
-                f"own error says which; nothing was merged."
+                f"Ranks {wrong} received invalid indices (see the error raised there). Nothing was "
+                f"merged."
             )
         # Copies, so that an error below leaves everything as it was.
         whole, targets = {n: column.clone() for n, column in base.items()}, self.targets.clone()

@@ -1,4 +1,4 @@
-"""The mean and the variance of what each normalisation layer is given, over many batches."""
+"""The mean and the variance of the inputs of normalisation layers, over many batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIGNATURES = {
 
 @dataclass(slots=True)
 class Sums:
-    """What one layer was given."""
+    """Sums over the inputs of one layer."""
 
     mean: Tensor
     """The sum of the batches' means, each times its number of values a channel."""
@@ -53,7 +53,7 @@ def with_statistics(model: nn.Module) -> dict[str, _NormBase]:
 
 @contextmanager
 def gathered(layers: Mapping[str, _NormBase]) -> Iterator[dict[str, Sums]]:
-    """In training mode, each layer normalises by its batch, and the batches' statistics add up.
+    """Put layers in training mode and add up the statistics of their batches.
 
     They are computed in float32 at least and added in float64, whatever the dtype of the layer's
     buffers. The buffers are as they were at the end.
@@ -186,7 +186,7 @@ def _alone(layer: Any) -> Any:
 def _check(path: str, values: Tensor) -> None:
     if values.dim() > 1 and values.numel() // max(1, values.shape[1]) < 2:
         raise ValueError(
-            f"`loader` should give batches with more than one value a channel, or there is no "
-            f"variance. Found an input of shape {tuple(values.shape)} to "
+            f"`loader` must yield batches with more than one value per channel, "
+            f"since one value has no variance. Found an input of shape {tuple(values.shape)} to "
             f"`{path or 'the model'}`; give larger batches, or drop_last=True."
         )

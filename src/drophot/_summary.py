@@ -1,4 +1,4 @@
-"""What a network is made of, and what that is worth: weights, zeros, bytes, operations, time."""
+"""Parameters, zeros, bytes, operations and time of a network, layer by layer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from drophot import _numbers
 from drophot._compressed import compressed_bytes
-from drophot._latency import latency, layer_latencies, of_batch
+from drophot._latency import latency, layer_latencies, noted, of_batch
 from drophot._operations import Operations, count_nonzeros, operations
+from drophot._untouched import remembered
 from drophot._weights import check_module
 
 
@@ -66,7 +67,7 @@ class Summary:
     flops: int | None
     effective_flops: int | None
     latency: Mapping[int, float] | None
-    """Milliseconds by batch size, of the whole network; its layers' were measured by themselves."""
+    """Milliseconds by batch size, of the whole network; layers are measured in separate calls."""
     counted_flops: int | None = None
     """Of the operators of known cost: all of `flops`, or the part that could be counted."""
     uncounted: tuple[str, ...] = ()
@@ -98,36 +99,37 @@ class Summary:
 def summary(
     model: nn.Module, example_inputs: Any = None, *, batch_sizes: Sequence[int] = (1, 32)
 ) -> Summary:
-    """Say what a network is worth: parameters, zeros, bytes, operations and time, layer by layer.
+    """Count parameters, zeros, bytes and operations of a network and measure its time, by layer.
 
     A parameter shared between layers counts once, in the first. Operations are those of matrix
     products, convolutions, attention and recurrent layers on the example inputs, counted by the
     formulas of `torch.utils.flop_counter` and, where it has none, of our own. They belong to the
     module that calls the operator, whichever of its parents called it and whoever owns the weight.
-    An operator that consists of products but has no formula, or that another library brings along,
-    is of unknown cost: it is named in `uncounted`, and no total is given. Register a formula with
-    `torch.utils.flop_counter.register_flop_formula` to have it counted. Latency is measured, in
-    evaluation mode, on the device and with the threads that there are.
+    An operator of another library, or one that consists of products but has no formula, is of
+    unknown cost: it is named in `uncounted`, and no total is given. Register a formula with
+    `torch.utils.flop_counter.register_flop_formula` to have it counted. Latency is measured in
+    evaluation mode, on the model's device and with the current number of threads.
 
     Effective operations are those that are left when every product with a zero weight is skipped,
-    operator by operator: of the weight that the operator uses, or of the tensor that is made of
-    weights by casts, slices or masks. Products of activations, as those of attention, are left as
-    they are.
+    operator by operator. The zeros are those of the weight that the operator uses, or of the tensor
+    that casts, slices or masks make of weights. Products of activations, such as those of
+    attention, are not reduced.
 
     Args:
-        model: Any module. It comes back as it was, mode and random state included.
+        model: Any module. Its mode, its buffers and attributes and the random state are restored.
         example_inputs: A tensor, a tuple of the model's positional arguments or a dict of its
             keyword arguments, on the model's device. `None` leaves operations and time out.
-        batch_sizes: For how many samples to measure the time, the first sample again and again.
+        batch_sizes: The batch sizes to measure the time of; each batch repeats the first sample.
 
     Returns:
         The summary.
 
     Raises:
-        TypeError: If `model` is no module, or a batch size is not an integer.
+        TypeError: If `model` is not a module, or a batch size is not an integer.
         ValueError: If a batch size is less than 1, if time is to be measured and the inputs have no
-            batch dimension, if a parameter has no data yet (lazy, or on the meta device) or is
-            sharded, or the model is TorchScript and there are inputs.
+            batch dimension in common, if a parameter has no data yet (lazy, or on the meta device)
+            or is sharded, or if `example_inputs` are given for a TorchScript model. An error that
+            the model raises for a batch of another size has a note that says so.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 2), nn.ReLU())
@@ -143,7 +145,7 @@ def summary(
     _check_parameters(model)
     counts: dict[str, Operations] | None = None
     times: dict[int, dict[str, float]] = {}
-    whole: dict[int, float] | None = None
+    whole: dict[int, float] = {}
     if example_inputs is not None:
         _check_not_scripted(model)
         sizes = [
@@ -151,10 +153,14 @@ def summary(
             for number, size in enumerate(batch_sizes)
         ]
         batches = {size: of_batch(example_inputs, size) for size in sizes}
-        counts = operations(model, example_inputs)
-        if batches:
-            times = {size: layer_latencies(model, inputs) for size, inputs in batches.items()}
-            whole = {size: latency(model, inputs) for size, inputs in batches.items()}
+        with remembered(model):  # caches and counters too, after every call
+            counts = operations(model, example_inputs)
+            for size, inputs in batches.items():
+                with noted(size):
+                    times[size] = layer_latencies(model, inputs)
+            for size, inputs in batches.items():
+                with noted(size):
+                    whole[size] = latency(model, inputs)
     layers = []
     seen: set[nn.Parameter] = set()
     for name, module in model.named_modules():
@@ -192,7 +198,7 @@ def summary(
         effective_flops=sum(layer.effective_flops or 0 for layer in layers) if known else None,
         counted_flops=None if counts is None else sum(x.counted_flops or 0 for x in layers),
         uncounted=uncounted,
-        latency=whole,
+        latency=whole or None,
     )
 
 

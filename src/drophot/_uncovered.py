@@ -20,24 +20,24 @@ _TRIFLE = 0.01
 _SHOWN = 3
 _PACKED = (torch.int8, torch.uint8, torch.int32)
 
-_said: ContextVar[bool] = ContextVar("_said", default=False)
+_silenced: ContextVar[bool] = ContextVar("_silenced", default=False)
 
 
 @contextmanager
-def said(already: bool = True) -> Iterator[None]:
-    """Do not warn inside: it has been said before, or will be.
+def uncovered_warning_silenced(silenced: bool = True) -> Iterator[None]:
+    """Suppress the warning of `warn_of_uncovered`, which has been given before or will be.
 
     Args:
-        already: Whether that is so.
+        silenced: Whether to suppress it; `False` changes nothing.
 
     Yields:
         Nothing.
     """
-    token = _said.set(already or _said.get())
+    token = _silenced.set(silenced or _silenced.get())
     try:
         yield
     finally:
-        _said.reset(token)
+        _silenced.reset(token)
 
 
 def uncovered(
@@ -65,7 +65,7 @@ def uncovered(
             name = joined(path, attribute)
             if is_matrix(model, name, parameter):
                 computed = attribute in weights_of(module)
-                why = f"{kind}, whose own forward may not keep its zeros" if computed else kind
+                why = f"{kind}, whose forward may not keep its zeros" if computed else kind
                 found[name] = parameter.numel(), why
         if path not in without:
             packed = _packed(module)
@@ -76,14 +76,14 @@ def uncovered(
 def warn_of_uncovered(
     model: nn.Module, weights: Mapping[str, nn.Parameter], skip: Iterable[str] = ()
 ) -> None:
-    """Say which matrices are left dense, if they are more than a trifle.
+    """Warn with the names of the matrices that stay dense, if they hold more than 1 % of all.
 
     Args:
         model: Any module.
         weights: What is pruned, by name.
         skip: Names of modules or parameters that are to stay dense.
     """
-    if _said.get():
+    if _silenced.get():
         return
     found = uncovered(model, weights, skip)
     left = sum(number for number, _ in found.values())

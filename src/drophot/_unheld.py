@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from drophot import _older
+from drophot import _earlier_masks
 from drophot._warning import warn
 
 
@@ -60,7 +60,7 @@ def warn_of_newer(
         weights: Those that are held, by their paths in it.
         holds: All that hold now.
     """
-    newer = _older.masks_of(model, weights)
+    newer = _earlier_masks.masks_of(model, weights)
     kept = {path: torch.ones_like(mask) for path, mask in newer.items()}
     places = {id(weights[path]): path for path in kept}
     for hold in holds:

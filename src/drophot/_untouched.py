@@ -68,6 +68,40 @@ def _copies(modules: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
+def remembered(model: nn.Module) -> Iterator[None]:
+    """Put back attributes and buffers that a call changes: caches, counters, statistics.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    held = {
+        id(value): (value, value.copy())
+        for _, values in attributes
+        for value in values.values()
+        if isinstance(value, (dict, list, set))
+    }
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    try:
+        yield
+    finally:
+        for now, before in attributes:
+            now.clear()
+            now.update(before)
+        for value, before in held.values():
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+@contextmanager
 def followed(
     model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]
 ) -> Iterator[None]:

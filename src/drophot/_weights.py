@@ -55,9 +55,9 @@ def prunable(
             others.append(f"`{name}` ({type(module).__name__})")
     if not found and others:
         raise ValueError(
-            f"`model` should have layers that multiply by their weights. Found only such as have "
-            f"a forward of their own that may not keep zeros: {', '.join(others[:3])}"
-            f"{', …' * (len(others) > 3)}; if it does, name them in `include`."
+            f"`model` should have layers that multiply by their weights. All of its layers "
+            f"override `forward` in a way that may not keep zeros: {', '.join(others[:3])}"
+            f"{', …' * (len(others) > 3)}. If they do keep zeros, name them in `include`."
         )
     unknown = [
         name
@@ -98,11 +98,11 @@ def _require(
 ) -> None:
     if found:
         return
-    own = f", or name its own in `include`: {', '.join(unknown[:3])}" if unknown else ""
+    own = f", or name its parameters in `include`: {', '.join(unknown[:3])}" if unknown else ""
     raise ValueError(
         f"`model` should have weights to prune, in Linear, Conv, MultiheadAttention or recurrent "
-        f"layers. Found none in {type(model).__name__}{' besides those in `skip`' * skipped}; "
-        f"prune the module that holds them{own}."
+        f"layers. {type(model).__name__} has none{' besides those in `skip`' * skipped}: pass the "
+        f"module that contains them{own}."
     )
 
 
@@ -162,8 +162,8 @@ def check_module(name: str, model: Any) -> None:
         TypeError: If it is none.
     """
     if not isinstance(model, nn.Module):
-        cure = "; load it into a model, and give that" if isinstance(model, Mapping) else ""
-        raise TypeError(f"`{name}` should be a torch.nn.Module. Found {_kind(model)}{cure}.")
+        cure = ": load it into a model and pass the model" if isinstance(model, Mapping) else ""
+        raise TypeError(f"`{name}` must be a torch.nn.Module. Found {_kind(model)}{cure}.")
 
 
 def check_mapping(name: str, value: Any) -> None:
@@ -202,7 +202,9 @@ def check_changeable(name: str, weight: Tensor) -> None:
 def _kind(value: Any) -> str:
     """What a value is, as a user would recognise it."""
     shown = isinstance(value, str | float | int | PurePath)
-    return f"{value!r}" if shown else f"a {type(value).__name__}"
+    name = type(value).__name__
+    article = "an" if name[0] in "AEIOaeio" else "a"
+    return f"{value!r}" if shown else f"{article} {name}"
 
 
 def names_of(argument: str, value: Any) -> tuple[str, ...]:

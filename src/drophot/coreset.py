@@ -206,7 +206,7 @@ def _check_among(among: Any, total: int) -> Positions:
     """Ascending, as all that follows is."""
     found = check_positions("among", among, total, "; give mask.nonzero()[:, 0]")
     if len(found) == 0:
-        raise ValueError("`among` should name at least one sample. Found none.")
+        raise ValueError("`among` must name at least one sample, but it is empty.")
     return np.sort(found)
 
 

@@ -158,9 +158,9 @@ class LossSampling:
         self.update(index, losses)
         if self.epoch == 0:
             raise RuntimeError(
-                "`loss` needs an epoch of `sampler(...)`. Found none; give it to the loader, "
-                "DataLoader(dataset, sampler=sampling.sampler(RandomSampler(dataset))), or take "
-                "losses.mean() where nobody rests."
+                "`loss` needs an epoch of `sampler(...)`, and none has begun: pass it to the "
+                "loader, DataLoader(dataset, sampler=sampling.sampler(RandomSampler(dataset))), or "
+                "use losses.mean() if no samples are skipped."
             )
         return (losses * self.weights(index).to(losses.device)).mean()
 

@@ -369,7 +369,7 @@ def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
         raise TypeError(f"`{name}` should be a list. Found {values!r}; give [{values!r}].")
     found = list(values)
     if not found:
-        raise ValueError(f"`{name}` should have at least one value. Found none.")
+        raise ValueError(f"`{name}` must have at least one value, but it is empty.")
     for position, value in enumerate(found):
         setting = name.removesuffix("s")
         try:  # what the pipeline makes of it: a plain number

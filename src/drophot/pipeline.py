@@ -32,7 +32,7 @@ from drophot._ambient import surroundings
 from drophot._experiment import experiment
 from drophot._modes import Mode
 from drophot._pruning import ScheduleName
-from drophot._uncovered import said
+from drophot._uncovered import uncovered_warning_silenced
 from drophot.dynamics import DynamicsTracker, Statistic
 from drophot.prune import Masks, Scope
 from drophot.records import Record
@@ -202,7 +202,7 @@ class DropHot:
         self.cache: training.Cache = cache
         self.progress = progress
         _probe.settle(self)
-        with said(self.structured):  # `channels` names what was left then
+        with uncovered_warning_silenced(self.structured):  # `channels` names what was left then
             self.train_set, self.test_set, self._classes = _probe.prepare(
                 model,
                 optimizer,
@@ -288,7 +288,9 @@ class DropHot:
             RuntimeError: If nothing was followed: there was no step 1, or the protocol has none.
         """
         if self.tracker is None:
-            raise RuntimeError("`statistic` needs step 1. Found no tracker; call score() first.")
+            raise RuntimeError(
+                "`statistic` needs a tracker, which step 1 makes: call `run.score()` first."
+            )
         if name == "forgetting":
             name = "hardest" if self.forgetting == "toneva" else "zero"  # type: ignore[assignment]
         return self.tracker.scores(name)
@@ -307,7 +309,10 @@ class DropHot:
             ValueError: If `scores` was replaced by one of another length.
         """
         if lack := self._lacks():
-            raise RuntimeError(f"`select` needs {lack}. Found none; call score() or set {lack}.")
+            what = "a trained scoring network" if lack == "scorer" else "scores"
+            raise RuntimeError(
+                f"mode {self.mode!r} needs {what}: call `run.score()` first, or set `run.{lack}`."
+            )
         if self.scores is not None and len(self.scores) != self._total:
             raise ValueError(
                 f"`scores` should have one entry for each training sample, "
@@ -328,7 +333,7 @@ class DropHot:
             RuntimeError: If nothing was selected yet.
         """
         if self.indices is None:
-            raise RuntimeError("`train` needs a coreset. Found none; call select() first.")
+            raise RuntimeError("`train` needs a coreset: call `run.select()` first.")
         with self._step("train"):
             model = self.factory().to(self.device)
             optimizer = self.optimizer(model.parameters())
@@ -347,7 +352,7 @@ class DropHot:
             RuntimeError: If no model was trained yet.
         """
         if self.model is None:
-            raise RuntimeError("`prune` needs a model. Found none; call train() first.")
+            raise RuntimeError("`prune` needs a trained model: call `run.train()` first.")
         with self._step("prune"):
             self.masks = _pruning.prune(self)
             self.pruned_accuracy = training.evaluate(self.model, self.test_set)
@@ -363,7 +368,7 @@ class DropHot:
             RuntimeError: If no model was pruned yet.
         """
         if self.model is None or self.masks is None or self.indices is None:
-            raise RuntimeError("`finetune` needs masks. Found none; call prune() first.")
+            raise RuntimeError("`finetune` needs masks: call `run.prune()` first.")
         model = self.model
         curve: list[float] = []
         with self._step("finetune", 1):

@@ -1,4 +1,4 @@
-"""Magnitude pruning, and masks that hold."""
+"""Magnitude pruning, with masks that keep removed weights at zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from drophot import _budgets, _numbers, _older, _pattern, _radix
+from drophot import _budgets, _earlier_masks, _numbers, _pattern, _radix
 from drophot._batchnorm import recalibrate_bn
 from drophot._budgets import Scope
 from drophot._compressed import load_compressed, save_compressed
@@ -93,13 +93,13 @@ def magnitude_prune(
             two digits or more. Layers whose inputs M does not divide stay dense and are warned
             about by name.
         skip: Names of modules or parameters to leave dense, as in `model.named_modules()`; a
-            module's name stands for everything in it.
+            module's name includes everything in it.
         include: Names of further parameters to prune, or of modules, whose matrices are then
             pruned: experts kept in 3-D tensors, for example. Biases, norms, embeddings and learned
             positions of such a module are pruned only if their own names are given.
 
     Returns:
-        The masks: what is kept, weight by weight.
+        The masks, `True` where a weight is kept.
 
     Raises:
         TypeError: If `ratio` or `min_kept` is not a number, or a weight not of plain floats.
@@ -143,7 +143,7 @@ def pruned(
         scope: How it is divided.
         min_kept: What stays of each layer.
         skip: What stays dense.
-        include: What is pruned beside what is known to be prunable.
+        include: What is pruned in addition to what is known to be prunable.
         late: The layers that were all zero at an earlier pruning. Those that are now are added.
             With `"global"` they lose no more than `ratio` of their weights: these have grown for
             less time than those that they are compared with.
@@ -161,13 +161,13 @@ def pruned(
     min_kept = check_ratio("min_kept", min_kept)
     if min_kept and scope not in ("global", "lamp"):
         raise ValueError(
-            f'`min_kept` should go with a ranking of all layers, "global" or "lamp". Found '
-            f"scope={scope!r}, which gives each layer its share already; leave it out."
+            f'`min_kept` needs a ranking of all layers, scope="global" or "lamp". Found '
+            f"scope={scope!r}, which already gives each layer its share: leave it out."
         )
     if pattern is not None and (scope != "global" or min_kept):
         raise ValueError(
-            f"`pattern` should stand alone: each group of weights loses the same. Found "
-            f"scope={scope!r} and min_kept={min_kept}; leave them out."
+            f"`pattern` cannot be combined with other options, since each group of weights loses "
+            f"the same number. Found scope={scope!r} and min_kept={min_kept}: leave them out."
         )
     kept, of = (0, 0) if pattern is None else _pattern.parse(pattern, ratio)
     skip = names_of("skip", skip)
@@ -176,7 +176,7 @@ def pruned(
         check_changeable(name, weight)
     warn_of_uncovered(model, weights, skip)
     filled = {name for name, weight in weights.items() if check_finite(name, weight)}
-    older = _older.masks_of(model, weights)
+    older = _earlier_masks.masks_of(model, weights)
     blank = {n for n in weights if n not in filled and (n not in older or bool(older[n].any()))}
     late |= blank
     if pattern is None:
@@ -193,7 +193,7 @@ def pruned(
         asked = sum(mask.numel() // of * (of - kept) for mask in masks.values())
         _warn_of_older(masks, asked, f'`pattern="{pattern}"`')
     found = Masks(model, masks)
-    _older.remember(model, found)
+    _earlier_masks.remember(model, found)
     return found
 
 

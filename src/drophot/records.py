@@ -334,7 +334,7 @@ def read(path: Path | str) -> list[Record]:
                 found.append(from_line(line))
             except ValueError as error:
                 raise ValueError(
-                    f"`{path}` should hold a record in each line. Found none in line {number}: "
+                    f"`{path}` must hold a record in each line. Line {number} is not a record: "
                     f"{error}"
                 ) from error
     return found

@@ -1,4 +1,4 @@
-"""More than one shot: pruning on while training goes on, and going back to old weights."""
+"""Pruning in several steps during training, and rewinding to earlier weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from drophot import _budgets, _numbers, _older
+from drophot import _budgets, _earlier_masks, _numbers
 from drophot._current import current, own_names
 from drophot._hold import Hold, is_counting
-from drophot._uncovered import said
+from drophot._uncovered import uncovered_warning_silenced
 from drophot._weights import check_mapping, names_of, prunable
 from drophot.prune import Masks, Scope, check_ratio, check_scope, pruned
 
@@ -22,7 +22,7 @@ __all__ = ["Schedule", "cubic", "geometric", "rewind"]
 
 
 def cubic(ratio: float, times: int) -> tuple[float, ...]:
-    r"""The ratios of gradual pruning: much at first, little at last.
+    r"""The ratios of gradual pruning, which removes many weights at first and few at last.
 
     :math:`s_i = s \, (1 - (1 - i / n)^3)` for :math:`i = 1 \dots n`.
 
@@ -31,7 +31,7 @@ def cubic(ratio: float, times: int) -> tuple[float, ...]:
 
     Args:
         ratio: The share removed in the end, in [0, 1).
-        times: How often is pruned, `n`.
+        times: The number of prunings, `n`.
 
     Returns:
         The share removed after each pruning; the last is `ratio`.
@@ -60,7 +60,7 @@ def geometric(ratio: float, times: int) -> tuple[float, ...]:
 
     Args:
         ratio: The share removed in the end, in [0, 1).
-        times: How often is pruned, `n`.
+        times: The number of rounds, `n`.
 
     Returns:
         The share removed after each round; the last is `ratio`.
@@ -80,9 +80,9 @@ def geometric(ratio: float, times: int) -> tuple[float, ...]:
 class Schedule:
     """Magnitude pruning in several prunings, with training between them.
 
-    The first ratio is pruned at once. Call `step` after each step of the optimiser: what is removed
-    stays zero, and after each `every` calls the next ratio follows. With one ratio this is
-    `magnitude_prune` and `Masks.hold`. An error of `magnitude_prune` comes from here too.
+    The first ratio is applied at once. Call `step` after each step of the optimiser: it keeps
+    removed weights at zero, and after each `every` calls it prunes to the next ratio. With one
+    ratio this is `magnitude_prune` and `Masks.hold`. Raises the errors of `magnitude_prune` too.
 
     A layer in which every weight is zero when training starts, such as the head of a vision
     transformer, is left out until it has other weights, as in `magnitude_prune`. From then on a
@@ -91,8 +91,8 @@ class Schedule:
 
     Args:
         model: Any module, on any device.
-        ratios: The share **removed** after each pruning, not falling: from `cubic`, `geometric` or
-            any iterable of numbers.
+        ratios: The share **removed** after each pruning, not decreasing: from `cubic`, `geometric`
+            or any iterable of numbers.
         every: Steps of the optimiser between two prunings.
         scope: As in `magnitude_prune`.
         min_kept: As in `magnitude_prune`.
@@ -101,8 +101,8 @@ class Schedule:
 
     Raises:
         TypeError: If `ratios` is not an iterable, a ratio not a number, or `every` not an integer.
-        ValueError: If there are no ratios, one is not in [0, 1) or below the one before, or `every`
-            is less than 1.
+        ValueError: If there are no ratios, a ratio is not in [0, 1) or is below the one before it,
+            or `every` is less than 1.
 
     Example:
         >>> import torch
@@ -131,19 +131,19 @@ class Schedule:
     ) -> None:
         if isinstance(ratios, str) or not isinstance(ratios, Iterable):
             raise TypeError(
-                f"`ratios` should be several numbers. Found {ratios!r}; for one shot give "
+                f"`ratios` must be an iterable of numbers. Found {ratios!r}; to prune once, pass "
                 f"[{ratios}]."
             )
         self.ratios = tuple(
             check_ratio(f"ratios[{number}]", ratio) for number, ratio in enumerate(ratios)
         )
         if not self.ratios:
-            raise ValueError("`ratios` should have at least one ratio. Found none.")
+            raise ValueError("`ratios` must contain at least one ratio, but it is empty.")
         for before, ratio in pairwise(self.ratios):
             if ratio < before:
                 raise ValueError(
-                    f"`ratios` should not fall. Found {ratio} after {before}; what is removed does "
-                    f"not come back."
+                    f"`ratios` must not decrease, since removed weights do not come back. Found "
+                    f"{ratio} after {before}."
                 )
         self.every = _numbers.integer("every", every, least=1)
         self._model = model
@@ -170,7 +170,7 @@ class Schedule:
         return self.steps >= self.every * (len(self.ratios) - 1)
 
     def step(self) -> bool:
-        """Keep what is removed at zero, and prune on where that is due.
+        """Keep removed weights at zero, and prune to the next ratio when that is due.
 
         Returns:
             Whether it pruned.
@@ -190,15 +190,15 @@ class Schedule:
         """Count a step, and prune on where that is due."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "`step` should be called outside of a CUDA graph, since it counts. Found a "
-                "capture; call it after each replay."
+                "`step` must not be captured in a CUDA graph, since it counts its calls: call it "
+                "after each replay."
             )
         self.masks.zero()
         steps = self.steps + 1
         due = steps % self.every == 0 and steps // self.every < len(self.ratios)
         if due:
             self.masks.apply()  # so that they are known as what was removed before
-            with said():  # what stays dense was said by the first pruning
+            with uncovered_warning_silenced():  # what stays dense was said by the first pruning
                 self.masks = self._prune(self.ratios[steps // self.every])
         self.steps = steps  # a pruning that failed is still due
         return due
@@ -224,7 +224,7 @@ class Schedule:
         return Hold(self.masks, self._model, optimizer, self).begin()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where it is, for `torch.save`.
+        """The state of the schedule, for `torch.save`.
 
         Returns:
             The number of steps, the masks, and the settings that these belong to.
@@ -233,27 +233,27 @@ class Schedule:
         return state | self._described()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Resume where a saved schedule was.
+        """Resume from the state of a saved schedule.
 
         Args:
-            state_dict: What `state_dict` gave, with the same settings.
+            state_dict: What `state_dict` returned, of a schedule with the same settings.
 
         Raises:
-            TypeError: If it is no dict, or the number of steps not an integer.
-            ValueError: If it is no schedule's, one of other settings, or of another model's masks,
-                the number of steps is negative, or the model had its saved weights when this
-                schedule was made, and lost others since; nothing is changed then.
+            TypeError: If it is not a dict, or the number of steps is not an integer.
+            ValueError: If it is not the state of a schedule, belongs to other settings or to the
+                masks of another model, the number of steps is negative, or the model was loaded
+                before this schedule was made. Nothing is changed then.
         """
         check_mapping("state_dict", state_dict)
         if lacking := {"steps", "masks", "late", *self._described()} - state_dict.keys():
             raise ValueError(
-                f"`state_dict` should be what a Schedule's gave. Found no {sorted(lacking)[0]!r}."
+                f"`state_dict` must be that of a Schedule. It has no {sorted(lacking)[0]!r}."
             )
         for name, own in self._described().items():
             if state_dict[name] != own:
                 raise ValueError(
-                    f"`state_dict` should be of a schedule with {name}={own}. Found "
-                    f"{state_dict[name]}; make the Schedule as it was made then."
+                    f"`state_dict` must be of a schedule with {name}={own}. Found "
+                    f"{state_dict[name]}: create the Schedule with the same settings."
                 )
         steps = _numbers.integer('state_dict["steps"]', state_dict["steps"], least=0)
         late = names_of('state_dict["late"]', state_dict["late"])
@@ -289,7 +289,7 @@ class Schedule:
         skip, include = self._settings["skip"], self._settings["include"]
         if self._settings["min_kept"] and self._settings["scope"] in ("global", "lamp"):
             weights = prunable(self._model, skip, include)
-            older = _older.masks_of(self._model, weights)
+            older = _earlier_masks.masks_of(self._model, weights)
             _budgets.check_minimum(weights, older, self.ratios[-1], self._settings["min_kept"])
 
     def _prune(self, ratio: float) -> Masks:
@@ -300,11 +300,11 @@ class Schedule:
 
 
 def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> None:
-    """Go back to other weights under the same masks.
+    """Load other weights under the same masks.
 
-    Those from an early step of the training that led to the masks: rewinding. Those from its start:
-    the lottery ticket. Those of a new initialisation: the random control, which says what the masks
-    are worth without the weights.
+    Weights from an early step of the training that led to the masks give rewinding; those from its
+    start, the lottery ticket; and those of a new initialisation, the random control, which shows
+    what the masks are worth without the weights.
 
     References:
         Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, ICML 2020,
@@ -339,15 +339,15 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
     wrong += [name for name in own if name in state_dict and not _alike(own, state_dict, name)]
     if wrong:
         raise ValueError(
-            f"`state_dict` should hold the weights of this model. Found a difference in {wrong}."
+            f"`state_dict` must hold the weights of this model. Found a difference in {wrong}."
         )
     for name, tensor in own.items():  # extra state is anything
         other = state_dict[name]
         both = isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.numel()
         if both and tensor.data_ptr() == other.data_ptr():
             raise ValueError(
-                f"`state_dict` should be a copy. Found `{name}` to be the model's own, which is "
-                f"trained with it; keep copy.deepcopy(model.state_dict()) when it is time."
+                f"`state_dict` must be a copy. `{name}` is the model's own tensor, which changes "
+                f"during training: keep copy.deepcopy(model.state_dict()) instead."
             )
     current(model, masks)
     model.load_state_dict(state_dict)

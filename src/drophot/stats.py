@@ -376,7 +376,7 @@ def _of_pairs(
 def _check(name: str, values: Iterable[float]) -> Sequence[float]:
     found = [_numbers.real(name, value, "finite") for value in values]
     if not found:
-        raise ValueError(f"`{name}` should have at least one value. Found none.")
+        raise ValueError(f"`{name}` must have at least one value, but it is empty.")
     for value in found:
         if not math.isfinite(value):
             raise ValueError(f"`{name}` should be finite. Found {value}.")

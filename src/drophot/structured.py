@@ -1,4 +1,4 @@
-"""Structured pruning: channels that are gone, in a network that is smaller and faster."""
+"""Structured pruning: remove channels, so that a network is smaller and faster."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Change(NamedTuple):
 
     @property
     def removed(self) -> float:
-        """The share that went, in [0, 1]."""
+        """The share that was removed, in [0, 1]."""
         return 1 - self.after / self.before if self.before else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What structured pruning really removed; `print` shows it.
+    """The result of structured pruning; `print` shows it as a table.
 
     `bytes` are those of the parameters.
     """
@@ -53,15 +53,15 @@ class Pruned:
     kept: Mapping[str, Tensor]
     """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
     whole: Mapping[str, str]
-    """The layers that kept all of theirs, and why."""
+    """The layers that kept all of their channels, and why."""
     asked: int
-    """How many channels `ratio` is of all layers' outputs, one by one."""
+    """The number of channels to remove from all layers, each rounded separately."""
     kept_back: Mapping[str, int]
-    """How many fewer were removed than asked for, by the reason."""
+    """How many fewer channels were removed than asked for, by reason."""
     other: Mapping[str, float]
-    """Parameters that are no layer's weights and kept their shape: the share of all."""
+    """Parameters that no layer above owns and that kept their shape: their share of all."""
     attributes: Mapping[str, Change]
-    """The numbers in modules that were changed, by the name of the module and the attribute."""
+    """The attributes of modules that were changed, by the names of module and attribute."""
     description: dict[str, Any]
     """New shapes and attributes, as JSON can hold them: see `rebuild`."""
 
@@ -134,22 +134,22 @@ def prune_channels(
 
     `ratio` is the share **removed** of each set of channels that are ranked together: the outputs
     of a layer, or of the layers that a residual connection couples, which lose the same channels.
-    Of `n` channels `floor(ratio * n + 0.5)` go, and one stays at least. Attention loses equally
-    many channels of each head; where its scale follows from the width of a head, it loses whole
-    heads instead, or keeps all of them and is named in `whole`. A grouped convolution loses equally
-    many channels of each group, or whole groups where these are narrower than numerous. Inputs and
-    outputs of the network keep their shape.
+    Of `n` channels, `floor(ratio * n + 0.5)` are removed, and at least one is kept. Attention loses
+    the same number of channels in each head; where its scale follows from the width of a head, it
+    loses whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
+    loses the same number of channels in each group, or whole groups if it has more groups than
+    channels per group. Inputs and outputs of the network keep their shape.
     Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
     A channel's magnitude is the sum of its squared weights in every Conv and Linear layer and
-    attention projection that makes or takes it, each against the mean in that layer, so that
-    coupled layers count alike.
+    attention projection that produces or reads it, each divided by the mean of that layer, so that
+    coupled layers have equal weight.
 
-    What has to go together is found in one forward pass, operator by operator, and checked in
-    another one of the pruned network. Where an operator or the network's own code cannot do with
-    fewer channels, those stay, and the result says so. The model is then a plain module of the same
-    class: it trains on, saves and exports as before. Make a new optimiser for it.
+    Coupled channels are found in a forward pass, operator by operator, and the pruned network is
+    checked in further passes. Where an operator or the network's own code cannot work with fewer
+    channels, they are kept, and the result says so. The model remains a plain module of the same
+    class: it trains, saves and exports as before. Create a new optimiser for it.
 
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017,
@@ -162,19 +162,18 @@ def prune_channels(
         example_inputs: A tensor, a tuple of the model's positional arguments or a dict of its
             keyword arguments, on the model's device; two samples are enough.
         skip: Names of modules or parameters that keep their shape, as in `model.named_modules()`;
-            a module's name stands for everything in it.
+            a module's name includes everything in it.
 
     Returns:
-        What was removed.
+        What was removed, and what was kept and why.
 
     Raises:
         TypeError: If `ratio` is not a number, or a weight not of floats.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
             take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed
-            by a parametrization, or no channel can go. The model is
-            untouched then.
-        RuntimeError: If drophot itself fails, which is said. Errors of the model's own code, and of
-            memory that runs out, are raised as they are.
+            by a parametrization, or no channel can be removed. The model is unchanged then.
+        RuntimeError: If drophot itself fails, with a message that says so. Errors of the model's
+            own code, and of running out of memory, are raised unchanged.
 
     Example:
         >>> import torch
@@ -296,17 +295,17 @@ def _pruned(
 
 
 def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a new model the shapes of a pruned one, in place, to load its weights.
+    """Give a new model the shapes of a pruned one, in place, so that it can load its weights.
 
     Args:
-        model: As it was before pruning, of any weights.
-        description: From `Pruned.description`, from JSON too.
+        model: A model as it was before pruning, with any weights.
+        description: `Pruned.description`, which may have been stored as JSON.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: If the description is not of such a model. Nothing is changed then.
+        ValueError: If the description does not fit the model. Nothing is changed then.
 
     Example:
         >>> import torch

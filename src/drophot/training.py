@@ -220,9 +220,9 @@ def _loaded(
             _check_weights(torch.stack(finite).all())
         if empty:
             raise ValueError(
-                f"`dataset`, a loader, should give at least one batch in each epoch. Found none in "
-                f"epoch {epoch}; is its batch larger than the data with drop_last=True, or does it "
-                f"hand out one iterator each time?"
+                f"`dataset`, a loader, must yield at least one batch in each epoch. It yielded "
+                f"none in epoch {epoch}. Is its batch size larger than the data with "
+                f"drop_last=True, or does it return the same iterator each time?"
             )
 
     return epoch_of
