@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from drophot import _run, _slots, _trace, _weights, _whole, prune
+from drophot._alarms import is_passed_on
 from drophot._heads import WholeHeads
-from drophot._memory import is_out_of_memory
 from drophot._seen import InternalError, UsersError
 from drophot._shrink import Capricious, Shrink
 from drophot._summary import Summary, summary
@@ -206,7 +206,7 @@ def prune_channels(
         ) from None
     except (InternalError, *_BUGS) as found:
         error = found.error if isinstance(found, InternalError) else found
-        if is_out_of_memory(error):
+        if is_passed_on(error) or type(error).__module__.partition(".")[0] not in _KINDS:
             raise error from error.__cause__
         raise RuntimeError(
             f"`prune_channels` failed inside ({type(error).__name__}: {error}). This is a bug in "
@@ -214,6 +214,8 @@ def prune_channels(
             f"names of the modules that are special may work around it."
         ) from error
 
+
+_KINDS = ("builtins", "torch")  # whose errors its own code meets; others are the user's
 
 # What its own code raises only if something is wrong with it.
 _BUGS = (
@@ -250,22 +252,29 @@ def _pruned(
             tried |= error.heads
             whole_heads = whole_heads | error.heads if error.possible else whole_heads - error.heads
     try:
-        kept, (whole, part) = shrink.kept(), shrink.reasons()
-        layers = {
-            name: Change(weight.shape[shrink.output(name)], len(kept[name]))
-            for name, weight in shrink.weights.items()
-        }
-        outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
-        if ratio and left == outputs:
-            reasons = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
-            raise ValueError(
-                f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
-                f"({'; '.join(reasons)}); raise it, or prune single weights with magnitude_prune."
-            )
-        after = _summary(model, example_inputs)
+        return _result(model, ratio, example_inputs, shrink, before)
     except BaseException:
         shrink.restore()
         raise
+
+
+def _result(
+    model: nn.Module, ratio: float, example_inputs: Any, shrink: Shrink, before: Summary
+) -> Pruned:
+    """What was removed from a model."""
+    kept, (whole, part) = shrink.kept(), shrink.reasons()
+    layers = {
+        name: Change(weight.shape[shrink.output(name)], len(kept[name]))
+        for name, weight in shrink.weights.items()
+    }
+    outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
+    if ratio and left == outputs:
+        reasons = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
+        raise ValueError(
+            f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
+            f"({'; '.join(reasons)}); raise it, or prune single weights with magnitude_prune."
+        )
+    after = _summary(model, example_inputs)
     asked = {
         name: min(floor(ratio * change.before + 0.5), change.before - 1)
         for name, change in layers.items()
