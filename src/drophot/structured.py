@@ -190,8 +190,9 @@ def prune_channels(
         (Change(before=10, after=6), 0.48)
     """
     ratio = prune.check_ratio("ratio", ratio)
-    weights = _weights.with_channels(model)
+    _weights.check_module("model", model)
     left_out = _weights.left_out(model, skip)
+    weights = _weights.with_channels(model, left_out)
     for name, weight in weights.items():
         _weights.check_finite(name, weight)
     try:
