@@ -99,9 +99,13 @@ class Recorder(TorchDispatchMode):
         given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
         with guarded():
             axes = [self.ties.of(t) for t in given]
+            before = args
+            if torch.Tag.inplace_view in func.tags:  # whose argument has another shape afterwards
+                before = (args[0].detach(), *args[1:])
+                self.ties.axes[before[0]] = axes[0]
         out = func(*args, **kwargs)
         with guarded():
-            self._record(func, args, kwargs, given, axes, out)
+            self._record(func, before, kwargs, given, axes, out)
         return out
 
     def _record(
