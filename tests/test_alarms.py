@@ -39,7 +39,7 @@ class Handler:
 
 
 @pytest.fixture
-def handle() -> Iterator[Callable[[Any], None]]:
+def handle() -> Iterator[Callable[[Any], object]]:
     before = signal.getsignal(SIGNAL)
     yield partial(signal.signal, SIGNAL)
     signal.signal(SIGNAL, before)
@@ -74,7 +74,7 @@ def at_call(number: int, counted: Counter[str]) -> Callable[[FrameType, str, Any
 
 @pytest.mark.parametrize("kind", [LimitError, TimeoutError, RuntimeError, ValueError])
 def test_an_alarm_at_any_moment_comes_out_as_it_is(
-    handle: Callable[[Any], None], kind: type[Exception]
+    handle: Callable[[Any], object], kind: type[Exception]
 ) -> None:
     handle(partial(ring, kind))
     counted: Counter[str] = Counter()
@@ -114,7 +114,7 @@ def test_an_alarm_at_any_moment_comes_out_as_it_is(
     [Handler(), Handler().method, partial(ring, LimitError)],
     ids=["object", "method", "partial"],
 )
-def test_whatever_the_handler_is(handle: Callable[[Any], None], handler: Any) -> None:
+def test_whatever_the_handler_is(handle: Callable[[Any], object], handler: Any) -> None:
     """In the network's own code, whose other errors count as "it cannot do with fewer channels"."""
     handle(handler)
 
@@ -128,7 +128,7 @@ def test_whatever_the_handler_is(handle: Callable[[Any], None], handler: Any) ->
         prune_channels(Rings(), 0.5, INPUTS)
 
 
-def test_an_error_of_the_networks_own_is_none(handle: Callable[[Any], None]) -> None:
+def test_an_error_of_the_networks_own_is_none(handle: Callable[[Any], object]) -> None:
     handle(Handler())
 
     class Refuses(Rolled):

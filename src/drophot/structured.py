@@ -171,10 +171,10 @@ def prune_channels(
         TypeError: If `ratio` is not a number, or a weight not of floats.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
             take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed
-            by a parametrization, or no channel can go. The model is
-            untouched then.
-        RuntimeError: If drophot itself fails, which is said. Errors of the model's own code, and of
-            memory that runs out, are raised as they are.
+            by a parametrization in a layer that `skip` does not name, or no channel can go. The
+            model is untouched then.
+        RuntimeError: If drophot itself fails, which is said. Errors of the model's own code, of
+            memory that runs out and of a signal's handler are raised as they are.
 
     Example:
         >>> import torch
