@@ -81,7 +81,15 @@ def decode(s: Any, x: Tensor) -> Tensor:
     return s.conv(s.norm(s.make(x.mean((2, 3))).view(-1, s.width, 4, 4)))
 
 
+def turned_in_place(x: Tensor) -> Tensor:
+    return x.sin().unsqueeze_(1).transpose_(1, -1).transpose_(-1, 2).squeeze_(2).swapaxes_(1, 3)
+
+
 PRUNED: dict[str, Any] = {
+    "views in place": turned_in_place,
+    "vmap": lambda x: torch.vmap(lambda y: F.linear(y, torch.eye(y.shape[-1], dtype=y.dtype)))(
+        x.mT
+    ),
     "GroupNorm(C, C)": nn.GroupNorm(16, 16),
     "GroupNorm(C, C) without weights": nn.GroupNorm(16, 16, affine=False),
     "GroupNorm of whole groups": nn.GroupNorm(8, 16),

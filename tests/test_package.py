@@ -25,6 +25,7 @@ HOUSE = [
     "_untouched",
     "_eager",
     "_memory",
+    "_alarms",
     "_named",
     "indexing",
     "_history",

@@ -1,10 +1,12 @@
 """What the result of structured pruning says, what an error says, and what parameters keep."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
 from drophot import structured
 from drophot.structured import prune_channels, rebuild
@@ -222,3 +224,75 @@ def test_what_goes_does_not_depend_on_the_batch(batch: int, width: int, heads: i
     left = heads - int(heads / 2 + 0.5)
     assert model.blocks[0].attn.qkv.out_features == 3 * left * (width // heads)
     assert model.embed_dim == width
+
+
+class Scales(nn.Module):
+    """Has a width and a buffer, and is used without being called, as positions often are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("scales", torch.linspace(1, 2, width), persistent=False)
+
+    def get(self) -> Tensor:
+        assert len(self.scales) == self.width
+        return self.scales.mul(2)
+
+
+class Fixed(Scales):
+    def get(self) -> Tensor:
+        assert len(self.scales) == 16
+        return self.scales.mul(2)
+
+
+class Stream(nn.Module):
+    def __init__(self, kind: type[Scales]) -> None:
+        super().__init__()
+        self.first, self.stream = nn.Linear(4, 24), nn.Linear(24, 24)
+        self.into, self.scales, self.out = nn.Linear(24, 16), kind(16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = x + self.stream(x)
+        scales = self.scales.get()
+        return self.out(self.into(x) * scales)
+
+
+def test_a_width_in_a_module_that_is_used_without_being_called() -> None:
+    torch.manual_seed(0)
+    model = Stream(Scales)
+    pruned = prune_channels(model, 0.5, torch.randn(2, 4))
+    assert model.scales.width == 8
+    assert pruned.whole.keys() == {"out.weight"}
+
+
+def test_code_that_fails_keeps_what_it_was_about_to_use_and_no_more() -> None:
+    torch.manual_seed(0)
+    model = Stream(Fixed)
+    pruned = prune_channels(model, 0.5, torch.randn(2, 4))
+    assert "fails with fewer channels (AssertionError)" in pruned.whole["into.weight"]
+    assert pruned.whole.keys() == {"into.weight", "out.weight"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: nn.utils.parametrizations.weight_norm(layer),
+        lambda layer: nn.utils.parametrizations.orthogonal(layer),
+        lambda layer: l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "orthogonal", "mask"],
+)
+def test_weights_that_something_else_computes_can_be_skipped(
+    change: Callable[[nn.Module], object],
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(4))).eval()
+    change(model[1])
+    x = torch.randn(2, 12)
+    with pytest.raises(ValueError, match=r"skip=\('1',\)"):
+        prune_channels(model, 0.5, x)
+    model(x)
+    pruned = prune_channels(model, 0.5, x, skip=["1"])
+    assert model[1].weight.shape == (12, 12)
+    assert (pruned.layers["2.weight"].after, pruned.layers["0.weight"].after) == (6, 12)

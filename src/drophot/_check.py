@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from drophot._alarms import is_passed_on
 from drophot._left import left_of, taken
-from drophot._memory import is_out_of_memory
 from drophot._seen import Seen, Stop, guarded, print_of
 from drophot._trace import Call, flat, is_view, numbers
 from drophot._whole import operation
@@ -82,7 +82,7 @@ class Check(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_passed_on(error):
                 raise
             seen.failures[number] = "size"
             return self._forced(call, shapes)

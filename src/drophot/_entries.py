@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from drophot._alarms import is_passed_on
 from drophot._ties import Axis, Shape, Ties
 
 _TRIES = 24  # of which tensors' dimensions belong together, for one dimension
@@ -249,9 +250,9 @@ def _call(func: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> list[Te
     try:
         outs = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
         return [out.clone() for out in outs if out.layout == torch.strided]
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:  # not in this shape, or not of these numbers
+    except Exception as error:  # not in this shape, or not of these numbers
+        if is_passed_on(error):
+            raise
         return None
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from drophot._alarms import is_passed_on
 from drophot._check import Check, shapes_left
-from drophot._memory import is_out_of_memory
 from drophot._run import run, tensors_in
 from drophot._seen import Seen, Stop
 from drophot._trace import Call
@@ -52,7 +52,7 @@ def look(
     except Stop:
         return seen
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_passed_on(error):
             raise
         seen.error = error
         seen.failures[min(seen.end, len(calls) - 1)] = (

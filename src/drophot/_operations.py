@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from drophot._alarms import is_passed_on
 from drophot._eager import eagerly, uncached
 from drophot._formulas import is_free, multiply_adds
 from drophot._latency import call
@@ -133,7 +134,9 @@ class _Counter(TorchDispatchMode):
                 flops = int(self._formulas[packet](*args, **kwargs, out_val=out))
             elif own is not None:
                 flops = 2 * own(*args, **kwargs)
-        except Exception:  # a formula that does not know this way to call the operator
+        except Exception as error:  # a formula that does not know this way to call the operator
+            if is_passed_on(error):
+                raise
             flops = None
         known = packet in self._formulas or own is not None
         if not known and (is_free(name) and not isinstance(func, HigherOrderOperator)):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from drophot._memory import is_out_of_memory
+from drophot._alarms import is_passed_on
 
 
 @dataclass(slots=True)
@@ -54,7 +54,7 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_passed_on(error):
             raise
         raise InternalError(error) from error
 

@@ -23,7 +23,7 @@ from drophot._swap import Names, like, replace, small, swap
 from drophot._ties import Axis, Ties
 from drophot._trace import SIZED, Call
 from drophot._whole import VALUES, reasons, why_whole
-from drophot._widths import Alike, Widths
+from drophot._widths import NEXT, Alike, Widths
 
 # Operators that torch refuses before they are called where the sizes do not fit.
 MADE_OF_SIZES = SIZED | {"clone", "unfold", "cat", "add", "mul"}
@@ -365,6 +365,8 @@ class Shrink:
                     if any(self.gone[axis.ids].any() for axis in other.inputs):
                         break
                     axes = []
+        if not axes and why.startswith("code: "):
+            axes = self._next(calls, number)
         for path in reversed(call.path):
             if axes:
                 break
@@ -373,6 +375,13 @@ class Shrink:
         if not axes:
             raise Capricious(call.name, call.path[-1])
         self.ties.fix(axes, why_whole(call.name, call.path[-1], why))
+
+    def _next(self, calls: Sequence[Call], number: int) -> list[Axis]:
+        """What is gone at the next call: code looks at what it is about to use."""
+        for call in calls[number : number + NEXT]:
+            if axes := [axis for axis in call.axes if self.gone[axis.ids].any()]:
+                return axes
+        return []
 
 
 def _plain(value: Any) -> Any:

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from drophot._alarms import is_passed_on
 from drophot._entries import entries
-from drophot._memory import is_out_of_memory
 from drophot._rules import RULES, elementwise
 from drophot._run import run, tensors_in
 from drophot._seen import UsersError, guarded
@@ -99,9 +99,13 @@ class Recorder(TorchDispatchMode):
         given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
         with guarded():
             axes = [self.ties.of(t) for t in given]
+            before = args
+            if torch.Tag.inplace_view in func.tags:  # whose argument has another shape afterwards
+                before = (args[0].detach(), *args[1:])
+                self.ties.axes[before[0]] = axes[0]
         out = func(*args, **kwargs)
         with guarded():
-            self._record(func, args, kwargs, given, axes, out)
+            self._record(func, before, kwargs, given, axes, out)
         return out
 
     def _record(
@@ -155,7 +159,9 @@ class Recorder(TorchDispatchMode):
         if rule is not None:
             try:
                 found = rule(self.ties, where, outs, *args, **kwargs)
-            except Exception:  # called in a way that the rule does not know
+            except Exception as error:  # called in a way that the rule does not know
+                if is_passed_on(error):
+                    raise
                 found = None
             if found is not None:
                 return found
@@ -188,7 +194,7 @@ def record(
     try:
         run(model, example_inputs, nullcontext())  # what it computes once, for all models
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_passed_on(error):
             raise
         if type(error) not in MISFIT:
             raise UsersError(error) from error
@@ -203,7 +209,7 @@ def record(
         try:
             out = run(model, example_inputs, recorder, recorder.path)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_passed_on(error):
                 raise
             raise UsersError(error) from error
         if ties.asked.keys() <= turned.keys():
@@ -215,7 +221,7 @@ def record(
     try:
         out = run(model, example_inputs, training, training.path, training=True)
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_passed_on(error):
             raise
         # It takes something else then: targets, more samples.
         return ties, recorder.calls, []

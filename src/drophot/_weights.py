@@ -68,13 +68,14 @@ def prunable(
     return found
 
 
-def with_channels(model: nn.Module) -> dict[str, nn.Parameter]:
+def with_channels(model: nn.Module, without: Collection[int | str] = ()) -> dict[str, nn.Parameter]:
     """The weights of layers whose outputs are channels, by name, shared ones once.
 
     Those of recurrent layers and of Conv1D are not among them: the trace finds their channels.
 
     Args:
         model: Any module.
+        without: What `left_out` gave: in these modules something else may compute weights.
 
     Returns:
         The parameters, none of them empty.
@@ -84,7 +85,8 @@ def with_channels(model: nn.Module) -> dict[str, nn.Parameter]:
         ValueError: As `prunable`.
     """
     check_module("model", model)
-    found = list(_checked(model, set(), set()))
+    paths: set[int | str] = {one for one in without if isinstance(one, str)}
+    found = list(_checked(model, paths, set()))
     _require(found, model)
     return {
         name: weight

@@ -47,6 +47,10 @@ class Widths:
         self._calls, self._gone = calls, gone
         self._sizes: dict[int, dict[int, int]] = {}
         self._like = Alike(self.modules, calls)
+        self._helpers: dict[str, list[str]] = {}  # that a module's code uses without calling them
+        for path in self.modules:
+            if path not in self._like.inside:
+                self._helpers.setdefault(self._called(path), []).append(path)
         accepted: Numbers = {}
         for names, number in self.known.items():
             before = int(_slots.read(self.modules[names[0]], names[1]))
@@ -126,8 +130,10 @@ class Widths:
             return more
         have = {self._holder(names) for names in (*accepted, *found)}
         for (path, key), (_, number) in found.items():
-            for other, there in self._like.to(path, number):
-                value = self._slots[other].get(key)
+            own = self._called(path)
+            for one, there in self._like.to(own, number):
+                other = one + path.removeprefix(own)
+                value = self._slots.get(other, {}).get(key)
                 after = None if value is None else self._widths(there).get(value)
                 if after is not None and after != value and self._holder((other, key)) not in have:
                     more.setdefault((other, key), (after, there))
@@ -143,12 +149,19 @@ class Widths:
             worse |= {n for n in after.failures if n >= after.end - 1}
         good = set()
         for path, key in trial:
+            own = self._called(path)
             inside = (
-                (lambda _: True) if len(key) > 1 else (lambda n: path in self._calls[n].path)  # noqa: B023
+                (lambda _: True) if len(key) > 1 else (lambda n: own in self._calls[n].path)  # noqa: B023
             )
             if any(inside(n) for n in mended) and not any(inside(n) for n in worse):
                 good.add((path, key))
         return good
+
+    def _called(self, path: str) -> str:
+        """The innermost module around one, or it itself, that an operator is called in."""
+        while path and path not in self._like.inside:
+            path = path.rpartition(".")[0]
+        return path
 
     def _candidates(
         self, failures: Iterable[int], accepted: Iterable[Names], later: bool = False
@@ -159,7 +172,9 @@ class Widths:
         for number in failures:
             path = self._calls[number].path
             widths = self._later(number) if later else self._widths(number)
-            for depth, name in enumerate(reversed(path)):
+            around = [(depth, name) for depth, name in enumerate(reversed(path))]
+            around += [(d, one) for d, name in around for one in self._helpers.get(name, ())]
+            for depth, name in around:
                 module = self.modules[name]
                 for key, value in self._slots[name].items():
                     after = widths.get(value)
@@ -201,14 +216,14 @@ class Widths:
         """The same for the calls that come next in a module: of 3 * 16, the width may be 16."""
         path = self._calls[number].path
         widths: dict[int, set[int]] = {}
-        for n in range(number, min(number + _NEXT, len(self._calls))):
+        for n in range(number, min(number + NEXT, len(self._calls))):
             if self._calls[n].path == path:
                 for size, after in self._widths(n).items():
                     widths.setdefault(size, set()).add(after)
         return {size: next(iter(some)) for size, some in widths.items() if len(some) == 1}
 
 
-_NEXT = 12  # calls that are looked through for the parts of a width
+NEXT = 12  # calls that are looked through for what code was about to use
 
 
 class Alike:

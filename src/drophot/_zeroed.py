@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from drophot._alarms import is_passed_on
 from drophot._left import keep_mask, left_of, taken
-from drophot._memory import is_out_of_memory
 from drophot._seen import Seen, Stop, guarded, print_of
 from drophot._sums import OVER
 from drophot._ties import Axis
@@ -58,7 +58,7 @@ class Zeroed(TorchDispatchMode):
             else:
                 out = func(*args, **kwargs)
         except Exception as error:  # with zeros it cannot be computed: no law to hold it to
-            if is_out_of_memory(error):
+            if is_passed_on(error):
                 raise
             self.seen.failures[number] = "size"
             raise Stop from error

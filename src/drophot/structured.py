@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from drophot import _run, _slots, _trace, _weights, _whole, prune
+from drophot._alarms import is_passed_on
 from drophot._heads import WholeHeads
-from drophot._memory import is_out_of_memory
 from drophot._seen import InternalError, UsersError
 from drophot._shrink import Capricious, Shrink
 from drophot._summary import Summary, summary
@@ -171,9 +171,10 @@ def prune_channels(
         TypeError: If `ratio` is not a number, or a weight not of floats.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
             take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed
-            by a parametrization, or no channel can be removed. The model is unchanged then.
+            by a parametrization in a layer that `skip` does not name, or no channel can be removed.
+            The model is unchanged then.
         RuntimeError: If drophot itself fails, with a message that says so. Errors of the model's
-            own code, and of running out of memory, are raised unchanged.
+            own code or of a signal handler, and of running out of memory, are raised unchanged.
 
     Example:
         >>> import torch
@@ -189,8 +190,9 @@ def prune_channels(
         (Change(before=10, after=6), 0.48)
     """
     ratio = prune.check_ratio("ratio", ratio)
-    weights = _weights.with_channels(model)
+    _weights.check_module("model", model)
     left_out = _weights.left_out(model, skip)
+    weights = _weights.with_channels(model, left_out)
     for name, weight in weights.items():
         _weights.check_finite(name, weight)
     try:
@@ -205,7 +207,7 @@ def prune_channels(
         ) from None
     except (InternalError, *_BUGS) as found:
         error = found.error if isinstance(found, InternalError) else found
-        if is_out_of_memory(error):
+        if is_passed_on(error) or type(error).__module__.partition(".")[0] not in _KINDS:
             raise error from error.__cause__
         raise RuntimeError(
             f"`prune_channels` failed inside ({type(error).__name__}: {error}). This is a bug in "
@@ -213,6 +215,8 @@ def prune_channels(
             f"names of the modules that are special may work around it."
         ) from error
 
+
+_KINDS = ("builtins", "torch")  # whose errors its own code meets; others are the user's
 
 # What its own code raises only if something is wrong with it.
 _BUGS = (
@@ -249,22 +253,29 @@ def _pruned(
             tried |= error.heads
             whole_heads = whole_heads | error.heads if error.possible else whole_heads - error.heads
     try:
-        kept, (whole, part) = shrink.kept(), shrink.reasons()
-        layers = {
-            name: Change(weight.shape[shrink.output(name)], len(kept[name]))
-            for name, weight in shrink.weights.items()
-        }
-        outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
-        if ratio and left == outputs:
-            reasons = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
-            raise ValueError(
-                f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
-                f"({'; '.join(reasons)}); raise it, or prune single weights with magnitude_prune."
-            )
-        after = _summary(model, example_inputs)
+        return _result(model, ratio, example_inputs, shrink, before)
     except BaseException:
         shrink.restore()
         raise
+
+
+def _result(
+    model: nn.Module, ratio: float, example_inputs: Any, shrink: Shrink, before: Summary
+) -> Pruned:
+    """What was removed from a model."""
+    kept, (whole, part) = shrink.kept(), shrink.reasons()
+    layers = {
+        name: Change(weight.shape[shrink.output(name)], len(kept[name]))
+        for name, weight in shrink.weights.items()
+    }
+    outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
+    if ratio and left == outputs:
+        reasons = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
+        raise ValueError(
+            f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
+            f"({'; '.join(reasons)}); raise it, or prune single weights with magnitude_prune."
+        )
+    after = _summary(model, example_inputs)
     asked = {
         name: min(floor(ratio * change.before + 0.5), change.before - 1)
         for name, change in layers.items()

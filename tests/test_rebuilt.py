@@ -1,0 +1,166 @@
+"""A pruned network gives equal numbers after `rebuild` in a process that never saw it pruned."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from drophot.structured import prune_channels, rebuild
+
+Make = Callable[[], nn.Module]
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = {**TEXT, "num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": 2}
+LANGUAGE: dict[str, tuple[str, str, Mapping[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "llama, tied": ("LlamaForCausalLM", "LlamaConfig", {**GROUPED, "tie_word_embeddings": True}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**GROUPED, "head_dim": 12}),
+    "mistral": ("MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 4}),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**GROUPED, "head_dim": 8}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        {**GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    ),
+    "bert": ("BertForSequenceClassification", "BertConfig", TEXT),
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            **{"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2},
+            **{"num_heads": 4, "decoder_start_token_id": 0},
+        },
+    ),
+}
+GENERATING = LANGUAGE.keys() - {"bert"}
+VISION: dict[str, tuple[str, str, int, Mapping[str, Any]]] = {
+    "resnet": ("torchvision", "resnet18", 64, {}),
+    "mobilenet": ("torchvision", "mobilenet_v3_small", 64, {}),
+    "densenet": (
+        "torchvision",
+        "DenseNet",
+        64,
+        {"growth_rate": 8, "block_config": (2, 2), "num_init_features": 16},
+    ),
+    "swin": (
+        "torchvision",
+        "SwinTransformer",
+        32,
+        {
+            **{"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]},
+            "window_size": [4, 4],
+        },
+    ),
+    "vit": ("timm", "vit_tiny_patch16_224", 32, {"img_size": 32, "depth": 2}),
+    "dinov3": ("timm", "vit_small_patch16_dinov3", 32, {"img_size": 32, "depth": 2}),
+}
+NAMES = [*LANGUAGE, *VISION]
+
+
+def made(name: str) -> Any:
+    """A network of random weights, those of the process."""
+    if name in LANGUAGE:
+        transformers = pytest.importorskip("transformers")
+        model, config, settings = LANGUAGE[name]
+        return getattr(transformers, model)(getattr(transformers, config)(**settings)).eval()
+    library, kind, _, settings = VISION[name]
+    found = pytest.importorskip(library)
+    if library == "timm":
+        return found.create_model(kind, num_classes=5, **settings).eval()
+    return getattr(found.models, kind)(num_classes=5, **settings).eval()
+
+
+def inputs(name: str, batch: int) -> dict[str, Tensor] | Tensor:
+    random = torch.Generator().manual_seed(batch)
+    if name in VISION:
+        size = VISION[name][2]
+        return torch.randn(batch, 3, size, size, generator=random)
+    words = {"input_ids": torch.randint(3, 64, (batch, 5 + batch), generator=random)}
+    if name == "t5":
+        words["decoder_input_ids"] = words["input_ids"][:, :4].clone()
+    return words
+
+
+@torch.no_grad()
+def answers(name: str, model: Any) -> list[Tensor]:
+    """What it gives for two sizes of batch, with a cache and without."""
+    found = []
+    for batch in (2, 3):
+        given = inputs(name, batch)
+        if isinstance(given, Tensor):
+            found.append(model(given))
+            continue
+        caches = [{}] if name == "bert" else [{"use_cache": True}, {"use_cache": False}]
+        found += [model(**given, **cache).logits for cache in caches]
+        for cache in caches if name in GENERATING else ():
+            words = given["input_ids"]
+            options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **cache}
+            found.append(model.generate(words, attention_mask=torch.ones_like(words), **options))
+    return found
+
+
+def load(folder: str) -> None:
+    """In the other process: build each network, load it, and save what it gives."""
+    for path in sorted(Path(folder).glob("*.json")):
+        torch.manual_seed(1)
+        model = rebuild(made(path.stem), json.loads(path.read_text()))
+        model.load_state_dict(torch.load(path.with_suffix(".pt")))
+        torch.save(answers(path.stem, model), path.with_suffix(".out"))
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Tensor]]]:
+    """What each pruned network gives here, and the folder with what it gives elsewhere."""
+    folder, here = tmp_path_factory.mktemp("rebuilt"), {}
+    for name in NAMES:
+        torch.manual_seed(0)
+        try:
+            model = made(name)
+        except pytest.skip.Exception:
+            continue
+        result = prune_channels(model, 0.5, inputs(name, 2))
+        assert result.parameters.removed > 0.25
+        here[name] = answers(name, model)
+        torch.save(model.state_dict(), folder / f"{name}.pt")
+        (folder / f"{name}.json").write_text(json.dumps(result.description))
+    code = f"import test_rebuilt; test_rebuilt.load({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    return folder, here
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_rebuilt_network_gives_equal_numbers_in_another_process(
+    name: str, pruned: tuple[Path, dict[str, list[Tensor]]]
+) -> None:
+    folder, here = pruned
+    if name not in here:
+        pytest.skip("its library is not installed")
+    there = torch.load(folder / f"{name}.out")
+    assert len(there) == len(here[name]) > 1
+    for one, other in zip(there, here[name], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", sorted(GENERATING))
+def test_words_are_the_same_with_a_cache_and_without(
+    name: str, pruned: tuple[Path, dict[str, list[Tensor]]]
+) -> None:
+    _, here = pruned
+    if name not in here:
+        pytest.skip("its library is not installed")
+    generated = [one for one in here[name] if not one.is_floating_point()]
+    assert len(generated) == 4
+    assert torch.equal(generated[0], generated[1])
+    assert torch.equal(generated[2], generated[3])
