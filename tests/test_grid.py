@@ -323,10 +323,10 @@ def test_the_pipeline_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"data_ratios": []}, ValueError, "`data_ratios` should have at least one value"),
-        ({"modes": []}, ValueError, "`modes` should have at least one value"),
-        ({"prune_ratios": []}, ValueError, "`prune_ratios` should have at least one value"),
-        ({"seeds": []}, ValueError, "`seeds` should have at least one value"),
+        ({"data_ratios": []}, ValueError, "`data_ratios` must have at least one value"),
+        ({"modes": []}, ValueError, "`modes` must have at least one value"),
+        ({"prune_ratios": []}, ValueError, "`prune_ratios` must have at least one value"),
+        ({"seeds": []}, ValueError, "`seeds` must have at least one value"),
         ({"data_ratios": [0.5, 0.2, 0.5]}, ValueError, "`data_ratios` .* once. Found 0.5 twice"),
         ({"prune_ratios": [0, 0.0]}, ValueError, "`prune_ratios` .* once. Found 0.0 twice"),
         ({"seeds": [0, 1, 1]}, ValueError, "`seeds` .* once. Found 1 twice"),

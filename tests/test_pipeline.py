@@ -429,10 +429,10 @@ def test_a_loop_of_ones_own_may_have_an_optimiser_with_a_closure() -> None:
 def test_steps_out_of_order_say_what_is_missing() -> None:
     run = drop_hot()
     for step, message in (
-        (run.select, r"call score\(\) or set scores"),
-        (run.train, r"call select\(\) first"),
-        (run.prune, r"call train\(\) first"),
-        (run.finetune, r"call prune\(\) first"),
+        (run.select, r"call `run.score\(\)` first, or set `run.scores`"),
+        (run.train, r"call `run.select\(\)` first"),
+        (run.prune, r"call `run.train\(\)` first"),
+        (run.finetune, r"call `run.prune\(\)` first"),
     ):
         with pytest.raises(RuntimeError, match=message):
             step()
@@ -452,7 +452,7 @@ def test_training_anew_takes_the_old_masks_away() -> None:
     run = drop_hot(mode="random")
     run.run()
     run.train()
-    with pytest.raises(RuntimeError, match=r"call prune\(\) first"):
+    with pytest.raises(RuntimeError, match=r"call `run.prune\(\)` first"):
         run.finetune()
 
 
@@ -543,7 +543,7 @@ shared = small()
             ValueError,
             "`train_set`",
         ),
-        ({"test_set": []}, ValueError, "`test_set` should have at least one sample"),
+        ({"test_set": []}, ValueError, "`test_set` must have at least one sample"),
         ({"train_set": IndexedDataset(TRAIN)}, ValueError, "`train_set` .* Found 3 .* added here"),
         ({"test_set": IndexedDataset(TEST)}, ValueError, "`test_set` .* Found 3 parts"),
         ({"train_set": Stream()}, TypeError, "`train_set` .* without a length"),

@@ -58,7 +58,7 @@ def test_equal_values_have_an_interval_of_a_point() -> None:
 @pytest.mark.parametrize(
     ("values", "confidence", "words"),
     [
-        ([], 0.95, "`values` should have at least one value"),
+        ([], 0.95, "`values` must have at least one value"),
         ([0.5, math.nan], 0.95, "`values` should be finite. Found nan"),
         ([math.inf], 0.95, "`values` should be finite. Found inf"),
         ([0.5, 0.6], 95, r"`confidence` should be in \(0, 1\). Found 95"),
