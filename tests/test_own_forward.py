@@ -83,7 +83,7 @@ def test_layers_that_compute_another_kernel_stay_dense(layer: nn.Module) -> None
     random = torch.get_rng_state()
     masks: list[Masks] = []
     (message,) = warned(lambda: masks.append(magnitude_prune(model, 0.5)))
-    assert f"`0.weight` ({type(layer).__name__}, whose own forward" in message
+    assert f"`0.weight` ({type(layer).__name__}, whose forward" in message
     assert "0.weight" not in masks[0]
     assert torch.equal(model[0].weight, before["0.weight"])
     assert torch.equal(torch.get_rng_state(), random)
@@ -207,7 +207,7 @@ def test_layers_that_multiply_by_their_weight_are_pruned(layer: nn.Module, train
 
 def test_a_model_of_nothing_else_is_refused_by_name() -> None:
     model = nn.Sequential(*(Standardised(4, 4, 3) for _ in range(5)))
-    with pytest.raises(ValueError, match=r"`0.weight` \(Standardised\), .*, …; if it does"):
+    with pytest.raises(ValueError, match=r"`0.weight` \(Standardised\), .*, …\. If they do"):
         magnitude_prune(model, 0.5)
     every = tuple(str(number) for number in range(5))
     assert magnitude_prune(model, 0.5, include=every).sparsity == 0.5
@@ -236,7 +236,7 @@ def test_a_forward_that_was_put_on_a_layer_is_not_trusted() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(4, 4))
     layer = model[0]
     layer.forward = lambda x: F.linear(x, layer.weight.exp())
-    assert "`0.weight` (Linear, whose own" in warned(lambda: magnitude_prune(model, 0.5))[0]
+    assert "`0.weight` (Linear, whose forward" in warned(lambda: magnitude_prune(model, 0.5))[0]
 
 
 def test_accelerates_hooks_are_no_forward_of_their_own() -> None:
