@@ -106,7 +106,7 @@ def test_a_validation_split_is_never_kept() -> None:
         ([1, 1], ValueError, "1 repeated"),
         ([-1], ValueError, "-1"),
         ([0, 6], ValueError, "6"),
-        ([], ValueError, "none"),
+        ([], ValueError, "empty"),
         ([0.0, 1.0], TypeError, "float64"),
         ([[0, 1]], ValueError, r"\(1, 2\)"),
         ({0, 1}, TypeError, "set"),
@@ -115,6 +115,6 @@ def test_a_validation_split_is_never_kept() -> None:
     ],
 )
 def test_a_wrong_part_is_named(among: Any, error: type[Exception], found: str) -> None:
-    with pytest.raises(error, match=f"Found .*{found}") as caught:
+    with pytest.raises(error, match=f"`among` .*{found}") as caught:
         select([0.0, NAN, 2.0, NAN, 4.0, 5.0], 0.5, among=among)
     assert "`among`" in str(caught.value)
