@@ -115,6 +115,6 @@ def test_a_validation_split_is_never_kept() -> None:
     ],
 )
 def test_a_wrong_part_is_named(among: Any, error: type[Exception], found: str) -> None:
-    with pytest.raises(error, match=f"`among` .*{found}") as caught:
+    with pytest.raises(error, match=found) as caught:
         select([0.0, NAN, 2.0, NAN, 4.0, 5.0], 0.5, among=among)
     assert "`among`" in str(caught.value)

@@ -119,8 +119,8 @@ def followed(
 
     def hook(path: str) -> Callable[..., None]:
         def before(module: nn.Module, *_: Any) -> None:
-            entered.append(module)
             enter(path)
+            entered.append(module)  # after it, so that nothing is left that was not entered
 
         return before
 
