@@ -256,17 +256,19 @@ def checked(
 
 
 def double(name: str) -> tuple[nn.Module, Any, Any]:
-    """A network in float64, or in float32 where its code knows nothing else."""
-    torch.set_default_dtype(torch.float64)
-    model, inputs, others = zoo.make(name)
-    model = distinct(model)
-    try:
-        call(model, inputs(2, 0))
-    except Exception:
-        torch.set_default_dtype(torch.float32)
+    """A network in float64, made in it or turned into it, or in float32 if it runs in no other."""
+    for made, runs in ((torch.float64,) * 2, (torch.float32, torch.float64), (torch.float32,) * 2):
+        torch.set_default_dtype(made)
         model, inputs, others = zoo.make(name)
-        model = distinct(model)
-        call(model, inputs(2, 0))
+        torch.set_default_dtype(runs)
+        model = distinct(model.to(runs))
+        try:
+            call(model, inputs(2, 0))
+        except Exception:
+            if made == runs == torch.float32:
+                raise
+        else:
+            break
     return model, inputs, others
 
 

@@ -45,13 +45,25 @@ def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = torch.randn(tensor.shape, generator=random, dtype=torch.float64)
             noise = noise.abs() if "var" in name else noise
             tensor.data.add_(noise.to(tensor.dtype), alpha=0.02)
+            if len(tensor.unique()) < tensor.numel():  # 32 bits are too few for random numbers
+                _spread(tensor.data, random)
     return model.eval()
+
+
+def _spread(tensor: Tensor, random: torch.Generator) -> None:
+    """Values at equal distances, in random order, with the mean and spread of those there were."""
+    mean, spread = tensor.mean(), tensor.std(correction=0)
+    order = torch.randperm(tensor.numel(), generator=random).view(tensor.shape)
+    steps = (order.to(tensor.dtype) + 0.5) / tensor.numel() - 0.5
+    tensor.copy_(mean + steps * spread * 12**0.5)
 
 
 def kept_by_value(dense: Tensor, pruned: Tensor) -> Tensor:
     """Which entries of a tensor are still there: `(*dense.shape)`."""
     if dense.shape == pruned.shape and torch.equal(dense, pruned):
         return torch.ones_like(dense, dtype=torch.bool)
+    if len(dense.unique()) < dense.numel():
+        raise NotChecked("equal values in a tensor")
     kept = torch.isin(dense, pruned)
     if int(kept.sum()) != pruned.numel():
         raise Wrong("values that the dense network does not have")
