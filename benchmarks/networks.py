@@ -1,7 +1,7 @@
 """Half of the channels of 217 real networks, by drophot and by Torch-Pruning.
 
 Networks of timm, torchvision, Transformers and segmentation-models-pytorch (`zoo.py`) with random
-weights, in float64. Each network and tool runs in a process of its own, on one thread, with a limit
+weights, in float64. Each network and tool runs in a separate process, on one thread, with a limit
 of time and of memory. Its row is appended to `results/networks.csv` when it is done: a command that
 was killed resumes where it was. `--part 2/8` runs the second of eight parts, `--only timm/vit` the
 networks with that in their names, `--again crashed wrong` the rows with these outcomes once more;
@@ -37,6 +37,7 @@ from importlib import import_module
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from time import perf_counter, process_time
 from typing import Any
 
@@ -109,6 +110,13 @@ def write(path: Path, row: dict[str, Any]) -> None:
 
 
 def counted(rows: list[dict[str, str]]) -> str:
+    """The outcomes of all rows, and of the networks that every tool was run on."""
+    tools = Counter(row["network"] for row in rows)
+    shared = [row for row in rows if tools[row["network"]] == len(TOOLS)]
+    return f"{outcomes(rows)}\n\nby both:\n{outcomes(shared)}"
+
+
+def outcomes(rows: list[dict[str, str]]) -> str:
     """How many of each outcome, and the median of what was removed where it is right."""
     lines = []
     for tool in TOOLS:
@@ -116,11 +124,9 @@ def counted(rows: list[dict[str, str]]) -> str:
         lines.append(f"{tool}: {len(mine)} networks")
         for outcome, number in Counter(row["outcome"] for row in mine).most_common():
             lines.append(f"  {number:>4} {outcome}")
-        removed = sorted(
-            float(row["parameters_removed"]) for row in mine if row["outcome"].startswith("right")
-        )
+        removed = [float(row["parameters_removed"]) for row in mine if row["outcome"] == "right"]
         if removed:
-            middle, few = removed[len(removed) // 2], sum(share < 0.6 for share in removed)
+            middle, few = median(removed), sum(share < 0.6 for share in removed)
             lines.append(f"  of parameters, median {middle:.1%}; {few} below 60 %")
     return "\n".join(lines)
 

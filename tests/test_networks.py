@@ -137,3 +137,14 @@ def test_each_network_has_a_row_whatever_becomes_of_it(
 
 def test_all_networks_are_named_once() -> None:
     assert len(zoo.NAMES) == len(set(zoo.NAMES)) == 217
+
+
+def test_values_of_32_bits_are_all_different() -> None:
+    model = oracle.distinct(nn.Linear(2000, 500))
+    assert len(model.weight.unique()) == 1_000_000
+    assert model.weight.std().item() == pytest.approx((1 / 6000 + 0.02**2) ** 0.5, rel=0.02)
+
+
+def test_equal_values_cannot_be_checked() -> None:
+    with pytest.raises(oracle.NotChecked, match="equal values"):
+        oracle.kept_by_value(torch.ones(4), torch.ones(2))

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Run compiled models as they are written: hooks and modes would be compiled in anew.
+    """Run compiled models as they are written: hooks and modes would make torch compile them again.
 
     Yields:
         Nothing.

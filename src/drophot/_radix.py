@@ -14,7 +14,9 @@ _BLOCK = 1 << 20  # numbers looked at in one go: they stay in the cache, and mem
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _REMOVED = -1  # the key of what an earlier pruning removed: below every magnitude
 
-Keys = Callable[[], Iterable[Tensor]]  # the integers of one tensor, block by block, each time anew
+Keys = Callable[
+    [], Iterable[Tensor]
+]  # the integers of one tensor, block by block, from the start at each call
 
 
 class Place(NamedTuple):
