@@ -12,6 +12,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
+torch.manual_seed(0)  # what the test files draw when they are imported
 torch.set_num_threads(1)  # the networks here are so small that threads wait for each other
 
 
@@ -47,6 +48,11 @@ def torchrun(processes: int, script: str | Path, *arguments: str, folder: Path) 
 # No time limits, since machines differ; the same examples each time where nobody can look.
 hypothesis.settings.register_profile("drophot", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("drophot")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)  # a test draws the same numbers whichever ran before it
 
 
 @pytest.fixture(scope="session")
