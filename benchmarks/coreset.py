@@ -24,7 +24,8 @@ import torch
 from common import save
 from torch import Tensor
 
-from drophot import CrestLoader, _feed, facility_location, fit, k_center, select
+from drophot import CrestLoader, facility_location, fit, k_center, select
+from drophot.data import batching
 from drophot.models import fcnet, lenet
 
 
@@ -292,12 +293,12 @@ class Batches:
     """Random batches, read as CREST reads its own."""
 
     def __init__(self, data: Any, steps: int, device: torch.device) -> None:
-        self.data, self.steps, self.device = _feed.in_memory(data, device), steps, device
+        self.data, self.steps, self.device = batching.in_memory(data, device), steps, device
         self.total = len(data)
 
     def __iter__(self) -> Any:
         for _ in range(self.steps):
-            yield _feed.at(self.data, torch.randint(0, self.total, (128,)), self.device)
+            yield batching.at(self.data, torch.randint(0, self.total, (128,)), self.device)
 
 
 def peak() -> int:

@@ -29,8 +29,8 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from drophot import fit
-from drophot._step import fast_step, takes_channels_last
 from drophot.models import fcnet, lenet, resnet18, resnet50
+from drophot.training.step import fast_step, takes_channels_last
 
 BATCH = 64
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -204,8 +204,11 @@ def ready(
     if "channels last" not in without and takes_channels_last(model, inputs[:2]):
         inputs = inputs.to(memory_format=torch.channels_last)
     replaced = {
-        "fused optimiser": ("drophot._step._fused", lambda *_: nullcontext()),
-        "oneDNN for large layers": ("drophot._step.fast_linear", lambda model, device: model),
+        "fused optimiser": ("drophot.training.step._fused", lambda *_: nullcontext()),
+        "oneDNN for large layers": (
+            "drophot.training.step.fast_linear",
+            lambda model, device: model,
+        ),
     }
     with ExitStack() as stack:
         for part in without:

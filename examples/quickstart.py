@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from drophot import DropHot
-from drophot.coreset import Mode
+from drophot.coreset.score_selection import Mode
 from drophot.models import fcnet
 from drophot.report import plot_steps, table
 

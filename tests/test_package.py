@@ -15,131 +15,16 @@ import drophot
 
 SOURCE = ROOT / "src" / "drophot"
 
-# Data flows down this list; a module imports from those above it only.
-HOUSE = [
-    "_numbers",
-    "_warning",
-    "_random",
-    "_progress",
-    "_classifier",
-    "_untouched",
-    "_eager",
-    "_memory",
-    "_alarms",
-    "_named",
-    "indexing",
-    "_history",
-    "_checks",
-    "_pairing",
-    "_faults",
-    "_ranks",
-    "_watch",
-    "_observe",
-    "_state",
-    "forgetting",
-    "dynamics",
-    "_presenter",
-    "_radix",
-    "_exact",
-    "_arrays",
-    "_shares",
-    "_linear",
-    "_stratified",
-    "_greedy",
-    "_k_center",
-    "_facility",
-    "coreset",
-    "_layers",
-    "_own_forward",
-    "_weights",
-    "_uncovered",
-    "_current",
-    "_earlier_masks",
-    "_factors",
-    "_optimizers",
-    "_followers",
-    "_unheld",
-    "_hold",
-    "_masks",
-    "_lamp",
-    "_budgets",
-    "_pattern",
-    "_statistics",
-    "_batchnorm",
-    "_whole_file",
-    "_compressed",
-    "_latency",
-    "_formulas",
-    "_operations",
-    "_summary",
-    "prune",
-    "schedule",
-    "_seen",
-    "_ties",
-    "_left",
-    "_moves",
-    "_kernels",
-    "_sums",
-    "_rules",
-    "_entries",
-    "_run",
-    "_trace",
-    "_pools",
-    "_whole",
-    "_check",
-    "_zeroed",
-    "_look",
-    "_slots",
-    "_widths",
-    "_heads",
-    "_swap",
-    "_sizes",
-    "_shrink",
-    "structured",
-    "released",
-    "_samples",
-    "_purity",
-    "_held",
-    "_cache",
-    "_feed",
-    "_step",
-    "training",
-    "features",
-    "_medoids",
-    "crest",
-    "epochwise",
-    "_modes",
-    "_ambient",
-    "_packages",
-    "_digests",
-    "_code",
-    "_identity",
-    "_experiment",
-    "records",
-    "_loop",
-    "_pruning",
-    "_choosing",
-    "_probe",
-    "pipeline",
-    "_store",
-    "_remainder",
-    "_stages",
-    "_plan",
-    "_executors",
-    "_dispatch",
-    "grid",
-    "_cells",
-    "stats",
-    "_columns",
-    "_tables",
-    "_plots",
-    "_panels",
-    "_html",
-    "report",
-    "models",
+# Imports go up this list: a package imports from the floors before its own, never sideways.
+FLOORS = [
+    {"models", "_core"},
+    {"data", "tracking", "prune", "records", "modes", "cells"},
+    {"coreset", "structured", "training", "stats", "integrations"},
+    {"sampling", "report"},
+    {"pipeline"},
+    {"grid"},
 ]
-# Plain tensors pass between these three; they do not know each other.
-STRANGERS = {"forgetting", "coreset", "prune"}
+FACES = {"forgetting"}  # another name for a package; nothing inside imports it
 
 COST = """
 import sys
@@ -172,49 +57,38 @@ def test_the_test_of_the_import_can_fail() -> None:
 
 
 def imported(path: Path) -> set[str]:
-    """The modules of drophot that a file imports when it is loaded itself."""
-    tree = ast.parse(path.read_text())
-    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    inside = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef)
-        for node in ast.walk(function)
-    }
+    """The packages of drophot that a file imports, wherever in it."""
     found: set[str] = set()
-    for node in nodes:
-        if id(node) in inside or node.module is None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, path
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
             continue
-        if node.module == "drophot":
-            found |= {alias.name for alias in node.names}
-        elif node.module.startswith("drophot."):
-            found.add(node.module.split(".")[1])
+        found |= {name.split(".")[1] for name in names if name.startswith("drophot.")}
     return found
 
 
 def wrong_way(imports: dict[str, set[str]]) -> list[str]:
-    return [
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    return sorted(
         f"{name} imports {other}"
         for name, others in imports.items()
-        for other in sorted(others)
-        if HOUSE.index(other) >= HOUSE.index(name) or {name, other} <= STRANGERS
-    ]
+        for other in sorted(others - {name, "__version__"})
+        if floor[other] >= floor[name]
+    )
 
 
-def test_imports_point_up_the_house() -> None:
-    files = {path.stem: path for path in SOURCE.glob("*.py") if path.stem != "__init__"}
-    assert files.keys() == set(HOUSE), "every module has its place"
-    imports = {name: imported(path) for name, path in files.items()}
-    assert imports["pipeline"] >= {"training", "coreset", "prune", "dynamics", "records"}
+def test_imports_go_up_the_floors() -> None:
+    imports: dict[str, set[str]] = {}
+    for path in SOURCE.rglob("*.py"):
+        package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if package not in {"__init__", *FACES}:
+            imports.setdefault(package, set()).update(imported(path))
+    assert imports.keys() == set().union(*FLOORS), "every module is in a package with a floor"
     assert wrong_way(imports) == []
-
-
-def test_integrations_stand_apart() -> None:
-    """They import from the house, the house nothing from them, and they not from each other."""
-    for path in (SOURCE / "integrations").glob("*.py"):
-        assert imported(path) <= set(HOUSE), path
-    for path in SOURCE.glob("*.py"):
-        assert "integrations" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
@@ -228,10 +102,42 @@ def test_an_extra_that_is_not_installed_is_an_error_with_the_line_for_pip(name: 
 
 
 def test_the_test_of_the_imports_can_fail() -> None:
-    assert wrong_way({"prune": {"training"}}) == ["prune imports training"]
-    assert wrong_way({"prune": {"coreset"}}) == ["prune imports coreset"]
-    assert wrong_way({"prune": {"prune"}}) == ["prune imports prune"]
-    assert wrong_way({"prune": {"_radix"}}) == []
+    assert wrong_way({"prune": {"training", "prune"}}) == ["prune imports training"]
+    assert wrong_way({"prune": {"tracking"}}) == ["prune imports tracking"]  # they are side by side
+    assert wrong_way({"prune": {"_core"}}) == []
+
+
+PROMISED = {
+    "drophot.forgetting.ForgettingTracker",
+    "drophot.coreset.select",
+    "drophot.prune.magnitude_prune",
+    "drophot.pipeline.DropHot",
+    "drophot.structured.prune_channels",
+    "drophot.training.fit",
+    "drophot.grid.Grid",
+    "drophot.report.html",
+    "drophot.stats.paired",
+    "drophot.models.lenet",
+    "drophot.tracking.DynamicsTracker",
+    "drophot.sampling.CrestLoader",
+    "drophot.data.IndexedDataset",
+}
+
+
+def test_promised_paths_are_there_after_a_plain_import() -> None:
+    pytest.importorskip("torchvision", reason="the extra `vision` is not installed")
+    lines = "\n".join(f"assert callable({path}), {path!r}" for path in sorted(PROMISED))
+    assert python(f"import drophot\n{lines}\ndrophot.integrations") == ""
+
+
+def test_nothing_leaks_from_the_package() -> None:
+    """Its attributes are its public names and its packages."""
+    packages = {path.stem for path in SOURCE.iterdir() if path.name[0] != "_"} - {"py"}
+    found = python("import drophot; print(*(n for n in dir(drophot) if n[0] != '_'))").split()
+    assert set(found) <= {*drophot.__all__, *packages}
+    assert packages <= set(found)
+    leaked = python("import drophot; print(*(n for n in vars(drophot) if n[0] != '_'))").split()
+    assert set(leaked) <= {*drophot.__all__, *packages}
 
 
 def test_public_names_are_there_and_documented() -> None:

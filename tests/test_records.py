@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.record import one
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,27 +51,6 @@ def test_writing_and_reading_is_the_identity(found: list[Record]) -> None:
         again = read(path)
     assert again == found
     assert [r.seconds for r in again] == [r.seconds for r in found]
-
-
-def one(**changes: Any) -> Record:
-    values: dict[str, Any] = {
-        "model": "lenet",
-        "mode": "high",
-        "keep_ratio": 0.1,
-        "kept": 6000,
-        "prune_ratio": 0.8,
-        "seed": 0,
-        "trained_accuracy": 0.9,
-        "pruned_accuracy": 0.5,
-        "finetuned_accuracy": 0.95,
-        "finetune_curve": (0.93, 0.95),
-        "sparsity": 0.8,
-        "seconds": {"train": 1.5},
-        "device": "cpu",
-        "versions": {"torch": "2"},
-        "fingerprint": "0" * 16,
-    }
-    return Record(**(values | changes))
 
 
 def test_a_record_is_frozen_and_equal_but_for_its_seconds() -> None:

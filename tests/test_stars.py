@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.record import one
 from numpy.typing import NDArray
-from test_records import one
 
 from drophot.report import differences
 from drophot.stats import compare, paired

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.record import one
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_records import one
 
 from drophot import Record
 from drophot.records import fingerprint

@@ -1,20 +1,22 @@
 """Find the training samples that matter, train on those, prune, and see what it cost."""
 
-import logging
+import logging as _logging
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
-from drophot._modes import Scored
-from drophot.coreset import Coreset, Stratified, facility_location, k_center, select
-from drophot.crest import CrestLoader
-from drophot.dynamics import DynamicsTracker
-from drophot.epochwise import FreshSubset, LossSampling
-from drophot.features import features
-from drophot.forgetting import ForgettingTracker
+from drophot.coreset import Coreset, Stratified, facility_location, features, k_center, select
+from drophot.data import IndexedDataset
 from drophot.grid import Grid
-from drophot.indexing import IndexedDataset
+from drophot.modes import Scored
 from drophot.pipeline import DropHot
 from drophot.prune import Masks, magnitude_prune, summary
 from drophot.records import Record
+from drophot.sampling import CrestLoader, FreshSubset, LossSampling
+from drophot.tracking import DynamicsTracker, ForgettingTracker
 from drophot.training import evaluate, fit
+
+if TYPE_CHECKING:
+    from drophot import forgetting, integrations, models, report, stats, structured
 
 __version__ = "0.1.0.dev0"
 
@@ -36,10 +38,33 @@ __all__ = [
     "facility_location",
     "features",
     "fit",
+    "forgetting",
+    "integrations",
     "k_center",
     "magnitude_prune",
+    "models",
+    "report",
     "select",
+    "stats",
+    "structured",
     "summary",
 ]
 
-logging.getLogger("drophot").addHandler(logging.NullHandler())
+# Imported when they are first used, so that `import drophot` stays light.
+_LAZY = {"forgetting", "integrations", "models", "report", "stats", "structured"}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return _import_module(f"drophot.{name}")
+    raise AttributeError(f"module 'drophot' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+del TYPE_CHECKING
+
+
+_logging.getLogger("drophot").addHandler(_logging.NullHandler())

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from drophot import _modes
-from drophot._packages import named
-from drophot.coreset import kept
+from drophot import modes
+from drophot._core.installed_packages import named
+from drophot._core.ratios import kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,10 +117,10 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
     total = len(run.train_set)
     configuration = json.loads(json.dumps(run.configuration))  # equal to what is read from a file
     settings = {name: value for name, value in configuration.items() if name != "seed"}
-    size = kept(total, run.data_ratio) if run.mode in _modes.DYNAMIC else len(run.indices)
+    size = kept(total, run.data_ratio) if run.mode in modes.DYNAMIC else len(run.indices)
     return Record(
         model=factory_name(run.factory, run.model),
-        mode="baseline" if size == total else _modes.name(run.mode),
+        mode="baseline" if size == total else modes.name(run.mode),
         keep_ratio=run.data_ratio,
         kept=size,
         prune_ratio=run.prune_ratio,

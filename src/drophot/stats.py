@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from drophot import _cells, _numbers
+from drophot import cells
+from drophot._core import scalars
 from drophot.records import Record
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
@@ -203,7 +204,7 @@ def holm(p_values: Iterable[float]) -> list[float]:
         >>> holm([0.01, 0.04, 0.03])
         [0.03, 0.06, 0.06]
     """
-    found = [math.nan if p != p else _numbers.real("p_values", p) for p in p_values]
+    found = [math.nan if p != p else scalars.real("p_values", p) for p in p_values]
     for p in found:
         if not (math.isnan(p) or 0 <= p <= 1):
             raise ValueError(f"`p_values` should be in [0, 1]. Found {p}.")
@@ -238,8 +239,8 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
         34
     """
     power, alpha = _share("power", power), _share("alpha", alpha)
-    difference = _numbers.real("difference", difference, "finite and not 0")
-    std = _numbers.real("std", std, "finite and not negative")
+    difference = scalars.real("difference", difference, "finite and not 0")
+    std = scalars.real("std", std, "finite and not negative")
     if not (math.isfinite(difference) and difference != 0):
         raise ValueError(f"`difference` should be finite and not 0. Found {difference}.")
     if not (math.isfinite(std) and std >= 0):
@@ -338,13 +339,12 @@ def compare(
         )
     confidence = _share("confidence", confidence)
     rows = [
-        (runs[0][0], _of_pairs(runs, measure, confidence))
-        for runs in _cells.pairs(records, against)
+        (runs[0][0], _of_pairs(runs, measure, confidence)) for runs in cells.pairs(records, against)
     ]
     adjusted = holm(found.p_value for _, found in rows)
     return [
         Comparison(
-            **{name: getattr(first, name) for name in _cells.FIELDS},
+            **{name: getattr(first, name) for name in cells.FIELDS},
             against=against,
             measure=measure,
             n=found.n,
@@ -353,7 +353,7 @@ def compare(
             p_value=found.p_value,
             p_holm=p_holm,
             effect_size=found.effect_size,
-            settings=_cells.known(first),
+            settings=cells.known(first),
         )
         for (first, found), p_holm in zip(rows, adjusted, strict=True)
     ]
@@ -374,7 +374,7 @@ def _of_pairs(
 
 
 def _check(name: str, values: Iterable[float]) -> Sequence[float]:
-    found = [_numbers.real(name, value, "finite") for value in values]
+    found = [scalars.real(name, value, "finite") for value in values]
     if not found:
         raise ValueError(f"`{name}` must have at least one value, but it is empty.")
     for value in found:
@@ -384,7 +384,7 @@ def _check(name: str, values: Iterable[float]) -> Sequence[float]:
 
 
 def _share(name: str, value: Any) -> float:
-    found = _numbers.real(name, value, "in (0, 1)")
+    found = scalars.real(name, value, "in (0, 1)")
     if not 0 < found < 1:
         raise ValueError(f"`{name}` should be in (0, 1). Found {found}.")
     return found

@@ -1,1 +1,9 @@
 """The tracker where other people's trainers hold the loop; each module needs its own extra."""
+
+from importlib import import_module as _import_module
+
+
+def __getattr__(name: str) -> object:
+    if name in {"lightning", "transformers"}:
+        return _import_module(f"drophot.integrations.{name}")
+    raise AttributeError(f"module 'drophot.integrations' has no attribute {name!r}")

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from drophot import _watch
-from drophot._presenter import Presenter, Taken
-from drophot.forgetting import ForgettingTracker
+from drophot.tracking import attach
+from drophot.tracking.forgetting import ForgettingTracker
+from drophot.tracking.presenter import Presenter, Taken
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -150,7 +150,7 @@ class TrackerCallback(Callback):
             ValueError: If a loader's data set joins several IndexedDatasets.
         """
         for loader in _loaders(trainer.train_dataloader):
-            _watch.check_source(loader)
+            attach.check_source(loader)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

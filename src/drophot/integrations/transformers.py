@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from drophot import _watch
-from drophot._pairing import tensors
-from drophot._presenter import Presenter, Taken
-from drophot.forgetting import ForgettingTracker
-from drophot.indexing import IndexedDataset
+from drophot.data.indexing import IndexedDataset
+from drophot.tracking import attach
+from drophot.tracking.batch_matching import tensors
+from drophot.tracking.forgetting import ForgettingTracker
+from drophot.tracking.presenter import Presenter, Taken
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -119,7 +119,7 @@ class TrackerMixin(_Base):
         self._unrecognised = False  # whether a forward of this step was on other tensors
         super().__init__(*args, **kwargs)
         data: Any = self.train_dataset
-        _watch.check_source(Subset(data, []))
+        attach.check_source(Subset(data, []))
         size = len(data) if hasattr(data, "__len__") else None
         if isinstance(data, Subset) and isinstance(data.dataset, IndexedDataset):
             size = max(data.indices, default=-1) + 1  # the samples' numbers in the whole
@@ -235,7 +235,7 @@ class TrackerMixin(_Base):
             label = (self.label_names or ["labels"])[0]
             raise TypeError(
                 f"A training batch should have `index` and `{label}`. Found "
-                f"{_watch.describe(inputs)}; wrap the training set in IndexedDataset, and see that "
+                f"{attach.describe(inputs)}; wrap the training set in IndexedDataset, and see that "
                 f"`data_collator` keeps them. Should the Trainer itself have dropped them, train "
                 f"with `TrainingArguments(remove_unused_columns=False)`. Labels by another name: "
                 f"`targets=lambda batch: ...`."
@@ -348,7 +348,7 @@ class _Keeper(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         tracker = self.trainer.tracker
-        _watch.check_source(kwargs.get("train_dataloader"))
+        attach.check_source(kwargs.get("train_dataloader"))
         self._check_ranks()
         if self.before is not None:  # a smaller batch is tried
             tracker.load_state_dict(self.before)

@@ -1,0 +1,1 @@
+"""What knows neither coreset nor mask: random state, memory, order statistics, numbers."""

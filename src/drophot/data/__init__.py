@@ -1,0 +1,7 @@
+"""From a dataset to batches on a device."""
+
+from drophot.data.indexing import IndexedDataset
+
+__all__ = [
+    "IndexedDataset",
+]

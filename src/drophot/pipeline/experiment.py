@@ -1,0 +1,202 @@
+"""What makes a run the experiment that it is: its network, optimiser, training loop and data.
+
+All of it is read from what a user gave and from what the factories make of it, so that a lambda
+whose learning rate was changed is another experiment although its name is the same.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from math import floor, isfinite, log10
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import TensorDataset
+
+from drophot._core import random_state
+from drophot._core.installed_packages import name_of, named
+from drophot.pipeline.digests import digest, digest_of, text_of
+from drophot.pipeline.fingerprints import attributes, describe
+
+_SAMPLES = 32  # of data that is not in memory, which are compared
+# What every module has: its parts and hooks, which are compared by themselves or by their code.
+_PARTS = vars(nn.Module()).keys()
+
+
+def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any], list[str]]:
+    """What a configuration says of all that is no plain setting.
+
+    Args:
+        run: Has `factory`, `optimizer`, `fit`, `device`, and the data as it is trained on.
+        train_set: The data as it was given.
+        test_set: Likewise.
+
+    Returns:
+        `model`, `optimizer`, `fit`, `train_set` and `test_set`, as JSON can hold them; what could
+        not be looked into, each with its argument.
+    """
+    with random_state.kept(run.device, seed=0):
+        model, twin = run.factory(), run.factory()
+        made = run.optimizer(model.parameters())
+    with random_state.kept(run.device, seed=0):
+        again = _summaries(run.factory())
+    unknown: list[str] = []
+
+    def told(name: str, thing: Any) -> Any:
+        found, lacks = describe(thing)
+        unknown.extend(f"{lack} in `{name}`" for lack in lacks)
+        return found
+
+    found = {
+        "model": {"factory": told("model", run.factory), **_network(model, twin, again, unknown)},
+        "optimizer": {**_optimizer(made, told), "factory": told("optimizer", run.optimizer)},
+        "fit": told("fit", run.fit),
+        "train_set": _data(train_set, run.train_set),
+        "test_set": _data(test_set, run.test_set),
+    }
+    return found, unknown
+
+
+def _network(
+    model: nn.Module, twin: nn.Module, again: dict[str, Any], unknown: list[str]
+) -> dict[str, Any]:
+    """A network as it was built; what is drawn at random, which differs in its twin, in outline."""
+    modules, others = dict(model.named_modules()), dict(twin.named_modules())
+    settings = {}
+    for name, module in modules.items():
+        own, drawn = attributes(module), attributes(others.get(name))
+        settings[name] = [name_of(type(module))] + [
+            [key, value if drawn.get(key) == value else "drawn"]
+            for key, value in sorted(own.items())
+            if key not in _PARTS
+        ]
+    values = {}
+    other = _tensors(twin)
+    for name, tensor in _tensors(model).items():
+        same = name in other and _equal(tensor, other[name])
+        value = describe(tensor)[0] if same else _drawn(tensor, again.get(name))
+        values[name] = [value, tensor.requires_grad]
+    extra = {k: v for k, v in model.state_dict().items() if not isinstance(v, Tensor)}
+    for name, value in extra.items():
+        if not can_be_loaded(value):
+            unknown.append(f"{named(type(value))} as the state `{name}` of `model`")
+    classes = {type(module) for module in modules.values()}
+    codes = sorted((describe(cls)[0] for cls in classes), key=text_of)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "layers": dict(sorted(Counter(type(m).__name__ for m in modules.values()).items())),
+        "network": digest_of([settings, values, describe(extra)[0]]),
+        "code": digest_of(codes),
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
+def _summaries(model: nn.Module) -> dict[str, Any]:
+    return {name: _summary(tensor) for name, tensor in _tensors(model).items()}
+
+
+def _drawn(tensor: Tensor, again: Any) -> list[Any]:
+    """A drawn tensor in outline, without its values where the same seed draws others."""
+    found = _summary(tensor)
+    return [str(tensor.dtype), list(tensor.shape), found if found == again else "random"]
+
+
+def _summary(tensor: Tensor) -> list[float] | None:
+    """The mean, standard deviation and largest size of values, to two digits of the latter two."""
+    # Rounded: a patch release of torch may draw numbers that differ in their last bits.
+    usable = tensor.layout == torch.strided and not tensor.is_quantized and tensor.numel()
+    if not usable or tensor.device.type == "meta":
+        return None
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = tensor.detach().double()
+    mean, spread, largest = (
+        float(value) for value in (values.mean(), values.std(correction=0), values.abs().max())
+    )
+    if not isfinite(mean) or not isfinite(spread):
+        return None
+    digits = 1 - floor(log10(largest)) if largest else 0
+    spread, largest = (float(f"{value:.1e}") for value in (spread, largest))
+    return [round(mean, digits) + 0.0, spread, largest]  # 0.0: no negative zero
+
+
+def _optimizer(made: Optimizer, told: Any) -> dict[str, Any]:
+    """An optimiser's type, and the settings of its groups."""
+    groups = [
+        {
+            **{k: told("optimizer", v) for k, v in group.items() if k not in _OF_PARAMETERS},
+            "tensors": [list(parameter.shape) for parameter in group["params"]],
+        }
+        for group in made.param_groups
+    ]
+    for group in groups:
+        group["tensors"] = [len(group["tensors"]), digest_of(group["tensors"])]
+    kind = describe(type(made))[0]
+    return {"type": kind, **(groups[0] if len(groups) == 1 else {"groups": groups})}
+
+
+_OF_PARAMETERS = ("params", "param_names")
+
+
+def _data(given: Any, held: Any) -> dict[str, Any]:
+    """Data by its numbers, and what is not in memory by its code, settings and some samples."""
+    if isinstance(held, TensorDataset):
+        inputs, targets = held.tensors[:2]
+        return {
+            "samples": len(inputs),
+            "inputs": f"{inputs.dtype} {list(inputs.shape[1:])} {digest([inputs])}",
+            "targets": f"{targets.dtype} {digest([targets])}",
+        }
+    before = attributes(given, data=True)
+    samples = _samples(given)
+    after = attributes(given, data=True)  # what reading changes is no setting
+    return {
+        "samples": len(given),
+        "type": describe(type(given), data=True)[0],
+        "settings": {name: value for name, value in before.items() if after.get(name) == value},
+        "some": samples,
+    }
+
+
+def _samples(data: Any) -> list[str]:
+    """Digests of the inputs and of the targets of some samples, unless these change."""
+    size = len(data)
+    places = sorted({i * (size - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)})
+
+    def read() -> list[str]:
+        with random_state.kept(seed=0):
+            columns = zip(*(data[place] for place in places), strict=True)
+            return [digest([torch.as_tensor(part) for part in column]) for column in columns]
+
+    pairs = zip(read(), read(), strict=True)
+    return [once if once == again else "random" for once, again in pairs]
+
+
+def can_be_loaded(value: Any) -> bool:
+    """Whether a file with it can be read without running code.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        Whether it can.
+    """
+    content = io.BytesIO()
+    try:
+        torch.save(value, content)
+        content.seek(0)
+        torch.load(content, weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or one.device.type == "meta":
+        return False
+    return torch.equal(one, other)

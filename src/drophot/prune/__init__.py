@@ -1,0 +1,25 @@
+"""Magnitude pruning, with masks that keep removed weights at zero."""
+
+from drophot.prune.batchnorm import recalibrate_bn
+from drophot.prune.compressed_checkpoint import load_compressed, save_compressed
+from drophot.prune.magnitude import magnitude_prune
+from drophot.prune.masks import Masks
+from drophot.prune.model_summary import LayerSummary, Summary, summary
+from drophot.prune.schedule import Schedule, cubic, geometric, rewind
+from drophot.prune.semi_structured import to_semi_structured
+
+__all__ = [
+    "LayerSummary",
+    "Masks",
+    "Schedule",
+    "Summary",
+    "cubic",
+    "geometric",
+    "load_compressed",
+    "magnitude_prune",
+    "recalibrate_bn",
+    "rewind",
+    "save_compressed",
+    "summary",
+    "to_semi_structured",
+]

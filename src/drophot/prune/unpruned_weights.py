@@ -1,0 +1,118 @@
+"""What pruning leaves dense because it does not know the layer, and how large a share that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drophot._core.user_warnings import warn
+from drophot.prune.linear_layers import is_matrix, weights_of
+from drophot.prune.prunable_weights import joined, left_out
+
+# With at most this share left dense, the share of all matrix weights that is removed is less than
+# one percentage point below the one asked for.
+_TRIFLE = 0.01
+_SHOWN = 3
+_PACKED = (torch.int8, torch.uint8, torch.int32)
+
+_silenced: ContextVar[bool] = ContextVar("_silenced", default=False)
+
+
+@contextmanager
+def uncovered_warning_silenced(silenced: bool = True) -> Iterator[None]:
+    """Suppress the warning of `warn_of_uncovered`, which has been given before or will be.
+
+    Args:
+        silenced: Whether to suppress it; `False` changes nothing.
+
+    Yields:
+        Nothing.
+    """
+    token = _silenced.set(silenced or _silenced.get())
+    try:
+        yield
+    finally:
+        _silenced.reset(token)
+
+
+def uncovered(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], skip: Iterable[str] = ()
+) -> dict[str, tuple[int, str]]:
+    """The matrices of a model that are neither pruned nor skipped.
+
+    Args:
+        model: Any module.
+        weights: What is pruned, by name.
+        skip: Names of modules or parameters that are to stay dense.
+
+    Returns:
+        How many weights each has and what it is, by name.
+    """
+    without = left_out(model, skip)
+    seen = {id(weight) for weight in weights.values()}
+    found: dict[str, tuple[int, str]] = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        for attribute, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen or id(parameter) in without:
+                continue
+            seen.add(id(parameter))
+            name = joined(path, attribute)
+            if is_matrix(model, name, parameter):
+                computed = attribute in weights_of(module)
+                why = f"{kind}, whose forward may not keep its zeros" if computed else kind
+                found[name] = parameter.numel(), why
+        if path not in without:
+            packed = _packed(module)
+            found |= {joined(path, name): (n, f"{kind}, packed") for name, n in packed.items()}
+    return found
+
+
+def warn_of_uncovered(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], skip: Iterable[str] = ()
+) -> None:
+    """Warn with the names of the matrices that stay dense, if they hold more than 1 % of all.
+
+    Args:
+        model: Any module.
+        weights: What is pruned, by name.
+        skip: Names of modules or parameters that are to stay dense.
+    """
+    if _silenced.get():
+        return
+    found = uncovered(model, weights, skip)
+    left = sum(number for number, _ in found.values())
+    share = left / (left + sum(weight.numel() for weight in weights.values()))
+    if share <= _TRIFLE:
+        return
+    shown = ", ".join(f"`{name}` ({why})" for name, (_, why) in list(found.items())[:_SHOWN])
+    more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+    warn(
+        f"{share:.1%} of the model's matrix weights, embeddings not counted, stay dense, since "
+        f"drophot does not know how they are used: {shown}{more}. The ratio is a share of the "
+        f"others. Pass `include` with their names, or those of their modules, to prune them too, "
+        f"or `skip` to leave them dense without this warning."
+    )
+
+
+def _packed(module: nn.Module) -> dict[str, int]:
+    """How many weights a quantised layer has in tensors that are no parameters."""
+    place = type(module).__module__
+    if place.startswith("torch.") and ".quantized." in place:
+        weight: Any = getattr(module, "weight", None)
+        weight = weight() if callable(weight) else weight
+        matrix = isinstance(weight, Tensor) and "Embedding" not in type(module).__name__
+        return {"weight": weight.numel()} if matrix else {}
+    return {
+        name: buffer.numel()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+        and buffer.dtype in _PACKED
+        and "weight" in name
+        and sum(size > 1 for size in buffer.shape) > 1
+    }

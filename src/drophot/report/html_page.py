@@ -1,0 +1,370 @@
+"""The page of a grid: one file with everything in it.
+
+It is given the tables and what draws the figures; it knows the order, the words and the style.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from drophot import cells
+from drophot.records import Record, from_line
+from drophot.report.setting_columns import EXTRAS, columns, order
+from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
+from drophot.report.tables import Table, percent
+
+_HOW = {
+    "n": "Seeds. Each is a run of everything: initial weights, order and random coresets.",
+    "Share, removed, zeros held": "The share of the training samples that was kept, the share of "
+    "the prunable weights that was removed, and the share of them that is zero in the end.",
+    "Low, high": "Coresets of the samples that were forgotten least and most often while a network "
+    "was trained on everything. Other modes have the name of their score or of their method.",
+    "Baseline": "All samples kept, and the rest the same: trained, pruned and fine-tuned. It takes "
+    "more steps than a coreset does, unless steps are said to be equal.",
+    "Random": "A coreset of the same size drawn at random. What another mode gains over it is due "
+    "to how that mode chose; what random gains over the baseline is due to the size alone.",
+    "[ ]": "A 95 % interval of Student's t. For a difference it is that of the differences within "
+    "each seed. With few seeds it is wide, as it should be.",
+    "–": "No accuracy: the run diverged, or it was never measured. Means are of the others, and "
+    "(n = ...) says of how many.",
+    "*": "p < 0.05 in the paired t-test after Holm's correction for all differences of the table: "
+    "if none of them were real, any star in it would have a chance of 5 % at most. No star is no "
+    "proof that two are equal.",
+    "Last epoch": "Every accuracy is the one on the test set after the last epoch. The best epoch "
+    "is never picked, since that would be to choose by the test set.",
+}
+_CSS = """
+:root { color-scheme: light dark; --ink: #1c1f23; --soft: #5d6570; --rule: #d9dde2;
+  --hair: #eceef1; --paper: #fff; --link: #0072b2 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #9aa3ae; --rule: #3a4048;
+  --hair: #272c33; --paper: #15181c; --link: #56b4e9 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 74rem; padding: 3rem 2rem 5rem; color: var(--ink);
+  background: var(--paper); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, sans-serif; -webkit-text-size-adjust: 100% }
+h1 { font-size: 1.75rem; line-height: 1.2; font-weight: 650; letter-spacing: -0.015em;
+  margin: 0 0 .75rem }
+h2 { font-size: 1.15rem; font-weight: 650; margin: 3.25rem 0 .35rem; letter-spacing: -0.005em }
+h3 { font-size: .95rem; font-weight: 600; margin: 1.75rem 0 .35rem }
+p { margin: 0 0 .9rem; max-width: 46rem }
+p.note, dd { color: var(--soft) }
+p.note { font-size: .9rem }
+.scroll { overflow-x: auto; -webkit-overflow-scrolling: touch; margin: .75rem 0 1.25rem }
+table { border-collapse: collapse; font-size: .84rem; line-height: 1.35;
+  font-variant-numeric: tabular-nums lining-nums; border-bottom: 1px solid var(--rule) }
+th { font-weight: 600; text-align: right; vertical-align: bottom; white-space: nowrap;
+  border-bottom: 1px solid var(--rule) }
+th, td { padding: .26rem .7rem }
+th:first-child, td:first-child { padding-left: 0 }
+td { text-align: right; white-space: nowrap }
+th.w, td.w { text-align: left }
+td.v { white-space: normal; overflow-wrap: anywhere; text-align: left; min-width: 12rem }
+tr.first > td { border-top: 1px solid var(--hair) }
+td small { font-size: inherit; color: var(--soft) }
+td i { position: absolute; padding-left: .15em; font-style: normal; font-weight: 700 }
+td b { font-weight: 650 }
+figure { margin: .9rem 0 1.4rem; padding: .8rem .9rem .6rem; background: #fff; color: #333;
+  border: 1px solid var(--rule); border-radius: 6px; overflow-x: auto }
+figure svg { display: block; width: 100%; height: auto }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif
+  !important }
+figure.few { width: fit-content; max-width: 100% }
+.legend { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; margin: 0 0 .5rem; font-size: .8rem }
+figure.few .legend { width: 0; min-width: 100% }
+.legend span { display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap }
+.legend svg { width: 2.4rem }
+.panels { display: grid; gap: .6rem .5rem;
+  grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)) }
+.panels.one { grid-template-columns: minmax(0, 32rem) }
+.panels.few { grid-template-columns: repeat(var(--columns), minmax(9.5rem, 16rem)) }
+.panels.grid { grid-template-columns: repeat(var(--columns), minmax(9rem, 17rem)) }
+dl { max-width: 46rem; margin: .75rem 0 }
+dt { font-weight: 600; font-size: .92rem; margin-top: .7rem }
+dd { margin: .1rem 0 0; font-size: .92rem }
+@media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem } h1 { font-size: 1.4rem }
+  h2 { margin-top: 2.4rem } figure { padding: .6rem }
+  figure.few { width: auto }
+  .panels, .panels.few { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)) }
+  th, td { padding-inline: .5rem } }
+@media print { :root { --ink: #000; --soft: #444; --rule: #bbb; --hair: #e4e4e4; --paper: #fff }
+  body { padding: 0; max-width: none; font-size: 9pt } table { font-size: 7.5pt }
+  th, td { padding-inline: .35rem } .scroll, figure { overflow: visible }
+  .panels.grid { grid-template-columns: repeat(var(--columns), minmax(0, 17rem)) }
+  figure, tr, .note { break-inside: avoid } h2, h3, .note { break-after: avoid } }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a page is made of."""
+
+    records: list[Record]
+    """One for each cell, the baseline first, then by data ratio, prune ratio, mode and seed."""
+    cells: int
+    """The number of them once the grid is finished."""
+    configuration: Mapping[str, Any]
+
+
+def load(source: Iterable[Record] | Path | str) -> Source:
+    """Read what a page is to be made of.
+
+    Args:
+        source: Records, or a grid's folder, in which a line may just be being written.
+
+    Returns:
+        The records, each cell once, and what is known of the grid.
+
+    Raises:
+        TypeError: If one is no record.
+        ValueError: If there are none, a line is no record, or one of two of a cell and seed found
+            something else.
+    """
+    grid: dict[str, Any] = {}
+    if isinstance(source, (Path, str)):
+        grid, lines = _read(Path(source))
+        # A stage that two processes computed, or one again, has two lines: the last counts.
+        source = {(cells.identity(line), line.seed): line for line in lines}.values()
+    source = cells.checked(source, "source")
+    if not source:
+        raise ValueError("`source` must hold at least one record, but has none so far.")
+    found = cells.cells(source, "source")
+    more = order([runs[0] for runs in found])
+    keys = [((*more(runs[0]), *_order(run)), run) for runs in found for run in runs]
+    records = [run for _, run in sorted(keys, key=lambda pair: pair[0])]
+    plan = int(grid.get("plan", {}).get("cells", 0))
+    return Source(records, max(plan, len(records)), grid.get("configuration", {}))
+
+
+def page(source: Source, *, accuracies: Table, differences: Table | None, panels: Panels) -> str:
+    """Put the page together.
+
+    Args:
+        source: The records.
+        accuracies: The table of all of them.
+        differences: The table of their differences, if there is something to compare.
+        panels: What draws the figures.
+
+    Returns:
+        The page.
+    """
+    parts_of = _figures(source.records)
+
+    def drawn(draw: Callable[[list[Record]], str]) -> str:
+        if len(parts_of) == 1:
+            return draw(parts_of[0][1])
+        names: dict[str, list[str]] = {}  # where all is left out, the reason is the same text
+        for name, runs in parts_of:
+            names.setdefault(draw(runs), []).append(name)
+        if len(names) == 1:
+            return next(iter(names))
+        return "".join(f"<h3>{escape('; '.join(n))}</h3>{text}" for text, n in names.items())
+
+    parts = {
+        "Accuracy by share of data and of weights": drawn(panels.ratios),
+        "Table 1: differences after fine-tuning": _differences(source, differences),
+        "Figure 1: over the epochs of fine-tuning": drawn(panels.curves),
+        "Figure 2: before and after pruning": drawn(panels.steps),
+        "All accuracies": note("In %, the mean over n seeds ± standard deviation.")
+        + _table(accuracies),
+        "Seconds": _seconds(source.records),
+        "Configuration": _configuration(source.configuration),
+        "How to read this": _how(),
+    }
+    models = ", ".join(dict.fromkeys(record.model for record in source.records))
+    title = escape(f"{models}: coresets, pruned and fine-tuned")
+    body = "".join(f"<section><h2>{n}</h2>{text}</section>" for n, text in parts.items() if text)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_CSS}</style></head><body><main>"
+        f"<h1>{title}</h1>{_summary(source)}{body}</main></body></html>\n"
+    )
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    path = folder / "records.jsonl"
+    if not path.is_file():
+        raise ValueError(
+            f"`source` should be records or a grid's folder. There is no records.jsonl in "
+            f"{folder}: pass the folder that was passed to Grid.run."
+        )
+    whole, _, _ = path.read_bytes().rpartition(b"\n")  # after it, a line that is being written
+    records = []
+    for number, line in enumerate(whole.decode().split("\n") if whole else [], start=1):
+        try:
+            records.append(from_line(line))
+        except ValueError as error:
+            raise ValueError(f"{path} should hold records. Line {number}: {error}") from error
+    grid = folder / "grid.json"
+    return json.loads(grid.read_bytes()) if grid.is_file() else {}, records
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    coreset = record.mode != "baseline"
+    setting = (*(str(getattr(record, name)) for name in reversed(EXTRAS)), coreset)
+    mode = list(NAMES).index(record.mode) if record.mode in NAMES else len(NAMES)
+    return (*setting, record.keep_ratio, record.prune_ratio, mode, record.seed)
+
+
+def _figures(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
+    """Records that one figure can show, each with the baseline that serves it."""
+    inside = {"mode", "keep_ratio", "prune_ratio"}  # what differs within a figure
+    loose = inside | cells.independent_of("baseline")
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    baselines: dict[object, list[Record]] = {}
+    only = all(record.mode == "baseline" for record in records)
+    for runs in cells.cells(records):
+        if runs[0].mode == "baseline" and not only:
+            for free in (loose, loose - cells.STEP_1):
+                key = (len(free), cells.key(runs[0], free))
+                baselines.setdefault(key, []).extend(runs)
+        else:
+            groups.setdefault(cells.key(runs[0], inside), []).extend(runs)
+    extras = columns([runs[0] for runs in groups.values()])
+    found = []
+    for number, runs in enumerate(groups.values()):
+        label = ", ".join(f"{column.heading}: {column.words[number]}" for column in extras)
+        # The baselines that were scored alike, or if there are none, those that were not.
+        frees = (loose - cells.STEP_1, loose)
+        served = [baselines.get((len(free), cells.key(runs[0], free)), []) for free in frees]
+        found.append((label, runs + (served[0] or served[1])))
+    return found
+
+
+def _differences(source: Source, differences: Table | None) -> str:
+    if differences is None:
+        return note(
+            "Left out: there is nothing to compare. It takes coresets, and a baseline or random "
+            "coresets beside them."
+        )
+    modes = {record.mode for record in source.records}
+    text = "Percentage points of test accuracy, the mean over n seeds"
+    if several(source.records):
+        text += ", [its 95 % interval], and * where p < 0.05 after Holm's correction for the "
+        text += "whole table."
+    else:
+        text += f". {ONE_SEED}"
+    for mode, name in {"baseline": "baseline", "random": "random coreset"}.items():
+        text += f" There is no {name} to compare with." * (mode not in modes)
+    return note(text) + _table(differences)
+
+
+def _summary(source: Source) -> str:
+    runs = source.records
+    kept = sorted({record.kept for record in runs if record.mode != "baseline"})
+    every = sorted({record.kept for record in runs if record.mode == "baseline"})
+    modes = list(dict.fromkeys(record.mode for record in runs if record.mode != "baseline"))
+    epochs = sorted({len(record.finetune_curve) for record in runs})
+    seeds = sorted({record.seed for record in runs})
+    text = ", ".join(dict.fromkeys(record.model for record in runs))
+    if kept:
+        text += f" trained on coresets ({', '.join(modes)}) of {_span(kept)}"
+        text += f" of {_span(every)}" * bool(every) + " training samples"
+        text += ", and on all of them" * bool(every)
+    else:
+        text += f" trained on {_span(every)} samples"
+    ratios = values(runs, "prune_ratio")
+    shares = ", ".join(percent(ratio) for ratio in ratios)
+    text += f"; pruned by {shares} of the weights" if any(ratios) else "; not pruned"
+    tuned = f"fine-tuned on everything for {_span(epochs)} epochs"
+    text += f"; {tuned if any(epochs) else 'not fine-tuned'}"
+    text += f"; {len(seeds)} seed{'s' * (len(seeds) > 1)}. "
+    devices = ", ".join(dict.fromkeys(record.device for record in runs))
+    versions: dict[str, dict[str, None]] = {}
+    for record in runs:
+        for name, version in record.versions.items():
+            versions.setdefault(name, {})[version] = None
+    with_ = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
+    text += f"On {devices}" + f" with {with_}" * bool(with_) + "."
+    done = f"{len(runs):,} cell{'s' * (len(runs) > 1)}."
+    if len(runs) < source.cells:
+        done = f"{len(runs):,} of {source.cells:,} cells so far."
+    return f"<p>{escape(text)} <strong>{done}</strong></p>"
+
+
+def _seconds(records: Sequence[Record]) -> str:
+    # What cells share has the same seconds in each of them.
+    found: dict[str, dict[tuple[object, ...], float]] = {}
+    for runs in cells.cells(records):
+        # What the cells of one grid have in common.
+        grid = cells.key(runs[0], set(cells.FIELDS) - {"model", "protocol", "structured"})
+        for run in runs:
+            for step, seconds in run.seconds.items():
+                found.setdefault(step, {})[grid, run.seed, seconds] = seconds
+    rows = [
+        [step, f"{len(times):,}", f"{mean(times.values()):,.1f}", f"{sum(times.values()):,.1f}"]
+        for step, times in ((step, found[step]) for step in found)
+    ]
+    if not rows:
+        return note("Left out: none were recorded.")
+    total = sum(sum(times.values()) for times in found.values())
+    rows.append(["all", "", "", f"{total:,.1f}"])
+    text = "Wall-clock seconds of each step; what several cells share counts once."
+    return note(text) + _table(Table(["step", "times", "mean", "sum"], rows, 1))
+
+
+def _configuration(configuration: Mapping[str, Any]) -> str:
+    if not configuration:
+        return ""
+    rows = "".join(
+        f'<tr><td class="w">{escape(name)}</td><td class="v">{escape(value)}</td></tr>'
+        for name, value in _flat(configuration)
+    )
+    return f'<div class="scroll"><table>{rows}</table></div>'
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _how() -> str:
+    items = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _HOW.items())
+    return f"<dl>{items}</dl>"
+
+
+def _table(table: Table) -> str:
+    def tag(name: str, column: int, content: str) -> str:
+        return f"<{name}{' class=w' * (column < table.left)}>{content}</{name}>"
+
+    head = "".join(tag("th", column, escape(name)) for column, name in enumerate(table.head))
+    # A thin rule where the data ratio changes, or the network, the protocol or a control.
+    block = [
+        column
+        for column, name in enumerate(table.head)
+        if "share" in table.head and (name == "share" or (column < table.left and name != "kept"))
+    ]
+    before, lines = None, []
+    for row in table.rows:
+        cells = "".join(tag("td", column, _cell(cell)) for column, cell in enumerate(row))
+        key = [row[column] for column in block]
+        lines.append(f"<tr{' class=first' * (key != before and bool(lines))}>{cells}</tr>")
+        before = key
+    body = "".join(lines)
+    head = f"<thead><tr>{head}</tr></thead>"
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """A cell with what follows its number set softer, and a mark always at the same place."""
+    text = escape(text)
+    if found := re.fullmatch(r"(\S+) (\[.*\]) ( |\*)", text):
+        number, interval, mark = found.groups()
+        number = f"<b>{number}</b>" if mark == "*" else number
+        return f"{number} <small>{interval}</small><i>{mark.strip()}</i>"
+    return re.sub(r" (± \S+)$", r" <small>\1</small>", text)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """The first and the last of sorted numbers."""
+    return " to ".join(dict.fromkeys(f"{number:,}" for number in (*numbers[:1], *numbers[-1:])))

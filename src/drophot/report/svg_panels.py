@@ -1,0 +1,269 @@
+"""Small figures beside one another, as a page shows them."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from html import escape
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from drophot.cells import cells
+from drophot.records import Record
+from drophot.report import plots
+from drophot.report.tables import finite, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NAMES = {
+    "low": "low: least forgotten",
+    "high": "high: most forgotten",
+    "random": "random",
+    "baseline": "baseline: all data",
+}
+ONE_SEED = "There is one seed, and so there are no intervals."
+
+_SIZE = (2.15, 1.75)  # inches
+_ALONE = (3.6, 2.3)
+_STYLE: Any = {
+    "font.size": 7.5,
+    "axes.titlesize": 7.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a8f98",
+    "axes.labelcolor": "#333",
+    "axes.linewidth": 0.6,
+    "xtick.color": "#8a8f98",
+    "ytick.color": "#8a8f98",
+    "xtick.labelcolor": "#333",
+    "ytick.labelcolor": "#333",
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 2.6,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "drophot",  # the same page from the same records
+}
+
+
+class Panels:
+    """The figures of one page, in which a mode looks the same everywhere.
+
+    Args:
+        modes: The names of all modes on the page.
+    """
+
+    def __init__(self, modes: Iterable[str]) -> None:
+        self._looks = plots.looks_of(modes)
+        self._numbers = itertools.count(1)
+
+    def ratios(self, runs: Sequence[Record]) -> str:
+        """Accuracy against the share of data, and against the share of weights.
+
+        Args:
+            runs: Of one model, protocol and control, and their baseline.
+
+        Returns:
+            HTML: the figures, or why there are none.
+        """
+        shares, ratios = values(runs, "keep_ratio"), values(runs, "prune_ratio")
+        text = ""
+        if len(shares) > 1:
+            text += note("Against the share of data kept, for each share of weights removed:")
+            panels = {
+                f"{percent(r)} removed": [x for x in runs if x.prune_ratio == r] for r in ratios
+            }
+            text += self._figure(panels, partial(plots.ratios, looks=self._looks))
+        if len(ratios) > 1:
+            text += note("Against the share of weights removed, for each share of data kept:")
+            panels = {f"{percent(share)} kept": _at(runs, share) for share in shares}
+            text += self._figure(panels, partial(plots.ratios, x="prune_ratio", looks=self._looks))
+        if not text:
+            return note("Left out: there is one data ratio and one prune ratio only.")
+        bars = "Bars and bands are 95 % intervals over seeds." if several(runs) else ONE_SEED
+        return note(f"Test accuracy in % after fine-tuning. {bars}") + text
+
+    def curves(self, runs: Sequence[Record]) -> str:
+        """Accuracy over the epochs of fine-tuning, for each data ratio and prune ratio.
+
+        Args:
+            runs: Of one model, protocol and control, and their baseline.
+
+        Returns:
+            HTML: the figure, or why there is none.
+        """
+        if not any(record.finetune_curve for record in runs):
+            return note("Left out: there are no epochs of fine-tuning.")
+        ratios = values(runs, "prune_ratio")
+        panels = {
+            f"{percent(share)} kept, {percent(ratio)} removed": _at(runs, share, ratio)
+            for share in values(runs, "keep_ratio")
+            for ratio in ratios
+        }
+        most = max(len(cells(found)) for found in panels.values() if found)
+        if most > plots.MOST:
+            return note(f"Left out: {most} lines in one figure; {plots.MOST} can be told apart.")
+        if not finite(accuracy for record in runs for accuracy in record.finetune_curve):
+            return note("Left out: every run diverged.")
+        bands = "bands are 95 % intervals over seeds" if several(runs) else "one seed"
+        start = "and may lie below the frame"
+        if runs[0].reinitialized or runs[0].rewound:
+            start = "and is left out, since fine-tuning began from other weights"
+        text = f"Test accuracy in % over the epochs of fine-tuning; {bands}. Each column has its "
+        text += f"own scale. Epoch 0 is right after pruning {start}."
+
+        def draw(found: Sequence[Record], ax: Axes) -> None:
+            plots.curves(found, ax=ax, looks=self._looks).set_xlabel("")
+            later = finite(100 * a for record in found for a in record.finetune_curve)
+            if not later:
+                return
+            low, high = min(later), max(later)
+            # Where pruning took most of the accuracy, a frame down to there would show no more.
+            start = min(finite(100 * record.pruned_accuracy for record in found), default=low)
+            if not (found[0].reinitialized or found[0].rewound) and start > 2 * low - high:
+                low = min(low, start)
+            edge = 0.06 * (high - low) or 1
+            ax.set_ylim(low - edge, high + edge)
+
+        return note(text) + self._figure(panels, draw, columns=len(ratios))
+
+    def steps(self, runs: Sequence[Record]) -> str:
+        """Accuracy before and after pruning and after fine-tuning, at the smallest data ratio.
+
+        Args:
+            runs: Of one model, protocol and control, and their baseline.
+
+        Returns:
+            HTML: the figure, or why there is none.
+        """
+        share, *larger = values(runs, "keep_ratio")
+        ratios = values(runs, "prune_ratio")
+        if ratios == [0] and not any(record.finetune_curve for record in runs):
+            return note("Left out: nothing was pruned and nothing fine-tuned.")
+        text = f"Test accuracy in % with {percent(share)} of the data kept"
+        text += ", the smallest share" * bool(larger) + "; "
+        text += "bars are standard deviations over seeds." if several(runs) else "one seed."
+
+        def draw(found: Sequence[Record], ax: Axes) -> None:
+            plots.steps(found, ax=ax, looks=self._looks)
+            labels = [label.get_text().replace(" ", "\n", 1) for label in ax.get_xticklabels()]
+            ax.set_xticks(ax.get_xticks(), labels)
+            ax.set_xlim(-0.45, 2.45)
+
+        ratios = [ratio for ratio in ratios if ratio > 0] or ratios
+        panels = {f"{percent(ratio)} removed": _at(runs, share, ratio) for ratio in ratios}
+        return note(text) + self._figure(panels, draw)
+
+    def _figure(
+        self,
+        panels: Mapping[str, Sequence[Record]],
+        draw: Callable[..., object],
+        columns: int | None = None,
+    ) -> str:
+        """One legend and the panels, with one scale for all, or where there are columns in each."""
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+
+        size = _SIZE if len(panels) > 1 else _ALONE
+
+        modes = {record.mode for found in panels.values() for record in found}
+        with mpl.rc_context():
+            mpl.rcdefaults()  # a page looks the same wherever it is made
+            mpl.rcParams.update(_STYLE)
+            drawn: list[Axes | None] = []
+            for title, found in panels.items():
+                ax = None
+                if found:
+                    ax = Figure(figsize=size, layout="constrained").subplots()
+                    draw(found, ax=ax)
+                    if (legend := ax.get_legend()) is not None:
+                        legend.remove()  # there is one for all of them
+                    ax.set(title=title, ylabel="")
+                drawn.append(ax)
+            for first in range(columns or 1):
+                column = [ax for ax in drawn[first :: columns or 1] if ax is not None]
+                column = [ax for ax in column if isfinite(ax.dataLim.ymin)]  # not all nan
+                ends = [end for ax in column for end in ax.get_ylim()]
+                for ax in column:
+                    ax.set_ylim(min(ends), max(ends))
+            legend = ""
+            for mode, (marker, style, colour) in self._looks.items():
+                if mode in modes:
+                    look = {"marker": marker, "linestyle": style, "color": colour}
+                    figure = Figure(figsize=(0.4, 0.16))
+                    figure.add_artist(Line2D([0, 0.5, 1], [0.5] * 3, markevery=[1], **look))
+                    legend += f"<span>{self._svg(figure)}{escape(NAMES.get(mode, mode))}</span>"
+            svg = []
+            for title, ax in zip(panels, drawn, strict=True):
+                svg.append("<div></div>" if ax is None else self._svg(ax.figure, title))
+        few = len(drawn) < 4
+        kind = "one" if len(drawn) == 1 else "few" if few else "grid" if columns else ""
+        text = f'<div class="legend">{legend}</div><div class="panels {kind}" '
+        text += f'style="--columns:{columns or len(drawn)}">{"".join(svg)}</div>'
+        return f"<figure{' class=few' * few}>{text}</figure>"
+
+    def _svg(self, figure: Any, label: str = "") -> str:
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = file.getvalue()
+        text = text[text.index("<svg") :]
+        text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+        text = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", text, count=5)
+        # Each drawing names its parts alike; in one page their names have to differ.
+        text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>f{next(self._numbers)}-", text)
+        said = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
+        return text.replace("<svg", f"<svg {said}", 1).strip()
+
+
+def note(text: str) -> str:
+    """A paragraph in a softer colour.
+
+    Args:
+        text: Its words.
+
+    Returns:
+        HTML.
+    """
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def values(runs: Sequence[Record], name: str) -> list[float]:
+    """The values of a ratio, of the coresets if there are any.
+
+    Args:
+        runs: The records.
+        name: The ratio's name.
+
+    Returns:
+        The values, from the smallest.
+    """
+    coresets = [record for record in runs if record.mode != "baseline"] or runs
+    return sorted({getattr(record, name) for record in coresets})
+
+
+def several(runs: Sequence[Record]) -> bool:
+    """Whether a cell has several seeds.
+
+    Args:
+        runs: The records.
+
+    Returns:
+        Whether there is one that has.
+    """
+    return any(len(found) > 1 for found in cells(runs))
+
+
+def _at(runs: Sequence[Record], share: float, ratio: float | None = None) -> list[Record]:
+    """Runs of one data ratio, with the baseline, and of one prune ratio."""
+    return [
+        record
+        for record in runs
+        if (record.keep_ratio == share or record.mode == "baseline")
+        and ratio in (None, record.prune_ratio)
+    ]

@@ -1,0 +1,292 @@
+"""Rows of records and of differences, and how rows become text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+from typing import Any
+
+from drophot import stats
+from drophot.records import Record
+from drophot.report import setting_columns
+from drophot.report.setting_columns import EXTRAS
+
+STEPS = {
+    "trained_accuracy": "before pruning",
+    "pruned_accuracy": "after pruning",
+    "finetuned_accuracy": "after fine-tuning",
+}
+
+MISSING = "–"  # an accuracy that is nan
+_FIRST = ("low", "high", "random")  # in a table; other modes follow as they come
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Cells to be read by people."""
+
+    head: list[str]
+    rows: list[list[str]]
+    left: int
+    """The number of columns of words, which come first; the others are numbers."""
+
+    def text(self, *, bars: bool) -> str:
+        """The table in lines, its columns aligned.
+
+        Args:
+            bars: Whether it is Markdown.
+
+        Returns:
+            The lines.
+        """
+        escaped = [[_line(cell, bars) for cell in row] for row in (self.head, *self.rows)]
+        widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
+        rule = ["-" * width for width in widths]
+        if bars:
+            rule[self.left :] = [dashes[1:] + ":" for dashes in rule[self.left :]]
+        lines = [
+            ("  ", " | ")[bars].join(
+                cell.ljust(width) if column < self.left else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in (escaped[0], rule, *escaped[1:])
+        ]
+        return "\n".join(f"| {line} |" if bars else line.rstrip() for line in lines)
+
+
+def accuracies(found: Sequence[Sequence[Record]]) -> Table:
+    """A row for each cell, with the mean and the standard deviation of each accuracy in %.
+
+    Args:
+        found: The cells, each with its runs.
+
+    Returns:
+        The table.
+    """
+    firsts = [runs[0] for runs in found]
+    extras = [column for column in setting_columns.columns(firsts) if column.name != "model"]
+    words = ["model", *(column.heading for column in extras), "kept"]
+    rows = [
+        [
+            first.model,
+            *(column.words[number] for column in extras),
+            first.mode,
+            percent(first.keep_ratio),
+            f"{first.kept:,}",
+            percent(first.prune_ratio),
+            f"{len(runs)}",
+            *(_spread([100 * getattr(run, step) for run in runs]) for step in STEPS),
+            _zeros(runs),
+        ]
+        for number, (first, runs) in enumerate(zip(firsts, found, strict=True))
+    ]
+    numbers = ["share", "samples", "removed", "n", *STEPS.values(), "zeros held"]
+    return Table(words + numbers, rows, len(words))
+
+
+def comparisons(records: Sequence[Record], measure: stats.Measure) -> list[stats.Comparison]:
+    """All differences of one table, their p-values adjusted for all of them together.
+
+    Args:
+        records: The runs.
+        measure: Which accuracy.
+
+    Returns:
+        The differences; none if there is no baseline and no random subset to compare with.
+    """
+    found = [
+        comparison
+        for reference in ("baseline", "random")
+        if any(record.mode == reference for record in records)
+        for comparison in stats.compare(records, against=reference, measure=measure)
+    ]
+    adjusted = stats.holm(comparison.p_value for comparison in found)
+    return [replace(comparison, p_holm=p) for comparison, p in zip(found, adjusted, strict=True)]
+
+
+def against(found: Sequence[stats.Comparison]) -> Table:
+    """A row for each data ratio and prune ratio, with the differences in percentage points.
+
+    More columns than the paper's do not fit on a screen: then each mode has a row.
+
+    Args:
+        found: The differences.
+
+    Returns:
+        The table.
+    """
+    extras = setting_columns.columns(found)
+    place = {id(one): number for number, one in enumerate(found)}
+    lines: dict[tuple[Any, ...], dict[tuple[str, str], stats.Comparison]] = {}
+    for one in found:
+        names = (*EXTRAS, "keep_ratio", "prune_ratio")
+        key = (*(getattr(one, n) for n in names), json.dumps(one.settings, sort_keys=True))
+        lines.setdefault(key, {})[one.mode, one.against] = one
+    met = list(dict.fromkeys(pair for line in lines.values() for pair in line))
+    columns = sorted(
+        met,
+        key=lambda pair: (
+            pair[1] == "random",
+            _FIRST.index(pair[0]) if pair[0] in _FIRST else len(_FIRST),
+            met.index(pair),
+        ),
+    )
+    words = [column.heading for column in extras]
+    names = {other: other.removesuffix("line") for _, other in columns}
+    modes = list(dict.fromkeys(mode for mode, _ in columns))
+    long = len(columns) > 5
+    if long:
+        words.append("kept")
+        numbers = [f"− {name}" for name in names.values()]
+        parts = [[(mode, other) for other in names] for mode in modes]
+    else:
+        numbers = [f"{mode} − {names[other]}" for mode, other in columns]
+        parts = [columns]
+    rows = []
+    for _, line in sorted(lines.items()):
+        for pairs in parts:
+            cells = [line[pair] for pair in pairs if pair in line]
+            if not cells:
+                continue
+            first = cells[0]
+            seeds = sorted({one.n for one in cells})
+            rows.append([
+                *(column.words[place[id(first)]] for column in extras),
+                *[first.mode] * long,
+                percent(first.keep_ratio),
+                percent(first.prune_ratio),
+                "–".join(map(str, dict.fromkeys([seeds[0], seeds[-1]]))),
+                *(_difference(line[pair]) if pair in line else "" for pair in pairs),
+            ])
+    return Table([*words, "share", "removed", "n", *numbers], rows, len(words))
+
+
+def accuracies_csv(found: Sequence[Sequence[Record]]) -> str:
+    """A row for each cell, with a column for each number, unrounded.
+
+    Args:
+        found: The cells, each with its runs.
+
+    Returns:
+        The lines.
+    """
+    rows = []
+    names = (*EXTRAS, "mode", "keep_ratio", "kept", "prune_ratio")
+    more = setting_columns.differing([runs[0] for runs in found])
+    for number, runs in enumerate(found):
+        row: dict[str, object] = {name: getattr(runs[0], name) for name in names}
+        row |= {name: _value(values[number]) for name, values in more.items()}
+        row |= {"cell": runs[0].cell, "n": len(runs)}
+        for name in (*STEPS, "sparsity"):
+            values = [getattr(run, name) for run in runs]
+            row[f"{name}_mean"], row[f"{name}_std"] = average(values), deviation(values)
+            row[f"{name}_n"] = len(finite(values))
+        rows.append(row)
+    return _csv(rows)
+
+
+def against_csv(found: Sequence[stats.Comparison]) -> str:
+    """A row for each difference, with all of its numbers, unrounded.
+
+    Args:
+        found: The differences.
+
+    Returns:
+        The lines.
+    """
+    names, more = (*EXTRAS, "keep_ratio", "prune_ratio"), setting_columns.differing(found)
+    middle = ("mode", "against", "measure", "n", "difference")
+    after = ("p_value", "p_holm", "effect_size")
+    return _csv(
+        {name: getattr(one, name) for name in names}
+        | {name: _value(values[number]) for name, values in more.items()}
+        | {name: getattr(one, name) for name in middle}
+        | dict(zip(("low", "high"), one.interval, strict=True))
+        | {name: getattr(one, name) for name in after}
+        for number, one in enumerate(found)
+    )
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    """The accuracies that are there: nan is that of a run that diverged, or was never taken."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def average(values: Iterable[float]) -> float:
+    """The mean of those that are there; nan of none."""
+    return mean(found) if (found := finite(values)) else math.nan
+
+
+def deviation(values: Iterable[float]) -> float:
+    """The standard deviation of those that are there; nan of fewer than two."""
+    return stdev(found) if len(found := finite(values)) > 1 else math.nan
+
+
+def percent(ratio: float) -> str:
+    """A share as people read it: 0.1 is 10%, and 0.125 is 12.5%.
+
+    Args:
+        ratio: The share.
+
+    Returns:
+        The text.
+    """
+    return f"{100 * ratio:.4g}%"
+
+
+def _difference(one: stats.Comparison) -> str:
+    if one.n == 0:
+        return MISSING
+    low, high = one.interval
+    if math.isnan(low):
+        return _points(one.difference)
+    # Two spaces where there is no mark keep the numbers of a column under one another.
+    mark = " *" if one.p_holm < 0.05 else "  "
+    return f"{_points(one.difference)} [{_points(low)}, {_points(high)}]{mark}"
+
+
+def _points(difference: float) -> str:
+    """In percentage points, with a sign, and no minus zero."""
+    return f"{100 * difference:+z.2f}".replace("-", "−")
+
+
+def _spread(values: Sequence[float]) -> str:
+    """The mean of the accuracies that are there, and of how many it is if not of all."""
+    if not (found := finite(values)):
+        return MISSING
+    text = f"{mean(found):.2f}"
+    if len(found) > 1:
+        text += f" ± {stdev(found):.2f}"
+    return text if len(found) == len(values) else f"{text} (n = {len(found)})"
+
+
+def _zeros(runs: Sequence[Record]) -> str:
+    held = average(run.sparsity for run in runs)
+    return MISSING if math.isnan(held) else f"{100 * held:.2f}"
+
+
+def _value(value: Any) -> object:
+    """A setting as CSV holds it: plain where it can be, JSON otherwise."""
+    plain = value is None or isinstance(value, (str, int, float))
+    return value if plain else json.dumps(value, sort_keys=True)
+
+
+def _line(cell: str, bars: bool) -> str:
+    """A cell in one line, and in Markdown in one cell."""
+    cell = " ".join(cell.splitlines())
+    return cell.replace("|", r"\|") if bars else cell
+
+
+def _csv(rows: Iterable[dict[str, object]]) -> str:
+    first, *others = rows
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(first)
+    for row in (first, *others):
+        writer.writerow("" if value != value else value for value in row.values())
+    return file.getvalue().removesuffix("\n")

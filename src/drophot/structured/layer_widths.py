@@ -1,0 +1,84 @@
+"""Which weights make channels, and the numbers by which torch's modules say how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from drophot.structured.dependency_graph import Ties
+
+
+def sizes(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int | None, whole_heads: bool
+) -> Iterator[tuple[str, Any]]:
+    """The attributes of torch's own modules that say how large they are."""
+    weight = shapes.get("weight")
+    if isinstance(module, nn.MultiheadAttention):
+        first = shapes.get("in_proj_weight") or shapes.get("q_proj_weight")
+        if first:
+            yield "embed_dim", first[1]
+            rows = first[0] // (3 if shapes.get("in_proj_weight") else 1)
+            if whole_heads:
+                yield "num_heads", rows // module.head_dim
+            else:
+                yield "head_dim", rows // module.num_heads
+            for name in ("k", "v"):
+                own = shapes.get(f"{name}_proj_weight")
+                yield f"{name}dim", own[1] if own else first[1]
+    elif isinstance(module, _NormBase):
+        if one := weight or shapes.get("running_mean"):
+            yield "num_features", one[0]
+    elif isinstance(module, nn.RNNBase):
+        if taken_in := shapes.get("weight_ih_l0"):
+            yield "input_size", taken_in[1]
+        if mixed := shapes.get("weight_hh_l0"):
+            gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+            yield "hidden_size", mixed[0] // gates
+            if module.proj_size:
+                yield "proj_size", mixed[1]
+    elif weight is None:
+        return
+    elif isinstance(module, nn.Linear):
+        yield from zip(("out_features", "in_features"), weight, strict=True)
+    elif isinstance(module, _ConvNd):
+        own = groups or module.groups
+        one, other = weight[0], weight[1] * own
+        transposed = isinstance(module, _ConvTransposeNd)
+        yield "in_channels", one if transposed else other
+        yield "out_channels", other if transposed else one
+    elif isinstance(module, nn.GroupNorm):
+        yield "num_channels", weight[0]
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        yield "embedding_dim", weight[1]
+    elif hasattr(module, "normalized_shape"):
+        yield "normalized_shape", weight
+
+
+def matrices(
+    model: nn.Module, ties: Ties, weights: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, nn.Parameter], dict[str, int]]:
+    """The weights of layers, and all other parameters that channels are made with."""
+    found, dims = dict(weights), {}
+    columns = torch.zeros(ties.count, dtype=torch.bool)
+    row = torch.zeros(ties.count, dtype=torch.int64)
+    for number, ids in enumerate(ties.rows):
+        row[ids] = number
+    for ids in ties.columns:
+        if len(row[ids].unique()) == 1:  # not samples or tokens, of which a parameter is a part
+            columns[ids] = True
+    known = {id(weight) for weight in weights.values()}
+    for name in weights:
+        module = model.get_submodule(name.rpartition(".")[0])
+        dims[name] = int(isinstance(module, _ConvTransposeNd))
+    for name, parameter in model.named_parameters():
+        if id(parameter) in known or parameter.dim() < 2:
+            continue
+        for axis in ties.axes.get(parameter) or ():
+            if axis.dim >= parameter.dim() - 2 and bool(columns[axis.ids].all()):
+                found[name], dims[name] = parameter, axis.dim
+    return found, dims

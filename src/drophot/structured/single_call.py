@@ -1,0 +1,103 @@
+"""One call of a network, after which everything is as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drophot._core.model_contexts import followed, remembered, untouched
+from drophot.prune.latency import call
+
+
+def run(
+    model: nn.Module,
+    example_inputs: Any,
+    mode: Any,
+    path: list[str] | None = None,
+    *,
+    training: bool = False,
+) -> Any:
+    """Call a model under a dispatch mode, operator by operator; it stays as it was.
+
+    Args:
+        model: The model.
+        example_inputs: What it is called with.
+        mode: A context in which it is called.
+        path: Where the modules that a call is in are kept, the last one innermost.
+        training: Whether to call it in training mode.
+
+    Returns:
+        What it gives.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(remembered(model))
+            stack.enter_context(untouched(model))
+            if training:
+                model.train()
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+                stack.enter_context(_gate_by_gate())
+            if path is not None:
+                stack.enter_context(followed(model, path.append, path.pop))
+            stack.enter_context(mode)
+            return call(model, example_inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextmanager
+def _gate_by_gate() -> Iterator[None]:
+    """Without libraries that do a recurrent layer at once."""
+    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before[0])
+        torch._C._set_cudnn_enabled(before[1])
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in what a network gives, in whatever holds them.
+
+    Args:
+        value: The output.
+
+    Returns:
+        The tensors, in order.
+    """
+    found: list[Tensor] = []
+    seen: set[int] = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+            return
+        if value is None or isinstance(value, (str, bytes, int, float, complex, type)):
+            return
+        if id(value) in seen or isinstance(value, nn.Module):
+            return
+        seen.add(id(value))
+        if isinstance(value, dict):
+            inside = list(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            inside = list(value)
+        else:
+            slots = [s for kind in type(value).__mro__ for s in getattr(kind, "__slots__", ())]
+            inside = [getattr(value, name, None) for name in slots if isinstance(name, str)]
+            inside += list(getattr(value, "__dict__", {}).values())
+        for one in inside:
+            look(one)
+
+    look(value)
+    return found

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from drophot._core.order_statistics import counts, cutter, edge, nth
+
+
+@given(st.data(), st.sampled_from([32, 64]))
+def test_nth_of_floats_is_that_of_a_sort(data: st.DataObject, width: int) -> None:
+    values = data.draw(st.lists(st.floats(allow_nan=False, width=width), min_size=1, max_size=30))
+    rank = data.draw(st.integers(0, len(values) - 1))
+    tensor = torch.tensor(values, dtype=torch.float32 if width == 32 else torch.float64)
+    found = nth(tensor, rank)
+    assert found.dtype == tensor.dtype
+    assert found == np.sort(np.array(values))[rank]
+
+
+@given(st.data(), st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]))
+def test_nth_of_integers_is_that_of_a_sort(data: st.DataObject, dtype: torch.dtype) -> None:
+    limits = torch.iinfo(dtype)
+    values = data.draw(st.lists(st.integers(limits.min, limits.max), min_size=1, max_size=30))
+    rank = data.draw(st.integers(0, len(values) - 1))
+    found = nth(torch.tensor(values, dtype=dtype), rank)
+    assert found.dtype == dtype
+    assert int(found) == sorted(values)[rank]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_more_than_a_block(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = (torch.randn((1 << 21) + 5, generator=generator, dtype=torch.float64) * 1e6).to(dtype)
+    ordered = values.sort().values
+    for rank in (0, 1, 1 << 20, 1 << 21, len(values) - 1):
+        assert nth(values, rank) == ordered[rank]
+
+
+def test_both_zeros_are_one() -> None:
+    assert nth(torch.tensor([0.0, -0.0, 1.0]), 0) == 0
+    assert not np.signbit(nth(torch.tensor([-0.0, -0.0]), 1).numpy())
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0, 3e-45, 3e38]), min_size=1, max_size=20),
+    st.data(),
+)
+def test_cutting_removes_as_many_as_asked_spread_over_the_pieces(
+    values: list[float], data: st.DataObject
+) -> None:
+    remove = data.draw(st.integers(0, len(values)))
+    split = data.draw(st.integers(0, len(values)))
+    pieces = [torch.tensor(values[:split]), torch.tensor(values[split:])]
+    found = edge(pieces, remove)
+    expected = counts(found, pieces)
+    cut = cutter(found)
+    masks = [cut(piece) for piece in pieces]
+    assert [int((~mask).sum()) for mask in masks] == expected
+    masks = torch.cat(masks)
+    magnitudes = torch.tensor(values).abs()
+    assert int((~masks).sum()) == remove
+    assert torch.equal(torch.cat(pieces), torch.tensor(values) * masks)
+    if masks.any() and not masks.all():
+        assert magnitudes[masks].min() >= magnitudes[~masks].max()
+
+
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, -0.5, 1.0]), min_size=1, max_size=20),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    st.data(),
+)
+def test_what_an_older_mask_removed_goes_first(
+    values: list[float], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    kept = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))
+    )
+    remove = data.draw(st.integers(0, len(values)))
+    weight = torch.tensor(values, dtype=dtype)
+    older = kept | (weight != 0)
+    gone = int((~older).sum())
+    found = edge([weight], remove, [kept])
+    assert counts(found, [weight], [kept]) == [max(remove, gone)]
+    mask = cutter(found)(weight, kept)
+    assert int((~mask).sum()) == max(remove, gone)
+    assert not (mask & ~older).any()

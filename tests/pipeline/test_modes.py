@@ -1,0 +1,331 @@
+"""Every selector as a mode of the pipeline and of a grid: one door, and what it is wired to."""
+
+import json
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from helpers.runs import TRAIN, drop_hot
+from torch import Tensor, nn
+from torch.optim import Adam
+from torch.utils.data import Dataset
+
+from drophot import (
+    CrestLoader,
+    Grid,
+    Scored,
+    Stratified,
+    facility_location,
+    features,
+    fit,
+    k_center,
+    report,
+    select,
+    training,
+)
+from drophot.grid.stages import Stage
+from drophot.modes import DYNAMIC, OF_FEATURES, name
+from drophot.pipeline import selection_steps
+from drophot.tracking.dynamics import Statistic
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
+
+TARGETS = TRAIN.tensors[1]
+STRATEGIES = [
+    Stratified(),
+    Scored("el2n"),
+    Scored("aum", Stratified(hard="low", cutoff=0.1)),
+    Scored("forgetting", "low", balanced=True),
+]
+BY_CLASS = Scored(mode="random", balanced=True)
+MODES = ["high", "low", "random", BY_CLASS, *OF_FEATURES, *DYNAMIC, *STRATEGIES]
+each = pytest.mark.parametrize("mode", MODES, ids=name)
+
+
+@each
+def test_every_mode_takes_the_five_steps(mode: Any) -> None:
+    run = drop_hot(mode=mode, score_epochs=3)
+    record = run.run()
+    assert (record.mode, record.kept, record.keep_ratio) == (name(mode), 60, 0.5)
+    assert record.trained_accuracy > 0.3
+    assert record.sparsity == pytest.approx(0.6, abs=0.02)
+    assert len(run.indices) == (120 if mode in DYNAMIC else 60)
+    assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
+    assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *DYNAMIC))
+    json.dumps(run.configuration)
+
+
+@each
+def test_everything_kept_is_the_baseline(mode: Any) -> None:
+    if isinstance(mode, Scored) and not isinstance(mode.mode, str):
+        mode = Scored("aum", Stratified(hard="low"))
+    record = drop_hot(mode=mode, data_ratio=1.0).run()
+    assert (record.mode, record.kept) == ("baseline", 120)
+
+
+@pytest.mark.parametrize("statistic", get_args(Statistic))
+@pytest.mark.parametrize("forgetting", ["paper", "toneva"])
+def test_a_scored_mode_goes_by_that_score(statistic: Any, forgetting: Any) -> None:
+    run = drop_hot(mode=Scored(statistic, "low"), forgetting=forgetting)
+    scores = run.score()
+    word = {"paper": "zero", "toneva": "hardest"}[forgetting]
+    expected = run.tracker.scores(word if statistic == "forgetting" else statistic)
+    assert torch.equal(scores, expected)
+    assert torch.equal(run.select(), select(expected, 0.5, "low"))
+    epochs = run.tracker.presentations
+    assert (epochs == 6).all()
+
+
+def test_the_long_form_of_high_is_high() -> None:
+    long, short = (drop_hot(mode=mode) for mode in (Scored(), "high"))
+    assert long.run().trained_accuracy == short.run().trained_accuracy
+    assert torch.equal(long.indices, short.indices)
+    torch.testing.assert_close(long.model.state_dict(), short.model.state_dict(), rtol=0, atol=0)
+
+
+def test_balanced_keeps_each_classs_share() -> None:
+    run = drop_hot(mode=Scored("loss", "high", balanced=True))
+    scores = run.score()
+    assert torch.equal(run.select(), select(scores, 0.5, targets=TARGETS))
+    assert not torch.equal(run.indices, select(scores, 0.5))
+
+
+def test_random_class_by_class_needs_no_score_and_keeps_each_classs_share() -> None:
+    run = drop_hot(mode=BY_CLASS)
+    record = run.run()
+    assert "score" not in record.seconds
+    assert record.mode == "random-balanced"
+    expected = select(torch.zeros(120), 0.5, "random", targets=TARGETS)
+    assert torch.equal(run.indices, expected)
+
+
+def test_stratified_is_handed_on() -> None:
+    mode = Stratified(bins=4, cutoff=0.2)
+    run = drop_hot(mode=mode)
+    scores = run.score()
+    assert torch.equal(run.select(), select(scores, 0.5, mode))
+
+
+@pytest.mark.parametrize("mode", OF_FEATURES)
+def test_features_are_those_of_step_1s_network_class_by_class(mode: Any) -> None:
+    run = drop_hot(mode=mode)
+    with pytest.raises(RuntimeError, match="needs a trained scoring network: call `run.score"):
+        run.select()
+    run.score()
+    kind = {"k_center": "penultimate", "facility_location": "error"}[mode]
+    vectors = features(run.scorer, TRAIN, kind)
+    selector = {"k_center": k_center, "facility_location": facility_location}[mode]
+    assert torch.equal(run.select(), selector(vectors, 0.5, targets=TARGETS).indices)
+
+
+class Steps(Adam):
+    """Counts its steps."""
+
+    taken = 0
+
+    def step(self, closure: Any = None) -> Any:
+        type(self).taken += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("mode", ["random", *DYNAMIC])
+@pytest.mark.parametrize("equal_steps", [False, True])
+def test_a_mode_that_chooses_while_it_trains_costs_what_a_coreset_costs(
+    mode: Any, equal_steps: bool
+) -> None:
+    run = drop_hot(mode=mode, data_ratio=0.3, equal_steps=equal_steps, optimizer=Steps)
+    run.select()
+    Steps.taken = 0
+    run.train()
+    steps = 3 * ceil(36 / 16)
+    assert Steps.taken == (3 * ceil(120 / 16) if equal_steps else steps)
+
+
+def seen_by(mode: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The batches that step 3 trains on."""
+    found: list[list[Any]] = []
+
+    def spying(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> None:
+        class Seen:
+            def __iter__(self) -> Any:
+                for batch in dataset:
+                    found.append(list(batch))
+                    yield batch
+
+        fit(model, Seen(), epochs, **rest)
+
+    monkeypatch.setattr(selection_steps._modes, "check", lambda run: None)
+    run = drop_hot(mode=mode, data_ratio=0.3, fit=spying)
+    run.select()
+    run.train()
+    return found
+
+
+def test_fresh_subsets_are_other_ones_in_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = seen_by("fresh_subset", monkeypatch)
+    epochs = [torch.cat([b[2] for b in batches[i : i + 3]]) for i in (0, 3, 6)]
+    assert [len(epoch.unique()) for epoch in epochs] == [36, 36, 36]
+    assert len({frozenset(epoch.tolist()) for epoch in epochs}) == 3
+    assert all(len(batch) == 3 for batch in batches), "no weights"
+
+
+def test_loss_sampling_weighs_and_sees_the_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = seen_by("loss_sampling", monkeypatch)
+    first = torch.cat([batch[3] for batch in batches[:3]])
+    assert first.unique().tolist() == pytest.approx([120 / 36]), "nothing is known yet"
+    last = torch.cat([batch[3] for batch in batches[-3:]])
+    assert len(last.unique()) == 2
+    assert 1 in last
+    assert last.sum() == pytest.approx(120, rel=1e-4)
+
+
+def test_crest_gives_its_own_weighted_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[CrestLoader] = []
+    monkeypatch.setattr(
+        selection_steps,
+        "CrestLoader",
+        lambda *a, **k: made.append(CrestLoader(*a, **k)) or made[-1],
+    )
+    batches = seen_by("crest", monkeypatch)
+    assert len(batches) == 9
+    assert all(len(batch) == 4 for batch in batches)
+    (loader,) = made
+    assert loader.batch_size == 16
+    assert loader.selections >= 1
+    assert loader.model is not None
+
+
+def test_what_does_not_go_together_is_named() -> None:
+    with pytest.raises(ValueError, match="one of 'high', 'low', 'random', 'k_center'.*'medium'"):
+        drop_hot(mode="medium")
+    with pytest.raises(ValueError, match="`mode` should be one of"):
+        drop_hot(mode=select)
+    with pytest.raises(ValueError, match="at most 1. Found cutoff=0.6 and ratio=0.5"):
+        drop_hot(mode=Stratified(cutoff=0.6))
+    with pytest.raises(ValueError, match="Found cutoff=0.6 and ratio=0.5"):
+        drop_hot(mode=Scored("aum", Stratified(cutoff=0.6)))
+    with pytest.raises(ValueError, match="\"released\"` should choose .* Found 'k_center'"):
+        drop_hot(mode="k_center", protocol="released")
+    with pytest.raises(ValueError, match="Found 'el2n-high'"):
+        drop_hot(mode=Scored("el2n"), protocol="released")
+    with pytest.raises(ValueError, match="`statistic` should be one of .* Found 'el3n'"):
+        Scored("el3n")
+    with pytest.raises(ValueError, match="`mode` should be"):
+        Scored("el2n", "middle")
+
+
+def own_fit(model: nn.Module, dataset: Dataset[Any], epochs: int, **rest: Any) -> None:
+    fit(model, dataset, epochs, **rest)
+
+
+@pytest.mark.parametrize("mode", DYNAMIC)
+def test_a_loop_of_ones_own_does_not_get_weighted_batches(mode: Any) -> None:
+    with pytest.raises(ValueError, match="Found a `fit` of your own; leave it out, or iterate"):
+        drop_hot(mode=mode, fit=own_fit)
+    drop_hot(mode=mode, fit=partial(training.fit))
+    drop_hot(mode="k_center", fit=own_fit)
+
+
+@each
+def test_a_mode_has_a_name_that_a_file_can_have(mode: Any) -> None:
+    assert set(name(mode)) <= set("abcdefghijklmnopqrstuvwxyz0123456789._-")
+    assert len({name(mode) for mode in MODES}) == len(MODES)
+
+
+@pytest.mark.parametrize("mode", DYNAMIC)
+def test_everything_is_the_baseline_for_what_chooses_while_it_trains_too(mode: Any) -> None:
+    found = drop_hot(mode=mode, data_ratio=1.0).run()
+    plain = drop_hot(mode="random", data_ratio=1.0).run()
+    assert (found.mode, found.trained_accuracy) == ("baseline", plain.trained_accuracy)
+    assert found.finetune_curve == plain.finetune_curve
+
+
+def test_a_grid_holds_all_modes_and_its_records_are_the_pipelines(tmp_path: Path) -> None:
+    pipeline = drop_hot(score_epochs=2, train_epochs=2, finetune_epochs=1)
+    grid = Grid(pipeline, data_ratios=[0.3], modes=MODES, prune_ratios=[0.6], seeds=[1])
+    found = grid.run(tmp_path / "store")
+    assert [r.mode for r in found] == ["baseline", "baseline", *map(name, MODES)]
+    torch.set_num_threads(1)
+    for record, mode in zip(found[2:], MODES, strict=True):
+        alone = pipeline.replace(mode=mode, data_ratio=0.3, prune_ratio=0.6, seed=1).run()
+        assert record == alone, name(mode)
+        assert record.fingerprint == alone.fingerprint
+    assert len({r.fingerprint for r in found}) == len(found)
+    again = grid.run(tmp_path / "store")
+    assert again == found
+    assert "k_center" in report.table(found)
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    assert "| crest " in report.differences([*found, *_other_seed(found)])
+
+
+def _other_seed(found: list[Any]) -> list[Any]:
+    from dataclasses import replace
+
+    return [
+        replace(r, seed=r.seed + 1, trained_accuracy=0.5, finetuned_accuracy=0.5) for r in found
+    ]
+
+
+def test_a_grid_whose_scoring_is_no_baseline_has_its_network_for_the_features(
+    tmp_path: Path,
+) -> None:
+    pipeline = drop_hot(score_epochs=3, train_epochs=2, finetune_epochs=1)
+    grid = Grid(pipeline, data_ratios=[0.3], modes=["k_center"], prune_ratios=[0.6], seeds=[0])
+    *_, record = grid.run(tmp_path)
+    torch.set_num_threads(1)
+    assert record == pipeline.replace(mode="k_center", data_ratio=0.3).run()
+
+
+def test_what_chooses_while_it_trains_waits_for_nothing() -> None:
+    pipeline = drop_hot()
+    for mode in ("random", BY_CLASS, *DYNAMIC):
+        assert Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline) is None
+    for mode in ("high", *OF_FEATURES, *STRATEGIES):
+        need = Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline)
+        assert need == Stage(kind="score", seed=0)
+
+
+def test_a_page_and_figures_of_many_modes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    pipeline = drop_hot(score_epochs=2, train_epochs=2, finetune_epochs=1)
+    grid = Grid(pipeline, data_ratios=[0.3, 0.5], modes=MODES, prune_ratios=[0.6], seeds=[0])
+    found = grid.run(tmp_path / "store")
+    ax = report.plot_ratios([r for r in found if r.prune_ratio == 0.6])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert sorted(labels) == sorted(["baseline", *map(name, MODES)])
+    looks = {
+        (line.get_marker(), line.get_color())
+        for line in ax.get_lines()
+        if len(line.get_xdata()) == 2
+    }
+    assert len(looks) >= len(MODES), "no two look alike"
+    page = report.html(tmp_path / "store", tmp_path / "report.html").read_text()
+    assert all(name(mode) in page for mode in MODES)
+
+
+def test_scores_of_ones_own_serve_any_scored_mode() -> None:
+    run = drop_hot(mode=Scored("aum", Stratified(hard="low")))
+    run.scores = torch.arange(120.0)
+    assert torch.equal(run.select(), select(run.scores, 0.5, Stratified(hard="low")))
+    with pytest.raises(RuntimeError, match="`statistic` needs a tracker"):
+        run.statistic("aum")
+
+
+def test_data_that_is_not_in_memory_can_be_balanced_and_covered() -> None:
+    class Lazy(Dataset[Any]):
+        def __len__(self) -> int:
+            return 120
+
+        def __getitem__(self, place: int) -> tuple[Tensor, int]:
+            torch.rand(1)  # as augmentation would
+            return TRAIN.tensors[0][place], int(TARGETS[place])
+
+    for mode in (Scored("loss", balanced=True), "k_center", "crest", "loss_sampling"):
+        run = drop_hot(mode=mode, train_set=Lazy(), score_epochs=1)
+        run.run()
+        if mode not in DYNAMIC:
+            counts = TARGETS[run.indices].bincount()
+            assert (counts - TARGETS.bincount() / 2).abs().max() < 1

@@ -1,0 +1,407 @@
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.record import one
+from helpers.rows import cells, grid
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from drophot import Record
+from drophot.records import to_line, write
+from drophot.report import differences, html, table
+from drophot.report.svg_panels import Panels
+
+pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class Page(HTMLParser):
+    """What is on a page, and that its tags nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.tables: list[list[list[str]]] = []
+        self.words = ""
+        self.panels: list[str] = []
+        self.legend: list[str] = []
+        self.sections: dict[str, str] = {}
+        self.heading = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag == "svg" and ("aria-hidden", "true") not in attrs:
+            self.panels.append(dict(attrs)["aria-label"] or "")
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag == "h2":
+            self.heading = ""
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open and "svg" not in self.open:
+            return
+        self.words += data
+        if self.open[-1:] == ["span"]:
+            self.legend.append(data)
+        if "h2" in self.open:
+            self.heading += data
+        elif self.heading:
+            self.sections[self.heading] = self.sections.get(self.heading, "") + data
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+
+
+def page(source: Any, folder: Path) -> Page:
+    return Page(html(source, folder / "page.html").read_text(encoding="utf-8"))
+
+
+def store(folder: Path, runs: list[Record], **grid_json: Any) -> Path:
+    folder.mkdir()
+    write(runs, folder / "records.jsonl")
+    if grid_json:
+        (folder / "grid.json").write_text(json.dumps(grid_json))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str]:
+    path = html(grid(), tmp_path_factory.mktemp("full") / "page.html")
+    text = path.read_text(encoding="utf-8")
+    return Page(text), text
+
+
+def test_nothing_outside_the_page_is_asked_for(full: tuple[Page, str]) -> None:
+    found, text = full
+    for tag, name, value in found.attributes:
+        if name in ("src", "srcset", "href", "xlink:href", "data", "action"):
+            assert value.startswith("#"), (tag, name, value)
+        assert "url(" not in value or "url(#" in value
+    assert "://" not in text
+    assert "@import" not in text
+    assert not {"script", "link", "iframe", "img", "metadata"} & set(found.tags)
+
+
+def test_parts_of_figures_have_names_of_their_own_and_are_found(full: tuple[Page, str]) -> None:
+    found, text = full
+    names = [value for _, name, value in found.attributes if name == "id"]
+    assert max(Counter(names).values()) == 1
+    used = re.findall(r'(?:url\(|href=")#([^")]+)', text)
+    assert used
+    assert set(used) <= set(names)
+
+
+def test_every_figure_is_there_once(full: tuple[Page, str]) -> None:
+    ratios = ["0% removed", "80% removed", "10% kept", "50% kept"]
+    curves = [f"{k}% kept, {p}% removed" for k in (10, 50) for p in (0, 80)]
+    assert full[0].panels == ratios + curves + ["80% removed"]
+    assert full[0].tags["figure"] == 4
+    names = ["low: least forgotten", "high: most forgotten", "random", "baseline: all data"]
+    assert full[0].legend == 4 * names
+
+
+def test_its_parts_come_in_order(full: tuple[Page, str]) -> None:
+    assert list(full[0].sections) == [
+        "Accuracy by share of data and of weights",
+        "Table 1: differences after fine-tuning",
+        "Figure 1: over the epochs of fine-tuning",
+        "Figure 2: before and after pruning",
+        "All accuracies",
+        "Seconds",
+        "How to read this",
+    ]
+    summary = full[0].words.partition("Accuracy by share")[0]
+    for fact in ("6,000 to 30,000 of 60,000", "2 epochs", "3 seeds", "42 cells.", "cpu", "torch 2"):
+        assert fact in summary
+    assert "so far" not in summary
+    for word in ("Holm", "best epoch is never picked", "Student"):
+        assert word in full[0].sections["How to read this"]
+
+
+def test_tables_hold_what_the_functions_give(full: tuple[Page, str]) -> None:
+    def plain(rows: list[list[str]]) -> list[list[str]]:
+        return [[" ".join(cell.replace("*", " *").split()) for cell in row] for row in rows]
+
+    first, second, _ = full[0].tables
+    head, _, *rows = cells(differences(grid()))
+    assert plain(first) == plain([head, *rows])
+    head, _, *rows = cells(table(grid()))
+    assert plain(second)[0] == head
+    assert sorted(plain(second)[1:]) == sorted(rows)
+    assert [row[1] for row in second[1:3]] == ["baseline", "baseline"]
+
+
+def test_shared_seconds_count_once(full: tuple[Page, str]) -> None:
+    seconds = {row[0]: row[1:] for row in full[0].tables[2][1:]}
+    trainings = {(r.seed, r.seconds["train"]) for r in grid()}
+    finetunings = [r.seconds["finetune"] for r in grid()]
+    total = sum(value for _, value in trainings)
+    assert seconds["train"] == [str(len(trainings)), *_times(total, len(trainings))]
+    assert seconds["finetune"] == ["42", *_times(sum(finetunings), 42)]
+    assert seconds["all"][-1] == f"{total + sum(finetunings):,.1f}"
+
+
+def _times(total: float, count: int) -> list[str]:
+    return [f"{total / count:,.1f}", f"{total:,.1f}"]
+
+
+def test_a_page_is_the_same_again_and_in_any_order_of_records(
+    full: tuple[Page, str], tmp_path: Path
+) -> None:
+    assert html(grid()[::-1], tmp_path / "page.html").read_text(encoding="utf-8") == full[1]
+
+
+def test_a_running_grid_with_half_a_line_and_a_line_twice(tmp_path: Path) -> None:
+    runs = grid(seeds=2)
+    folder = store(tmp_path / "store", runs, plan={"cells": 40}, configuration={"a": {"b": [1]}})
+    again = replace(runs[0], trained_accuracy=0.123456)
+    with (folder / "records.jsonl").open("ab") as file:
+        file.write(to_line(again).encode() + b"\n")
+        file.write(to_line(replace(runs[0], seed=7)).encode()[:-9])
+    found = page(folder, tmp_path)
+    assert "28 of 40 cells so far." in found.words
+    assert "2 seeds" in found.words
+    configuration = next(t for t in found.tables if t[0][0] == "a.b")
+    assert configuration == [["a.b", "[1]"]]
+    expected = cells(table([again, *runs[1:]]))[2:]
+    assert any(row in expected for row in found.tables[1] if row[3] == "60,000")
+    assert {row[4 + 1] for row in found.tables[1][1:]} == {"2"}
+    rows = [[" ".join(cell.split()) for cell in row] for row in found.tables[1][1:]]
+    assert sorted(rows) == sorted(expected)
+
+
+@pytest.mark.parametrize("cut", range(0, 60, 7))
+def test_wherever_the_last_line_ends_the_others_count(cut: int, tmp_path: Path) -> None:
+    folder = store(tmp_path / "store", [one()])
+    with (folder / "records.jsonl").open("ab") as file:
+        file.write(to_line(one(model="ü", seed=1)).encode()[:cut])
+    assert "1 cell." in page(folder, tmp_path).words
+
+
+def test_a_finished_or_larger_store_is_not_so_far(tmp_path: Path) -> None:
+    folder = store(tmp_path / "store", grid(seeds=1), plan={"cells": 3})
+    words = page(folder, tmp_path).words
+    assert "14 cells." in words
+    assert "so far" not in words
+
+
+def test_what_is_no_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no records.jsonl in"):
+        html(tmp_path, tmp_path / "page.html")
+    (tmp_path / "records.jsonl").write_text('{"half": ')
+    with pytest.raises(ValueError, match="at least one record, but has none so far"):
+        html(str(tmp_path), tmp_path / "page.html")
+    (tmp_path / "records.jsonl").write_text(to_line(one()) + "\nx\n")
+    with pytest.raises(
+        ValueError, match=r"records.jsonl should hold records. Line 2: .*should be a record"
+    ):
+        html(tmp_path, tmp_path / "page.html")
+    with pytest.raises(ValueError, match="`path` should be a file. Found the folder"):
+        html([one()], tmp_path)
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_one_seed(tmp_path: Path) -> None:
+    found = page(grid(seeds=1), tmp_path)
+    assert "There is one seed, and so there are no intervals." in found.words
+    assert not any(
+        "[" in cell or "±" in cell for rows in found.tables for row in rows for cell in row
+    )
+    assert found.tags["figure"] == 4
+    assert "1 seed." in found.words
+
+
+@pytest.mark.parametrize(
+    ("runs", "words", "figures"),
+    [
+        (grid(modes=("baseline", "low")), "There is no random coreset to compare with.", 4),
+        (grid(modes=("random", "low")), "There is no baseline to compare with.", 4),
+        (grid(modes=("low", "high")), "Left out: there is nothing to compare.", 4),
+        (grid(modes=("baseline",)), "Left out: there is nothing to compare.", 3),
+        (grid(keeps=(0.1,), prunes=(0.8,)), "there is one data ratio and one prune ratio only.", 2),
+        (grid(keeps=(0.1,)), "for each share of data kept", 3),
+        (grid(prunes=(0.8,)), "for each share of weights removed", 3),
+        (grid(prunes=(0.0,)), "0% removed", 3),
+        ([one()], "There is no", 2),
+    ],
+)
+def test_what_is_missing_is_left_out_and_named(
+    runs: list[Record], words: str, figures: int, tmp_path: Path
+) -> None:
+    found = page(runs, tmp_path)
+    if len(runs) > 1:
+        assert words in found.words + "".join(found.panels)
+    assert found.tags["figure"] == figures
+
+
+def test_epochs_that_cannot_be_drawn_are_left_out_and_named(tmp_path: Path) -> None:
+    none = [replace(r, finetune_curve=()) for r in grid()]
+    assert "Left out: there are no epochs of fine-tuning." in page(none, tmp_path).words
+    mixed = [*grid(), one(seed=9, finetune_curve=(0.5,) * 3)]
+    assert "finetune_epochs: 3" in page(mixed, tmp_path).words, "drawn apart"
+
+
+def test_cells_that_are_missing_leave_their_place_empty(tmp_path: Path) -> None:
+    runs = [r for r in grid(modes=("low", "random")) if (r.keep_ratio, r.prune_ratio) != (0.1, 0.0)]
+    found = page(runs, tmp_path)
+    curves = [p for p in found.panels if "," in p]
+    assert curves == ["10% kept, 80% removed", "50% kept, 0% removed", "50% kept, 80% removed"]
+    assert "<div></div>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_controls_networks_and_protocols_are_drawn_apart(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"keeps": (0.1,), "prunes": (0.8,), "seeds": 2}
+    runs = grid(**small)
+    runs += grid(**small, equal_steps=True, modes=("low", "high", "random"))
+    runs += grid(**small, reinitialized=True)
+    found = page(runs, tmp_path)
+    assert found.tags["h3"] == 2 * 3  # one reason for all three is said once
+    assert "steps: equal, weights: trained" in found.words
+    assert "began from other weights" in found.words
+    # Each has its baseline.
+    assert found.legend.count("baseline: all data") == found.tags["figure"] == 2 * 3
+    assert page([*runs, one(model="fcnet")], tmp_path).tags["h3"] == 2 * 4
+
+
+def test_what_is_left_out_for_one_reason_is_said_once(tmp_path: Path) -> None:
+    plain: dict[str, Any] = {"finetune_curve": (), "prune_ratio": 0.0}
+    runs = [replace(r, **plain) for r in grid(prunes=(0.0,))]
+    runs += [replace(r, equal_steps=True) for r in runs if r.mode != "baseline"]
+    found = page(runs, tmp_path)
+    assert found.words.count("Left out: there are no epochs of fine-tuning.") == 1
+    assert found.words.count("Left out: nothing was pruned and nothing fine-tuned.") == 1
+    assert "; not pruned; not fine-tuned; 3 seeds." in found.words
+    assert found.tags["h3"] == found.tags["figure"] == 2  # accuracy by share, each with its figure
+    runs.append(replace(runs[-1], reinitialized=True, prune_ratio=0.5))
+    found = page(runs, tmp_path)
+    reason = "steps: fewer, weights: trained; steps: equal, weights: trainedLeft out: nothing"
+    assert reason in found.words  # two of the three in one line
+
+
+@pytest.mark.parametrize("only", [{}, {"keeps": (0.1,)}, {"prunes": (0.8,)}])
+def test_no_label_of_a_figure_is_cut_off(
+    only: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    drawn = Panels._svg
+
+    def look(self: Panels, figure: Any, label: str = "") -> str:
+        if label:
+            figure.draw_without_rendering()
+            (ax,) = figure.axes
+            box = ax.get_tightbbox()
+            assert min(box.p0) >= 0, label
+            assert box.x1 <= figure.bbox.x1, label
+            assert box.y1 <= figure.bbox.y1, label
+            low, high = ax.get_ylim()
+            ticks = zip(ax.get_yticks(), ax.get_yticklabels(), strict=True)
+            seen.append(max(len(text.get_text()) for y, text in ticks if low <= y <= high))
+        return drawn(self, figure, label)
+
+    monkeypatch.setattr(Panels, "_svg", look)
+    # Close to one another, so that the scale has three decimals: 97.522 and not 97.
+    close = {"finetuned_accuracy", "trained_accuracy", "pruned_accuracy"}
+    runs = [
+        replace(
+            r, finetune_curve=(0.975,), **{name: 0.975 + getattr(r, name) / 1e3 for name in close}
+        )
+        for r in grid(**only)
+    ]
+    page(runs, tmp_path)
+    assert max(seen) == 6
+
+
+NASTY = '<script>alert("1")</script>&amp;\'"><b>'
+
+
+def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
+    runs = [
+        replace(r, model=NASTY, device=NASTY, versions={NASTY: NASTY}, seconds={NASTY: 1.0})
+        for r in grid(seeds=1)
+    ]
+    runs.append(one(protocol=NASTY))
+    folder = store(tmp_path / "store", runs, configuration={NASTY: {NASTY: NASTY}})
+    found = page(folder, tmp_path)
+    assert "script" not in found.tags
+    assert found.words.count(NASTY) > 8
+    assert [[f"{NASTY}.{NASTY}", NASTY]] in found.tables
+
+
+@given(st.lists(st.sampled_from(grid(seeds=2)), min_size=1, max_size=5))
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_handful_of_a_grid_makes_a_page(runs: list[Record]) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = page(runs, Path(folder))
+    cells = len({(r.mode, r.keep_ratio, r.prune_ratio, r.seed) for r in runs})
+    assert f"{cells} cell{'s' * (cells > 1)}." in found.words
+    assert len(next(t for t in found.tables if t[0][0] == "model")) - 1 == len({
+        (r.mode, r.keep_ratio, r.prune_ratio) for r in runs
+    })
+
+
+def test_a_page_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "deep" / "page.html"
+    assert html([one()], str(path)) == path
+    before = path.read_bytes()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        html(grid(), path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_readers_style_is_left_alone_and_not_taken(
+    full: tuple[Page, str], tmp_path: Path
+) -> None:
+    import matplotlib as mpl
+
+    with mpl.rc_context({"grid.color": "red", "xtick.direction": "in"}):
+        before = dict(mpl.rcParams)
+        text = html(grid(), tmp_path / "page.html").read_text(encoding="utf-8")
+        assert dict(mpl.rcParams) == before
+    assert text == full[1]
+
+
+def test_it_reads_in_the_dark_on_a_phone_and_on_paper(full: tuple[Page, str]) -> None:
+    found, text = full
+    assert ("meta", "name", "viewport") in found.attributes
+    for words in ("prefers-color-scheme: dark", "@media print", "overflow-x: auto", "tabular-nums"):
+        assert words in text
+    assert text.count('<div class="scroll"><table>') == text.count("<table>")
+
+
+def test_a_missing_matplotlib_is_found_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "drophot\[plot\]"'):
+        html(tmp_path / "nowhere", tmp_path / "page.html")
