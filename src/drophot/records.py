@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from drophot import modes
-from drophot._core.installed_packages import named
-from drophot._core.ratios import kept
+from drophot._core.installed_packages import qualified_name
+from drophot._core.ratios import num_kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,7 @@ def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -
     total = len(run.train_set)
     configuration = json.loads(json.dumps(run.configuration))  # equal to what is read from a file
     settings = {name: value for name, value in configuration.items() if name != "seed"}
-    size = kept(total, run.data_ratio) if run.mode in modes.DYNAMIC else len(run.indices)
+    size = num_kept(total, run.data_ratio) if run.mode in modes.DYNAMIC else len(run.indices)
     return Record(
         model=factory_name(run.factory, run.model),
         mode="baseline" if size == total else modes.name(run.mode),
@@ -186,12 +186,12 @@ def describe(thing: Any) -> str:
         arguments = [_shown(argument) for argument in thing.args]
         arguments += [f"{name}={_shown(value)}" for name, value in sorted(thing.keywords.items())]
         return f"{describe(thing.func)}({', '.join(arguments)})"
-    return named(thing)
+    return qualified_name(thing)
 
 
 def _shown(argument: Any) -> str:
     text = repr(argument)
-    return named(argument) if callable(argument) or " at 0x" in text else text
+    return qualified_name(argument) if callable(argument) or " at 0x" in text else text
 
 
 def factory_name(factory: Any, made: object) -> str:

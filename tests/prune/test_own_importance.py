@@ -34,7 +34,9 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: w.detach().clone() for name, w in model.named_parameters() if w.dim() > 1}
 
 
-def drawn(model: nn.Module, seed: int, *, signed: bool = True, levels: int = 0) -> dict[str, Tensor]:
+def drawn(
+    model: nn.Module, seed: int, *, signed: bool = True, levels: int = 0
+) -> dict[str, Tensor]:
     """Random importances by name; with `levels`, of so many values, so that many are equal."""
     generator = torch.Generator().manual_seed(seed)
     values = {
@@ -59,8 +61,9 @@ def quietly(function: Callable[..., Masks], *args: Any, **settings: Any) -> Mask
         return function(*args, **settings)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@given(seed=st.integers(0, 100), ratio=ratios, signed=st.booleans())
+@given(
+    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 100), ratio=ratios, signed=st.booleans()
+)
 def test_the_lowest_of_all_importances_are_removed(
     dtype: torch.dtype, seed: int, ratio: float, signed: bool
 ) -> None:
@@ -89,7 +92,9 @@ def test_equal_importances_are_removed_evenly_from_all_layers(seed: int, ratio: 
     kept = torch.cat([mask.flatten() for mask in masks.values()])
     removed = (~kept).nonzero()[:, 0]
     assert len(removed) == remove
-    assert {int(b - a) for a, b in pairwise(removed)} <= {total // max(remove, 1) + d for d in (0, 1)}
+    assert {int(b - a) for a, b in pairwise(removed)} <= {
+        total // max(remove, 1) + d for d in (0, 1)
+    }
 
 
 @pytest.mark.parametrize("scope", ["layer", "erk"])
@@ -106,7 +111,7 @@ def test_a_layer_loses_as_many_as_by_magnitude_and_its_lowest(
         assert (~masks[name]).flatten().nonzero()[:, 0].tolist() == sorted(lowest.tolist())
 
 
-@given(seed=st.integers(0, 100), ratio=ratios)
+@given(seed=st.integers(0, 100), ratio=st.floats(0, 0.95))
 def test_lamp_normalises_importances_as_it_does_magnitudes(seed: int, ratio: float) -> None:
     model = network()
     values = drawn(model, seed, signed=False)
@@ -130,7 +135,10 @@ def test_a_pattern_keeps_the_most_important_of_each_group(seed: int, row: list[i
 
 
 settings = st.one_of(
-    st.fixed_dictionaries({"scope": st.sampled_from(["global", "lamp"]), "min_kept": st.floats(0, 0.2)}),
+    st.fixed_dictionaries({
+        "scope": st.sampled_from(["global", "lamp"]),
+        "min_kept": st.floats(0, 0.2),
+    }),
     st.fixed_dictionaries({"scope": st.sampled_from(["layer", "erk"])}),
 )
 
@@ -410,7 +418,9 @@ def test_what_the_function_must_not_return(
 ) -> None:
     model = network()
     before = deepcopy(model.state_dict())
-    with pytest.raises(error, match=rf"`Constant`.*{match}.*`2\.weight`|`Constant`.*`2\.weight`.*{match}"):
+    with pytest.raises(
+        error, match=rf"`Constant`.*{match}.*`2\.weight`|`Constant`.*`2\.weight`.*{match}"
+    ):
         magnitude_prune(model, 0.5, importance=Constant(value), **options)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 

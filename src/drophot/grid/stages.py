@@ -211,7 +211,7 @@ def _run(pipeline: DropHot, stage: Stage) -> DropHot:
 
 def _network(run: DropHot, before: dict[str, Any]) -> nn.Module:
     """A network as it was after its training."""
-    with random_state.kept(run.device, seed=2 * run.seed):  # as in its training
+    with random_state.preserved_rng(run.device, seed=2 * run.seed):  # as in its training
         model = run.factory().to(run.device)
     model.load_state_dict(before["state"])
     put_back(model, before.get("remainder", {}))

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from drophot import modes, records
 from drophot._core import progress, random_state
-from drophot.coreset import score_selection
+from drophot._core.ratios import num_kept
 from drophot.modes import Mode
 from drophot.pipeline import fit_checks, preflight, pruning_steps, selection_steps
 from drophot.pipeline.experiment import experiment
@@ -381,7 +381,7 @@ class DropHot:
 
     def _lacks(self) -> str | None:
         """What step 1 has to find first."""
-        everything = score_selection.kept(self._total, self.data_ratio) == self._total
+        everything = num_kept(self._total, self.data_ratio) == self._total
         if everything or not modes.needs_step_1(self.mode):
             return None
         name = "scorer" if self.mode in modes.OF_FEATURES else "scores"
@@ -402,7 +402,7 @@ class DropHot:
             fit = partial(loop.fit, cache=self.cache)
         with (
             fit_checks.watched(model, epochs, self._doing, on_epoch) as watched,
-            progress.bar(self.progress, epochs, self._doing, watched) as after,
+            progress.epoch_bar(self.progress, epochs, self._doing, watched) as after,
         ):
             fit(
                 model,
@@ -420,6 +420,6 @@ class DropHot:
         """A step: timed, and with random numbers of its own that depend on the seed alone."""
         self._doing, self._draws = name, 2 * self.seed + stage
         start = perf_counter()
-        with random_state.kept(self.device, seed=self._draws):
+        with random_state.preserved_rng(self.device, seed=self._draws):
             yield
         self.seconds = {**self.seconds, name: perf_counter() - start}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from drophot._core.classifier import not_finite
+from drophot._core.classifier import first_nonfinite
 from drophot.tracking.forgetting import ForgettingTracker
 
 
@@ -63,7 +63,7 @@ def check_finite(model: nn.Module, step: str, when: str) -> None:
     Raises:
         ValueError: If a weight that is trained is NaN or infinite.
     """
-    if name := not_finite(model):
+    if name := first_nonfinite(model):
         raise ValueError(
             f"The step `{step}` should leave finite weights. Found NaN or infinity in "
             f"`{name}` {when}: the training diverged. Lower the "

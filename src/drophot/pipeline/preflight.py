@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from drophot import modes
 from drophot._core import progress, random_state, scalars
 from drophot._core.classifier import check_optimizer
-from drophot.coreset import score_selection
+from drophot._core.ratios import check_keep_ratio, check_prune_ratio, num_kept
 from drophot.data.cache import Cache, Kept, check_cache
 from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import first_sample, known_targets, tensors_of
@@ -37,9 +37,9 @@ def settle(run: Any) -> None:
         ValueError: If one is out of range, or two do not go together.
         ImportError: If `progress` is asked for and tqdm is not installed.
     """
-    run.data_ratio = score_selection.check_ratio("data_ratio", run.data_ratio)
+    run.data_ratio = check_keep_ratio("data_ratio", run.data_ratio)
     modes.check(run)
-    run.prune_ratio = magnitude.check_ratio("prune_ratio", run.prune_ratio)
+    run.prune_ratio = check_prune_ratio("prune_ratio", run.prune_ratio)
     magnitude.check_scope("scope", run.scope)
     for name, choices in (("forgetting", ("paper", "toneva")), ("protocol", ("paper", "released"))):
         if (value := getattr(run, name)) not in choices:
@@ -63,7 +63,7 @@ def settle(run: Any) -> None:
     for name in ("train_epochs", "finetune_epochs", "seed"):
         setattr(run, name, scalars.integer(name, getattr(run, name), least=0))
     if run.progress:
-        progress.check()
+        progress.import_tqdm()
 
 
 def prepare(
@@ -97,7 +97,7 @@ def prepare(
         TypeError: If a factory is none.
         ValueError: If the data and the model do not fit each other, or the model cannot be pruned.
     """
-    with random_state.kept(device, seed=seed):
+    with random_state.preserved_rng(device, seed=seed):
         probe, classes = build(factory, optimizer, train_set, test_set, closure=closure)
         warn_of_uncovered(
             probe, prunable(probe)
@@ -209,7 +209,7 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
         ValueError: If a target is not in `[0, C)`.
     """
     known = known_targets(dataset)
-    with random_state.kept():
+    with random_state.preserved_rng():
         targets = torch.as_tensor(first_sample(name, dataset)[1])[None] if known is None else known
     if targets.dim() != 1 or targets.is_floating_point():
         raise ValueError(
@@ -263,7 +263,7 @@ def check_sizes(run: Any, num_classes: int) -> None:
     pruning_steps.check_model(run)
     selection_steps.check(run)
     total = len(run.train_set)
-    size = score_selection.kept(total, run.data_ratio)
+    size = num_kept(total, run.data_ratio)
     if size < num_classes:
         raise ValueError(
             f"`data_ratio` should keep a sample of each class. Found {run.data_ratio}, which keeps "
@@ -278,7 +278,7 @@ def check_sizes(run: Any, num_classes: int) -> None:
             continue
         single = torch.torch.as_tensor(first_sample("train_set", run.train_set)[0])[None]
         try:
-            with random_state.kept(run.device, seed=run.seed):
+            with random_state.preserved_rng(run.device, seed=run.seed):
                 model = run.factory().train()
                 model(single.to(_device_of(model)))
         except ValueError as error:  # BatchNorm, of a single value

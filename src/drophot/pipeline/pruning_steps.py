@@ -71,7 +71,7 @@ def start_over(run: Any) -> None:
     if run.reinitialize:
         schedule.rewind(run.model, run.masks, run.factory().to(run.device).state_dict())
     if run.rewind:
-        with random_state.kept(run.device, seed=2 * run.seed):  # as in step 3
+        with random_state.preserved_rng(run.device, seed=2 * run.seed):  # as in step 3
             start = run.factory().to(run.device).state_dict()
         schedule.rewind(run.model, run.masks, start)
 
@@ -184,7 +184,7 @@ def check_model(run: Any) -> None:
         )
     if not (run.recalibrate_bn or (run.structured and run.prune_ratio)):
         return
-    with random_state.kept(run.device, seed=run.seed):
+    with random_state.preserved_rng(run.device, seed=run.seed):
         probe = run.factory().to(run.device)
         if run.recalibrate_bn and not with_statistics(probe):
             raise ValueError(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from drophot._core import scalars
-from drophot._core.model_contexts import untouched
+from drophot._core.model_contexts import evaluating
 from drophot.coreset import score_selection
 
 
@@ -60,7 +60,7 @@ class PositionCounts:
             model: Called as `model(inputs)`, gives logits `(B, C)`; in eval mode meanwhile.
             batches: All samples, in an order that does not change: `(inputs, ...)`.
         """
-        with untouched(model):
+        with evaluating(model):
             predictions = torch.cat([model(batch[0]).argmax(1) for batch in batches]).cpu()
         order = torch.randperm(len(predictions), generator=self._order, device="cpu")
         walked = predictions[order]

@@ -15,14 +15,17 @@ from torch.utils.data import Dataset, Sampler, Subset
 
 from drophot import modes
 from drophot._core import random_state
-from drophot.coreset import score_selection
+from drophot._core.ratios import num_kept
 from drophot.coreset.feature_extraction import features
+from drophot.coreset.greedy_facility_location import facility_location
+from drophot.coreset.greedy_k_center import k_center
 from drophot.coreset.score_selection import select
 from drophot.data.batching import batches
 from drophot.data.samples import targets_of
 from drophot.pipeline import fit_checks, released_protocol
 from drophot.sampling.crest import CrestLoader
-from drophot.sampling.epochwise import FreshSubset, LossSampling
+from drophot.sampling.loss_sampling import LossSampling
+from drophot.sampling.random_subset import FreshSubset
 from drophot.tracking.dynamics import DynamicsTracker
 
 
@@ -74,9 +77,9 @@ def check(run: Any) -> None:
         ValueError: If it does not give them.
     """
     total = len(run.train_set)
-    if run.mode not in modes.OF_FEATURES or score_selection.kept(total, run.data_ratio) == total:
+    if run.mode not in modes.OF_FEATURES or num_kept(total, run.data_ratio) == total:
         return
-    with random_state.kept(run.device, seed=run.seed):
+    with random_state.preserved_rng(run.device, seed=run.seed):
         model = run.factory().to(run.device)
         try:
             _vectors(run.mode, model, Subset(run.train_set, [0]))
@@ -95,7 +98,7 @@ def choose(run: Any) -> Tensor:
         The kept samples' positions; all of them for a mode that chooses while it trains.
     """
     mode, ratio, total = run.mode, run.data_ratio, len(run.train_set)
-    if mode in modes.DYNAMIC or score_selection.kept(total, ratio) == total:
+    if mode in modes.DYNAMIC or num_kept(total, ratio) == total:
         return torch.arange(total, device="cpu")
     if mode == "random":
         return select(torch.zeros(total, device="cpu"), ratio, "random", seed=run.seed)
@@ -105,7 +108,7 @@ def choose(run: Any) -> Tensor:
         targets = targets_of(run.train_set) if how.balanced else None
         scores = torch.zeros(total, device="cpu") if how.mode == "random" else run.scores
         return select(scores, ratio, how.mode, targets=targets, seed=run.seed)
-    selector = score_selection.k_center if mode == "k_center" else score_selection.facility_location
+    selector = k_center if mode == "k_center" else facility_location
     vectors = _vectors(mode, run.scorer, run.train_set)
     found = selector(vectors, ratio, targets=targets_of(run.train_set), seed=run.seed)
     return found.indices
@@ -120,7 +123,7 @@ def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
         optimizer: Holds its parameters.
     """
     epochs, steps = run.train_epochs, 0
-    size = score_selection.kept(len(run.train_set), run.data_ratio)
+    size = num_kept(len(run.train_set), run.data_ratio)
     if run.equal_steps:
         whole = epochs * ceil(len(run.train_set) / run.batch_size)
         epochs, steps = divmod(whole, ceil(size / run.batch_size))

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from drophot._core import distributed
-from drophot._core.model_contexts import untouched
+from drophot._core.model_contexts import evaluating
 from drophot.prune.eager_mode import eagerly, uncached
 from drophot.prune.running_statistics import Sums, gathered, with_statistics
 
@@ -128,7 +128,7 @@ def _sums(
     # Wrappers would communicate with other ranks, or copy the layers to other devices.
     inner = _unwrapped(model)
     with (
-        untouched(model) as device,
+        evaluating(model) as device,
         gathered(layers) as sums,
         eagerly(),
         uncached(device),
@@ -213,7 +213,9 @@ def _merged(
     total = torch.zeros_like(packed[0])
     cpu = packed.device
     for columns in distributed.tables({"sums": packed}, [1] * len(table), group, cpu):
-        total += columns["sums"][0]  # in the order of the ranks, so that all ranks get the same bits
+        total += columns["sums"][
+            0
+        ]  # in the order of the ranks, so that all ranks get the same bits
     found: dict[str, Sums] = {}
     for (path, width), row in zip(
         zip(layers, widths, strict=True), total.split([2 * w + 2 for w in widths]), strict=True

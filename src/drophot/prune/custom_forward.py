@@ -82,7 +82,7 @@ def _probe(module: nn.Module) -> bool | None:
             layer = layer if dtype is None else layer.to(dtype)
             observer = _OperandObserver(layer, probes)
             first = next(iter(probes.values()))
-            with random_state.kept(first.device), torch.no_grad():
+            with random_state.preserved_rng(first.device), torch.no_grad():
                 inputs = _inputs(layer, first, other_layout)
                 with observer:
                     layer.forward(*inputs)

@@ -19,7 +19,9 @@ class BitMasks:
     def of(self, name: str, mask: Tensor, like: Tensor) -> Tensor:
         """A mask as ones and zeros in the device and the dtype of the integers `like`."""
         cached = self._cache.get(name)
-        fits = cached is not None and cached[0].device == like.device and cached[0].dtype == like.dtype
+        fits = (
+            cached is not None and cached[0].device == like.device and cached[0].dtype == like.dtype
+        )
         if torch.compiler.is_compiling():  # which has no versions
             return cached[0] if cached is not None and fits else torch.empty_like(like).copy_(mask)
         if cached is None or not fits or cached[1] is not mask or cached[2] != mask._version:

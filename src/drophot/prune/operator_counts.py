@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from drophot._core.interruptions import is_passed_on
-from drophot._core.model_contexts import followed, untouched
+from drophot._core.interruptions import must_propagate
+from drophot._core.model_contexts import call_hooks, evaluating
 from drophot.prune.eager_mode import eagerly, uncached
 from drophot.prune.flop_formulas import is_free, multiply_adds
 from drophot.prune.latency import call
@@ -51,9 +51,9 @@ def operations(model: nn.Module, example_inputs: Any) -> dict[str, Operations]:
     # The fast path is one operator of unknown cost; the slow path consists of products.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with untouched(model) as device, eagerly(), uncached(device):
+        with evaluating(model) as device, eagerly(), uncached(device):
             counter = _Counter(model, example_inputs)
-            with followed(model, counter.enter, counter.leave), counter:
+            with call_hooks(model, counter.enter, counter.leave), counter:
                 call(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -115,7 +115,9 @@ class _Counter(TorchDispatchMode):
             if False in given or (counted and tensor.numel() > 1):
                 self._remember(tensor, False)
             elif True in given and not counted:
-                self._remember(tensor, True)  # a scalar made of weights, such as a norm, is a constant
+                self._remember(
+                    tensor, True
+                )  # a scalar made of weights, such as a norm, is a constant
         return out
 
     def _count(
@@ -130,7 +132,7 @@ class _Counter(TorchDispatchMode):
             elif own is not None:
                 flops = 2 * own(*args, **kwargs)
         except Exception as error:  # the formula does not support these arguments
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             flops = None
         has_formula = packet in self._formulas or own is not None

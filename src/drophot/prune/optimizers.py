@@ -23,7 +23,9 @@ def unwrapped(optimizer: Any) -> list[Optimizer]:
     """
     found: dict[int, Optimizer] = {}
     steps = hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")
-    is_optimizer = isinstance(optimizer, Optimizer) or (steps and not isinstance(optimizer, nn.Module))
+    is_optimizer = isinstance(optimizer, Optimizer) or (
+        steps and not isinstance(optimizer, nn.Module)
+    )
     queue: list[Any] = [optimizer] if is_optimizer else []
     seen: set[int] = set()
     for each in queue:

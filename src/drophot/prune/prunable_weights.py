@@ -129,7 +129,9 @@ def check_module(name: str, model: Any) -> None:
 def check_mapping(name: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         fix = ". Pass its state_dict()" if hasattr(value, "state_dict") else ""
-        fix = ". Load the file with torch.load and pass the result" if isinstance(value, str) else fix
+        fix = (
+            ". Load the file with torch.load and pass the result" if isinstance(value, str) else fix
+        )
         raise TypeError(f"`{name}` must be a dict of tensors, got {_shown(value)}{fix}.")
 
 

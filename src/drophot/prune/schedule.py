@@ -23,6 +23,7 @@ from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import check_mapping, names_of, prunable
 from drophot.prune.unpruned_weights import uncovered_warning_silenced
 
+
 def cubic(ratio: float, times: int) -> tuple[float, ...]:
     r"""The ratios of gradual pruning, which removes many weights early and few late.
 
@@ -252,7 +253,10 @@ class Schedule:
                 before this schedule was made. Nothing is changed then.
         """
         check_mapping("state_dict", state_dict)
-        if lacking := {"steps", "masks", "formerly_zero", *self._described_settings()} - state_dict.keys():
+        if (
+            lacking := {"steps", "masks", "formerly_zero", *self._described_settings()}
+            - state_dict.keys()
+        ):
             raise ValueError(
                 f"`state_dict` must be the state of a Schedule, but it has no "
                 f"{sorted(lacking)[0]!r}."
@@ -308,9 +312,7 @@ class Schedule:
             check_minimum(weights, earlier, self.ratios[-1], options.min_kept)
 
     def _prune(self, ratio: float) -> Masks:
-        masks, zero_layers = prune_to_ratio(
-            self._model, ratio, self._options, self._formerly_zero
-        )
+        masks, zero_layers = prune_to_ratio(self._model, ratio, self._options, self._formerly_zero)
         self._formerly_zero |= zero_layers
         return masks
 
