@@ -46,9 +46,10 @@ class CapturedStep:
 
     Batches of another shape, such as the last one of an epoch, take eager steps. So do the next few
     batches after a change that a graph cannot see: in the optimizer's settings, state and hooks, in
-    which parameters are trained, and in what the loss holds. If the model draws from Python's or
-    NumPy's generator or waits for the device, all steps are eager. Other Python code in a forward
-    pass, such as a counter of calls, runs only once.
+    which parameters are trained, and in what the loss holds. All steps are eager if the model draws
+    from Python's or NumPy's generator, if it waits for the device, or if the loss changes something
+    that it holds in each call. Other Python code in a forward pass, such as a counter of calls,
+    runs only once.
 
     With `update_is_captured=False` the graph ends with the backward pass, and `update` is called
     after each launch. A hook before the optimizer's step and a learning rate that changes in each
@@ -87,7 +88,9 @@ class CapturedStep:
             self._warm_up_steps, self._graph = 0, None
         if self._warm_up_steps < _WARM_UP_STEPS:
             self._warm_up_steps += 1
+            loss_before = self._loss_state()
             logits = self._eager_on_side_stream(batch)
+            self._possible = self._loss_state() == loss_before  # else it changes in each call
             # After the step, as the first one creates the optimizer's averages.
             self._captured_with = self._unseen_by_graph()
             return logits
@@ -122,13 +125,15 @@ class CapturedStep:
         optimizer = self._optimizer
         groups = optimizer.param_groups
         fixed: list[Any] = [(p.requires_grad, p.data_ptr()) for g in groups for p in g["params"]]
-        if self._loss is not None:
-            fixed += values_of(self._loss)
+        fixed += self._loss_state()
         if self._update_is_captured:
             fixed += [_value(g[name]) for g in groups for name in g if name != "params"]
             fixed += [id(value) for state in optimizer.state.values() for value in state.values()]
             fixed += [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
         return fixed
+
+    def _loss_state(self) -> list[Any]:
+        return [] if self._loss is None else values_of(self._loss)
 
     def _capture(self, batch: tuple[Tensor, ...]) -> bool:
         self._batch = [tensor.clone() for tensor in batch]
