@@ -150,8 +150,3 @@ def check(run: Any) -> None:
             f'`protocol="released"` should choose as the released code does: mode "high", "low" '
             f'or "random". Found {name(run.mode)!r}.'
         )
-    if mode in DYNAMIC and not is_drophots_own(run.fit):
-        raise ValueError(
-            f"`mode={mode!r}` chooses while it trains, and gives weighted batches to drophot's own "
-            f"loop. Found a `fit` of your own; leave it out, or iterate the loader in your loop."
-        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 from math import ceil
 from typing import Any
 
@@ -27,6 +26,7 @@ from drophot.sampling.crest import CrestLoader
 from drophot.sampling.loss_sampling import LossSampling
 from drophot.sampling.random_subset import FreshSubset
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.training.loaders import BatchLoader
 
 
 def score(run: Any) -> Tensor:
@@ -129,9 +129,12 @@ def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
         epochs, steps = divmod(whole, ceil(size / run.batch_size))
     if run.mode in modes.DYNAMIC and size < len(run.train_set):  # everything is the baseline
         loader, on_batch = _loader(run, model)
-        run._fit(model, loader, epochs, optimizer, on_batch=on_batch)
+        epoch_loader = BatchLoader(loader, ceil(size / run.batch_size))
+        run._fit(model, epoch_loader, epochs, optimizer, on_batch=on_batch)
         if steps:
-            run._fit(model, _Start(loader, steps), 1, optimizer, on_batch=on_batch)
+            run._fit(model, BatchLoader(loader, steps), 1, optimizer, on_batch=on_batch)
+        if on_batch is not None and epochs + steps:
+            fit_checks.check_losses_reported(loader.sampling.losses)
         return
     run._fit(model, _subset(run, run.indices), epochs, optimizer)
     if steps:  # of an epoch that is not whole: as many full batches
@@ -185,13 +188,3 @@ class _Sampled:
         run, order = self.run, torch.tensor(list(self.sampler), dtype=torch.int64, device="cpu")
         for batch in batches(run.train_set, run.batch_size, run.device, shuffle=order):
             yield batch if self.sampling is None else (*batch, self.sampling.weights(batch[2]))
-
-
-class _Start:
-    """The first steps of an epoch of a loader."""
-
-    def __init__(self, loader: Any, steps: int) -> None:
-        self.loader, self.steps = loader, steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        yield from islice(self.loader, self.steps)
