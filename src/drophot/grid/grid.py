@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from drophot._core import memory, scalars
-from drophot._core.installed_packages import short
-from drophot._core.progress import check as check_progress
-from drophot._core.ratios import kept
+from drophot._core.installed_packages import minor_version
+from drophot._core.progress import import_tqdm
+from drophot._core.ratios import num_kept
 from drophot.data.samples import is_plainly
 from drophot.grid import dispatch, executors
 from drophot.grid.plan import Plan, estimate
@@ -169,7 +169,7 @@ class Grid:
             ImportError: If `progress` is asked for and tqdm is not installed.
             OSError: If the disk is full. What is in the store stays good.
         """
-        bar = check_progress() if progress else None
+        bar = import_tqdm() if progress else None
         if executor is not None:
             executors.check(executor, self.pipeline, self.threads)
         cells = list(self._cells())
@@ -233,7 +233,7 @@ class Grid:
         """Refuse two names for one coreset."""
         ratios: dict[int, float] = {}
         for ratio in self.data_ratios:
-            size = kept(total, ratio)
+            size = num_kept(total, ratio)
             if size == total:
                 raise ValueError(
                     f"`data_ratios` should each leave out a sample. Found {ratio:g}, which keeps "
@@ -309,7 +309,9 @@ class Grid:
             )
         versions = environment.versions()
         found: dict[str, Any] = {
-            "versions": {name: short(versions[name]) for name in ("drophot", "torch", "python")}
+            "versions": {
+                name: minor_version(versions[name]) for name in ("drophot", "torch", "python")
+            }
         }
         found |= self.pipeline.configuration
         for name in varying():  # what the cells differ in

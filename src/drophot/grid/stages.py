@@ -137,7 +137,7 @@ def compute(
     Raises:
         RuntimeError: If what the stage needs was damaged meanwhile.
     """
-    ambient = pipeline._ambient  # None where the switches are set already
+    ambient = vars(pipeline).get("_ambient")  # None where the switches are set already
     around = nullcontext() if ambient is None else surrounded(ambient, pipeline.device)
     with _one_at_a_time, limited_threads(threads), around:
         found = store.load(stage.name)
@@ -217,7 +217,7 @@ def _run(pipeline: DropHot, stage: Stage) -> DropHot:
 
 def _network(run: DropHot, before: dict[str, Any]) -> nn.Module:
     """A network as it was after its training."""
-    with random_state.kept(run.device, seed=2 * run.seed):  # as in its training
+    with random_state.preserved_rng(run.device, seed=2 * run.seed):  # as in its training
         model = run.factory().to(run.device)
     model.load_state_dict(before["state"])
     put_back(model, before.get("remainder", {}))

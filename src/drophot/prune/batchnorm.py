@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from drophot._core import distributed
-from drophot._core.model_contexts import untouched
+from drophot._core.model_contexts import evaluating
 from drophot.prune.eager_mode import eagerly, uncached
 from drophot.prune.running_statistics import Sums, gathered, with_statistics
 
@@ -133,7 +133,7 @@ def _sums(
     # These would talk to other ranks, or copy the layers to other devices.
     inner = _unwrapped(model)
     with (
-        untouched(model) as device,
+        evaluating(model) as device,
         gathered(layers) as sums,
         eagerly(),
         uncached(device),

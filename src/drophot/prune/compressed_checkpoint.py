@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from drophot._core.atomic_write import replaced
+from drophot._core.atomic_write import atomic_write
 from drophot.prune.current_parameters import without_wrappers
 from drophot.prune.prunable_weights import check_module
 
@@ -57,7 +57,7 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
 
     Args:
         model: Pruned, on any device.
-        path: The file; an existing one is replaced.
+        path: The file; an existing file is replaced.
 
     Raises:
         TypeError: If `model` is not a module, `path` not a path, or the `state_dict` holds anything
@@ -84,7 +84,7 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
         _check_dense(name, tensor)
     entries: dict[str, dict[str, Any]] = {}
     shared: dict[tuple[Any, ...], str] = {}
-    with replaced(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for number, (name, tensor) in enumerate(state.items()):
             memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             if tensor.numel() and memory in shared:

@@ -87,7 +87,7 @@ def _try(module: nn.Module) -> bool | None:
             layer = layer if dtype is None else layer.to(dtype)
             watch = _Watch(layer, probes)
             some = next(iter(probes.values()))
-            with random_state.kept(some.device), torch.no_grad():
+            with random_state.preserved_rng(some.device), torch.no_grad():
                 inputs = _inputs(layer, some, other)
                 with watch:
                     layer.forward(*inputs)

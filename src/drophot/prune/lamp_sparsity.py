@@ -32,7 +32,7 @@ class Scores:
 
     def __init__(self, weight: Tensor, older: Tensor | None = None) -> None:
         self._dtype = weight.dtype
-        keys = order_statistics.magnitudes(weight, older).cpu().numpy()
+        keys = order_statistics.magnitude_keys(weight, older).cpu().numpy()
         keys.sort()
         self.removed = int(np.searchsorted(keys, keys.dtype.type(0)))  # by the older mask
         self._keys = keys[self.removed :]
@@ -126,7 +126,7 @@ def divide(scores: Mapping[str, Scores], names: Sequence[str], remove: int) -> d
         layer.count(_score(low), below=False) - less
         for layer, less in zip(layers, below, strict=True)
     ]
-    spread = order_statistics.spread(ties, remove - sum(below))
+    spread = order_statistics.divide_evenly(ties, remove - sum(below))
     return {
         name: layer.removed + less + more
         for name, layer, less, more in zip(names, layers, below, spread, strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from drophot._core.model_contexts import followed, untouched
+from drophot._core.model_contexts import call_hooks, evaluating
 from drophot.prune.eager_mode import eagerly
 
 
@@ -101,7 +101,7 @@ def latency(model: nn.Module, inputs: Any, seconds: float = 0.3) -> float:
     Returns:
         Milliseconds, the median after a warm-up; on a GPU until it is done.
     """
-    with untouched(model) as device:
+    with evaluating(model) as device:
         wait = _waiting(device)
 
         def once() -> float:
@@ -133,7 +133,7 @@ def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, f
         compiled model are of the model as it is written, as compiled layers cannot be told apart.
     """
     found: dict[str, list[float]] = {}
-    with untouched(model) as device, eagerly():
+    with evaluating(model) as device, eagerly():
         wait = _waiting(device)
         stack: list[tuple[str, float, float]] = []  # path, start, what its children took
         total: dict[str, float] = {}
@@ -151,7 +151,7 @@ def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, f
                 parent, begun, others = stack[-1]
                 stack[-1] = parent, begun, others + took
 
-        with followed(model, enter, leave):
+        with call_hooks(model, enter, leave):
             for run in range(runs + 1):
                 total.clear()
                 call(model, inputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drophot._core import order_statistics
+from drophot._core.ratios import num_removed
 from drophot.prune import lamp_sparsity
 
 Scope = Literal["global", "layer", "erk", "lamp"]
@@ -53,8 +54,8 @@ def groups(
     removed = {name: int((~mask).count_nonzero()) for name, mask in older.items()}
     gone = {name: removed.get(name, 0) for name in weights}
     if scope == "layer":
-        return [([n], max(gone[n], floor(ratio * size + 0.5))) for n, size in sizes.items()]
-    remove = floor(ratio * sum(sizes.values()) + 0.5)
+        return [([n], max(gone[n], num_removed(size, ratio))) for n, size in sizes.items()]
+    remove = num_removed(sum(sizes.values()), ratio)
     if scope == "erk":
         shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         return [([name], count) for name, count in erk(shapes, remove, gone).items()]
@@ -63,7 +64,7 @@ def groups(
     remove -= sum(gone[name] for name in blank)
     most = {name: sizes[name] - _least(min_kept, sizes[name]) for name in ranked}
     capped = [name for name in ranked if name in late] if scope == "global" else []
-    most |= {name: min(most[name], floor(ratio * sizes[name] + 0.5)) for name in capped}
+    most |= {name: min(most[name], num_removed(sizes[name], ratio)) for name in capped}
     most = {name: max(gone[name], count) for name, count in most.items()}
     if remove > sum(most.values()):
         _refuse(remove, sum(most.values()), min_kept, blank)
@@ -77,8 +78,10 @@ def groups(
 
         def divide(names: Sequence[str], count: int) -> Mapping[str, int]:
             tensors, masks = [weights[n] for n in names], [older.get(n) for n in names]
-            edge = order_statistics.edge(tensors, count, masks)
-            return dict(zip(names, order_statistics.counts(edge, tensors, masks), strict=True))
+            edge = order_statistics.magnitude_threshold(tensors, count, masks)
+            return dict(
+                zip(names, order_statistics.count_removed(edge, tensors, masks), strict=True)
+            )
 
     limited = divide if min_kept or capped else None
     held, free, rest = _with_minimum(ranked, most, remove, limited)
@@ -105,7 +108,7 @@ def check_minimum(
     sizes = {name: weight.numel() for name, weight in weights.items()}
     gone = {name: int((~mask).sum()) for name, mask in older.items()}
     most = sum(max(gone.get(n, 0), size - _least(min_kept, size)) for n, size in sizes.items())
-    if (remove := floor(ratio * sum(sizes.values()) + 0.5)) > most:
+    if (remove := num_removed(sum(sizes.values()), ratio)) > most:
         _refuse(remove, most, min_kept, ())
 
 
@@ -156,7 +159,7 @@ def lamp(weight: Tensor) -> Tensor:
     Returns:
         float64, of its shape.
     """
-    keys = order_statistics.magnitudes(weight)
+    keys = order_statistics.magnitude_keys(weight)
     scores = torch.empty(weight.numel(), dtype=torch.float64)
     scores[keys.cpu().argsort(stable=True)] = torch.from_numpy(lamp_sparsity.Scores(weight).all())
     return scores.view(weight.shape)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from math import floor
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from drophot._core import order_statistics, scalars
+from drophot._core import order_statistics
 from drophot._core.exact_arithmetic import exact
+from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot._core.user_warnings import warn
 from drophot.prune import earlier_masks, layer_sparsity, semi_structured
 from drophot.prune.batchnorm import recalibrate_bn
@@ -157,9 +157,9 @@ def pruned(
         TypeError: As `magnitude_prune`.
         ValueError: As `magnitude_prune`.
     """
-    ratio = check_ratio("ratio", ratio)
+    ratio = check_prune_ratio("ratio", ratio)
     check_scope("scope", scope)
-    min_kept = check_ratio("min_kept", min_kept)
+    min_kept = check_prune_ratio("min_kept", min_kept)
     if min_kept and scope not in ("global", "lamp"):
         raise ValueError(
             f'`min_kept` needs a ranking of all layers, scope="global" or "lamp". Found '
@@ -210,21 +210,23 @@ def _cut(
     """Set what goes to zero; the masks, by name."""
     groups = layer_sparsity.groups(weights, older, ratio, scope, min_kept, blank, late)
     edges = [
-        order_statistics.edge([weights[n] for n in names], count, [older.get(n) for n in names])
+        order_statistics.magnitude_threshold(
+            [weights[n] for n in names], count, [older.get(n) for n in names]
+        )
         for names, count in groups
     ]
     masks: dict[str, Tensor] = {}
     unmasked: list[str] = []
     for (names, _), edge in zip(groups, edges, strict=True):
-        cut = order_statistics.cutter(edge)
+        cut = order_statistics.pruner(edge)
         masks |= {name: cut(weights[name], older.get(name)) for name in names}
-        if edge.place.key <= 0:  # else all zeros are below it
+        if edge.key <= 0:  # else all zeros are below it
             unmasked += [name for name in names if name not in blank]
     _warn_of_blank(weights, blank, ratio)
     _warn_of_zeros({name: weights[name] for name in unmasked}, masks, ratio)
     if older:
         sizes = [weight.numel() for weight in weights.values()]
-        asked = sum(floor(ratio * n + 0.5) for n in (sizes if scope == "layer" else [sum(sizes)]))
+        asked = sum(num_removed(n, ratio) for n in (sizes if scope == "layer" else [sum(sizes)]))
         _warn_of_older(masks, asked, f"`ratio={ratio:g}` with scope={scope!r}")
     return {name: masks[name] for name in weights}
 
@@ -266,30 +268,6 @@ def _warn_of_older(masks: Mapping[str, Tensor], asked: int, what: str) -> None:
             f"that an earlier pruning removed do not come back; to prune less, load the weights "
             f"from before it."
         )
-
-
-def check_ratio(name: str, ratio: Any) -> float:
-    """Refuse a ratio that is no share removed.
-
-    Args:
-        name: What the caller calls it.
-        ratio: The value.
-
-    Returns:
-        It as a plain float.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not in [0, 1).
-    """
-    found = scalars.share(name, ratio, "[0, 1)")
-    if not 0 <= found < 1:
-        meant = found if 2 <= found < 100 else 80.0
-        raise ValueError(
-            f"`{name}` should be a share of the weights, in [0, 1). Found {ratio}; for "
-            f"{meant:g} % give {meant / 100:g}."
-        )
-    return found
 
 
 def check_scope(name: str, scope: Any) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from drophot._core import scalars
-from drophot._core.model_contexts import remembered
+from drophot._core.model_contexts import preserved_state
 from drophot.prune.compressed_checkpoint import compressed_bytes
 from drophot.prune.latency import latency, layer_latencies, noted, of_batch
 from drophot.prune.operator_counts import Operations, count_nonzeros, operations
@@ -153,7 +153,7 @@ def summary(
             for number, size in enumerate(batch_sizes)
         ]
         batches = {size: of_batch(example_inputs, size) for size in sizes}
-        with remembered(model):  # caches and counters too, after every call
+        with preserved_state(model):  # caches and counters too, after every call
             counts = operations(model, example_inputs)
             for size, inputs in batches.items():
                 with noted(size):

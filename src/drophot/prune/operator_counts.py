@@ -13,8 +13,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from drophot._core.interruptions import is_passed_on
-from drophot._core.model_contexts import followed, untouched
+from drophot._core.interruptions import must_propagate
+from drophot._core.model_contexts import call_hooks, evaluating
 from drophot.prune.eager_mode import eagerly, uncached
 from drophot.prune.flop_formulas import is_free, multiply_adds
 from drophot.prune.latency import call
@@ -56,9 +56,9 @@ def operations(model: nn.Module, example_inputs: Any) -> dict[str, Operations]:
     # A whole layer as one operator has no cost that is known; its products do.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with untouched(model) as device, eagerly(), uncached(device):
+        with evaluating(model) as device, eagerly(), uncached(device):
             counter = _Counter(model, example_inputs)
-            with followed(model, counter.enter, counter.leave), counter:
+            with call_hooks(model, counter.enter, counter.leave), counter:
                 call(model, example_inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -135,7 +135,7 @@ class _Counter(TorchDispatchMode):
             elif own is not None:
                 flops = 2 * own(*args, **kwargs)
         except Exception as error:  # a formula that does not know this way to call the operator
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             flops = None
         known = packet in self._formulas or own is not None

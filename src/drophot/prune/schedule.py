@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot._core import scalars
+from drophot._core.ratios import check_prune_ratio
 from drophot.prune import earlier_masks, layer_sparsity
 from drophot.prune.current_parameters import current, own_names
 from drophot.prune.holding import Hold, is_counting
 from drophot.prune.layer_sparsity import Scope
-from drophot.prune.magnitude import check_ratio, check_scope, pruned
+from drophot.prune.magnitude import check_scope, pruned
 from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import check_mapping, names_of, prunable
 from drophot.prune.unpruned_weights import uncovered_warning_silenced
@@ -47,7 +48,7 @@ def cubic(ratio: float, times: int) -> tuple[float, ...]:
         >>> [round(ratio, 3) for ratio in cubic(0.8, 4)]
         [0.463, 0.7, 0.788, 0.8]
     """
-    ratio, times = check_ratio("ratio", ratio), scalars.integer("times", times, least=1)
+    ratio, times = check_prune_ratio("ratio", ratio), scalars.integer("times", times, least=1)
     return (*(ratio - ratio * (1 - i / times) ** 3 for i in range(1, times)), ratio)
 
 
@@ -76,7 +77,7 @@ def geometric(ratio: float, times: int) -> tuple[float, ...]:
         >>> geometric(0.75, 2)
         (0.5, 0.75)
     """
-    ratio, times = check_ratio("ratio", ratio), scalars.integer("times", times, least=1)
+    ratio, times = check_prune_ratio("ratio", ratio), scalars.integer("times", times, least=1)
     return (*(1 - (1 - ratio) ** (i / times) for i in range(1, times)), ratio)
 
 
@@ -138,7 +139,7 @@ class Schedule:
                 f"[{ratios}]."
             )
         self.ratios = tuple(
-            check_ratio(f"ratios[{number}]", ratio) for number, ratio in enumerate(ratios)
+            check_prune_ratio(f"ratios[{number}]", ratio) for number, ratio in enumerate(ratios)
         )
         if not self.ratios:
             raise ValueError("`ratios` must contain at least one ratio, but it is empty.")
@@ -153,7 +154,7 @@ class Schedule:
         check_scope("scope", scope)
         self._settings: dict[str, Any] = {
             "scope": scope,
-            "min_kept": check_ratio("min_kept", min_kept),
+            "min_kept": check_prune_ratio("min_kept", min_kept),
             "skip": names_of("skip", skip),
             "include": names_of("include", include),
         }
