@@ -141,7 +141,7 @@ class CapturedStep:
         before = random_state.state()
         captured = self._eager if self._update_is_captured else self._backward
         try:
-            with random_state.kept():
+            with random_state.preserved_rng():
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._logits = captured(*self._batch)
                 self._possible = random_state.state() == before
