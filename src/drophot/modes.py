@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -75,12 +75,7 @@ def name(mode: Mode | Literal["baseline"]) -> str:
     Returns:
         Its word; of a strategy its settings too, where they are not the defaults.
     """
-    if not isinstance(mode, Stratified):
-        return str(mode)
-    changed = [(f.name, getattr(mode, f.name)) for f in fields(mode)]
-    changed = [pair for pair, f in zip(changed, fields(mode), strict=True) if pair[1] != f.default]
-    parts = [str(value) if key == "hard" else f"{key}{value}" for key, value in changed]
-    return "-".join(["stratified", *parts])
+    return mode.name if isinstance(mode, Stratified) else str(mode)
 
 
 def scored(mode: Mode) -> Scored | None:
