@@ -10,9 +10,9 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from drophot import cells
 from drophot._core import scalars
-from drophot.records import Record
+from drophot.records import CELL_FIELDS, Record, known_settings, mode_name, pairs
+from drophot.settings import Mode
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
 
@@ -291,7 +291,7 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
 def compare(
     records: Iterable[Record],
     *,
-    against: str = "baseline",
+    against: str | Mode = "baseline",
     measure: Measure = "finetuned_accuracy",
     confidence: float = 0.95,
 ) -> list[Comparison]:
@@ -348,13 +348,13 @@ def compare(
         )
     confidence = _share("confidence", confidence)
     rows = [
-        (runs[0][0], _of_pairs(runs, measure, confidence)) for runs in cells.pairs(records, against)
+        (runs[0][0], _test_pairs(runs, measure, confidence)) for runs in pairs(records, against)
     ]
     adjusted = holm(found.p_value for _, found in rows)
     return [
         Comparison(
-            **{name: getattr(first, name) for name in cells.FIELDS},
-            against=against,
+            **{name: getattr(first, name) for name in CELL_FIELDS},
+            against=mode_name(against),
             measure=measure,
             n=found.n,
             difference=found.difference,
@@ -362,22 +362,22 @@ def compare(
             p_value=found.p_value,
             p_holm=p_holm,
             effect_size=found.effect_size,
-            settings=cells.known(first),
+            settings=known_settings(first),
         )
         for (first, found), p_holm in zip(rows, adjusted, strict=True)
     ]
 
 
-def _of_pairs(
-    pairs: Sequence[tuple[Record, Record]], measure: Measure, confidence: float
+def _test_pairs(
+    runs: Sequence[tuple[Record, Record]], measure: Measure, confidence: float
 ) -> Paired:
     """Compare runs with their references, leaving out pairs with an accuracy that is nan."""
-    found = [(getattr(run, measure), getattr(reference, measure)) for run, reference in pairs]
+    found = [(getattr(run, measure), getattr(reference, measure)) for run, reference in runs]
     found = [pair for pair in found if all(map(math.isfinite, pair))]
     if not found:
         nan = math.nan
         return Paired(n=0, difference=nan, interval=(nan, nan), p_value=nan, effect_size=nan)
-    sizes = {record.test_samples for pair in pairs for record in pair}
+    sizes = {record.test_samples for pair in runs for record in pair}
     left, right = zip(*found, strict=True)
     return _paired(left, right, confidence, step=1 / min(sizes) if min(sizes) > 0 else 0.0)
 
