@@ -20,6 +20,7 @@ from drophot.grid.plan import Plan
 from drophot.grid.stages import Stage
 from drophot.grid.store import Store
 from drophot.models import fcnet
+from drophot.pipeline.provenance import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 
@@ -441,10 +442,10 @@ def test_a_patch_release_takes_the_store_and_another_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = grid(seeds=[0]).run(tmp_path)
-    here = records.versions()
+    here = environment.versions()
     major, minor = here["torch"].split(".")[:2]
     for changed in (f"{major}.{minor}.99+cpu", f"{major}.{int(minor) + 1}.0"):
-        monkeypatch.setattr(records, "versions", lambda t=changed: here | {"torch": t})
+        monkeypatch.setattr(environment, "versions", lambda t=changed: here | {"torch": t})
         if ".99" in changed:
             assert grid(seeds=[0]).run(tmp_path) == found
         else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from drophot import modes, records
+from drophot import modes
 from drophot._core import memory, scalars
 from drophot._core.installed_packages import short
 from drophot._core.progress import check as check_progress
@@ -30,9 +30,10 @@ from drophot.grid.stages import Stage
 from drophot.grid.store import Store, open_store, write_whole
 from drophot.modes import Mode
 from drophot.pipeline.drophot import CELL, DropHot
-from drophot.pipeline.fingerprints import unseen
-from drophot.pipeline.torch_settings import surroundings
-from drophot.records import Record, fingerprint
+from drophot.pipeline.provenance import environment
+from drophot.pipeline.provenance.fingerprints import unseen
+from drophot.pipeline.provenance.torch_settings import surroundings
+from drophot.records import Record, fingerprint, from_line
 
 logger = logging.getLogger("drophot")
 
@@ -203,7 +204,7 @@ class Grid:
             error.add_note(f"What was finished is in {store}; the same call goes on from there.")
             raise
         opened.tidy(order)
-        return [records.from_line((opened.load(cell.name) or b"").decode()) for cell in cells]
+        return [from_line((opened.load(cell.name) or b"").decode()) for cell in cells]
 
     def plan(self, store: Path | str | None = None, executor: Any = None) -> Plan:
         """What `run` would do, with an estimate of time and disk from a few measured steps.
@@ -305,7 +306,7 @@ class Grid:
                 f"Use another store if it changes.",
                 stacklevel=3,
             )
-        versions = records.versions()
+        versions = environment.versions()
         found: dict[str, Any] = {
             "versions": {name: short(versions[name]) for name in ("drophot", "torch", "python")}
         }
@@ -313,7 +314,7 @@ class Grid:
         for name in CELL:  # what the cells differ in
             del found[name]
         found["threads"] = self.threads
-        found["device"] = records.device_name(self.pipeline.device)
+        found["device"] = environment.device_name(self.pipeline.device)
         return found, fingerprint({name: found[name] for name in ("train_set", "test_set")})
 
     def _without_data(self, store: Store) -> DropHot:

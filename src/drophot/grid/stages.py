@@ -21,7 +21,7 @@ from drophot._core import random_state
 from drophot.grid.store import Store
 from drophot.grid.untracked_state import put_back, remainder
 from drophot.pipeline.drophot import DropHot
-from drophot.pipeline.torch_settings import surrounded
+from drophot.pipeline.provenance.torch_settings import surrounded
 from drophot.records import Record, from_line, to_line
 from drophot.tracking.dynamics import Statistic
 from drophot.training import loop

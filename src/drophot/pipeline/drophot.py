@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 from torch.utils.data import Dataset
 
-from drophot import modes, records
+from drophot import modes
 from drophot._core import progress, random_state
 from drophot.coreset import score_selection
 from drophot.modes import Mode
 from drophot.pipeline import fit_checks, preflight, pruning_steps, selection_steps
-from drophot.pipeline.experiment import experiment
+from drophot.pipeline.provenance.experiment import experiment
+from drophot.pipeline.provenance.run_record import of_run
+from drophot.pipeline.provenance.torch_settings import surroundings
 from drophot.pipeline.pruning_steps import ScheduleName
-from drophot.pipeline.torch_settings import surroundings
 from drophot.prune.layer_sparsity import Scope
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
@@ -376,7 +377,7 @@ class DropHot:
 
                 self._fit(model, self.train_set, self.finetune_epochs, optimizer, on_epoch=judge)
         accuracy = curve[-1] if curve else loop.evaluate(model, self.test_set)
-        self.record = records.of_run(self, curve, accuracy, pruning_steps.removed(self))
+        self.record = of_run(self, curve, accuracy, pruning_steps.removed(self))
         return self.record
 
     def _lacks(self) -> str | None:

@@ -32,7 +32,7 @@ _HOW = {
     "the prunable weights that was removed, and the share of them that is zero at the end.",
     "Low, high": "Coresets of the samples that were forgotten least often and most often while a "
     "network was trained on all samples. Other modes are named after their score or method.",
-    "Baseline": "All samples are kept, and the rest is the same. Training takes more steps than on a "
+    "Baseline": "All samples are kept; the rest is the same. Training takes more steps than on a "
     "coreset, unless a column says that they are equal.",
     "Random": "A coreset of the same size, drawn at random. A difference between another mode and "
     "random is due to how that mode chooses samples. A difference between random and the baseline "

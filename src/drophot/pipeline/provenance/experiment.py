@@ -18,8 +18,8 @@ from torch.utils.data import TensorDataset
 
 from drophot._core import random_state
 from drophot._core.installed_packages import name_of, named
-from drophot.pipeline.digests import digest, digest_of, text_of
-from drophot.pipeline.fingerprints import attributes, describe
+from drophot.pipeline.provenance.digests import digest, digest_of, text_of
+from drophot.pipeline.provenance.fingerprints import attributes, describe
 
 _SAMPLES = 32  # of data that is not in memory, which are compared
 # What every module has: its parts and hooks, which are compared by themselves or by their code.
