@@ -139,7 +139,14 @@ def _importance(name: str, value: Any) -> object:
 
 
 def is_builtin(value: object) -> bool:
-    """Whether the class of an object is one of the library's."""
+    """Whether an object is of one of the library's own classes.
+
+    Args:
+        value: Any object.
+
+    Returns:
+        Whether it is.
+    """
     return type(value).__module__.partition(".")[0] == "drophot"
 
 
@@ -409,14 +416,25 @@ SCORING_ONLY: frozenset[str] = frozenset(
 
 
 def name_of(value: str | Named) -> str:
-    """The name of a mode or a protocol in records, files and tables."""
+    """The name of a mode or a protocol in records, files and tables.
+
+    Args:
+        value: A short name, or an object with a name.
+
+    Returns:
+        The name.
+    """
     return value if isinstance(value, str) else value.name
 
 
 def varying(stage: StageName = "finetune") -> list[str]:
-    """The settings that cells of a grid may differ in and that the results up to a stage depend on.
+    """The settings that cells of a grid may differ in and that results up to a stage depend on.
 
-    They come in the order of the stages, and within one in the order of their declaration.
+    Args:
+        stage: The last stage that counts.
+
+    Returns:
+        Their names, by stage, and within a stage in the order of their declaration.
     """
     reached = STAGES[: STAGES.index(stage) + 1]
     return [
@@ -428,7 +446,15 @@ def varying(stage: StageName = "finetune") -> list[str]:
 
 
 def file_part(name: str, value: object) -> str:
-    """The part of a stage's file name that says which value a setting has; may be empty."""
+    """The part of a stage's file name that says which value a setting has.
+
+    Args:
+        name: The setting.
+        value: Its value.
+
+    Returns:
+        The part; empty for most defaults.
+    """
     setting = SETTINGS[name]
     if setting.file_part is not None:
         return setting.file_part(value)
@@ -436,6 +462,13 @@ def file_part(name: str, value: object) -> str:
 
 
 def with_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the optional settings that it leaves out at their defaults."""
+    """Add the optional settings that a configuration leaves out, at their defaults.
+
+    Args:
+        configuration: Settings by their names.
+
+    Returns:
+        All of them.
+    """
     added = {name: DEFAULTS[name] for name, setting in SETTINGS.items() if setting.optional}
     return added | dict(configuration)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch.utils.data import Subset
 
-from drophot import modes
 from drophot._core import memory, random_state
 from drophot._core.ratios import kept
 from drophot.grid.stages import Stage, limited_threads
+from drophot.pipeline import fit_checks
 from drophot.pipeline.drophot import DropHot
 from drophot.training import loop
 
@@ -87,7 +87,7 @@ def estimate(
     run = pipeline
     total, tests = len(run.train_set), len(run.test_set)  # type: ignore[arg-type]
     few = Subset(run.train_set, range(min(total, 16 * run.batch_size)))
-    measured = modes.is_drophots_own(run.fit)
+    measured = fit_checks.is_library_fit(run.fit)
     training_pass = evaluating = 0.0
     with limited_threads(threads), random_state.kept(run.device, seed=0):
         model = run.factory().to(run.device)

@@ -1,60 +1,75 @@
-"""The record of a run."""
+"""The configuration and the record of a run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
-from drophot import modes
-from drophot._core.ratios import kept
+from torch import Tensor
+
+from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.environment import device_name, versions
+from drophot.pipeline.provenance.own_objects import described
+from drophot.pipeline.provenance.torch_settings import surroundings
+from drophot.pipeline.pruning_steps import FinetunedModel
 from drophot.records import Record, fingerprint
+from drophot.settings import DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
 
 
-def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -> Record:
-    """The record of a run that is through.
+def configuration(config: RunConfig) -> dict[str, Any]:
+    """Everything that a record depends on, as JSON can hold it."""
+    settings = {
+        name: described(getattr(config.settings, name))
+        for name, setting in SETTINGS.items()
+        if not (setting.optional and getattr(config.settings, name) == DEFAULTS[name])
+    }
+    return {
+        **config.experiment.description,
+        **settings,
+        "cache": config.cache,
+        "ambient": surroundings(config.device),
+    }
 
-    Args:
-        run: A :class:`drophot.DropHot`.
-        curve: Its accuracies after each epoch of fine-tuning.
-        accuracy: The one in the end.
-        sparsity: What it counted of prunable weights that are zero or gone.
 
-    Returns:
-        The record.
-    """
-    total = len(run.train_set)
-    configuration = json.loads(json.dumps(run.configuration))  # equal to what is read from a file
-    settings = {name: value for name, value in configuration.items() if name != "seed"}
-    size = kept(total, run.data_ratio) if run.mode in modes.DYNAMIC else len(run.indices)
+def record_of(
+    config: RunConfig,
+    *,
+    indices: Tensor,
+    trained_accuracy: float,
+    pruned_accuracy: float,
+    finetuned: FinetunedModel,
+    seconds: Mapping[str, float],
+) -> Record:
+    """The record of a run whose five steps are done."""
+    whole = json.loads(json.dumps(configuration(config)))  # equal to what is read from a file
+    settings = {name: value for name, value in whole.items() if name != "seed"}
+    asked = config.settings
+    size = config.num_kept if asked.mode in SAMPLING_MODES else len(indices)
+    model = finetuned.model
+    held = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
+    if size == config.num_samples:
+        held["mode"] = "baseline"
     return Record(
-        model=factory_name(run.factory, run.model),
-        mode="baseline" if size == total else modes.name(run.mode),
-        keep_ratio=run.data_ratio,
+        **held,
+        model=factory_name(config.factory, model),
         kept=size,
-        prune_ratio=run.prune_ratio,
-        seed=run.seed,
-        trained_accuracy=run.trained_accuracy,
-        pruned_accuracy=run.pruned_accuracy,
-        finetuned_accuracy=accuracy,
-        finetune_curve=tuple(curve),
-        sparsity=sparsity,
-        seconds=dict(run.seconds),
-        device=device_name(run.device),
+        trained_accuracy=trained_accuracy,
+        pruned_accuracy=pruned_accuracy,
+        finetuned_accuracy=finetuned.accuracy,
+        finetune_curve=finetuned.curve,
+        sparsity=finetuned.sparsity,
+        seconds=dict(seconds),
+        device=device_name(config.device),
         versions=versions(),
-        fingerprint=fingerprint(configuration),
-        protocol=run.protocol,
-        equal_steps=run.equal_steps,
-        reinitialized=run.reinitialize,
-        rewound=run.rewind,
-        recalibrated=run.recalibrate_bn,
-        schedule=run.schedule,
-        scope=run.scope,
-        structured=run.structured,
-        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
+        fingerprint=fingerprint(whole),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         settings=settings,
         cell=fingerprint(settings),
-        test_samples=len(run.test_set),
+        test_samples=len(config.test_set),  # type: ignore[arg-type]
     )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else name_of(value)
