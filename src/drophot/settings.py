@@ -68,9 +68,9 @@ class Setting:
     heading: str | None = None
     """The heading of its column in tables whose rows differ in it; otherwise its name. Settings
     with a column in every table need none."""
-    words: Mapping[object, str] = MappingProxyType({})
+    words: Mapping[object, str] = field(default_factory=dict)
     """How tables write its values."""
-    controls: Mapping[str, object] = MappingProxyType({})
+    controls: Mapping[str, object] = field(default_factory=dict)
     """The controls of a grid that change it, each with the value that it sets."""
     file_part: Callable[[Any], str] | None = None
     """The part of a stage's file name for a value; by default name and value, and nothing for the

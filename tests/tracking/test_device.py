@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from drophot import DynamicsTracker, ForgettingTracker
-from drophot.tracking.state import bring
+from drophot.tracking.state import to_device
 
 KINDS = [ForgettingTracker, DynamicsTracker]
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -60,7 +60,7 @@ def test_what_comes_to_the_cpu_is_waited_for() -> None:
             return self
 
     for device in ("cpu", "meta", "cuda"):
-        bring(torch.zeros(2).as_subclass(Copied), torch.device(device))
+        to_device(torch.zeros(2).as_subclass(Copied), torch.device(device))
     assert waited == {"cpu": True, "meta": False, "cuda": False}
 
 

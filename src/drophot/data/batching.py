@@ -110,7 +110,7 @@ class _Batches(Dataset[tuple[Tensor, ...]]):
         return len(self.parts)
 
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
-        with random_state.kept(seed=self.seed + number):
+        with random_state.preserved_rng(seed=self.seed + number):
             return read(self.dataset, self.parts[number].tolist())
 
 
@@ -141,7 +141,7 @@ def _can_fork(dataset: Any) -> bool:
     if tensors_of(dataset) is not None or not can_be_copied(dataset) or Own(dataset).generators:
         return False
     before = values_of(dataset)
-    with random_state.kept():
+    with random_state.preserved_rng():
         near = all(part.device.type == "cpu" for part in read(dataset, [0]))
     return near and _gives_the_same(dataset) and values_of(dataset) == before
 
@@ -152,7 +152,7 @@ def _gives_the_same(dataset: Any) -> bool:
     places = sorted({i * (size - 1) // (_PLACES - 1) for i in range(_PLACES)})
 
     def once() -> list[tuple[Tensor, ...]]:
-        with random_state.kept(seed=0):
+        with random_state.preserved_rng(seed=0):
             return [read(dataset, [place]) for place in places]
 
     return all(

@@ -153,7 +153,7 @@ def targets_of(dataset: Any) -> Tensor:
     if (known := known_targets(dataset)) is not None:
         return as_classes(known.cpu())
     found = []
-    with random_state.kept():
+    with random_state.preserved_rng():
         for start in range(0, len(dataset), _CHUNK):
             places = list(range(start, min(start + _CHUNK, len(dataset))))
             found += [torch.as_tensor(s[1]).cpu() for s in _samples(dataset, places)]

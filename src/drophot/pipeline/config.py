@@ -1,4 +1,4 @@
-"""What a run is asked to do, frozen and checked: its settings, factories, data and training loop."""
+"""What a run is asked to do, frozen and checked: settings, factories, data, training loop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Arguments(Settings):
     model: ModelFactory = field(kw_only=False)
     train_set: Dataset[Any] = field(kw_only=False)
     test_set: Dataset[Any] = field(kw_only=False)
-    optimizer: OptimizerFactory = partial(Adam, lr=1e-3)
+    optimizer: OptimizerFactory = field(default=partial(Adam, lr=1e-3))
     device: torch.device | str | None = None
     fit: loop.Fit = loop.fit
     cache: Cache = "auto"
@@ -46,7 +46,7 @@ class Arguments(Settings):
         if not isinstance(self.progress, bool):
             raise TypeError(f"`progress` must be True or False, got {self.progress!r}.")
         if self.progress:
-            progress.check()
+            progress.import_tqdm()
 
     @property
     def settings(self) -> Settings:

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from drophot._core.classifier import not_finite
+from drophot._core.classifier import first_nonfinite
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.training import loop
 
@@ -52,7 +52,7 @@ def watched(
 
 def check_finite(model: nn.Module, step: str, when: str) -> None:
     """Refuse a network that diverged: later results would look like any others."""
-    if name := not_finite(model):
+    if name := first_nonfinite(model):
         raise ValueError(
             f"The step `{step}` must leave finite weights, got NaN or infinity in `{name}` {when}: "
             f"the training diverged. Lower the learning rate of `optimizer`, or look for inputs "

@@ -29,7 +29,7 @@ def prepare(arguments: Arguments) -> RunConfig:
     settings, given = arguments.settings, (arguments.train_set, arguments.test_set)
     with (
         uncovered_warning_silenced(settings.structured),  # `channels` names what was left then
-        random_state.kept(device, seed=settings.seed),
+        random_state.preserved_rng(device, seed=settings.seed),
     ):
         closure = not fit_checks.is_library_fit(arguments.fit)
         probe, classes = build(arguments.model, arguments.optimizer, *given, closure=closure)
@@ -109,8 +109,8 @@ def build(
         )
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         raise TypeError(
-            f"`optimizer` must be a factory that returns an optimizer for the parameters that it is "
-            f"called with, got {type(optimizer).__name__}. Pass, for example, "
+            f"`optimizer` must be a factory that returns an optimizer when it is called with "
+            f"parameters, got {type(optimizer).__name__}. Pass, for example, "
             f"functools.partial(torch.optim.Adam, lr=1e-3)."
         )
     if not isinstance(made := optimizer(model.parameters()), Optimizer):
@@ -144,7 +144,7 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
     Returns the number of classes that occur; 0 if that takes reading all samples.
     """
     known = known_targets(dataset)
-    with random_state.kept():
+    with random_state.preserved_rng():
         targets = torch.as_tensor(first_sample(name, dataset)[1])[None] if known is None else known
     if targets.dim() != 1 or targets.is_floating_point():
         raise ValueError(
@@ -194,7 +194,7 @@ def check_run(config: RunConfig) -> None:
             continue
         single = torch.as_tensor(first_sample("train_set", config.train_set)[0])[None]
         try:
-            with random_state.kept(config.device, seed=settings.seed):
+            with random_state.preserved_rng(config.device, seed=settings.seed):
                 model = config.factory().train()
                 model(single.to(_device_of(model)))
         except ValueError as error:  # BatchNorm, of a single value

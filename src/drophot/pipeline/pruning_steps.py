@@ -118,7 +118,7 @@ def check_model(config: RunConfig) -> None:
     removes_channels = settings.structured and settings.prune_ratio > 0
     if not (settings.recalibrate_bn or removes_channels):
         return
-    with random_state.kept(config.device, seed=settings.seed):
+    with random_state.preserved_rng(config.device, seed=settings.seed):
         probe = config.factory().to(config.device)
         if settings.recalibrate_bn and not with_statistics(probe):
             raise ValueError(
@@ -165,7 +165,8 @@ def _replace_weights(config: RunConfig, pruned: PrunedModel) -> None:
     if config.settings.reinitialize:
         schedule.rewind(pruned.model, pruned.masks, _new_state(config))
     if config.settings.rewind:
-        with random_state.kept(config.device, seed=2 * config.settings.seed):  # as in step 3
+        step_3 = 2 * config.settings.seed
+        with random_state.preserved_rng(config.device, seed=step_3):
             start = _new_state(config)
         schedule.rewind(pruned.model, pruned.masks, start)
 

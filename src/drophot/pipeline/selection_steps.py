@@ -25,7 +25,8 @@ from drophot.pipeline.released_protocol import always_evaluating
 from drophot.pipeline.step import running
 from drophot.pipeline.temporary_selectors import Evidence, checked_indices
 from drophot.sampling.crest import CrestLoader
-from drophot.sampling.epochwise import FreshSubset, LossSampling
+from drophot.sampling.loss_sampling import LossSampling
+from drophot.sampling.random_subset import FreshSubset
 from drophot.settings import Forgetting, name_of
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.training.loop import evaluate
@@ -144,8 +145,10 @@ def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) 
     if selector is None or config.keeps_all:
         return torch.arange(total, device="cpu")
     ratio, needs, name = settings.data_ratio, selector.needs, name_of(settings.mode)
-    if config.protocol.select is not None and scores is not None and (
-        name == "high" or name == "low"
+    if (
+        config.protocol.select is not None
+        and scores is not None
+        and (name == "high" or name == "low")
     ):
         indices = config.protocol.select(scores, ratio, name)
     else:
@@ -217,7 +220,7 @@ def check_features(config: RunConfig) -> None:
         return
     from drophot.coreset.feature_extraction import features
 
-    with random_state.kept(config.device, seed=config.settings.seed):
+    with random_state.preserved_rng(config.device, seed=config.settings.seed):
         model = config.factory().to(config.device)
         try:
             features(model, Subset(config.train_set, [0]), kind)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ class Step:
             fit = partial(loop.fit, cache=config.cache)
         with (
             fit_checks.watched(model, epochs, self.name, on_epoch) as watched,
-            progress.bar(config.progress, epochs, self.name, watched) as after,
+            progress.epoch_bar(config.progress, epochs, self.name, watched) as after,
         ):
             fit(
                 model,
@@ -63,6 +63,6 @@ def running(config: RunConfig, name: StepName, *, offset: int = 0) -> Iterator[S
     """Time a step and give it random numbers that depend on the run's seed and `offset` alone."""
     step = Step(config, name, 2 * config.settings.seed + offset)
     start = perf_counter()
-    with random_state.kept(config.device, seed=step.seed):
+    with random_state.preserved_rng(config.device, seed=step.seed):
         yield step
     step.seconds = perf_counter() - start

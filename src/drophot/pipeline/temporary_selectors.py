@@ -62,7 +62,9 @@ class OfFeatures:
         assert evidence.dataset is not None
         kind = "penultimate" if self.name == "k_center" else "error"
         vectors = features(evidence.model, evidence.dataset, kind)
-        choose = getattr(score_selection, self.name)
+        import drophot
+
+        choose = getattr(drophot, self.name)
         return choose(vectors, ratio, targets=evidence.targets, seed=seed).indices
 
 
@@ -83,3 +85,13 @@ def selector(name: str) -> Selector:
 
 def checked_indices(indices: Tensor, total: int, ratio: float, name: str) -> Tensor:
     return indices
+
+
+def _select(self: Any, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+    return ByScore(self).select(ratio, evidence, seed)
+
+
+_st: Any = Stratified
+_st.name = property(stratified_name)
+_st.needs = frozenset({"scores"})
+_st.select = _select

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import floor
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from drophot._core.ratios import round_half_up
 from drophot.structured.dependency_graph import Axis, Ties
 
 
@@ -76,7 +76,7 @@ class Pools:
                 members = ((self.pool == pool) & ~self.stays).nonzero()[:, 0]
                 size = int((self.pool == pool).sum())
                 step = self.multiples.get(size, 1)
-                count = min(step * floor(ratio * size / step + 0.5), size - step, len(members))
+                count = min(step * round_half_up(ratio * size / step), size - step, len(members))
                 count -= count % step
                 order = scores[members].sort(stable=True).indices
                 gone[members[order[: max(count, 0)]]] = True

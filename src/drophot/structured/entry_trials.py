@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis, Shape, Ties
 
 _TRIES = 24  # of which tensors' dimensions belong together, for one dimension
@@ -251,7 +251,7 @@ def _call(func: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> list[Te
         outs = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
         return [out.clone() for out in outs if out.layout == torch.strided]
     except Exception as error:  # not in this shape, or not of these numbers
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         return None
 

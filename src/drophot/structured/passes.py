@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.observations import Seen, Stop
 from drophot.structured.single_call import run, tensors_in
 from drophot.structured.tracer import Call
@@ -52,7 +52,7 @@ def look(
     except Stop:
         return seen
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         seen.error = error
         seen.failures[min(seen.end, len(calls) - 1)] = (

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis, Shape, Ties, View
 from drophot.structured.entry_trials import entries
 from drophot.structured.layer_rules import RULES, elementwise
@@ -160,7 +160,7 @@ class Recorder(TorchDispatchMode):
             try:
                 found = rule(self.ties, where, outs, *args, **kwargs)
             except Exception as error:  # called in a way that the rule does not know
-                if is_passed_on(error):
+                if must_propagate(error):
                     raise
                 found = None
             if found is not None:
@@ -194,7 +194,7 @@ def record(
     try:
         run(model, example_inputs, nullcontext())  # what it computes once, for all models
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         if type(error) not in MISFIT:
             raise UsersError(error) from error
@@ -209,7 +209,7 @@ def record(
         try:
             out = run(model, example_inputs, recorder, recorder.path)
         except Exception as error:
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             raise UsersError(error) from error
         if ties.asked.keys() <= turned.keys():
@@ -221,7 +221,7 @@ def record(
     try:
         out = run(model, example_inputs, training, training.path, training=True)
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         # It takes something else then: targets, more samples.
         return ties, recorder.calls, []

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.observations import Seen, Stop, guarded, print_of
 from drophot.structured.reasons import operation
 from drophot.structured.remaining_sizes import left_of, taken
@@ -82,7 +82,7 @@ class Check(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except Exception as error:
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             seen.failures[number] = "size"
             return self._forced(call, shapes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis
 from drophot.structured.observations import Seen, Stop, guarded, print_of
 from drophot.structured.reduction_rules import OVER
@@ -58,7 +58,7 @@ class Zeroed(TorchDispatchMode):
             else:
                 out = func(*args, **kwargs)
         except Exception as error:  # with zeros it cannot be computed: no law to hold it to
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             self.seen.failures[number] = "size"
             raise Stop from error

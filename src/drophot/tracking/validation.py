@@ -109,9 +109,9 @@ def vector(name: str, value: Any, length: int, other: str) -> None:
             f"`{name}` should have one entry for each row of `{other}`, {length}. Found "
             f"{len(value)}."
         )
-    if length > packed_history.MOST_PRESENTATIONS:
+    if length > packed_history.MAX_PRESENTATIONS:
         raise ValueError(
-            f"A batch should have at most {packed_history.MOST_PRESENTATIONS} rows. "
+            f"A batch should have at most {packed_history.MAX_PRESENTATIONS} rows. "
             f"Found {length}; split it."
         )
 

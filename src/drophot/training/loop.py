@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 
 from drophot._core import random_state, scalars
 from drophot._core.classifier import (
-    at_least,
     check_classes,
     check_model,
     check_optimizer,
+    first_nonfinite,
+    is_correct,
     logits_of,
-    not_finite,
-    right,
+    require_logits,
 )
-from drophot._core.model_contexts import untouched
+from drophot._core.model_contexts import evaluating
 from drophot.data.batching import batches
 from drophot.data.cache import Cache, Kept, check_cache, in_memory
 from drophot.data.samples import as_classes, first_sample, tensors_of
@@ -105,14 +105,14 @@ def fit(
     device = next(model.parameters()).device
     whole: Any = dataset
     indexed = on_batch is not None
-    with random_state.alone():
+    with random_state.exclusive():
         if _is_loader(whole):
             classes, epoch_of = 0, _loaded(whole, epochs, device, indexed=indexed)
         else:
             data = Kept(whole, device, cache, readings=epochs)
             classes = _classes(data.data)
             epoch_of = _shuffled(model, data, batch_size, seed, device, indexed=indexed)
-        with fast_step(model, optimizer, device) as step, at_least(model, classes):
+        with fast_step(model, optimizer, device) as step, require_logits(model, classes):
             for epoch in range(epochs):
                 model.train()
                 for inputs, targets, *more in epoch_of(epoch):
@@ -127,7 +127,7 @@ def fit(
 
 def _warn_of_divergence(model: nn.Module) -> None:
     """Say what is no longer finite; the caller may want to look at it, so it is no error."""
-    if name := not_finite(model):
+    if name := first_nonfinite(model):
         warnings.warn(
             f"`fit` should leave finite weights. Found NaN or infinity in `{name}`: the training "
             f"diverged, and the model is of no use. Lower the learning rate of `optimizer`, or "
@@ -151,7 +151,7 @@ def _shuffled(
     indexed: bool,
 ) -> Callable[[int], Iterator[tuple[Tensor, ...]]]:
     """Gives a dataset's batches, in a fresh order each time."""
-    with random_state.kept():  # a random transform may draw as often as it likes
+    with random_state.preserved_rng():  # a random transform may draw as often as it likes
         width = len(first_sample("dataset", kept.data))
     if indexed and width != 3:
         raise ValueError(
@@ -279,7 +279,7 @@ def evaluate(model: nn.Module, dataset: Dataset[Any], *, cache: Cache = "auto") 
         0.75
     """
     check_model(model)
-    with untouched(model) as device:
+    with evaluating(model) as device:
         data = Kept(dataset, device, cache, readings=1).data
         forward, layout = fast_forward(model, device), _layout(model, data, device)
         count, low, high = torch.zeros(3, dtype=torch.int64, device=device).unbind()
@@ -287,7 +287,7 @@ def evaluate(model: nn.Module, dataset: Dataset[Any], *, cache: Cache = "auto") 
         for inputs, targets, *_ in batches(data, _CHUNK, device, channels_last=layout):
             logits = logits_of(model, forward, inputs)
             check_classes(logits, targets)
-            count += right(logits, targets).sum()
+            count += is_correct(logits, targets).sum()
             low, high = torch.minimum(low, targets.min()), torch.maximum(high, targets.max())
             width = logits.shape[1]
     correct, least, most = torch.stack([count, low, high]).tolist()
@@ -320,6 +320,6 @@ class Fit(Protocol):
 
 def _layout(model: nn.Module, data: Dataset[Any], device: torch.device) -> bool:
     """Whether the model is given images with their channels last."""
-    with random_state.kept():
+    with random_state.preserved_rng():
         sample = torch.as_tensor(first_sample("dataset", data)[0]).to(device)
     return takes_channels_last(model, torch.stack([sample, sample]))

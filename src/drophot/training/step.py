@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from drophot._core import random_state
 from drophot._core.classifier import check_loss, logits_of
-from drophot._core.model_contexts import untouched
+from drophot._core.model_contexts import evaluating
 from drophot._core.onednn_linear import fast_linear
 
 logger = logging.getLogger("drophot")
@@ -99,7 +99,7 @@ def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
     if inputs.dim() != 4 or not any(p.dim() == 4 for p in model.parameters()):
         return False
     weights = [p for p in model.parameters() if p.requires_grad]
-    with untouched(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():
         try:
             logits = model(inputs.to(memory_format=torch.channels_last))
             if logits.requires_grad:
@@ -236,7 +236,7 @@ class _Captured:
         graph = torch.cuda.CUDAGraph()
         before = random_state.state()
         try:
-            with random_state.kept():
+            with random_state.preserved_rng():
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     self._logits = self._plain(*self._batch)
                 self._possible = random_state.state() == before

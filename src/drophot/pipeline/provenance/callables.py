@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from drophot._core.installed_packages import named
+from drophot._core.installed_packages import qualified_name
 
 
 def callable_text(thing: object) -> str:
@@ -18,7 +18,7 @@ def callable_text(thing: object) -> str:
         arguments = [_shown(argument) for argument in thing.args]
         arguments += [f"{name}={_shown(value)}" for name, value in sorted(thing.keywords.items())]
         return f"{callable_text(thing.func)}({', '.join(arguments)})"
-    return named(thing)
+    return qualified_name(thing)
 
 
 def factory_name(factory: object, made: object) -> str:
@@ -31,4 +31,4 @@ def factory_name(factory: object, made: object) -> str:
 
 def _shown(argument: object) -> str:
     text = repr(argument)
-    return named(argument) if callable(argument) or " at 0x" in text else text
+    return qualified_name(argument) if callable(argument) or " at 0x" in text else text

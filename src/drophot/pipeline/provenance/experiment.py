@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
 from drophot._core import random_state
-from drophot._core.installed_packages import name_of, named
+from drophot._core.installed_packages import qualified_name, stable_name
 from drophot.pipeline.provenance.digests import digest, digest_of, text_of
 from drophot.pipeline.provenance.fingerprints import attributes, describe
 
@@ -57,10 +57,10 @@ def describe_experiment(
         prepared: The same as they are trained on, perhaps in memory.
         device: Where the run takes place.
     """
-    with random_state.kept(device, seed=0):
+    with random_state.preserved_rng(device, seed=0):
         model, twin = factory(), factory()
         made = optimizer(model.parameters())
-    with random_state.kept(device, seed=0):
+    with random_state.preserved_rng(device, seed=0):
         again = _summaries(factory())
     unknown: list[str] = []
 
@@ -87,7 +87,7 @@ def _network(
     settings = {}
     for name, module in modules.items():
         own, drawn = attributes(module), attributes(others.get(name))
-        settings[name] = [name_of(type(module))] + [
+        settings[name] = [stable_name(type(module))] + [
             [key, value if drawn.get(key) == value else "drawn"]
             for key, value in sorted(own.items())
             if key not in _PARTS
@@ -101,7 +101,7 @@ def _network(
     extra = {k: v for k, v in model.state_dict().items() if not isinstance(v, Tensor)}
     for name, value in extra.items():
         if not can_be_loaded(value):
-            unknown.append(f"{named(type(value))} as the state `{name}` of `model`")
+            unknown.append(f"{qualified_name(type(value))} as the state `{name}` of `model`")
     classes = {type(module) for module in modules.values()}
     codes = sorted((describe(cls)[0] for cls in classes), key=text_of)
     return {
@@ -188,7 +188,7 @@ def _samples(data: Any) -> list[str]:
     places = sorted({i * (size - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)})
 
     def read() -> list[str]:
-        with random_state.kept(seed=0):
+        with random_state.preserved_rng(seed=0):
             columns = zip(*(data[place] for place in places), strict=True)
             return [digest([torch.as_tensor(part) for part in column]) for column in columns]
 
