@@ -209,7 +209,7 @@ class _Sending:
                 f"memory runs out: use fewer."
             )
         elif not self.begun:
-            error.add_note(executors.why_none_began(self.executor))
+            error.add_note(executors.why_none_started(self.executor))
 
 
 class _Here:
@@ -226,9 +226,7 @@ class _Here:
         return future
 
 
-def _work(
-    marks: Path | None, parent: int, job: Job, stage: Stage
-) -> tuple[str, Record | None]:
+def _work(marks: Path | None, parent: int, job: Job, stage: Stage) -> tuple[str, Record | None]:
     """Compute a stage, in a worker: with a note of what it is at, and errors that can be sent."""
     mark = None if marks is None else marks / str(os.getpid())
     try:

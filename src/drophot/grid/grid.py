@@ -19,8 +19,7 @@ from drophot.grid.executors import Executor
 from drophot.grid.identity import identify
 from drophot.grid.plan import Plan, estimate
 from drophot.grid.stages import Stage, stage_of, to_compute
-from drophot.grid.store import Store, open_store
-from drophot.pipeline.config import RunConfig
+from drophot.grid.store import open_store
 from drophot.pipeline.drophot import DropHot
 from drophot.pipeline.provenance.torch_settings import surroundings
 from drophot.records import Record, from_line

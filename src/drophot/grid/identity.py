@@ -23,7 +23,7 @@ class Identity:
 
     configuration: dict[str, Any]
     modes: dict[str, Any]
-    """The user's own modes by their names. A store may be extended by modes, but none may change."""
+    """The user's own modes by name. A store may be extended by modes, but none may change."""
     data: str
     """The digest of the two datasets."""
 

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 from drophot.grid.stages import Stage, to_compute
 from drophot.records import Record, fingerprint, from_line, to_line

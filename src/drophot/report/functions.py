@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from drophot._core.atomic_write import replaced
+from drophot._core.atomic_write import atomic_write
 from drophot.records import Record, group_by_cell, mode_name
 from drophot.report import html_page, plots, tables
 from drophot.report.plots import Ratio
@@ -255,7 +255,7 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
         panels=Panels(record.mode for record in found.records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as file:
+    with atomic_write(path) as file:
         file.write(page.encode())
     return path
 
