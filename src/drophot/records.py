@@ -199,6 +199,13 @@ def read(path: Path | str) -> list[Record]:
 
     Raises:
         ValueError: If a line does not hold a record.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write([], f"{folder}/records.jsonl")
+        ...     read(f"{folder}/records.jsonl")
+        []
     """
     found = []
     with Path(path).open(encoding="utf-8") as file:

@@ -228,6 +228,10 @@ def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
     Raises:
         ValueError: If the data set is empty.
         TypeError: If it is a loader, has no length, or the sample is no such tuple.
+
+    Example:
+        >>> first_sample("dataset", [(torch.zeros(2), 1)])
+        (tensor([0., 0.]), 1)
     """
     _check_kind(name, dataset)
     if len(dataset) == 0:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from drophot._core.classifier import first_nonfinite
 from drophot.tracking.forgetting import ForgettingTracker
@@ -70,4 +70,13 @@ def check_presented(tracker: ForgettingTracker, *, over: bool = True) -> None:
         raise LoopError(
             f"`fit` must call `on_batch` for every batch and `on_epoch` after every epoch, but "
             f"{missed} of {total} samples were never presented."
+        )
+
+
+def check_losses_reported(losses: Tensor) -> None:
+    """Refuse a training in the mode "loss_sampling" whose loop reported no losses."""
+    if bool(losses.isnan().all()):
+        raise LoopError(
+            "`fit` must call on_batch(index, logits, targets) after each step, because the mode "
+            '"loss_sampling" chooses samples by their losses, but it reported no batch.'
         )

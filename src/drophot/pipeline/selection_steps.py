@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from math import ceil
 from typing import Any
 
@@ -29,6 +28,7 @@ from drophot.sampling.loss_sampling import LossSampling
 from drophot.sampling.random_subset import FreshSubset
 from drophot.settings import Forgetting, name_of
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.training.loaders import BatchLoader
 from drophot.training.loop import evaluate
 
 _OnBatch = Callable[[Tensor, Tensor, Tensor], object]
@@ -193,10 +193,13 @@ def train(config: RunConfig, indices: Tensor) -> TrainedModel:
         chooses_while_training = modes.selector_of(settings.mode) is None
         if chooses_while_training and not config.keeps_all:
             loader, on_batch = _loader(config, model)
-            step.fit(model, loader, epochs, optimizer, on_batch=on_batch)
+            steps_an_epoch = ceil(config.num_kept / settings.batch_size)
+            every = BatchLoader(loader, steps_an_epoch)
+            step.fit(model, every, epochs, optimizer, on_batch=on_batch)
             if steps:
-                start: Any = _Start(loader, steps)
-                step.fit(model, start, 1, optimizer, on_batch=on_batch)
+                step.fit(model, BatchLoader(loader, steps), 1, optimizer, on_batch=on_batch)
+            if on_batch is not None and epochs + steps:
+                fit_checks.check_losses_reported(loader.sampling.losses)
         else:
             with _baseline_mode(config, model) if config.keeps_all else nullcontext():
                 step.fit(model, _subset(config, indices), epochs, optimizer)
@@ -281,13 +284,3 @@ class _SampledLoader:
         size = config.settings.batch_size
         for batch in batches(config.train_set, size, config.device, shuffle=order):
             yield batch if self.sampling is None else (*batch, self.sampling.weights(batch[2]))
-
-
-class _Start:
-    """The first steps of an epoch of a loader."""
-
-    def __init__(self, loader: Any, steps: int) -> None:
-        self.loader, self.steps = loader, steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        yield from islice(self.loader, self.steps)
