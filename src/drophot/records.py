@@ -243,12 +243,15 @@ def shared_settings(record: Record, ignoring: Collection[str] = ()) -> tuple[obj
 
 
 def other_settings(record: Record) -> dict[str, Any]:
-    """The settings that are not in `CELL_FIELDS`; of an older record, what its fields show."""
+    """The settings that no field of a record holds; of an older record, what its fields show."""
     if not record.settings:
         known = {"finetune_epochs": len(record.finetune_curve), "test_samples": record.test_samples}
         return {name: value for name, value in known.items() if name != "test_samples" or value}
     renamed = {_IN_RECORDS.get(name, name): value for name, value in record.settings.items()}
-    return {name: value for name, value in renamed.items() if name not in CELL_FIELDS}
+    if record.mode == "baseline":
+        renamed.pop("mode", None)  # all modes keep all samples
+    # A field holds only the name of a user's object, which has a code and a state too.
+    return {n: v for n, v in renamed.items() if n not in CELL_FIELDS or isinstance(v, dict)}
 
 
 def known_settings(record: Record) -> dict[str, Any]:

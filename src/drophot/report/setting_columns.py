@@ -68,9 +68,18 @@ def differing(rows: Sequence[Record | Comparison]) -> dict[str, list[Any]]:
     found = {}
     for name in dict.fromkeys(name for values in known for name in values):
         values = [values.get(name) for values in known]
-        if len({_json(value) for value in values if value is not None}) > 1:
+        distinct = {_json(value) for value in values if value is not None}
+        if len(distinct) > 1 and not _shown_by_field(rows, name, values):
             found[name] = values
     return found
+
+
+def _shown_by_field(rows: Sequence[Record | Comparison], name: str, values: Sequence[Any]) -> bool:
+    """Whether the field of a record tells rows with different values apart, as names of objects."""
+    if name not in CELL_FIELDS:
+        return False
+    shown = [getattr(row, name) for row in rows]
+    return len(set(zip(shown, map(_json, values), strict=True))) == len(set(shown))
 
 
 def settings(row: Record | Comparison) -> dict[str, Any]:
