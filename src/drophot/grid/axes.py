@@ -12,6 +12,7 @@ from drophot.grid.stages import BASELINE, Cell
 from drophot.pipeline import modes as pipeline_modes
 from drophot.pipeline.drophot import DropHot
 from drophot.settings import CONTROLS, SETTINGS, Mode, name_of
+from drophot.tracking.statistics import Score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,12 @@ class Axes:
             for name, value in changes
             if (SETTINGS[name].stage != "finetune") == of_training
         ]
+
+    @property
+    def own_scores(self) -> list[Score]:
+        """The user's own scores that the modes select by, which one scoring follows together."""
+        scores = [pipeline_modes.own_score_of(mode) for mode in self.modes]
+        return list({score.name: score for score in scores if score is not None}.values())
 
     def cells(self) -> Iterator[Cell]:
         """The cells by seed, the baseline first, then by data ratio, mode and prune ratio."""
@@ -96,6 +103,7 @@ def checked_axes(
         if control not in CONTROLS:
             choices = ", ".join(f'"{name}"' for name in CONTROLS)
             raise ValueError(f"`controls` must be of {choices}, got {control!r}.")
+    _check_scores(axes.modes)
     _check_sizes(axes.data_ratios, pipeline.config.num_samples)
     for ratio, mode, change in product(axes.data_ratios, axes.modes, axes.training_changes):
         pipeline.replace(mode=mode, data_ratio=ratio, **change)
@@ -131,6 +139,18 @@ def _same(name: str, value: Any, other: Any) -> bool:
     long = pipeline_modes.as_scored(value)
     same = long is not None and long == pipeline_modes.as_scored(other)
     return same or name_of(value) == name_of(other)
+
+
+def _check_scores(modes: Iterable[Mode]) -> None:
+    """Refuse two scores of one name, which one scoring could not follow together."""
+    scores: dict[str, Score] = {}
+    for mode in modes:
+        score = pipeline_modes.own_score_of(mode)
+        if score is not None and scores.setdefault(score.name, score) != score:
+            raise ValueError(
+                f"`modes` must not select by two scores of one name, got two of {score.name!r}. "
+                f"Rename one, or pass the same object to both modes."
+            )
 
 
 def _check_sizes(data_ratios: Sequence[float], total: int) -> None:

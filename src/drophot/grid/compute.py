@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import nan
@@ -20,7 +20,7 @@ from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.run_record import record_of
 from drophot.pipeline.provenance.torch_settings import surrounded
 from drophot.records import Record, from_line, to_line
-from drophot.tracking.dynamics import Statistic
+from drophot.tracking.statistics import Score, Statistic
 from drophot.training.loop import evaluate
 
 # Random state and the number of threads belong to the process: its stages take turns.
@@ -84,21 +84,21 @@ def _needed(store: Store, stage: Stage) -> SavedModel | None:
 def _result(config: RunConfig, stage: Stage, needed: SavedModel | None) -> bytes:
     """The content of a stage's file."""
     if stage.kind == "score":
-        return _score(config).to_bytes()
+        return _score(config, stage.scores).to_bytes()
     if stage.kind == "train":
         return _train(config, needed).to_bytes()
     assert needed is not None
     return to_line(_finetune(config, needed)).encode()
 
 
-def _score(config: RunConfig) -> SavedModel:
-    found = selection_steps.score(config)
+def _score(config: RunConfig, own_scores: Sequence[Score]) -> SavedModel:
+    found = selection_steps.score(config, own_scores)
     scores = {"forgetting": found.scores}
     if found.tracker is not None:
         forgetting = config.settings.forgetting
         scores = {
             name: selection_steps.statistic(found.tracker, name, forgetting)
-            for name in get_args(Statistic)
+            for name in (*get_args(Statistic), *(score.name for score in own_scores))
         }
     accuracy = nan
     if scoring_is_baseline(config.settings):
@@ -117,9 +117,11 @@ def _train(config: RunConfig, scoring: SavedModel | None) -> SavedModel:
     mode, scores, scorer, seconds = config.settings.mode, None, None, dict[str, float]()
     if scoring is not None:
         seconds = scoring.seconds
-        if (statistic := modes.statistic_of(mode)) is not None:
-            scores = scoring.scores[statistic]
-        if "model" in modes.needs_of(mode):
+        needs = () if config.selector is None else config.selector.needs
+        if "scores" in needs:
+            statistic = modes.statistic_of(mode) or "forgetting"
+            scores = scoring.scores[statistic if isinstance(statistic, str) else statistic.name]
+        if "model" in needs:
             scorer = scoring.model(config)
     selected = selection_steps.select(config, scores=scores, scorer=scorer)
     trained = selection_steps.train(config, selected.indices)

@@ -208,7 +208,8 @@ class Grid:
 
     def _cells(self) -> list[Stage]:
         """The last stage of each cell."""
-        return [stage_of(cell, self._config.settings) for cell in self._axes.cells()]
+        settings, scores = self._config.settings, self._axes.own_scores
+        return [stage_of(cell, settings, scores) for cell in self._axes.cells()]
 
     def _plan(
         self, cells: Sequence[Stage], todo: Iterable[Stage], executor: Executor | None

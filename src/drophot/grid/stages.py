@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from drophot.pipeline import modes
-from drophot.settings import Mode, Settings, StageName, file_part, varying
+from drophot.pipeline.released_protocol import protocol_of
+from drophot.settings import Settings, StageName, file_part, varying
+from drophot.tracking.statistics import Score
 
 Cell = Mapping[str, object]
 """The settings of a cell in which it may differ from the others, by name."""
@@ -29,6 +31,8 @@ class Stage:
     """The settings of the run that computes the stage."""
     needs: Stage | None = field(compare=False, repr=False)
     """The stage whose result this one continues from."""
+    scores: Sequence[Score] = field(default=(), compare=False, repr=False)
+    """The user's own scores that a scoring follows."""
 
     @property
     def epochs(self) -> float:
@@ -41,37 +45,43 @@ class Stage:
         return self.settings.train_epochs * share
 
 
-def stage_of(cell: Cell, settings: Settings, kind: StageName = "finetune") -> Stage:
+def stage_of(
+    cell: Cell, settings: Settings, scores: Sequence[Score] = (), kind: StageName = "finetune"
+) -> Stage:
     """A stage of a cell, with the stages that it needs.
 
     Args:
         cell: The settings of the cell.
         settings: Those of the pipeline, which hold for what the cell does not name.
+        scores: The user's own scores that the modes of the grid select by.
         kind: Which stage.
     """
-    known = varying(kind)
-    values = {name: cell.get(name, getattr(settings, name)) for name in known}
-    is_baseline = values.get("mode") == BASELINE["mode"]
+    values = {name: cell.get(name, getattr(settings, name)) for name in varying(kind)}
     parts = [kind, *(file_part(name, value) for name, value in values.items())]
-    if is_baseline:
-        values["mode"] = "random"  # every mode keeps all samples then
+    is_baseline = cell.get("mode") == BASELINE["mode"]
+    if kind == "score":
+        parts += [score.name for score in scores]
+    if kind == "score" or is_baseline:
+        values["mode"] = "random"  # a scoring serves all modes, and a baseline keeps all samples
     own = replace(settings, **values)
+    needed: StageName | None = None
+    if kind == "finetune":
+        needed = "score" if is_baseline and scoring_is_baseline(settings) else "train"
+    elif kind == "train" and not is_baseline and _needs_scoring(own):
+        needed = "score"
     return Stage(
         name="-".join(filter(None, parts)) + (".json" if kind == "finetune" else ".pt"),
         kind=kind,
         settings=own,
-        needs=_needed(cell, settings, kind, own.mode, is_baseline),
+        needs=None if needed is None else stage_of(cell, settings, scores, needed),
+        scores=tuple(scores) if kind == "score" else (),
     )
 
 
-def _needed(
-    cell: Cell, settings: Settings, kind: StageName, mode: Mode, is_baseline: bool
-) -> Stage | None:
-    if kind == "score" or (kind == "train" and (is_baseline or not modes.needs_scoring(mode))):
-        return None
-    if kind == "train" or (is_baseline and scoring_is_baseline(settings)):
-        return stage_of(cell, settings, "score")
-    return stage_of(cell, settings, "train")
+def _needs_scoring(settings: Settings) -> bool:
+    mode = settings.mode
+    selector = protocol_of(settings.protocol).selector(mode) or modes.selector_of(mode)
+    return selector is not None and not {"scores", "model"}.isdisjoint(selector.needs)
 
 
 def scoring_is_baseline(settings: Settings) -> bool:
