@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drophot import Coreset, facility_location, k_center
 from drophot._core.ratios import num_kept
-from drophot.coreset import greedy, greedy_facility_location, greedy_k_center
+from drophot.coreset import greedy_facility_location, greedy_k_center
 
 SELECTORS = [k_center, facility_location]
 both = pytest.mark.parametrize("selector", SELECTORS)
@@ -250,7 +250,7 @@ def test_a_start_with_targets_counts_in_its_class(selector: Selector) -> None:
     assert {0, 2, 3} < set(found.indices.tolist())
     assert targets[found.indices].bincount().tolist() == [4, 4]
     assert sorted([*found.ranking.tolist(), 0, 2, 3]) == found.indices.tolist()
-    with pytest.raises(ValueError, match="1-th class, which keeps 4; leave some out"):
+    with pytest.raises(ValueError, match="`start`.* class.* 4"):
         selector(cloud(40), 0.2, targets=targets, start=[0, 2, 4, 6, 8])
 
 
@@ -308,20 +308,20 @@ def test_the_first_centre_is_drawn_by_the_seed() -> None:
     ("arguments", "error", "message"),
     [
         ({"ratio": 0}, ValueError, r"`ratio` .* \(0, 1\]"),
-        ({"features": torch.zeros(3)}, ValueError, r"shape \(N, D\).* Found \(3,\); flatten"),
-        ({"features": torch.zeros(0, 2)}, ValueError, r"Found \(0, 2\)"),
+        ({"features": torch.zeros(3)}, ValueError, r"`features`.*\(N, D\).* \(3,\)"),
+        ({"features": torch.zeros(0, 2)}, ValueError, r"`features`.*\(0, 2\)"),
         ({"features": torch.zeros(2, 2) + 1j}, TypeError, "complex64"),
         (
             {"features": torch.tensor([[1.0], [float("nan")], [float("inf")]])},
             ValueError,
-            "finite. Found 2 samples that are not, the first at position 1",
+            "`features`.* 2 .* 1",
         ),
         ({"targets": [0, 1]}, ValueError, r"shape \(4,\)"),
-        ({"start": [0.5]}, TypeError, "`start` .* integers. Found float64"),
-        ({"start": [1, 4]}, ValueError, r"positions in \[0, 4\), .* Found 4"),
-        ({"start": [-1]}, ValueError, "Found -1"),
-        ({"start": [1, 1]}, ValueError, "each sample once. Found 1 repeated"),
-        ({"start": [0, 1, 2]}, ValueError, "among the 2 samples kept. Found 3; raise the ratio"),
+        ({"start": [0.5]}, TypeError, "`start` .*float64"),
+        ({"start": [1, 4]}, ValueError, r"`start`.*\[0, 4\).* 4"),
+        ({"start": [-1]}, ValueError, "`start`.* -1"),
+        ({"start": [1, 1]}, ValueError, "`start`.* 1 repeated"),
+        ({"start": [0, 1, 2]}, ValueError, "`start`.* 3.* 2"),
         ({"seed": 0.5}, TypeError, "float"),
     ],
 )
@@ -341,11 +341,11 @@ def test_memory_is_said_and_refused_before_the_start(
         selector(cloud(100), 0.1)
     assert "10 of 100 samples, 5 features" in caplog.text
     assert "GB of memory" in caplog.text
-    monkeypatch.setattr(greedy._memory, "available", lambda device: 1e5)
+    monkeypatch.setattr("drophot._core.memory.available", lambda device: 1e5)
     for name in ("_Medoids", "_catch_up"):
         module = greedy_facility_location if name == "_Medoids" else greedy_k_center
         monkeypatch.setattr(module, name, None)  # nothing is begun
-    with pytest.raises(MemoryError, match=r"\(100, 5\) need .* GB more. .* give `targets`"):
+    with pytest.raises(MemoryError, match=r"`features`.*\(100, 5\).* GB.*`targets`"):
         selector(cloud(100), 0.1)
 
 

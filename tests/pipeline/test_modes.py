@@ -202,9 +202,9 @@ def test_what_does_not_go_together_is_named() -> None:
         drop_hot(mode="medium")
     with pytest.raises(ValueError, match="`mode` should be one of"):
         drop_hot(mode=select)
-    with pytest.raises(ValueError, match="at most 1. Found cutoff=0.6 and ratio=0.5"):
+    with pytest.raises(ValueError, match="cutoff=0.6 and ratio=0.5"):
         drop_hot(mode=Stratified(cutoff=0.6))
-    with pytest.raises(ValueError, match="Found cutoff=0.6 and ratio=0.5"):
+    with pytest.raises(ValueError, match="cutoff=0.6 and ratio=0.5"):
         drop_hot(mode=Scored("aum", Stratified(cutoff=0.6)))
     with pytest.raises(ValueError, match="\"released\"` should choose .* Found 'k_center'"):
         drop_hot(mode="k_center", protocol="released")
@@ -212,7 +212,7 @@ def test_what_does_not_go_together_is_named() -> None:
         drop_hot(mode=Scored("el2n"), protocol="released")
     with pytest.raises(ValueError, match="`statistic` should be one of .* Found 'el3n'"):
         Scored("el3n")
-    with pytest.raises(ValueError, match="`mode` should be"):
+    with pytest.raises(ValueError, match="`mode` .*middle"):
         Scored("el2n", "middle")
 
 

@@ -342,9 +342,9 @@ def test_a_model_without_second_derivatives_is_named() -> None:
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
-        (torch.eye(3)[torch.arange(30) % 3], TypeError, "`targets` should be integers"),
-        (torch.rand(30), TypeError, "`targets` should be integers"),
-        (torch.arange(30) % 2 * 2 - 1, ValueError, "should have targets from 0. Found -1"),
+        (torch.eye(3)[torch.arange(30) % 3], TypeError, "`targets` .*float32"),
+        (torch.rand(30), TypeError, "`targets` .*float32"),
+        (torch.arange(30) % 2 * 2 - 1, ValueError, "`dataset`.* -1"),
     ],
 )
 def test_targets_that_are_no_classes_are_refused_at_once(targets, error, message) -> None:
@@ -465,14 +465,14 @@ def test_it_is_no_dataset_and_works_beside_a_dataloader() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"ratio": 0}, ValueError, "`ratio` should be the share"),
-        ({"subset": 2}, ValueError, "`subset` should be the share"),
-        ({"batch_size": 0}, ValueError, "`batch_size` should be above 0. Found 0"),
+        ({"ratio": 0}, ValueError, "`ratio` .* 0"),
+        ({"subset": 2}, ValueError, "`subset` .* 2"),
+        ({"batch_size": 0}, ValueError, "`batch_size` .* 0"),
         ({"batch_size": 1.5}, TypeError, "float"),
-        ({"threshold": -1}, ValueError, "`threshold` should not be negative. Found -1"),
-        ({"interval": 0}, ValueError, "`interval` should be above 0"),
+        ({"threshold": -1}, ValueError, "`threshold` .*-1"),
+        ({"interval": 0}, ValueError, "`interval` .* 0"),
         ({"dataset": TensorDataset(torch.zeros(0, 4), torch.zeros(0))}, ValueError, "at least one"),
-        ({"model": nn.Flatten()}, ValueError, "parameters to train. Found Flatten without"),
+        ({"model": nn.Flatten()}, ValueError, "`model`.* Flatten"),
     ],
 )
 def test_wrong_input_is_named(

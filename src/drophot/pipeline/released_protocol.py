@@ -97,7 +97,6 @@ class RunProtocol:
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
 
-
     def selector(self, mode: str | Named) -> Selector | None:
         """What selects in place of a mode, if the protocol does.
 
