@@ -37,7 +37,7 @@ class RunningMeans:
         """The dtype of each column and what follows `N` in its shape, for `State`."""
         return {
             "means": (torch.float32, (self.num_values,)),
-            **{name: (torch.float32, ()) for name in self.squares},
+            **dict.fromkeys(self.squares, (torch.float32, ())),
             "tails": (torch.int8, (self.num_values,)),
         }
 
