@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ from drophot import DynamicsTracker, IndexedDataset
 from drophot.tracking import Score, Spread
 
 DEFAULT = ("aum", "el2n", "confidence", "variability", "loss")
+
+
+@pytest.fixture(autouse=True)
+def _no_compiled_steps_are_left() -> Iterator[None]:
+    """Steps with other scores are other steps, and torch compiles a function only a few times."""
+    yield
+    torch.compiler.reset()
 
 
 def fed(tracker: DynamicsTracker, seen: list[Batch]) -> DynamicsTracker:
