@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from drophot import modes
 from drophot.records import Record, fingerprint, to_line
+from drophot.settings import SAMPLING_MODES
 
 FIELDS = (
     *("model", "protocol", "mode", "keep_ratio", "prune_ratio", "equal_steps", "reinitialized"),
@@ -27,10 +27,7 @@ _NAMES = {
 }
 STEP_1 = {"forgetting", "score_epochs"}
 """Settings that only step 1 goes by."""
-_NO_STEP_1 = (
-    *("baseline", "random", str(modes.Scored(mode="random", balanced=True))),
-    *modes.DYNAMIC,
-)
+_NO_STEP_1 = ("baseline", "random", "random-balanced", *SAMPLING_MODES)
 
 
 def others(record: Record) -> dict[str, Any]:

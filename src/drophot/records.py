@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-
-from drophot import modes
-from drophot._core.installed_packages import named
-from drophot._core.ratios import kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,53 +93,6 @@ class Record:
     """The size of the test set, whose counts accuracies are; 0 where it is not known."""
 
 
-def of_run(run: Any, curve: Iterable[float], accuracy: float, sparsity: float) -> Record:
-    """The record of a run that is through.
-
-    Args:
-        run: A :class:`drophot.DropHot`.
-        curve: Its accuracies after each epoch of fine-tuning.
-        accuracy: The one in the end.
-        sparsity: What it counted of prunable weights that are zero or gone.
-
-    Returns:
-        The record.
-    """
-    total = len(run.train_set)
-    configuration = json.loads(json.dumps(run.configuration))  # equal to what is read from a file
-    settings = {name: value for name, value in configuration.items() if name != "seed"}
-    size = kept(total, run.data_ratio) if run.mode in modes.DYNAMIC else len(run.indices)
-    return Record(
-        model=factory_name(run.factory, run.model),
-        mode="baseline" if size == total else modes.name(run.mode),
-        keep_ratio=run.data_ratio,
-        kept=size,
-        prune_ratio=run.prune_ratio,
-        seed=run.seed,
-        trained_accuracy=run.trained_accuracy,
-        pruned_accuracy=run.pruned_accuracy,
-        finetuned_accuracy=accuracy,
-        finetune_curve=tuple(curve),
-        sparsity=sparsity,
-        seconds=dict(run.seconds),
-        device=device_name(run.device),
-        versions=versions(),
-        fingerprint=fingerprint(configuration),
-        protocol=run.protocol,
-        equal_steps=run.equal_steps,
-        reinitialized=run.reinitialize,
-        rewound=run.rewind,
-        recalibrated=run.recalibrate_bn,
-        schedule=run.schedule,
-        scope=run.scope,
-        structured=run.structured,
-        parameters=sum(parameter.numel() for parameter in run.model.parameters()),
-        settings=settings,
-        cell=fingerprint(settings),
-        test_samples=len(run.test_set),
-    )
-
-
 def fingerprint(configuration: Mapping[str, Any]) -> str:
     """A short name for a configuration: equal if and only if the configurations are.
 
@@ -167,75 +111,6 @@ def fingerprint(configuration: Mapping[str, Any]) -> str:
     """
     text = json.dumps(configuration, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def describe(thing: Any) -> str:
-    """A callable in a sentence, for a message; what a fingerprint is of says more.
-
-    Args:
-        thing: A function, a class, a `functools.partial` or an object that can be called.
-
-    Returns:
-        Its qualified name, and a partial's arguments, without any address.
-
-    Example:
-        >>> describe(partial(sorted, reverse=True))
-        'builtins.sorted(reverse=True)'
-    """
-    if isinstance(thing, partial):
-        arguments = [_shown(argument) for argument in thing.args]
-        arguments += [f"{name}={_shown(value)}" for name, value in sorted(thing.keywords.items())]
-        return f"{describe(thing.func)}({', '.join(arguments)})"
-    return named(thing)
-
-
-def _shown(argument: Any) -> str:
-    text = repr(argument)
-    return named(argument) if callable(argument) or " at 0x" in text else text
-
-
-def factory_name(factory: Any, made: object) -> str:
-    """What to call a model in a table: its factory's name, or where that has none its class's.
-
-    Args:
-        factory: What made it.
-        made: The model.
-
-    Returns:
-        The name.
-    """
-    while isinstance(factory, partial):
-        factory = factory.func
-    name = getattr(factory, "__name__", "<lambda>")
-    return type(made).__name__ if name == "<lambda>" else name
-
-
-def device_name(device: torch.device) -> str:
-    """What a record calls a device.
-
-    Args:
-        device: The device.
-
-    Returns:
-        Its type, and a GPU's product name.
-    """
-    return f"cuda: {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result can depend on.
-
-    Returns:
-        Of drophot, torch, NumPy and Python.
-    """
-    from drophot import __version__  # here, since the package is still loading at the top
-
-    return {
-        "drophot": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def to_line(record: Record) -> str:
@@ -326,6 +201,13 @@ def read(path: Path | str) -> list[Record]:
 
     Raises:
         ValueError: If a line is not a record.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write([], f"{folder}/records.jsonl")
+        ...     read(f"{folder}/records.jsonl")
+        []
     """
     found = []
     with Path(path).open(encoding="utf-8") as file:

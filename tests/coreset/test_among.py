@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import random_split
 
 from drophot import Stratified, select
-from drophot._core.ratios import kept
+from drophot._core.ratios import num_kept
 
 MODES = ["high", "low", "random", Stratified(bins=5, cutoff=0.1), Stratified(hard="low")]
 NAN = float("nan")
@@ -35,7 +35,7 @@ def test_it_is_the_selection_from_the_part_alone(
     scores, classes, part = split
     targets = classes if balanced else None
     found = select(scores, ratio, mode, targets=targets, among=part, seed=seed)
-    assert len(found) == kept(len(part), ratio)
+    assert len(found) == num_kept(len(part), ratio)
     assert (found.diff() > 0).all()
     assert set(found.tolist()) <= set(part)
     # The same scores in a set that has only them: as many of each score are kept, class by class.

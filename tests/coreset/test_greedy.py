@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from drophot import Coreset, facility_location, k_center
-from drophot._core.ratios import kept
+from drophot._core.ratios import num_kept
 from drophot.coreset import greedy, greedy_facility_location, greedy_k_center
 
 SELECTORS = [k_center, facility_location]
@@ -41,7 +41,7 @@ def cloud(size: int, width: int = 5, seed: int = 0) -> Tensor:
 def test_each_centre_is_the_farthest_sample_whatever_the_candidates(
     points: np.ndarray, ratio: float, seed: int, candidates: int, data: st.DataObject
 ) -> None:
-    size = kept(len(points), ratio)
+    size = num_kept(len(points), ratio)
     start = data.draw(st.lists(st.integers(0, len(points) - 1), unique=True, max_size=size))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(greedy_k_center, "_CANDIDATES", candidates)
@@ -130,7 +130,7 @@ def test_bits_and_pixels_choose_the_same_in_either_precision() -> None:
 def test_each_medoid_lowers_the_sum_most_whatever_pairs_are_kept(
     points: np.ndarray, ratio: float, pairs: int, data: st.DataObject
 ) -> None:
-    size = kept(len(points), ratio)
+    size = num_kept(len(points), ratio)
     start = data.draw(st.lists(st.integers(0, len(points) - 1), unique=True, max_size=size))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(greedy_facility_location, "_PAIRS", pairs)

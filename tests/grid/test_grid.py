@@ -20,6 +20,7 @@ from drophot.grid.plan import Plan
 from drophot.grid.stages import Stage
 from drophot.grid.store import Store
 from drophot.models import fcnet
+from drophot.pipeline.provenance import environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 
@@ -341,10 +342,10 @@ def test_the_pipeline_is_left_alone(tmp_path: Path) -> None:
         ({"modes": "low"}, TypeError, "`modes` should be a list. Found 'low'"),
         ({"modes": ["lowest"]}, ValueError, "`mode` .* Found 'lowest'"),
         ({"prune_ratios": [0.2, 1.0]}, ValueError, "`prune_ratio` .* Found 1.0"),
-        ({"seeds": [-1]}, ValueError, "`seed` should be at least 0. Found -1"),
-        ({"seeds": [0.5]}, TypeError, "`seed` should be an integer. Found 0.5"),
+        ({"seeds": [-1]}, ValueError, "`seed` .*-1"),
+        ({"seeds": [0.5]}, TypeError, "`seed` .*0.5"),
         ({"controls": ["steps"]}, ValueError, "`controls` .* Found 'steps'"),
-        ({"threads": 0}, ValueError, "`threads` should be at least 1. Found 0"),
+        ({"threads": 0}, ValueError, "`threads` .*0"),
         ({"pipeline": nn.Linear(1, 2)}, TypeError, "`pipeline` should be a DropHot. Found Linear"),
     ],
     ids=str,
@@ -441,10 +442,10 @@ def test_a_patch_release_takes_the_store_and_another_one_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = grid(seeds=[0]).run(tmp_path)
-    here = records.versions()
+    here = environment.versions()
     major, minor = here["torch"].split(".")[:2]
     for changed in (f"{major}.{minor}.99+cpu", f"{major}.{int(minor) + 1}.0"):
-        monkeypatch.setattr(records, "versions", lambda t=changed: here | {"torch": t})
+        monkeypatch.setattr(environment, "versions", lambda t=changed: here | {"torch": t})
         if ".99" in changed:
             assert grid(seeds=[0]).run(tmp_path) == found
         else:

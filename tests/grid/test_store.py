@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from drophot import Grid, Record, fit, records
 from drophot.grid import store as grid_store
 from drophot.grid.store import Store, open_store, write_whole
-from drophot.pipeline import digests
+from drophot.pipeline.provenance import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 

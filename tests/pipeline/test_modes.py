@@ -11,7 +11,7 @@ import torch
 from helpers.runs import TRAIN, drop_hot
 from torch import Tensor, nn
 from torch.optim import Adam
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from drophot import (
     CrestLoader,
@@ -157,7 +157,6 @@ def seen_by(mode: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
 
         fit(model, Seen(), epochs, **rest)
 
-    monkeypatch.setattr(selection_steps._modes, "check", lambda run: None)
     run = drop_hot(mode=mode, data_ratio=0.3, fit=spying)
     run.select()
     run.train()
@@ -217,16 +216,96 @@ def test_what_does_not_go_together_is_named() -> None:
         Scored("el2n", "middle")
 
 
-def own_fit(model: nn.Module, dataset: Dataset[Any], epochs: int, **rest: Any) -> None:
-    fit(model, dataset, epochs, **rest)
+# --- a user's own training loop ----------------------------------------------------------------
+
+
+def own_fit(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    epochs: int,
+    *,
+    optimizer: Any,
+    batch_size: int,
+    seed: int,
+    on_batch: Any,
+    on_epoch: Any,
+) -> None:
+    """As the manual writes it: one loop for datasets and for loaders."""
+    order = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        model.train()
+        for inputs, targets, *more in training.batches(
+            dataset, batch_size, torch.device("cpu"), shuffle=order
+        ):
+            logits = model(inputs)
+            losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+            mean = (losses * more[1]).mean() if len(more) == 2 else losses.mean()
+            optimizer.zero_grad()
+            mean.backward()
+            optimizer.step()
+            if on_batch is not None:
+                on_batch(more[0], logits.detach(), targets)
+        if on_epoch is not None:
+            on_epoch(epoch)
+
+
+@each
+@pytest.mark.parametrize("equal_steps", [False, True])
+def test_a_users_own_loop_trains_in_every_mode_as_drophots_own(
+    mode: Any, equal_steps: bool
+) -> None:
+    def weights(**fit: Any) -> list[Tensor]:
+        adam = partial(Adam, lr=0.02, fused=True)
+        run = drop_hot(
+            mode=mode,
+            score_epochs=2,
+            data_ratio=0.3,
+            optimizer=adam,
+            equal_steps=equal_steps,
+            **fit,
+        )
+        run.run()
+        return [*run.model.state_dict().values(), run.indices]
+
+    torch.testing.assert_close(weights(fit=own_fit), weights(), rtol=0, atol=0)
+
+
+def by_position(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> None:
+    """Reads its samples one by one."""
+    fit(model, [dataset[i] for i in range(len(dataset))], epochs, **rest)
+
+
+def by_data_loader(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> None:
+    fit(model, DataLoader(dataset, 16, shuffle=True), epochs, **rest)
 
 
 @pytest.mark.parametrize("mode", DYNAMIC)
-def test_a_loop_of_ones_own_does_not_get_weighted_batches(mode: Any) -> None:
-    with pytest.raises(ValueError, match="Found a `fit` of your own; leave it out, or iterate"):
-        drop_hot(mode=mode, fit=own_fit)
-    drop_hot(mode=mode, fit=partial(training.fit))
-    drop_hot(mode="k_center", fit=own_fit)
+@pytest.mark.parametrize("wrong", [by_position, by_data_loader])
+def test_a_loop_that_takes_a_loader_for_a_dataset_is_told(mode: Any, wrong: Any) -> None:
+    run = drop_hot(mode=mode, fit=wrong)
+    run.select()
+    with pytest.raises(TypeError, match=r"`dataset` is a loader.*drophot\.training\.batches"):
+        run.train()
+    drop_hot(mode="random", fit=wrong).run()
+
+
+def test_a_loop_that_reports_no_losses_is_refused_where_these_choose() -> None:
+    def silent(*arguments: Any, on_batch: Any, **rest: Any) -> None:
+        fit(*arguments, **rest)
+
+    drop_hot(mode="fresh_subset", fit=silent).run()
+    with pytest.raises(RuntimeError, match="`fit`.*on_batch.*loss_sampling"):
+        drop_hot(mode="loss_sampling", fit=silent).run()
+
+
+def test_options_of_fit_go_with_every_mode_by_partial() -> None:
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
+    for mode in ("high", *DYNAMIC):
+        found = drop_hot(mode=mode, fit=partial(fit, loss=loss)).run()
+        assert found.trained_accuracy > 0.3
+        assert found != drop_hot(mode=mode).run()
+    with pytest.raises(ValueError, match='`loss`.*reduction="none"'):
+        drop_hot(mode="crest", fit=partial(fit, loss=nn.CrossEntropyLoss())).run()
 
 
 @each

@@ -235,7 +235,7 @@ def test_structured_is_a_smaller_network_that_is_trained_on() -> None:
         ),
         ({"protocol": "released", "structured": True}, "`protocol=.released.` cannot be"),
         ({"schedule": "iterative", "finetune_epochs": 0}, "`prunings` should be at most the steps"),
-        ({"schedule": "iterative", "prunings": 0}, "`prunings` should be at least 1. Found 0"),
+        ({"schedule": "iterative", "prunings": 0}, "`prunings` .*0"),
         ({"recalibrate_bn": True}, "`recalibrate_bn` needs a model with BatchNorm"),
         ({"scope": "all"}, "`scope` should be one of"),
         ({"structured": True, "prune_ratio": 0.01}, "`ratio` should remove at least one channel"),

@@ -262,8 +262,8 @@ def test_the_minimum_is_a_floor_in_small_layers_too() -> None:
     ("settings", "error", "message"),
     [
         ({"scope": "uniform"}, ValueError, '"global", "layer", "erk", "lamp". Found .uniform.'),
-        ({"min_kept": 1.0}, ValueError, "`min_kept` should be a share"),
-        ({"min_kept": "some"}, TypeError, "`min_kept` should be a number"),
+        ({"min_kept": 1.0}, ValueError, "`min_kept` .*1.0"),
+        ({"min_kept": "some"}, TypeError, "`min_kept` .*some"),
         ({"min_kept": 0.1, "scope": "layer"}, ValueError, "`min_kept` needs a ranking"),
         ({"min_kept": 0.1, "scope": "erk"}, ValueError, "`min_kept` needs a ranking"),
         ({"min_kept": 0.3}, ValueError, "min_kept=0.3, which lets"),

@@ -564,18 +564,18 @@ def test_masks_hold_under_ddp(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("ratio", [1, -0.1, 10, 80, float("nan"), float("inf")])
 def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
-    cure = r"for 10 % give 0\.1" if ratio == 10 else r"for 80 % give 0\.8"
-    with pytest.raises(ValueError, match=rf"`ratio` .* \[0, 1\)\. Found {ratio}; {cure}"):
+    hint = r"0\.1" if ratio == 10 else r"0\.8"
+    with pytest.raises(ValueError, match=rf"`ratio` .*\[0, 1\).* {ratio}\. .*{hint}"):
         magnitude_prune(network(), ratio)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"ratio": None}, TypeError, "`ratio` should be a number .* NoneType"),
-        ({"ratio": "0.8"}, TypeError, "`ratio` .* Found str"),
-        ({"ratio": b"0.8"}, TypeError, "`ratio` .* Found bytes"),
-        ({"ratio": True}, TypeError, "`ratio` .* Found bool"),
+        ({"ratio": None}, TypeError, "`ratio` .*NoneType"),
+        ({"ratio": "0.8"}, TypeError, "`ratio` .* str"),
+        ({"ratio": b"0.8"}, TypeError, "`ratio` .* bytes"),
+        ({"ratio": True}, TypeError, "`ratio` .* bool"),
         ({"scope": "all"}, ValueError, "`scope` .* Found 'all'"),
         ({"skip": "4"}, TypeError, r"Found '4'; give \('4',\)"),
         ({"skip": ["4.weigth"]}, ValueError, "Found '4.weigth', near to '4.weight'"),

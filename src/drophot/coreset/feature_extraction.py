@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from drophot._core.classifier import check_model, logits_of
-from drophot._core.model_contexts import untouched
+from drophot._core.model_contexts import evaluating
 from drophot.data.batching import batches
 from drophot.data.cache import Cache, Kept
 
@@ -67,7 +67,7 @@ def features(
     check_model(model)
     found: Tensor | None = None
     done = 0
-    with untouched(model) as device:
+    with evaluating(model) as device:
         data = Kept(dataset, device, cache, readings=1).data
         look = _penultimate(model) if kind == "penultimate" else _error(model)
         for inputs, targets, *_ in batches(data, _CHUNK, device):

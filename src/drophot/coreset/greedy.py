@@ -14,17 +14,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot._core import memory, scalars
-from drophot._core.arrays import numbers
+from drophot._core.arrays import IntArray, as_indices, as_real_tensor
 from drophot._core.exact_arithmetic import exact
-from drophot._core.ratios import (
-    Positions,
-    check_positions,
-    check_ratio,
-    check_targets,
-    kept,
-    members,
-    shares,
-)
+from drophot._core.ratios import check_keep_ratio, num_kept
+from drophot.coreset.class_balance import check_targets, class_members, proportional_sizes
 
 logger = logging.getLogger("drophot")
 
@@ -93,14 +86,14 @@ def greedy(
         ValueError: If one is out of range or of another shape.
         MemoryError: If there is not enough memory.
     """
-    ratio = check_ratio("ratio", ratio)
+    ratio = check_keep_ratio("ratio", ratio)
     seed = scalars.integer("seed", seed)
     values = _check_features(features)
     total = len(values)
-    size = kept(total, ratio)
+    size = num_kept(total, ratio)
     before = _check_start(start, total, size)
-    groups = [np.arange(total)] if targets is None else members(check_targets(targets, total))
-    sizes = shares(map(len, groups), size, seed).tolist()
+    groups = [np.arange(total)] if targets is None else class_members(check_targets(targets, total))
+    sizes = proportional_sizes(map(len, groups), size, seed).tolist()
     begun = _begun(groups, sizes, before, of_classes=targets is not None)
     largest = max((len(g), s) for g, s in zip(groups, sizes, strict=True))
     _check_memory(values, needs, largest, in_parts=targets is not None)
@@ -137,7 +130,7 @@ def _check_features(features: Tensor | ArrayLike) -> Tensor:
         if not wide:  # they are copied as float32 before anything else
             device = features.device if isinstance(features, Tensor) else torch.device("cpu")
             _check_free(tuple(features.shape), device, 4 * prod(features.shape))
-    values = numbers("features", features)
+    values = as_real_tensor("features", features)
     if values.dim() != 2 or 0 in values.shape:
         raise ValueError(
             f"`features` should have shape (N, D), both at least 1. Found {tuple(values.shape)}; "
@@ -190,10 +183,10 @@ def square_norms(values: Tensor) -> Tensor:
     return torch.cat([part.square().sum(1) for part in _parts(values)])
 
 
-def _check_start(start: Any, total: int, size: int) -> Positions:
+def _check_start(start: Any, total: int, size: int) -> IntArray:
     if start is None:
         return np.empty(0, dtype=np.int64)
-    found = check_positions("start", start, total, "; give mask.nonzero()[:, 0]")
+    found = as_indices("start", start, total)
     if len(found) > size:
         raise ValueError(
             f"`start` counts among the {size} samples kept. Found {len(found)}; raise the ratio."
@@ -202,8 +195,8 @@ def _check_start(start: Any, total: int, size: int) -> Positions:
 
 
 def _begun(
-    groups: list[Positions], sizes: list[int], before: Positions, *, of_classes: bool
-) -> list[Positions]:
+    groups: list[IntArray], sizes: list[int], before: IntArray, *, of_classes: bool
+) -> list[IntArray]:
     """The start's places within each group."""
     found = []
     for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):

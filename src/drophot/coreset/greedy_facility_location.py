@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot._core.onednn_linear import product
-from drophot._core.ratios import BLOCK
+from drophot._core.seeded_draw import BLOCK
 from drophot.coreset.greedy import Coreset, greedy, rows, square_norms
 
 _PAIRS = 1 << 24  # distances that are kept, at most

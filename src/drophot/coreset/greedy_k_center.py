@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot._core.onednn_linear import product
-from drophot._core.ratios import drawn
+from drophot._core.seeded_draw import draw
 from drophot.coreset.greedy import Coreset, greedy, rows, square_norms
 
 _CANDIDATES = 2048
@@ -88,7 +88,7 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
     centres[: len(start)] = values[start.to(device)]
     done, count = 0, len(start)
     if not count:
-        first = int(drawn(lambda: [np.arange(total)], total, 1, seed, stream=1)[0])
+        first = int(draw(lambda: [np.arange(total)], total, 1, seed, stream=1)[0])
         chosen, gains, count = [first], [torch.inf], 1
         centres[0], nearest[first] = values[first], -1
     while count < size:

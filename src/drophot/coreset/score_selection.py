@@ -11,36 +11,12 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot._core import order_statistics, scalars
-from drophot._core.arrays import numbers
+from drophot._core.arrays import IntArray, as_indices, as_real_tensor
 from drophot._core.exact_arithmetic import exact
-from drophot._core.ratios import (
-    BLOCK,
-    Positions,
-    check_positions,
-    check_ratio,
-    check_targets,
-    drawn,
-    every,
-    kept,
-    members,
-    shares,
-)
-from drophot.coreset.greedy import Coreset
-from drophot.coreset.greedy_facility_location import facility_location
-from drophot.coreset.greedy_k_center import k_center
+from drophot._core.ratios import check_keep_ratio, num_kept
+from drophot._core.seeded_draw import BLOCK, draw, position_blocks
+from drophot.coreset.class_balance import check_targets, class_members, proportional_sizes
 from drophot.coreset.stratified import Stratified
-
-__all__ = [
-    "Coreset",
-    "Mode",
-    "Stratified",
-    "check_mode",
-    "check_ratio",
-    "facility_location",
-    "k_center",
-    "kept",
-    "select",
-]
 
 Word = Literal["high", "low", "random"]
 Mode = Word | Stratified
@@ -107,7 +83,7 @@ def select(
         >>> select(scores, 0.5, among=[0, 1, 2, 4])
         tensor([1, 2])
     """
-    ratio = check_ratio("ratio", ratio)
+    ratio = check_keep_ratio("ratio", ratio)
     check_mode("mode", mode, ratio)
     seed = scalars.integer("seed", seed)
     values = _check_scores(scores)
@@ -118,13 +94,15 @@ def select(
         values = values[torch.from_numpy(part).to(values.device)]
         classes = None if classes is None else classes[part]
     _check_known(values, part)
-    size = kept(len(values), ratio)
+    size = num_kept(len(values), ratio)
     if classes is None:
         return torch.from_numpy(np.sort(_choose(values, size, mode, seed, part)))
 
     found = []
-    groups = members(classes)
-    for group, share in zip(groups, shares(map(len, groups), size, seed).tolist(), strict=True):
+    groups = class_members(classes)
+    for group, share in zip(
+        groups, proportional_sizes(map(len, groups), size, seed).tolist(), strict=True
+    ):
         if share:
             own = values[torch.from_numpy(group).to(values.device)]
             found.append(_choose(own, share, mode, seed, group if part is None else part[group]))
@@ -151,8 +129,8 @@ def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
 
 
 def _choose(
-    scores: Tensor, size: int, mode: Mode, seed: int, positions: Positions | None = None
-) -> Positions:
+    scores: Tensor, size: int, mode: Mode, seed: int, positions: IntArray | None = None
+) -> IntArray:
     """Which `size` of the scores to keep, unordered; `positions` are theirs among all samples."""
     total = len(scores)
     if isinstance(mode, Stratified):
@@ -166,26 +144,26 @@ def _choose(
     # "high" from above, so that the two meet no sooner than they must.
     if mode == "random":
         # A stream of its own, so that the control has nothing to do with how ties fell.
-        blocks = every(total) if positions is None else lambda: [positions]
-        return drawn(blocks, total, size, seed, stream=1)
+        blocks = position_blocks(total) if positions is None else lambda: [positions]
+        return draw(blocks, total, size, seed, stream=1)
     high = mode == "high"
     edge = _nth(scores, total - size if high else size - 1)
 
-    def where(test: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Positions]:
+    def where(test: Callable[[Tensor, Tensor], Tensor]) -> Iterator[IntArray]:
         for start, block in zip(range(0, total, BLOCK), scores.split(BLOCK), strict=True):
             found = test(block, edge).nonzero()[:, 0].cpu().numpy() + start
             yield found if positions is None else positions[found]
 
     sure = np.concatenate(list(where(torch.gt if high else torch.lt)))
     ties = sum(int((block == edge).sum()) for block in scores.split(BLOCK))
-    rest = drawn(lambda: where(torch.eq), ties, size - len(sure), seed, last=high)
+    rest = draw(lambda: where(torch.eq), ties, size - len(sure), seed, largest=high)
     return np.concatenate([sure, rest])
 
 
 def _nth(scores: Tensor, rank: int) -> Tensor:
     """The score that stands at `rank` (from 0) in ascending order."""
     if not scores.is_cuda:
-        return order_statistics.nth(scores, rank)
+        return order_statistics.kth_value(scores, rank)
     # topk is torch's parallel radix selection; unsorted, it does nothing more.
     from_below = 2 * rank < len(scores)
     size = rank + 1 if from_below else len(scores) - rank
@@ -194,7 +172,7 @@ def _nth(scores: Tensor, rank: int) -> Tensor:
 
 
 def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
-    values = numbers("scores", scores)
+    values = as_real_tensor("scores", scores)
     if values.dim() != 1 or len(values) == 0:
         raise ValueError(
             f"`scores` should have shape (N,) with N at least 1. Found {tuple(values.shape)}."
@@ -202,15 +180,15 @@ def _check_scores(scores: Tensor | ArrayLike) -> Tensor:
     return values
 
 
-def _check_among(among: Any, total: int) -> Positions:
+def _check_among(among: Any, total: int) -> IntArray:
     """Ascending, as all that follows is."""
-    found = check_positions("among", among, total, "; give mask.nonzero()[:, 0]")
+    found = as_indices("among", among, total)
     if len(found) == 0:
         raise ValueError("`among` must name at least one sample, but it is empty.")
     return np.sort(found)
 
 
-def _check_known(scores: Tensor, part: Positions | None) -> None:
+def _check_known(scores: Tensor, part: IntArray | None) -> None:
     if not (scores.is_floating_point() and scores.amax().isnan()):
         return
     wrong = scores.isnan().nonzero()[:, 0].cpu().numpy()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor
 from typing import Literal
 
 import numpy as np
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from drophot._core import scalars
-from drophot._core.ratios import Positions, hashed
+from drophot._core.arrays import IntArray
+from drophot._core.ratios import num_removed
+from drophot._core.seeded_draw import splitmix64
 
 _MOST_BINS = 1 << 30
 _STREAM = 2  # which of a bin are taken has nothing to do with how ties fall, nor with "random"
@@ -101,9 +102,9 @@ class Stratified:
         Returns:
             Their number, at least `size`.
         """
-        return max(size, total - floor(self.cutoff * total + 0.5))
+        return max(size, total - num_removed(total, self.cutoff))
 
-    def draw(self, scores: Tensor, positions: Positions, size: int, seed: int) -> Positions:
+    def draw(self, scores: Tensor, positions: IntArray, size: int, seed: int) -> IntArray:
         """Keep `size` of the samples that the cutoff has left.
 
         Args:
@@ -122,13 +123,13 @@ class Stratified:
             quotas[number] = quota = min(int(sizes[number]), budget // left)
             budget -= quota
         # Bin by bin, and in each by hash: the first ones of a bin are those that it gives.
-        keys = hashed(positions, seed, _STREAM)
+        keys = splitmix64(positions, seed, _STREAM)
         order = np.argsort(keys)
         order = order[np.argsort(place[order], kind="stable")]
         rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return positions[order[rank < np.repeat(quotas, sizes)]]
 
-    def _bins(self, scores: Tensor) -> tuple[Positions, Positions]:
+    def _bins(self, scores: Tensor) -> tuple[IntArray, IntArray]:
         """How many samples each bin that has any holds, and in which of these each sample is."""
         values = scores.double().cpu()  # so that no range overflows, and integers keep their order
         low, high = values.amin(), values.amax()

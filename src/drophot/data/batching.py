@@ -46,6 +46,13 @@ def batches(
     Yields:
         Tuples of tensors, like the samples' tuples, each with a first dimension of `B`. Targets of
         any integer type or bool are int64.
+
+    Example:
+        >>> data = TensorDataset(torch.arange(3.0), torch.tensor([0, 1, 0]))
+        >>> for inputs, targets in batches(data, 2, torch.device("cpu")):
+        ...     print(inputs, targets)
+        tensor([0., 1.]) tensor([0, 1])
+        tensor([2.]) tensor([0])
     """
     batch_size = scalars.integer("batch_size", batch_size, least=1)
     size = len(dataset)  # type: ignore[arg-type]

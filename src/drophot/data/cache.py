@@ -117,7 +117,7 @@ class Kept:
         self._name, self._device, self._cache, self._readings = name, device, cache, readings
         self.data: Any = dataset
         self._epoch, self._said, self._copied = 0, "", [False]
-        with random_state.kept():
+        with random_state.preserved_rng():
             self._decide()
 
     def again(self) -> Dataset[Any]:
@@ -131,7 +131,7 @@ class Kept:
                 return self.data
             if cheap or is_pure(self.source):
                 self.data = self.source  # its memory is free for what is read now
-                with random_state.kept():
+                with random_state.preserved_rng():
                     self._decide()
             else:
                 self._let_go("they changed between two epochs")
@@ -240,7 +240,7 @@ class Kept:
             if not torch.equal(as_classes(targets).to(mine), as_classes(mine)):
                 return True
         drawn = torch.randperm(size, generator=torch.Generator().manual_seed(self._epoch))
-        with random_state.kept():
+        with random_state.preserved_rng():
             same = self._is_equal(self.data.tensors, drawn[:_PLACES].tolist())
         self._values = values_of(self.source)  # reading may have counted
         return not same

@@ -153,7 +153,7 @@ def targets_of(dataset: Any) -> Tensor:
     if (known := known_targets(dataset)) is not None:
         return as_classes(known.cpu())
     found = []
-    with random_state.kept():
+    with random_state.preserved_rng():
         for start in range(0, len(dataset), _CHUNK):
             places = list(range(start, min(start + _CHUNK, len(dataset))))
             found += [torch.as_tensor(s[1]).cpu() for s in _samples(dataset, places)]
@@ -228,6 +228,10 @@ def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
     Raises:
         ValueError: If the data set is empty.
         TypeError: If it is a loader, has no length, or the sample is no such tuple.
+
+    Example:
+        >>> first_sample("dataset", [(torch.zeros(2), 1)])
+        (tensor([0., 0.]), 1)
     """
     _check_kind(name, dataset)
     if len(dataset) == 0:

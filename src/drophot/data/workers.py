@@ -136,7 +136,7 @@ class _Reader(Dataset[tuple[Tensor, ...]]):
         if self.dataset is None:
             self.dataset, self.pickled = pickle.loads(self.pickled), b""
         seed, positions = key
-        with random_state.kept(seed=seed):
+        with random_state.preserved_rng(seed=seed):
             return read(self.dataset, positions)
 
 
@@ -155,8 +155,8 @@ def _loader(reader: _Reader, epoch: _Epoch, pin_memory: bool, workers: int = 0) 
 
 def _may_have_workers(dataset: Any) -> bool:
     """Whether other processes may read a dataset."""
-    # There is no fork server on other systems. A daemon cannot have child processes, and a process
-    # that is started while another thread runs may inherit a script that is not hidden.
+    # Not all systems have a fork server. A daemon cannot have child processes. In another thread,
+    # hiding the script would disturb the main thread.
     if sys.platform != "linux" or current_process().daemon or current_thread() != main_thread():
         return False
     # Tensors may be on a GPU. A generator in the dataset would start from the same numbers in

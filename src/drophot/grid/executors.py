@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from drophot.data.samples import is_plainly
 from drophot.pipeline.drophot import DropHot
-from drophot.records import describe
+from drophot.pipeline.provenance.callables import callable_text
 
 
 def check(executor: Any, pipeline: DropHot, threads: int) -> None:
@@ -73,8 +73,9 @@ def check(executor: Any, pipeline: DropHot, threads: int) -> None:
             content = dumps(thing)
         except Exception as error:
             raise TypeError(
-                f"`{name}` should be one that can be sent to a worker. Found {describe(thing)}, "
-                f"which cannot be pickled ({error}); define it at the top of a module, or use "
+                f"`{name}` should be one that can be sent to a worker. Found "
+                f"{callable_text(thing)}, which cannot be pickled ({error}); define it at the top "
+                f"of a module, or use "
                 f"functools.partial in place of a lambda."
             ) from error
         if unseen and b"__main__" in content:

@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,21 +19,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from drophot import modes, records
 from drophot._core import memory, scalars
-from drophot._core.installed_packages import short
-from drophot._core.progress import check as check_progress
-from drophot._core.ratios import kept
+from drophot._core.installed_packages import minor_version
+from drophot._core.progress import import_tqdm
+from drophot._core.ratios import num_kept
 from drophot.data.samples import is_plainly
 from drophot.grid import dispatch, executors
 from drophot.grid.plan import Plan, estimate
 from drophot.grid.stages import Stage
 from drophot.grid.store import Store, open_store, write_whole
-from drophot.modes import Mode
-from drophot.pipeline.drophot import CELL, DropHot
-from drophot.pipeline.fingerprints import unseen
-from drophot.pipeline.torch_settings import surroundings
-from drophot.records import Record, fingerprint
+from drophot.pipeline import modes
+from drophot.pipeline.drophot import DropHot
+from drophot.pipeline.provenance import environment
+from drophot.pipeline.provenance.fingerprints import unseen
+from drophot.pipeline.provenance.torch_settings import surroundings
+from drophot.records import Record, fingerprint, from_line
+from drophot.settings import Mode, name_of, varying
 
 logger = logging.getLogger("drophot")
 
@@ -136,7 +138,7 @@ class Grid:
             pipeline.replace(prune_ratio=ratio, **_CONTROLS[control])
         self.threads = scalars.integer("threads", threads, least=1)
         self.pipeline = pipeline.replace()
-        self.pipeline.progress = False  # a grid has one bar
+        self.pipeline.config = replace(self.pipeline.config, progress=False)  # a grid has one bar
 
     def run(self, store: Path | str, executor: Any = None, progress: bool = False) -> list[Record]:
         """Compute what the store does not hold yet.
@@ -167,7 +169,7 @@ class Grid:
             ImportError: If `progress` is asked for and tqdm is not installed.
             OSError: If the disk is full. What is in the store stays good.
         """
-        bar = check_progress() if progress else None
+        bar = import_tqdm() if progress else None
         if executor is not None:
             executors.check(executor, self.pipeline, self.threads)
         cells = list(self._cells())
@@ -203,7 +205,7 @@ class Grid:
             error.add_note(f"What was finished is in {store}; the same call goes on from there.")
             raise
         opened.tidy(order)
-        return [records.from_line((opened.load(cell.name) or b"").decode()) for cell in cells]
+        return [from_line((opened.load(cell.name) or b"").decode()) for cell in cells]
 
     def plan(self, store: Path | str | None = None, executor: Any = None) -> Plan:
         """What `run` would do, with an estimate of time and disk from a few measured steps.
@@ -231,7 +233,7 @@ class Grid:
         """Refuse two names for one coreset."""
         ratios: dict[int, float] = {}
         for ratio in self.data_ratios:
-            size = kept(total, ratio)
+            size = num_kept(total, ratio)
             if size == total:
                 raise ValueError(
                     f"`data_ratios` should each leave out a sample. Found {ratio:g}, which keeps "
@@ -292,7 +294,7 @@ class Grid:
 
     def _configuration(self) -> tuple[dict[str, Any], str]:
         """What all cells have in common, and a name for the data."""
-        if unknown := self.pipeline._unknown:
+        if unknown := self.pipeline.config.experiment.unknown:
             raise TypeError(
                 f"A store needs to know which experiment it is of. Found {unknown[0]}, which no "
                 f"other process can compare; make it where it is used, or give its owner a "
@@ -305,15 +307,17 @@ class Grid:
                 f"Use another store if it changes.",
                 stacklevel=3,
             )
-        versions = records.versions()
+        versions = environment.versions()
         found: dict[str, Any] = {
-            "versions": {name: short(versions[name]) for name in ("drophot", "torch", "python")}
+            "versions": {
+                name: minor_version(versions[name]) for name in ("drophot", "torch", "python")
+            }
         }
         found |= self.pipeline.configuration
-        for name in CELL:  # what the cells differ in
+        for name in varying():  # what the cells differ in
             del found[name]
         found["threads"] = self.threads
-        found["device"] = records.device_name(self.pipeline.device)
+        found["device"] = environment.device_name(self.pipeline.device)
         return found, fingerprint({name: found[name] for name in ("train_set", "test_set")})
 
     def _without_data(self, store: Store) -> DropHot:
@@ -328,7 +332,7 @@ class Grid:
         torch.save(tensors, content)
         write_whole(store.folder / "data.pt", content.getvalue())
         light = copy.copy(self.pipeline)
-        vars(light).update(dict.fromkeys(tensors))
+        light.config = replace(light.config, **dict.fromkeys(tensors))
         light._ambient = surroundings(light.device)
         return light
 
@@ -382,9 +386,9 @@ def _list(name: str, values: Any, pipeline: DropHot) -> list[Any]:
             raise
         before = found[:position]
         if name == "modes":  # by what a file and a record call it, and by what it means
-            same = modes.name(value) in map(modes.name, before)
-            long = modes.scored(value)
-            same |= long is not None and long in map(modes.scored, before)
+            same = name_of(value) in map(name_of, before)
+            long = modes.as_scored(value)
+            same |= long is not None and long in map(modes.as_scored, before)
         else:
             same = value in before
         if same:

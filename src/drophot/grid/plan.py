@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from torch.utils.data import Subset
 
-from drophot import modes
-from drophot._core import memory, random_state
-from drophot._core.ratios import kept
+from drophot._core import random_state
+from drophot._core.ratios import num_kept
 from drophot.grid.stages import Stage, limited_threads
+from drophot.pipeline import fit_checks
 from drophot.pipeline.drophot import DropHot
 from drophot.training import loop
+from drophot.training.step_memory import step_memory
 
 # What a process takes before it has done anything: Python with torch; a context on a GPU.
 _PROCESS = (400_000_000, 600_000_000)
@@ -87,12 +88,12 @@ def estimate(
     run = pipeline
     total, tests = len(run.train_set), len(run.test_set)  # type: ignore[arg-type]
     few = Subset(run.train_set, range(min(total, 16 * run.batch_size)))
-    measured = modes.is_drophots_own(run.fit)
+    measured = fit_checks.is_library_fit(run.fit)
     training_pass = evaluating = 0.0
-    with limited_threads(threads), random_state.kept(run.device, seed=0):
+    with limited_threads(threads), random_state.preserved_rng(run.device, seed=0):
         model = run.factory().to(run.device)
         first = next(loop.batches(loop.in_memory(few, run.device), run.batch_size, run.device))
-        needed = _PROCESS[run.device.type == "cuda"] + memory.needed(model, *first[:2])
+        needed = _PROCESS[run.device.type == "cuda"] + step_memory(model, *first[:2])
         if measured:
             optimizer = run.optimizer(model.parameters())
 
@@ -119,7 +120,7 @@ def estimate(
             seconds += epochs * tests * evaluating
             size += 1000
         elif stage.kind == "train":
-            size += state + 8 * kept(total, stage.data_ratio)
+            size += state + 8 * num_kept(total, stage.data_ratio)
         else:
             seconds += epochs * total * evaluating
             size += 28 * total + state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import nan
 from pathlib import Path
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from drophot import modes
 from drophot._core import random_state
 from drophot.grid.store import Store
 from drophot.grid.untracked_state import put_back, remainder
+from drophot.pipeline import modes
 from drophot.pipeline.drophot import DropHot
-from drophot.pipeline.torch_settings import surrounded
+from drophot.pipeline.provenance.torch_settings import surrounded
 from drophot.records import Record, from_line, to_line
+from drophot.settings import name_of
 from drophot.tracking.dynamics import Statistic
 from drophot.training import loop
 
@@ -54,7 +55,7 @@ class Stage:
         parts = [self.kind, f"seed{self.seed}"]
         if self.kind != "score":
             parts += [
-                modes.name(self.mode),
+                name_of(self.mode),
                 f"keep{self.data_ratio}",
                 *["equal"] * self.equal_steps,
             ]
@@ -73,7 +74,7 @@ class Stage:
         Returns:
             The stage, if there is one.
         """
-        if self.kind == "score" or (self.kind == "train" and not modes.needs_step_1(self.mode)):
+        if self.kind == "score" or (self.kind == "train" and not _needs_scoring(self.mode)):
             return None
         scored = Stage(kind="score", seed=self.seed)
         if self.kind == "train" or (self.mode == "baseline" and score_is_baseline(pipeline)):
@@ -100,6 +101,10 @@ class Stage:
         if self.kind == "finetune":
             return pipeline.finetune_epochs
         return pipeline.train_epochs * (1 if self.equal_steps else self.data_ratio)
+
+
+def _needs_scoring(mode: Any) -> bool:
+    return mode != "baseline" and modes.needs_scoring(mode)
 
 
 def score_is_baseline(pipeline: DropHot) -> bool:
@@ -132,13 +137,14 @@ def compute(
     Raises:
         RuntimeError: If what the stage needs was damaged meanwhile.
     """
-    ambient = pipeline._ambient  # None where the switches are set already
+    ambient = vars(pipeline).get("_ambient")  # None where the switches are set already
     around = nullcontext() if ambient is None else surrounded(ambient, pipeline.device)
     with _one_at_a_time, limited_threads(threads), around:
         found = store.load(stage.name)
         if found is None:
             if pipeline.train_set is None or pipeline.test_set is None:
-                vars(pipeline).update(_data(store.folder / "data.pt", data, pipeline.device))
+                found = _data(store.folder / "data.pt", data, pipeline.device)
+                pipeline.config = replace(pipeline.config, **found)
             store.check_writable()
             before: dict[str, Any] = {}
             if (need := stage.needs(pipeline)) is not None:
@@ -172,8 +178,8 @@ def _score(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
 
 def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
     run = _run(pipeline, stage)
-    if (how := modes.scored(run.mode)) is not None and before:
-        run.scores = before["scores"][how.statistic]
+    if (statistic := modes.statistic_of(run.mode)) is not None and before:
+        run.scores = before["scores"][statistic]
     elif before:
         run.scorer = _network(run, before)
     run.seconds = before.get("seconds", {})
@@ -211,7 +217,7 @@ def _run(pipeline: DropHot, stage: Stage) -> DropHot:
 
 def _network(run: DropHot, before: dict[str, Any]) -> nn.Module:
     """A network as it was after its training."""
-    with random_state.kept(run.device, seed=2 * run.seed):  # as in its training
+    with random_state.preserved_rng(run.device, seed=2 * run.seed):  # as in its training
         model = run.factory().to(run.device)
     model.load_state_dict(before["state"])
     put_back(model, before.get("remainder", {}))

@@ -1,23 +1,4 @@
-"""Records as tables, as figures and as a page.
-
-A row is a cell: the runs that differ in the seed alone. What else rows differ in, of all settings
-of their runs and the data, has a column. A run that is given twice counts once; two runs of one
-cell and seed that found different things are refused. Device and versions are no settings: a cell
-may have seeds of several. Accuracies are those after the last epoch, never after the best one.
-
-Example:
-    >>> from drophot.records import Record
-    >>> same = dict(model="lenet", seed=0, prune_ratio=0.8, sparsity=0.8, finetune_curve=())
-    >>> same |= dict(trained_accuracy=0.97, pruned_accuracy=0.6, fingerprint="")
-    >>> same |= dict(seconds={}, device="cpu", versions={})
-    >>> all_of_them = dict(mode="baseline", keep_ratio=1.0, kept=60_000, finetuned_accuracy=0.98)
-    >>> a_tenth = dict(mode="high", keep_ratio=0.1, kept=6_000, finetuned_accuracy=0.9725)
-    >>> runs = [Record(**same, **coreset) for coreset in (all_of_them, a_tenth)]
-    >>> print(differences(runs, format="text"))
-    share  removed    n  high − base
-    -----  -------  ---  -----------
-      10%      80%    1        −0.75
-"""
+"""The public functions: tables, figures and a page."""
 
 from __future__ import annotations
 

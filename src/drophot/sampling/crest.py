@@ -15,8 +15,13 @@ from torch.utils.data import Dataset
 
 from drophot._core import random_state, scalars
 from drophot._core.exact_arithmetic import exact
-from drophot._core.model_contexts import untouched
-from drophot._core.ratios import check_ratio, check_targets, dealt, kept, members
+from drophot._core.model_contexts import evaluating
+from drophot._core.ratios import check_keep_ratio, num_kept
+from drophot.coreset.class_balance import (
+    check_targets,
+    class_members,
+    random_proportional_sizes,
+)
 from drophot.coreset.feature_extraction import errors
 from drophot.data import batching
 from drophot.data.indexing import IndexedDataset
@@ -105,7 +110,7 @@ class CrestLoader:
         seed: int = 0,
         cache: loop.Cache = "auto",
     ) -> None:
-        ratio, subset = check_ratio("ratio", ratio), check_ratio("subset", subset)
+        ratio, subset = check_keep_ratio("ratio", ratio), check_keep_ratio("subset", subset)
         self.batch_size = scalars.integer("batch_size", batch_size)
         seed = scalars.integer("seed", seed)
         threshold = scalars.real("threshold", threshold)
@@ -121,17 +126,17 @@ class CrestLoader:
             )
         self.model = model
         device = next(model.parameters()).device
-        with random_state.kept():  # a random transform may draw
+        with random_state.preserved_rng():  # a random transform may draw
             indexed = len(loop.first_sample("dataset", dataset)) == 3
         whole = dataset if indexed else IndexedDataset(dataset)
         self.dataset = loop.in_memory(whole, device, cache=cache)
         self._total = len(dataset)  # type: ignore[arg-type]
-        self._steps = ceil(kept(self._total, ratio) / self.batch_size)
-        self._size = min(self._total, max(kept(self._total, subset), 2 * self.batch_size))
+        self._steps = ceil(num_kept(self._total, ratio) / self.batch_size)
+        self._size = min(self._total, max(num_kept(self._total, subset), 2 * self.batch_size))
         targets = check_targets(targets_of(self.dataset), self._total)
         if targets.min() < 0:
             raise ValueError(f"`dataset` should have targets from 0. Found {targets.min()}.")
-        self._classes = members(targets)
+        self._classes = class_members(targets)
         self._chance = np.random.default_rng(seed % 2**64)
         self._draws = torch.Generator().manual_seed(seed % 2**63)
         self.threshold, self.interval = threshold, interval
@@ -166,11 +171,14 @@ class CrestLoader:
         """New mini-batches for the weights as they are, and the loss around these."""
         count = min(_SETS * self.check_every, self._steps)
         subsets = [self._subset() for _ in range(count)]
-        with untouched(self.model) as device:
+        with evaluating(self.model) as device:
             found = [self._errors(torch.cat(parts), device) for parts in subsets]
             losses = [loss for _, loss in found]
             size = min(self.batch_size, self._size)
-            sizes = [dealt(map(len, parts), size, self._chance).tolist() for parts in subsets]
+            sizes = [
+                random_proportional_sizes(map(len, parts), size, self._chance).tolist()
+                for parts in subsets
+            ]
             groups = [
                 errors.split([len(part) for part in parts])
                 for (errors, _), parts in zip(found, subsets, strict=True)
@@ -189,7 +197,7 @@ class CrestLoader:
 
     def _subset(self) -> list[Tensor]:
         """A random subset, the positions of each class for itself."""
-        sizes = dealt(map(len, self._classes), self._size, self._chance)
+        sizes = random_proportional_sizes(map(len, self._classes), self._size, self._chance)
         return [
             torch.from_numpy(self._chance.choice(part, size, replace=False, shuffle=False))
             for part, size in zip(self._classes, sizes.tolist(), strict=True)
@@ -271,7 +279,7 @@ class CrestLoader:
     def _has_moved_on(self) -> bool:
         """Whether the modelled loss is no longer the loss."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
-        with untouched(self.model) as device:
+        with evaluating(self.model) as device:
             _, true = self._errors(self._check_on, device)
             step = _flat(weights) - self._origin
             change = self._slope @ step + 0.5 * (self._bend * step) @ step

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from drophot._core.model_contexts import untouched
+from drophot._core.model_contexts import evaluating
 from drophot.tracking import attach
 from drophot.tracking.validation import describe
 
@@ -42,7 +42,7 @@ def observe(
         )
     attach.check_source(loader)
     batch = None
-    with _generators_restored(loader), untouched(model) as device:
+    with _generators_restored(loader), evaluating(model) as device:
         for batch in _without_persistent_workers(loader):
             if not isinstance(batch, tuple | list) or len(batch) != 3:
                 raise TypeError(

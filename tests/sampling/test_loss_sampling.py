@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset, WeightedRandomSampler
 
 from drophot import FreshSubset, IndexedDataset, LossSampling, fit
-from drophot._core.ratios import kept
+from drophot._core.ratios import num_kept
 
 
 @given(st.integers(1, 60), st.floats(0.01, 1), st.integers(0, 9))
@@ -19,7 +19,7 @@ def test_a_fresh_subset_is_exact_and_each_sample_is_in_it_once(
     sampler = FreshSubset(total, ratio, seed=seed)
     for _ in range(3):
         found = list(sampler)
-        assert len(found) == len(set(found)) == len(sampler) == kept(total, ratio)
+        assert len(found) == len(set(found)) == len(sampler) == num_kept(total, ratio)
         assert all(0 <= sample < total for sample in found)
 
 
@@ -59,7 +59,7 @@ def test_loss_sampling_keeps_an_exact_share_and_its_weights_sum_to_everything(
     sampling = LossSampling(total, ratio, seed=seed)
     sampling.update(torch.arange(total), torch.tensor(values))
     awake = sampling.begin()
-    size = kept(total, ratio)
+    size = num_kept(total, ratio)
     assert len(awake) == size
     assert (awake.diff() > 0).all()
     weights = sampling.weights(torch.arange(total))
@@ -186,7 +186,7 @@ def test_a_loader_of_other_things_is_named(batch: Any, found: str) -> None:
 def test_wrong_input_is_named(kind: Any) -> None:
     with pytest.raises(ValueError, match="`ratio` should be the share"):
         kind(10, 0)
-    with pytest.raises(ValueError, match="`num_samples` should be at least 1. Found 0"):
+    with pytest.raises(ValueError, match="`num_samples` .*0"):
         kind(0, 0.5)
     with pytest.raises(TypeError):
         kind(2.5, 0.5)

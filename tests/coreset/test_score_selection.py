@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from drophot import select
-from drophot._core.ratios import kept
+from drophot._core.ratios import num_kept
 
 MODES = ["high", "low", "random"]
 PINNED = {"high": [1, 5, 7, 9], "low": [0, 4, 6, 8], "random": [1, 4, 7, 8]}
@@ -34,7 +34,7 @@ def test_select_equals_a_plain_sort(
     scores: list[float], ratio: float, mode: Any, seed: int
 ) -> None:
     indices = select(torch.tensor(scores), ratio, mode, seed=seed)
-    expected = references.select(scores, kept(len(scores), ratio), mode, seed)
+    expected = references.select(scores, num_kept(len(scores), ratio), mode, seed)
     assert indices.tolist() == expected
 
 
@@ -183,7 +183,7 @@ def test_with_targets_each_class_keeps_its_share(
 ) -> None:
     scores, targets = [s for s, _ in samples], [t for _, t in samples]
     indices = select(scores, ratio, mode, targets=targets, seed=seed).tolist()
-    size = kept(len(samples), ratio)
+    size = num_kept(len(samples), ratio)
     classes = sorted(set(targets))
     counts = [targets.count(c) for c in classes]
     shares = references.largest_remainders(counts, size, seed)
@@ -215,7 +215,7 @@ def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0], None), TypeError, "`ratio` should be a number .* NoneType"),
+        (([1.0], None), TypeError, "`ratio` .*NoneType"),
         (([1.0], "0.5x"), TypeError, "Found str"),
         (([1.0], 0.5, "hard"), ValueError, "`mode` .* Found 'hard'"),
         (([1.0], 0.5, ["high"]), ValueError, "`mode`"),
