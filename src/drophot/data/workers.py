@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from drophot._core import memory, random_state
-from drophot.data.determinism import Own
+from drophot.data.determinism import OwnRandomness
 from drophot.data.process_state import can_be_copied, values_of
 from drophot.data.samples import read, tensors_of
 
@@ -162,7 +162,9 @@ def _may_have_workers(dataset: Any) -> bool:
     # Tensors may be on a GPU. A generator in the dataset would start from the same numbers in
     # every worker. Copies of a dataset lose what they count.
     return (
-        tensors_of(dataset) is None and can_be_copied(dataset) and not Own(dataset).generators
+        tensors_of(dataset) is None
+        and can_be_copied(dataset)
+        and not OwnRandomness(dataset).generators
     )
 
 
