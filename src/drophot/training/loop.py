@@ -217,7 +217,12 @@ def _dataset_epochs(
     def batches_of(epoch: int) -> Iterator[tuple[Tensor, ...]]:
         data = kept.again() if epoch else kept.data
         return batching.batches(
-            data, batch_size, device, shuffle=order, channels_last=channels_last
+            data,
+            batch_size,
+            device,
+            shuffle=order,
+            channels_last=channels_last,
+            workers=kept.workers,
         )
 
     return batches_of
