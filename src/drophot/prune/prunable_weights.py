@@ -210,8 +210,8 @@ def _included(model: nn.Module, include: Collection[str], without: set[int | str
         if not chosen:
             raise ValueError(
                 f"`include` must name parameters, or modules that have matrices, got {name!r}, "
-                f"which has none. Biases, norms, embeddings and positions count only if you name them "
-                f"directly; otherwise leave {name!r} out."
+                f"which has none. Biases, norms, embeddings and positions count only if you name "
+                f"them directly; otherwise leave {name!r} out."
             )
         if all(id(parameter) in without for parameter in chosen.values()):
             raise ValueError(
