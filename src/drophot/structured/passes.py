@@ -59,5 +59,5 @@ def run_pass(
     while result.num_reached < len(calls) and calls[result.num_reached].name == "clone":
         result.num_reached += 1
     if result.num_reached < len(calls):
-        result.failures[result.num_reached] = "code: ends earlier with fewer channels"
+        result.failures[result.num_reached] = "code: returns earlier with fewer channels"
     return result
