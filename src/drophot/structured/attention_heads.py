@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drophot.structured.channel_groups import ChannelGroups
-from drophot.structured.tracer import RecordedCall
+from drophot.structured.recorded_call import RecordedCall
 
 VIEWS = ("view", "_unsafe_view", "reshape")
 

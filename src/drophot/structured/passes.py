@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from drophot._core.interruptions import is_passed_on
 from drophot.structured.observations import PassResult, StopPass
+from drophot.structured.recorded_call import RecordedCall
 from drophot.structured.single_call import run, tensors_in
-from drophot.structured.tracer import RecordedCall
 from drophot.structured.verification import PrunedPass, kept_shapes
 from drophot.structured.zeroed_network import ZeroedPass
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from drophot.structured.tracer import RecordedCall
+from drophot.structured.recorded_call import RecordedCall
 
 
 class SimilarCalls:

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from drophot._core.interruptions import is_passed_on
 from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
 from drophot.structured.reasons import operation
+from drophot.structured.recorded_call import RecordedCall, flat, is_view, numbers
 from drophot.structured.remaining_sizes import kept_part, kept_shape
-from drophot.structured.tracer import RecordedCall, flat, is_view, numbers
 
 # Not compared as plain values; DataParallel passes records of the profiler.
 OPAQUE = (Tensor, torch.ScriptObject)
@@ -57,9 +57,7 @@ class PrunedPass(TorchDispatchMode):
 
     def _compare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, result = _canonical(func.overloadpacket.__name__), self.result
-        while (
-            name != "clone" and self._next_name() == "clone"
-        ):  # for the layout
+        while name != "clone" and self._next_name() == "clone":  # for the layout
             result.fingerprints.append([])
             result.num_reached += 1
         if name == "clone" != self._next_name():
