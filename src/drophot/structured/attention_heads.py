@@ -73,7 +73,7 @@ def multiples(
     calls_in: Mapping[str, Sequence[int]],
     groups: ChannelGroups,
 ) -> Iterator[tuple[int, int]]:
-    """Group sizes that must stay a multiple of another group's, such as a stream's of its heads'.
+    """Groups that lose a multiple of some number of channels, such as a stream split into heads.
 
     Args:
         calls: The recorded calls.

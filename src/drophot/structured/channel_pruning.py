@@ -93,7 +93,7 @@ def prune_channels(
             rule. See "Operators of your own" in the documentation.
 
     Returns:
-        What was removed, and what was kept and why.
+        The counts before and after, the channels that each layer kept, and the reasons.
 
     Raises:
         TypeError: If `ratio` is not a number, a weight does not have a floating-point dtype, or

@@ -79,12 +79,13 @@ class NetworkWriter:
         self._layer_attributes = known
         self.write({})
 
-    def write(self, own: Mapping[Attribute, Any]) -> None:
+    def write(self, model_attributes: Mapping[Attribute, Any]) -> None:
         """Write the smaller tensors, the layers' attributes and those of the network's own code."""
         replace(self.model, self._old_tensors, self._old_attributes)
         old = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         layers = self._layer_attributes
-        attributes = layers | {name: value for name, value in own.items() if name not in layers}
+        others = {key: value for key, value in model_attributes.items() if key not in layers}
+        attributes = layers | others
         self._old_attributes = {
             (path, key): width_attributes.read(self.model.get_submodule(path), key)
             for path, key in attributes

@@ -25,20 +25,18 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """The result of structured pruning; `print` shows it as a table.
-
-    `bytes` are those of the parameters.
-    """
+    """The result of structured pruning; `print` shows it as a table."""
 
     ratio: float
-    """The share of channels asked for."""
+    """The share of channels that was asked for."""
     channels: Change
-    """Outputs of all Conv and Linear layers and attention projections."""
+    """The outputs of all Conv and Linear layers and attention projections."""
     parameters: Change
-    """All of them, biases and norms included."""
+    """All parameters, including biases and norms."""
     flops: Change
-    """Of the example inputs: two for each multiply-add, in operators of known cost."""
+    """The operations for the example inputs in operators of known cost; a multiply-add is two."""
     bytes: Change
+    """The memory of the parameters."""
     layers: Mapping[str, Change]
     """The outputs of each layer, by its weight's name."""
     kept: Mapping[str, Tensor]
@@ -50,11 +48,11 @@ class Pruned:
     kept_back: Mapping[str, int]
     """How many fewer channels were removed than asked for, by reason."""
     other: Mapping[str, float]
-    """Parameters that no layer above owns and that kept their shape: their share of all."""
+    """Parameters that kept their shape and belong to no layer above: their share of all."""
     attributes: Mapping[str, Change]
-    """The attributes of modules that were changed, by the names of module and attribute."""
+    """The attributes that were changed, as `module.attribute`."""
     description: dict[str, Any]
-    """New shapes and attributes, as JSON can hold them: see `rebuild`."""
+    """The new shapes and attributes, in types that JSON has; see `rebuild`."""
 
     def __str__(self) -> str:
         lines = [f"asked to remove {self.ratio:.1%} of the channels"]

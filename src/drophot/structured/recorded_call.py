@@ -1,4 +1,4 @@
-"""What is recorded of one call of an operator."""
+"""The record of one call of an operator."""
 
 from __future__ import annotations
 

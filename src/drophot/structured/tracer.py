@@ -1,4 +1,4 @@
-"""A forward pass, call by call: what each operator is given, gives, and graph."""
+"""Records a forward pass, operator by operator."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class WidthSearch:
         result, current = attempt(accepted), dict(accepted)
         if not result.failures:
             return result
-        # As they were before any attempt, whose values stay in the modules until the next one.
+        # The integers before any attempt; the values of an attempt remain until the next one.
         self._integers = {
             name: dict(width_attributes.integers(module)) for name, module in self.modules.items()
         }
