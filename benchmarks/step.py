@@ -32,7 +32,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from drophot import fit
 from drophot.models import fcnet, lenet, resnet18, resnet50
 from drophot.training import onednn_linear
-from drophot.training.step import fast_step, takes_channels_last
+from drophot.training.memory_format import takes_channels_last
+from drophot.training.step import fast_step
 
 BATCH = 64
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
