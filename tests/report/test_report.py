@@ -402,9 +402,7 @@ def test_curves_refuse_too_many_groups_and_draw_unequal_lengths_apart() -> None:
     pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = grid()
     plot_curves([r for r in runs if r.prune_ratio == 0 or r.mode == "baseline"])
-    with pytest.raises(
-        ValueError, match="`records`.* 16 .* 28"
-    ):
+    with pytest.raises(ValueError, match="`records`.* 16 .* 28"):
         plot_curves([*runs, *(replace(r, prune_ratio=r.prune_ratio + 0.1) for r in runs)])
     lines = plot_curves([one(), one(seed=1, finetune_curve=(0.5,))]).lines
     assert [len(line.get_xdata()) for line in lines] == [3, 2]
