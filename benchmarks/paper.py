@@ -282,10 +282,10 @@ def recovery(runs: list[Record]) -> str:
 
 
 def recalibrated() -> str:
-    """What BatchNorm's statistics anew are worth right after pruning."""
+    """Accuracy right after pruning, before and after recalibrating BatchNorm."""
     figures = json.loads((RESULTS / "recalibrate.json").read_text())["figures"]
     lines = [
-        "| removed | trained on | after pruning | and with BatchNorm anew |",
+        "| removed | trained on | after pruning | BatchNorm recalibrated |",
         "| ---: | --- | ---: | ---: |",
     ]
     for row in sorted(figures, key=lambda row: row["prune_ratio"]):
