@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import floor
 
 import torch
 from torch import Tensor
 
+from drophot._core.ratios import round_half_up
 from drophot.structured.dependency_graph import Axis, DependencyGraph
 from drophot.structured.importance import Importance, entry_values
 
@@ -65,7 +65,7 @@ class ChannelGroups:
                 members = ((self.group == group) & ~self.frozen).nonzero()[:, 0]
                 size = int((self.group == group).sum())
                 step = self.multiples.get(size, 1)
-                count = min(step * floor(ratio * size / step + 0.5), size - step, len(members))
+                count = min(step * round_half_up(ratio * size / step), size - step, len(members))
                 count -= count % step
                 order = scores[members].sort(stable=True).indices
                 removed[members[order[: max(count, 0)]]] = True

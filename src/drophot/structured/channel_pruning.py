@@ -19,13 +19,13 @@ How a network is pruned, and which module to read for it:
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from math import floor
 from typing import Any
 
 from torch import Tensor, nn
 
-from drophot._core.interruptions import is_passed_on
-from drophot.prune import magnitude, prunable_weights
+from drophot._core.interruptions import must_propagate
+from drophot._core.ratios import check_prune_ratio, num_removed
+from drophot.prune import prunable_weights
 from drophot.prune.model_summary import Summary, summary
 from drophot.structured import reasons, single_call, tracer, width_attributes
 from drophot.structured.attention_heads import WholeHeads
@@ -120,7 +120,7 @@ def prune_channels(
         >>> pruned.channels, round(pruned.parameters.removed, 2)
         (Change(before=10, after=6), 0.48)
     """
-    ratio = magnitude.check_ratio("ratio", ratio)
+    ratio = check_prune_ratio("ratio", ratio)
     prunable_weights.check_module("model", model)
     left_out = prunable_weights.left_out(model, skip)
     weights = prunable_weights.with_channels(model, left_out)
@@ -146,7 +146,7 @@ def prune_channels(
         ) from None
     except (InternalError, *_BUGS) as found:
         error = found.error if isinstance(found, InternalError) else found
-        if is_passed_on(error) or type(error).__module__.partition(".")[0] not in _KINDS:
+        if must_propagate(error) or type(error).__module__.partition(".")[0] not in _KINDS:
             raise error from error.__cause__
         raise RuntimeError(
             f"`prune_channels` failed with {type(error).__name__}: {error}. This is a bug in "
@@ -218,7 +218,7 @@ def _result(
         )
     after = _summary(model, example_inputs)
     asked = {
-        name: min(floor(ratio * change.before + 0.5), change.before - 1)
+        name: min(num_removed(change.before, ratio), change.before - 1)
         for name, change in layers.items()
     }
     kept_back: dict[str, int] = {}
@@ -252,7 +252,7 @@ def _summary(model: nn.Module, example_inputs: Any) -> Summary:
     try:
         for parameter in wanted:
             parameter.requires_grad_(False)
-        with single_call.remembered(model):
+        with single_call.preserved_state(model):
             return summary(model, example_inputs, batch_sizes=())
     finally:
         for parameter in wanted:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis, Shape
 from drophot.structured.operator_call import OperatorCall
 
@@ -255,7 +255,7 @@ def _call(func: Callable[..., Any], leaves: Sequence[Any], spec: Any) -> list[Te
         outs = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
         return [out.clone() for out in outs if out.layout == torch.strided]
     except Exception as error:  # this shape or these values are not allowed
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         return None
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis
 from drophot.structured.observations import UserError
 
@@ -32,7 +32,7 @@ def entry_values(
         with torch.no_grad():
             values = importance(name, weight)
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         raise UserError(error) from error
     values = _checked(values, name, weight, dim)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ def guarded() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         raise InternalError(error) from error
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis, DependencyGraph
 from drophot.structured.observations import UserError
 from drophot.structured.reasons import inside, operation
@@ -121,7 +121,7 @@ def _by_couplings(rule: Callable[..., None]) -> Rule:
         try:
             rule(call, *args, **kwargs)
         except Exception as error:
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             raise UserError(error) from error
         return _coupled_axes(call)

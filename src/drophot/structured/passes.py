@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.observations import PassResult, StopPass
 from drophot.structured.recorded_call import RecordedCall
 from drophot.structured.single_call import run, tensors_in
@@ -49,7 +49,7 @@ def run_pass(
     except StopPass:
         return result
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         result.error = error
         result.failures[min(result.num_reached, len(calls) - 1)] = (

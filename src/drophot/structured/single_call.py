@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drophot._core.model_contexts import followed, remembered, untouched
+from drophot._core.model_contexts import call_hooks, evaluating, preserved_state
 from drophot.prune.latency import call
 
 
@@ -36,15 +36,15 @@ def run(
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
-            stack.enter_context(remembered(model))
-            stack.enter_context(untouched(model))
+            stack.enter_context(preserved_state(model))
+            stack.enter_context(evaluating(model))
             if training:
                 model.train()
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(isinstance(module, nn.RNNBase) for module in model.modules()):
                 stack.enter_context(_decomposed_rnn())
             if path is not None:
-                stack.enter_context(followed(model, path.append, path.pop))
+                stack.enter_context(call_hooks(model, path.append, path.pop))
             stack.enter_context(mode)
             return call(model, example_inputs)
     finally:

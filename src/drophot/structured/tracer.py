@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis, DependencyGraph, View
 from drophot.structured.entry_trials import axes_by_trial
 from drophot.structured.layer_rules import elementwise
@@ -105,7 +105,7 @@ class Recorder(TorchDispatchMode):
             try:
                 found = rule(call, *args, **kwargs)
             except Exception as error:  # called in a way that the rule does not cover
-                if is_passed_on(error):
+                if must_propagate(error):
                     raise
                 found = None
             if found is not None:
@@ -157,7 +157,7 @@ def record(
     try:
         run(model, example_inputs, nullcontext())  # lets the model fill its caches
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         if type(error) not in MISFIT:
             raise UserError(error) from error
@@ -173,7 +173,7 @@ def record(
         try:
             out = run(model, example_inputs, recorder, recorder.path)
         except Exception as error:
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             raise UserError(error) from error
         if graph.requested_dims.keys() <= view_dims.keys():
@@ -185,7 +185,7 @@ def record(
     try:
         out = run(model, example_inputs, training, training.path, training=True)
     except Exception as error:
-        if is_passed_on(error):
+        if must_propagate(error):
             raise
         # In training mode it takes something else, such as targets or more samples.
         return graph, recorder.calls, []

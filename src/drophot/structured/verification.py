@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
 from drophot.structured.reasons import operation
 from drophot.structured.recorded_call import RecordedCall, flat, is_view, numbers
@@ -82,7 +82,7 @@ class PrunedPass(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except Exception as error:
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             result.failures[number] = "size"
             return self._recorded_result(call, shapes)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from drophot._core.interruptions import is_passed_on
+from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis
 from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
 from drophot.structured.recorded_call import RecordedCall, is_view
@@ -61,7 +61,7 @@ class ZeroedPass(TorchDispatchMode):
             else:
                 out = func(*args, **kwargs)
         except Exception as error:  # it cannot run with zeros, so nothing can be compared
-            if is_passed_on(error):
+            if must_propagate(error):
                 raise
             self.result.failures[number] = "size"
             raise StopPass from error
