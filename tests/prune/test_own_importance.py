@@ -61,9 +61,7 @@ def quietly(function: Callable[..., Masks], *args: Any, **settings: Any) -> Mask
         return function(*args, **settings)
 
 
-@given(
-    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 100), ratio=ratios, signed=st.booleans()
-)
+@given(dtype=st.sampled_from(DTYPES), seed=st.integers(0, 100), ratio=ratios, signed=st.booleans())
 def test_the_lowest_of_all_importances_are_removed(
     dtype: torch.dtype, seed: int, ratio: float, signed: bool
 ) -> None:
