@@ -30,8 +30,8 @@ def load(tracker: ForgettingTracker, folder: Path) -> None:
     file = folder / NAME
     if not file.exists():
         raise FileNotFoundError(
-            f"The checkpoint {folder} has no state of the tracker, {NAME}. Resume from a checkpoint "
-            f"that was saved with a tracker."
+            f"The checkpoint {folder} has no state of the tracker, {NAME}. Resume from a "
+            f"checkpoint that was saved with a tracker."
         )
     tracker.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
 

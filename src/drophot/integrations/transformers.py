@@ -38,7 +38,7 @@ _HOW_TO_GET_LOGITS = (
     "Say how to get them from the model's output: `TrackedTrainer(..., logits=lambda outputs: ...)`"
 )
 _FIX = (
-    "Pass the tensors of the batch unchanged, or return `(loss, outputs)` from `compute_loss` where "
+    "Pass the tensors of the batch unchanged, or return `(loss, outputs)` from `compute_loss` if "
     "`return_outputs` is true. Put TrackerMixin before your Trainer: "
     "`class MyTracked(TrackerMixin, MyTrainer)`"
 )
