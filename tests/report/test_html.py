@@ -217,7 +217,7 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
         ValueError, match=r"records.jsonl should hold records. Line 2: .*should be a record"
     ):
         html(tmp_path, tmp_path / "page.html")
-    with pytest.raises(ValueError, match="`path` should be a file. Found the folder"):
+    with pytest.raises(ValueError, match="`path` .*directory"):
         html([one()], tmp_path)
     assert not (tmp_path / "page.html").exists()
 

@@ -296,7 +296,7 @@ class State:
             "alone": int(self.loaded_alone),
             "rows": len(fresh),
         }
-        table = distributed.numbers(list(numbers.values()), group, self.device)
+        table = distributed.gather_numbers(list(numbers.values()), group, self.device)
         of = dict(zip(numbers, table.T.tolist(), strict=True))
         self.check(numbers["fault"])
         for name in ("kind", "num_samples", "what they started from"):
@@ -321,7 +321,7 @@ class State:
             return whole | {"targets": targets}
         mine = _select(self.columns | {"targets": targets}, fresh) | {"index": fresh}
         first, alike = None, min(of["rows"]) >= _ENOUGH
-        for rows in distributed.tables(mine, of["rows"], group, self.device):
+        for rows in distributed.gather_tables(mine, of["rows"], group, self.device):
             first = first or dict(rows)
             alike = alike and all(torch.equal(rows[name], first[name]) for name in rows)
             index = rows.pop("index")

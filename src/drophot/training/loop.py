@@ -19,7 +19,7 @@ from drophot._core.classifier import (
     first_nonfinite,
     is_correct,
     logits_of,
-    require_logits,
+    require_outputs,
 )
 from drophot._core.model_contexts import evaluating
 from drophot.data.batching import batches
@@ -112,7 +112,7 @@ def fit(
             data = Kept(whole, device, cache, readings=epochs)
             classes = _classes(data.data)
             epoch_of = _shuffled(model, data, batch_size, seed, device, indexed=indexed)
-        with fast_step(model, optimizer, device) as step, require_logits(model, classes):
+        with fast_step(model, optimizer, device) as step, require_outputs(model, classes):
             for epoch in range(epochs):
                 model.train()
                 for inputs, targets, *more in epoch_of(epoch):
