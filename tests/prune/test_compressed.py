@@ -758,15 +758,15 @@ def test_a_link_still_leads_to_the_file(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere/model'$"):
         save_compressed(nn.Linear(2, 2), tmp_path / "nowhere" / "model")
-    with pytest.raises(IsADirectoryError, match="`path` should be a file. Found the folder"):
+    with pytest.raises(IsADirectoryError, match="`path` .*directory"):
         save_compressed(nn.Linear(2, 2), tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="`path` should be a regular file"):
+    with pytest.raises(ValueError, match="`path` .*pipe"):
         save_compressed(nn.Linear(2, 2), tmp_path / "pipe")
     (tmp_path / "pipe").unlink()
     (tmp_path / "old").write_text("old")
     monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write anything
-    with pytest.raises(PermissionError, match="`path` should be writable. Found .*old"):
+    with pytest.raises(PermissionError, match="`path` .*old"):
         save_compressed(nn.Linear(2, 2), tmp_path / "old")
     assert (tmp_path / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
