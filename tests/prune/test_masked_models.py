@@ -353,6 +353,8 @@ def test_saved_masks_fit_a_model_that_is_wrapped_or_not(
     again = Schedule(new, [0.25, 0.5], every=1)
     again.load_state_dict(schedule.state_dict())
     assert again.masks.keys() == Masks.from_zeros(new).keys()
-    assert again.state_dict()["formerly_zero"] == [name for name in again.masks if "3.weight" in name]
+    assert again.state_dict()["formerly_zero"] == [
+        name for name in again.masks if "3.weight" in name
+    ]
     for layer, mask in zip((loaded[0], loaded[3]), schedule.masks.values(), strict=True):
         assert not layer.weight[~mask].any()
