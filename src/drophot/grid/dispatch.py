@@ -10,11 +10,12 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 from drophot._core.memory import is_out_of_memory
@@ -29,7 +30,9 @@ logger = logging.getLogger("drophot")
 # No room, or no right to write: each further stage would be computed in vain.
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
-_SHORT = 0.02  # seconds between two looks at futures that nobody can wait for; then ever longer
+# Seconds between two checks whether futures without `add_done_callback` are done; doubles up to the
+# last number while none is. Other futures wake the loop; the last number is for those that do not.
+_FIRST_PAUSE, _LAST_PAUSE = 0.1, 1.0
 
 
 def send(
@@ -81,6 +84,8 @@ class _Sending:
         self.failed: dict[Stage, Exception] = {}
         self.skipped = 0
         self.begun = False  # whether any stage ended, well or not
+        self.ended = Event()  # set when a future calls back
+        self.calls_back = True  # whether all futures do
         self.processes: dict[int, Any] = {}
         self.marks = marks
         # So many at a time that no worker waits, and so few that what was begun comes first.
@@ -93,15 +98,20 @@ class _Sending:
         self.work = partial(_work, marks if marked else None, os.getpid())
 
     def run(self) -> None:
-        pause = _SHORT
+        pause = _FIRST_PAUSE
         try:
             while self.waiting or self.running:
                 self.submit()
+                self.ended.clear()  # before the check, so that no future ends unnoticed after it
                 done = _done(self.running)
                 for future, stage in done:
                     self.running.remove((future, stage))
                     self.take(future, stage)
-                pause = _SHORT if done else _pause(self.running, pause)
+                if done:
+                    pause = _FIRST_PAUSE
+                else:
+                    self.ended.wait(_LAST_PAUSE if self.calls_back else pause)
+                    pause = min(2 * pause, _LAST_PAUSE)
         except BaseException as error:
             for future, _ in self.running:
                 getattr(future, "cancel", lambda: None)()
@@ -136,6 +146,10 @@ class _Sending:
                 )
             del self.waiting[stage]
             self.running.append((future, stage))
+            if callable(call_back := getattr(future, "add_done_callback", None)):
+                call_back(lambda _: self.ended.set())
+            else:
+                self.calls_back = False
             pending.add(stage)
             if isinstance(processes := getattr(self.executor, "_processes", None), dict):
                 self.processes |= processes
@@ -259,16 +273,6 @@ def _comes_back(error: Exception) -> bool:
 def _done(running: list[tuple[Any, Stage]]) -> list[tuple[Any, Stage]]:
     """Those that are done. Where futures cannot say, they are waited for."""
     return [pair for pair in running if getattr(pair[0], "done", lambda: True)()]
-
-
-def _pause(running: list[tuple[Any, Stage]], pause: float) -> float:
-    """Wait until one is done, or where that cannot be asked for a while; how long next time."""
-    futures = [future for future, _ in running]
-    if all(isinstance(f, Future) and type(f).done is Future.done for f in futures):
-        wait(futures, timeout=1, return_when=FIRST_COMPLETED)  # Ctrl-C comes through on Windows
-        return pause
-    time.sleep(pause)
-    return min(2 * pause, 1.0)
 
 
 def _marked(folder: Path) -> dict[int, str]:

@@ -198,8 +198,8 @@ def _merged(
         )
     if len(table.unique(dim=0)) > 1:
         raise ValueError(
-            f"`model` must have the same BatchNorm layers on every rank, got {table[:, 1:3].tolist()} "
-            f"as [layers, channels] of each rank."
+            f"`model` must have the same BatchNorm layers on every rank, got "
+            f"{table[:, 1:3].tolist()} as [layers, channels] of each rank."
         )
     rows = []
     for path, width in zip(layers, widths, strict=True):
@@ -213,9 +213,7 @@ def _merged(
     total = torch.zeros_like(packed[0])
     cpu = packed.device
     for columns in distributed.tables({"sums": packed}, [1] * len(table), group, cpu):
-        total += columns["sums"][
-            0
-        ]  # in the order of the ranks, so that all ranks get the same bits
+        total += columns["sums"][0]  # in the order of the ranks, so that all get the same bits
     found: dict[str, Sums] = {}
     for (path, width), row in zip(
         zip(layers, widths, strict=True), total.split([2 * w + 2 for w in widths]), strict=True

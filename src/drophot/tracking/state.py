@@ -304,7 +304,7 @@ class State:
     def _check_agreement(
         self, group: ProcessGroup | None, base: Columns, num_rows: int
     ) -> list[int]:
-        """Refuse to merge trackers that differ; otherwise return the number of rows of each rank."""
+        """The number of rows of each rank, if the trackers of all ranks agree."""
         numbers = {
             "number of columns": len(self.columns),
             "num_samples": self.num_samples,
@@ -317,7 +317,12 @@ class State:
         table = distributed.numbers(list(numbers.values()), group, self.device)
         of = dict(zip(numbers, table.T.tolist(), strict=True))
         self.check(numbers["fault"])
-        for name in ("number of columns", "num_samples", "statistics", "the state that they started from"):
+        for name in (
+            "number of columns",
+            "num_samples",
+            "statistics",
+            "the state that they started from",
+        ):
             if len(set(of[name])) > 1:
                 found = (
                     f"this rank's are {_listed(self.statistics)}"
