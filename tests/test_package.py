@@ -17,7 +17,8 @@ SOURCE = ROOT / "src" / "drophot"
 
 # Imports go up this list: a package imports from the floors before its own, never sideways.
 FLOORS = [
-    {"settings", "models", "_core"},
+    {"models", "_core"},
+    {"settings"},
     {"data", "tracking", "prune", "records"},
     {"coreset", "structured", "training", "stats", "integrations"},
     {"sampling", "report"},

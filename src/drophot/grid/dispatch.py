@@ -19,9 +19,8 @@ from typing import Any
 
 from drophot._core.memory import is_out_of_memory
 from drophot.grid import executors
-from drophot.grid.stages import Stage, compute
-from drophot.grid.store import Store
-from drophot.pipeline.drophot import DropHot
+from drophot.grid.compute import Job, compute
+from drophot.grid.stages import Stage
 from drophot.pipeline.fit_checks import LoopError
 from drophot.records import Record
 
@@ -36,7 +35,7 @@ _SHORT = 0.02  # seconds between two looks at futures that nobody can wait for; 
 def send(
     executor: Any,
     todo: Mapping[Stage, Stage | None],
-    task: tuple[DropHot, Store, int, str],
+    job: Job,
     finished: Callable[[Stage, Record | None], None],
     *,
     limit: int | None = None,
@@ -49,7 +48,7 @@ def send(
     Args:
         executor: Computes them; `None` computes them here, one after the other.
         todo: The stages in order, and which of them each has to wait for.
-        task: What `compute` needs besides: the pipeline, the store, threads and the data's digest.
+        job: What all stages are computed with.
         finished: Called with each stage that is done, and its record.
         limit: How many there is memory for at once, if that is less than there are workers.
 
@@ -61,7 +60,7 @@ def send(
     if executor is None:
         executor, limit = _Here(), 1
     with TemporaryDirectory(prefix="drophot-", ignore_cleanup_errors=True) as folder:
-        _Sending(executor, todo, task, finished, limit, Path(folder)).run()
+        _Sending(executor, todo, job, finished, limit, Path(folder)).run()
 
 
 class _Sending:
@@ -71,12 +70,12 @@ class _Sending:
         self,
         executor: Any,
         todo: Mapping[Stage, Stage | None],
-        task: tuple[DropHot, Store, int, str],
+        job: Job,
         finished: Callable[[Stage, Record | None], None],
         limit: int | None,
         marks: Path,
     ) -> None:
-        self.executor, self.todo, self.task, self.finished = executor, todo, task, finished
+        self.executor, self.todo, self.job, self.finished = executor, todo, job, finished
         self.waiting, self.running = dict(todo), list[tuple[Any, Stage]]()
         self.alone = set[Stage]()  # what ran out of memory, until it is done
         self.failed: dict[Stage, Exception] = {}
@@ -85,9 +84,9 @@ class _Sending:
         self.processes: dict[int, Any] = {}
         self.marks = marks
         # So many at a time that no worker waits, and so few that what was begun comes first.
-        most = 2 * (executors.workers(executor) or len(todo))
+        most = 2 * (executors.num_workers(executor) or len(todo))
         if executors.starts_all_at_once(executor):
-            most = max(1, (os.cpu_count() or 1) // task[2])
+            most = max(1, (os.cpu_count() or 1) // job.threads)
         self.most = min(most, limit or most)
         # Processes of a pool leave a mark of what they are at, for when one is killed.
         marked = hasattr(executor, "_processes")
@@ -114,7 +113,6 @@ class _Sending:
 
     def submit(self) -> None:
         """Hand over what can begin, as far as there is room."""
-        pipeline, store, *others = self.task
         pending = {stage for _, stage in self.running}
         for stage, need in list(self.waiting.items()):
             room = len(self.running) < self.most
@@ -123,7 +121,7 @@ class _Sending:
             if not room or need in self.waiting or need in pending:
                 continue
             try:
-                future = self.executor.submit(self.work, pipeline, store, stage, *others)
+                future = self.executor.submit(self.work, self.job, stage)
             except BrokenExecutor as error:
                 if self.running or self.begun:
                     self.broken(error)
@@ -211,7 +209,7 @@ class _Sending:
                 f"memory runs out: use fewer."
             )
         elif not self.begun:
-            error.add_note(executors.why_none_began(self.executor))
+            error.add_note(executors.why_none_started(self.executor))
 
 
 class _Here:
@@ -228,15 +226,14 @@ class _Here:
         return future
 
 
-def _work(marks: Path | None, parent: int, *task: Any) -> tuple[str, Record | None]:
+def _work(marks: Path | None, parent: int, job: Job, stage: Stage) -> tuple[str, Record | None]:
     """Compute a stage, in a worker: with a note of what it is at, and errors that can be sent."""
-    pipeline, store, stage, threads, data = task
     mark = None if marks is None else marks / str(os.getpid())
     try:
         if mark is not None:
             with suppress(OSError):  # the caller has gone
                 mark.write_text(stage.name)
-        return stage.name, compute(pipeline, store, stage, threads, data)
+        return stage.name, compute(job, stage)
     except Exception as error:
         if os.getpid() == parent or _comes_back(error):
             raise
