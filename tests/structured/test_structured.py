@@ -547,15 +547,15 @@ def infinite() -> nn.Module:
 @pytest.mark.parametrize(
     ("factory", "settings", "error", "message"),
     [
-        (lenet, {"ratio": 1.0}, ValueError, "`ratio` .*1.0"),
-        (lenet, {"ratio": "half"}, TypeError, "`ratio` .*half"),
-        (lenet, {"inputs": torch.ones(1, 3)}, ValueError, "`example_inputs` should be what"),
-        (lenet, {"skip": "conv1"}, TypeError, "`skip` should be a collection"),
-        (lazy, {}, ValueError, "`0.weight`.*no data"),
+        (lenet, {"ratio": 1.0}, ValueError, r"`ratio`.*1\.0"),
+        (lenet, {"ratio": "half"}, TypeError, "`ratio`.*half"),
+        (lenet, {"inputs": torch.ones(1, 3)}, ValueError, "`example_inputs`"),
+        (lenet, {"skip": "conv1"}, TypeError, "`skip`.*conv1"),
+        (lazy, {}, ValueError, "`0.weight`"),
         (parametrised, {}, ValueError, "`0.weight`.*parametrization"),
-        (infinite, {}, ValueError, "Found 1 that are NaN or infinite in `0.weight`"),
-        (partial(nn.Linear, 4, 2), {}, ValueError, "removes none .weight: an output"),
-        (nn.ReLU, {}, ValueError, "ReLU has none"),
+        (infinite, {}, ValueError, "`0.weight`"),
+        (partial(nn.Linear, 4, 2), {}, ValueError, r"0\.5 removes none .weight: an output"),
+        (nn.ReLU, {}, ValueError, "ReLU"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(
