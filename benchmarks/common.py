@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from drophot.records import device_name, versions
+from drophot.pipeline.provenance.environment import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
 

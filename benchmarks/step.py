@@ -2,8 +2,10 @@
 
 - The bound: the operations of the step over the rate of a matrix product on this machine, and the
   bytes that its operators read and write over the bandwidth of a copy. Then the time per operator.
-- The parts: batches of 64 through the step of drophot, through the same without one of its parts,
-  and without any (plain eager PyTorch), alternately in one run, each in a separate process.
+- The parts: batches of 64 through the step of drophot with all of its parts, including
+  `onednn_linear`, which is off by default; without one of them; and without any (plain eager
+  PyTorch), alternately in one run, each in a separate process. "without oneDNN for large layers" is
+  the default.
 - The sizes: seconds per sample and peak memory of a process that trains for an epoch, for N samples
   in memory and models from FCNet to ResNet-50.
 """
@@ -30,7 +32,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drophot import fit
 from drophot.models import fcnet, lenet, resnet18, resnet50
-from drophot.training.step import fast_step, takes_channels_last
+from drophot.training import onednn_linear
+from drophot.training.memory_format import takes_channels_last
+from drophot.training.step import fast_step
 
 BATCH = 64
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -207,15 +211,13 @@ def ready(
         inputs = inputs.to(memory_format=torch.channels_last)
     replaced = {
         "fused optimiser": ("drophot.training.step._fused", lambda *_: nullcontext()),
-        "oneDNN for large layers": (
-            "drophot.training.step.fast_linear",
-            lambda model, device: model,
-        ),
     }
     with ExitStack() as stack:
         for part in without:
             if part in replaced:
                 stack.enter_context(patch(*replaced[part]))
+        if "oneDNN for large layers" not in without:
+            stack.enter_context(onednn_linear())
         step = stack.enter_context(fast_step(model, optimizer, device))
         yield lambda: step(inputs, targets)
 

@@ -5,35 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.steps import mlp, samples
-from torch import Tensor, nn
 
 from drophot import k_center
 from drophot._core import memory
-
-
-@pytest.mark.parametrize("batch", [1, 8])
-def test_what_a_step_needs_is_counted(batch: int) -> None:
-    inputs, targets = samples(batch, 6).tensors
-    weights = 16 * 6 + 16 + 4 * 16 + 4
-    kept = batch * 6 + batch * 16  # what the layers were given
-    loss = batch * 4 + 1  # log-probabilities, and the sum of the samples' weights
-    by_hand = 4 * (4 * weights + kept + loss) + 8 * batch
-    assert memory.needed(mlp(), inputs, targets) == by_hand
-
-
-def test_what_two_layers_keep_is_counted_once() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(6, 4), nn.Linear(6, 4)
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            return self.one(inputs) + self.two(inputs)
-
-    inputs, targets = samples(8, 6).tensors
-    by_hand = 4 * (4 * 2 * 28 + 8 * 6 + 8 * 4 + 1) + 8 * 8
-    assert memory.needed(Twice(), inputs, targets) == by_hand
 
 
 def test_out_of_memory_is_recognised() -> None:
@@ -167,6 +141,6 @@ def test_features_that_would_not_fit_once_converted_are_refused(
         raise AssertionError("the features were converted before there was memory for it")
 
     monkeypatch.setattr("drophot._core.memory.available", lambda device: 4 * 1000 * 8 - 1)
-    monkeypatch.setattr("drophot.coreset.greedy.numbers", converted)
+    monkeypatch.setattr("drophot.coreset.greedy.as_real_tensor", converted)
     with pytest.raises(MemoryError, match="`features`"):
         k_center(features, 0.1)

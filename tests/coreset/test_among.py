@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import random_split
 
 from drophot import Stratified, select
-from drophot._core.ratios import kept
+from drophot._core.ratios import num_kept
 
 MODES = ["high", "low", "random", Stratified(bins=5, cutoff=0.1), Stratified(hard="low")]
 NAN = float("nan")
@@ -35,7 +35,7 @@ def test_it_is_the_selection_from_the_part_alone(
     scores, classes, part = split
     targets = classes if balanced else None
     found = select(scores, ratio, mode, targets=targets, among=part, seed=seed)
-    assert len(found) == kept(len(part), ratio)
+    assert len(found) == num_kept(len(part), ratio)
     assert (found.diff() > 0).all()
     assert set(found.tolist()) <= set(part)
     # The same scores in a set that has only them: as many of each score are kept, class by class.
@@ -101,7 +101,7 @@ def test_a_validation_split_is_never_kept() -> None:
 @pytest.mark.parametrize(
     ("among", "error", "found"),
     [
-        ([True] * 6, TypeError, "bool; give .*nonzero"),
+        ([True] * 6, TypeError, "bool.*nonzero"),
         (np.array([False] * 5 + [True]), TypeError, "bool"),
         ([1, 1], ValueError, "1 repeated"),
         ([-1], ValueError, "-1"),
@@ -111,7 +111,7 @@ def test_a_validation_split_is_never_kept() -> None:
         ([[0, 1]], ValueError, r"\(1, 2\)"),
         ({0, 1}, TypeError, "set"),
         ("train", TypeError, "U5"),
-        ([0, 1, 3], ValueError, "2 of 3 in `among`, .*position 1"),
+        ([0, 1, 3], ValueError, "2 of 3 in `among`.* 1"),
     ],
 )
 def test_a_wrong_part_is_named(among: Any, error: type[Exception], found: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from drophot import Stratified, select
-from drophot._core.ratios import kept
+from drophot._core.ratios import num_kept
 
 tied = st.lists(st.integers(-3, 4).map(float), min_size=1, max_size=40)
 scattered = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40)
@@ -23,7 +23,7 @@ def test_stratified_equals_the_definition(
 ) -> None:
     cutoff = min(cutoff, 1 - ratio)
     found = select(scores, ratio, Stratified(bins, cutoff, hard), seed=seed)
-    size = kept(len(scores), ratio)
+    size = num_kept(len(scores), ratio)
     assert found.tolist() == references.stratified(scores, size, bins, cutoff, hard, seed)
 
 
@@ -32,7 +32,7 @@ def test_the_total_is_exact_whatever_the_scores(
     scores: list[float], ratio: float, bins: int, cutoff: float, hard: Any
 ) -> None:
     found = select(scores, ratio, Stratified(bins, min(cutoff, 1 - ratio), hard))
-    assert len(found) == kept(len(scores), ratio)
+    assert len(found) == num_kept(len(scores), ratio)
     assert (found.diff() > 0).all()
     assert found[0] >= 0
     assert found[-1] < len(scores)
@@ -59,7 +59,7 @@ def test_with_targets_it_is_done_within_each_class_and_the_total_stays_exact(
     cutoff = min(cutoff, 1 - ratio)
     mode = Stratified(bins=5, cutoff=cutoff, hard="low")
     found = select(scores, ratio, mode, targets=targets, seed=seed).tolist()
-    size, classes = kept(len(samples), ratio), sorted(set(targets))
+    size, classes = num_kept(len(samples), ratio), sorted(set(targets))
     sizes = references.largest_remainders([targets.count(c) for c in classes], size, seed)
     expected: list[int] = []
     for c, share in zip(classes, sizes, strict=True):
@@ -103,7 +103,7 @@ def test_bins_without_a_sample_cost_nothing_and_change_nothing(
 ) -> None:
     """More bins than whole numbers: each has its own, however many are empty."""
     found = select(scores, ratio, Stratified(bins), seed=seed)
-    size = kept(len(scores), ratio)
+    size = num_kept(len(scores), ratio)
     assert found.tolist() == references.stratified(scores, size, 700, 0.0, "high", seed)
 
 
@@ -120,15 +120,15 @@ def test_the_widest_range_of_floats_has_bins() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"bins": 0}, ValueError, "`bins` should be at least 1. Found 0"),
-        ({"bins": True}, TypeError, "`bins` should be an integer. Found True"),
-        ({"bins": 10**10}, ValueError, "`bins` .* Found 10,000,000,000"),
-        ({"cutoff": True}, TypeError, "`cutoff` .* Found True"),
-        ({"bins": 2.5}, TypeError, "`bins` should be an integer. Found 2.5"),
-        ({"cutoff": 1}, ValueError, r"`cutoff` .* \[0, 1\). Found 1; to leave out 10 % give 0.1"),
-        ({"cutoff": -0.1}, ValueError, "Found -0.1"),
-        ({"cutoff": "much"}, TypeError, "`cutoff` should be a number .* Found 'much'"),
-        ({"hard": "big"}, ValueError, '`hard` should be "high" or "low".* Found \'big\''),
+        ({"bins": 0}, ValueError, "`bins` .*0"),
+        ({"bins": True}, TypeError, "`bins` .*True"),
+        ({"bins": 10**10}, ValueError, "`bins` .*10,000,000,000"),
+        ({"cutoff": True}, TypeError, "`cutoff` .*True"),
+        ({"bins": 2.5}, TypeError, "`bins` .*2.5"),
+        ({"cutoff": 1}, ValueError, r"`cutoff` .*\[0, 1\).* 1"),
+        ({"cutoff": -0.1}, ValueError, "`cutoff` .*-0.1"),
+        ({"cutoff": "much"}, TypeError, "`cutoff` .*'much'"),
+        ({"hard": "big"}, ValueError, "`hard` .*'big'"),
     ],
 )
 def test_wrong_settings_are_named(
@@ -139,14 +139,14 @@ def test_wrong_settings_are_named(
 
 
 def test_a_cutoff_that_leaves_too_little_is_named_and_one_that_leaves_enough_is_not() -> None:
-    with pytest.raises(ValueError, match="at most 1. Found cutoff=0.6 and ratio=0.5; lower one"):
+    with pytest.raises(ValueError, match="`cutoff`.*cutoff=0.6.*ratio=0.5"):
         select([1.0, 2.0], 0.5, Stratified(cutoff=0.6))
     assert len(select(np.arange(10), 0.7, Stratified(cutoff=0.3))) == 7
     assert len(select(np.arange(3), 0.9, Stratified(cutoff=0.1))) == 3
 
 
 def test_scores_without_a_range_are_named() -> None:
-    with pytest.raises(ValueError, match='finite .* mode="high" or "low"'):
+    with pytest.raises(ValueError, match="`scores`.* infinite"):
         select([1.0, float("inf"), 2.0], 0.5, Stratified())
     # The cutoff comes first, as it may be what takes them away.
     assert select([1.0, float("inf"), 2.0], 2 / 3, Stratified(cutoff=0.33)).tolist() == [0, 2]

@@ -18,7 +18,7 @@ except ImportError:  # Windows, where nobody can remove a file that is open
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Write a file beside the one that is meant, and put it in its place at the end.
 
     The file beside it has a name that nobody else has, and is locked for as long as it is written,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def right(logits: Tensor, targets: Tensor) -> Tensor:
+def is_correct(logits: Tensor, targets: Tensor) -> Tensor:
     """Which samples a classifier gets right; a row with a NaN in it never is.
 
     Args:
@@ -25,7 +25,7 @@ def right(logits: Tensor, targets: Tensor) -> Tensor:
     return (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
 
 
-def not_finite(model: nn.Module) -> str:
+def first_nonfinite(model: nn.Module) -> str:
     """Which of a model's trained weights is NaN or infinite; one wait for the device.
 
     Args:
@@ -166,7 +166,7 @@ def check_loss(logits: Tensor, targets: Tensor) -> None:
 
 
 @contextmanager
-def at_least(model: nn.Module, classes: int) -> Iterator[None]:
+def require_logits(model: nn.Module, classes: int) -> Iterator[None]:
     """Refuse a model's first logits, before anything is made of them, if these are too few.
 
     Args:

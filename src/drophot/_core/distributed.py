@@ -45,7 +45,7 @@ def tables(
     """Everybody's rows, in one gather: bytes as they are, so that no number is rounded.
 
     Args:
-        mine: This rank's columns, each of as many rows as it has, of 4 or 8 bytes a number.
+        mine: This rank's columns, each of as many rows as it has, of any dtype.
         lengths: How many rows each rank has.
         group: The ranks that take part.
         device: Where the columns are, and where those of the others are wanted.
@@ -57,12 +57,12 @@ def tables(
     for column in mine.values():
         padded = column.new_zeros(longest, *column.shape[1:])
         padded[: len(column)] = column
-        words.append(padded.view(longest, -1).view(torch.int32))
+        words.append(padded.view(longest, -1).view(torch.uint8))
     widths = [part.shape[1] for part in words]
     everybody = _gather(torch.cat(words, dim=1), group, device)
     for length, packed in zip(lengths, everybody, strict=True):
         parts = packed[:length].to(device).split(widths, dim=1)
-        yield {  # copies, as a number of 8 bytes cannot begin at just any 4
+        yield {  # copies, because a number must start at a multiple of its size
             name: part
             .clone(memory_format=torch.contiguous_format)
             .view(-1)

@@ -18,7 +18,7 @@ import torch
 _UNVERSIONED = ("torch", "drophot", "builtins", *sys.stdlib_module_names)
 
 
-def named(thing: Any) -> str:
+def qualified_name(thing: Any) -> str:
     """The qualified name of a function, a class or an object's class.
 
     Args:
@@ -32,7 +32,7 @@ def named(thing: Any) -> str:
     return f"{module}.{kind.__qualname__}"
 
 
-def short(version: str) -> str:
+def minor_version(version: str) -> str:
     """The part of a version that a patch release leaves alone.
 
     Args:
@@ -44,7 +44,7 @@ def short(version: str) -> str:
     return ".".join(version.partition("+")[0].split(".")[:2])
 
 
-def of_name(thing: Any) -> Any:
+def lookup_by_name(thing: Any) -> Any:
     """What there is under a thing's own name.
 
     Args:
@@ -96,7 +96,7 @@ def is_installed_file(file: str) -> bool:
     return any(PurePath(file).is_relative_to(folder) for folder in folders)
 
 
-def versioned(thing: Any) -> str:
+def versioned_name(thing: Any) -> str:
     """A thing's name, with the version of the package that it was installed by.
 
     Args:
@@ -105,7 +105,7 @@ def versioned(thing: Any) -> str:
     Returns:
         "timm.models.resnet.resnet18 (timm 1.0)"; of torch, Python and the user the name alone.
     """
-    name = named(thing)
+    name = qualified_name(thing)
     top = name.partition(".")[0]
     if top in _UNVERSIONED or not is_installed(getattr(thing, "__module__", None)):
         return name
@@ -115,11 +115,11 @@ def versioned(thing: Any) -> str:
 @cache
 def _version(package: str) -> str:
     with suppress(metadata.PackageNotFoundError):
-        return short(metadata.version(package))
-    return short(str(getattr(sys.modules.get(package), "__version__", "")))
+        return minor_version(metadata.version(package))
+    return minor_version(str(getattr(sys.modules.get(package), "__version__", "")))
 
 
-def imported(module: str, name: str | None, package: str | None) -> Any:
+def resolve_import(module: str, name: str | None, package: str | None) -> Any:
     """What an import statement of a user's code gives; the user's own modules are imported for it.
 
     Args:
@@ -133,7 +133,7 @@ def imported(module: str, name: str | None, package: str | None) -> Any:
     try:
         whole = importlib.util.resolve_name(module, package or "")
         for full in (whole, f"{whole}.{name}") if name else (whole,):
-            if full not in sys.modules and file_of_user(full, None):
+            if full not in sys.modules and user_source_file(full, None):
                 importlib.import_module(full)
     except Exception:  # of the user's module: the code that imports it will say so
         return None
@@ -141,7 +141,7 @@ def imported(module: str, name: str | None, package: str | None) -> Any:
     return found if name is None else getattr(found, name, sys.modules.get(f"{whole}.{name}"))
 
 
-def is_users(module: str, name: str | None, package: str | None) -> bool:
+def is_user_module(module: str, name: str | None, package: str | None) -> bool:
     """Whether an import statement is for a module of the user's own, imported or not yet.
 
     Args:
@@ -156,10 +156,12 @@ def is_users(module: str, name: str | None, package: str | None) -> bool:
         whole = importlib.util.resolve_name(module, package or "")
     except (ImportError, ValueError):
         return True
-    return any(file_of_user(full, None) for full in (whole, *([f"{whole}.{name}"] * bool(name))))
+    return any(
+        user_source_file(full, None) for full in (whole, *([f"{whole}.{name}"] * bool(name)))
+    )
 
 
-def name_of(thing: Any) -> str:
+def stable_name(thing: Any) -> str:
     """The name that stands for a function or a class, beside its code.
 
     Args:
@@ -168,10 +170,10 @@ def name_of(thing: Any) -> str:
     Returns:
         With the module of what is installed. That of a user's own is "__main__" or not, as it runs.
     """
-    return versioned(thing) if is_installed(thing.__module__) else thing.__qualname__
+    return versioned_name(thing) if is_installed(thing.__module__) else thing.__qualname__
 
 
-def file_of_user(module: str, package: str | None) -> Path | None:
+def user_source_file(module: str, package: str | None) -> Path | None:
     """The source of a module that is the user's own, imported or not yet.
 
     Args:

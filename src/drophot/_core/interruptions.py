@@ -10,7 +10,7 @@ from types import CodeType
 from drophot._core.memory import is_out_of_memory
 
 
-def is_passed_on(error: BaseException) -> bool:
+def must_propagate(error: BaseException) -> bool:
     """Whether an error says nothing about the code that it came out of.
 
     A handler of a signal, such as a time limit by `signal.alarm`, runs between any two lines, and

@@ -9,8 +9,6 @@ from math import inf
 from pathlib import Path, PurePosixPath
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 try:
     import resource
@@ -98,33 +96,6 @@ def _of_process(root: Path) -> Iterator[float]:
             most = resource.getrlimit(limit)[0]
             if most != resource.RLIM_INFINITY:
                 yield most - int(pages[place]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def needed(model: nn.Module, inputs: Tensor, targets: Tensor) -> int:
-    """The memory of a training step: weights, gradients, two averages, and what backward needs.
-
-    Args:
-        model: The model. As in training, BatchNorm's averages move on.
-        inputs: A batch, on the model's device.
-        targets: Its targets.
-
-    Returns:
-        Bytes, without what a library takes for itself.
-    """
-    weights = sum(tensor.nbytes for tensor in model.parameters())
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = F.cross_entropy(model(inputs), targets)
-    del loss  # so long the addresses stay those of different tensors
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return 4 * weights + sum(kept.values())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

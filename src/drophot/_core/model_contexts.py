@@ -14,7 +14,7 @@ from drophot._core import random_state
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[torch.device]:
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode without gradients, from which the model comes back as it was.
 
     Every submodule's own mode is put back (a frozen BatchNorm stays frozen), and so are the random
@@ -31,7 +31,7 @@ def untouched(model: nn.Module) -> Iterator[torch.device]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
     own = [(module, mode) for module, mode in modes if _has_own_train(module)]
-    with random_state.kept(device), torch.no_grad():
+    with random_state.preserved_rng(device), torch.no_grad():
         changed: list[tuple[Tensor, Tensor]] = []
         try:
             before = _copies([module for module, _ in own])
@@ -68,7 +68,7 @@ def _copies(modules: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def remembered(model: nn.Module) -> Iterator[None]:
+def preserved_state(model: nn.Module) -> Iterator[None]:
     """Put back attributes and buffers that a call changes: caches, counters, statistics.
 
     Args:
@@ -102,7 +102,7 @@ def remembered(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def followed(
+def call_hooks(
     model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]
 ) -> Iterator[None]:
     """Be told when a call enters one of the model's modules, and when it leaves it.

@@ -48,22 +48,6 @@ def fast_linear(model: nn.Module, device: torch.device) -> Callable[[Tensor], Te
     return forward
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-    """`a @ b.T + bias` without a gradient, by the library that is faster.
-
-    Args:
-        a: A matrix.
-        b: Another one.
-        bias: A number for each row of `b`.
-
-    Returns:
-        The matrix.
-    """
-    if a.dtype == torch.float32 and a.numel() * len(b) >= _LARGE and _is_faster(a.device):
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return torch.addmm(bias, a, b.T)
-
-
 def _is_faster(device: torch.device) -> bool:
     """Whether oneDNN is there, and may be faster."""
     return (

@@ -1,4 +1,4 @@
-"""What stands at a rank among very many numbers, exactly, without sorting or copying them."""
+"""Order statistics of many numbers, exactly, without sorting or copying them."""
 
 from __future__ import annotations
 
@@ -10,132 +10,115 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 20  # numbers looked at in one go: they stay in the cache, and memory stays small
+_BLOCK = 1 << 20  # numbers processed at a time, which fit in the cache and bound the memory
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_REMOVED = -1  # the key of what an earlier pruning removed: below every magnitude
 
-Keys = Callable[
-    [], Iterable[Tensor]
-]  # the integers of one tensor, block by block, from the start at each call
+# The integer keys of one tensor, block by block, from the start at each call.
+Keys = Callable[[], Iterable[Tensor]]
 
 
-class Place(NamedTuple):
-    """The key that stands at a rank; of the `tied` ones that equal it `before` come up to there."""
+class RankedKey(NamedTuple):
+    """The key at a rank, and how many of the `ties` equal keys are up to that rank."""
 
     key: int
-    before: int
-    tied: int
+    ties_below: int
+    ties: int
 
 
-class Edge(NamedTuple):
-    """Magnitudes below `place.key` go, and `place.before` of those that equal it."""
+class Threshold(NamedTuple):
+    """Magnitudes with smaller keys are removed, and `ties_removed` of the `ties` equal ones."""
 
-    dtype: torch.dtype  # the magnitudes are compared in this one
-    place: Place
+    dtype: torch.dtype  # in which magnitudes are compared
+    key: int
+    ties_removed: int
+    ties: int
+    signed: bool  # whether values are compared with their signs, instead of by magnitude
 
 
-def nth(values: Tensor, rank: int) -> Tensor:
-    """The number that stands at a rank in ascending order.
+def kth_value(values: Tensor, rank: int) -> Tensor:
+    """The value at `rank` (from 0) in ascending order, as a tensor without dimensions.
 
-    Args:
-        values: Floats of 32 bits or more without NaN, or integers; one dimension.
-        rank: From 0.
-
-    Returns:
-        The number, of the values' dtype, without dimensions.
+    `values` is one-dimensional: floats of 32 bits or more without NaN, or integers.
     """
     if values.is_floating_point():
-        place = _place([lambda: map(_ordered, _blocks(values))], values.dtype.itemsize, rank + 1)
-        key = torch.tensor(place.key, dtype=_INTEGERS[values.dtype.itemsize])
-        return _turn(key).view(values.dtype)
+        found = _key_at([lambda: map(_ordered, _blocks(values))], values.dtype.itemsize, rank + 1)
+        key = torch.tensor(found.key, dtype=_INTEGERS[values.dtype.itemsize])
+        return _flip_negative(key).view(values.dtype)
     low, high = (int(value) for value in values.aminmax())
     width = next(w for w in _INTEGERS if -(1 << (8 * w - 1)) <= low and high < 1 << (8 * w - 1))
     dtype = _INTEGERS[width]
-    place = _place([lambda: (block.to(dtype) for block in _blocks(values))], width, rank + 1)
-    return torch.tensor(place.key, dtype=values.dtype)
+    found = _key_at([lambda: (block.to(dtype) for block in _blocks(values))], width, rank + 1)
+    return torch.tensor(found.key, dtype=values.dtype)
 
 
-def edge(weights: Sequence[Tensor], remove: int, older: Sequence[Tensor | None] = ()) -> Edge:
-    """Find the magnitude below which `remove` of all weights lie.
+def magnitude_threshold(
+    weights: Sequence[Tensor],
+    remove: int,
+    earlier: Sequence[Tensor | None] = (),
+    *,
+    signed: bool = False,
+) -> Threshold:
+    """The magnitude below which `remove` of all weights lie.
 
     Args:
         weights: Finite float tensors of 16 bits or more.
-        remove: How many of their elements are to go.
-        older: For each weight the mask of an earlier pruning, or `None`. Zeros that it removed are
-            the first to go, before all others, and all of them do, even if they are more.
-
-    Returns:
-        The edge.
+        remove: How many of their elements to remove.
+        earlier: For each weight the mask of an earlier pruning, or `None`. The zeros that it
+            removed are removed first, and all of them are, even if they are more than `remove`.
+        signed: Compare the values with their signs, instead of by magnitude.
     """
     dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
-    pairs = zip(weights, older or [None] * len(weights), strict=True)
-    sources = [partial(_keys, weight, dtype, mask) for weight, mask in pairs]
-    place = _place(sources, dtype.itemsize, remove)
-    return Edge(dtype, place._replace(before=place.tied) if place.key == _REMOVED else place)
+    pairs = zip(weights, earlier or [None] * len(weights), strict=True)
+    sources = [partial(_keys, weight, dtype, mask, signed) for weight, mask in pairs]
+    key, below, ties = _key_at(sources, dtype.itemsize, remove)
+    all_ties = key == _removed_key(dtype, signed)
+    return Threshold(dtype, key, ties if all_ties else below, ties, signed)
 
 
-def counts(edge: Edge, weights: Sequence[Tensor], older: Sequence[Tensor | None] = ()) -> list[int]:
-    """How many of each weight a cutter would remove, if it met them in this order.
-
-    Args:
-        edge: From `edge`.
-        weights: The tensors; they are left as they are.
-        older: As it was given to `edge`.
-
-    Returns:
-        A number for each.
-    """
+def count_removed(
+    threshold: Threshold, weights: Sequence[Tensor], earlier: Sequence[Tensor | None] = ()
+) -> list[int]:
+    """How many elements of each weight a `pruner` removes if it is called in this order."""
     below, ties = [], []
-    for weight, mask in zip(weights, older or [None] * len(weights), strict=True):
+    for weight, mask in zip(weights, earlier or [None] * len(weights), strict=True):
         less = tied = torch.zeros((), dtype=torch.int64, device=weight.device)
-        for keys in _keys(weight, edge.dtype, mask):
-            less = less + (keys < edge.place.key).sum()
-            tied = tied + (keys == edge.place.key).sum()
+        for keys in _keys(weight, threshold.dtype, mask, threshold.signed):
+            less = less + (keys < threshold.key).sum()
+            tied = tied + (keys == threshold.key).sum()
         below.append(int(less))
         ties.append(int(tied))
-    more = spread(ties, edge.place.before)
+    more = divide_evenly(ties, threshold.ties_removed)
     return [less + tied for less, tied in zip(below, more, strict=True)]
 
 
-def spread(sizes: Iterable[int], amount: int) -> list[int]:
-    """Divide an amount over groups that come one after the other, as a cutter divides ties.
-
-    Args:
-        sizes: Of the groups.
-        amount: At most their sum.
-
-    Returns:
-        The part of each.
-    """
+def divide_evenly(sizes: Iterable[int], amount: int) -> list[int]:
+    """Divide `amount` over consecutive groups of these sizes, as a `pruner` divides ties."""
     ends = [0, *accumulate(sizes)]
     parts = [end * amount // max(ends[-1], 1) for end in ends]
     return [after - before for before, after in pairwise(parts)]
 
 
-def cutter(edge: Edge) -> Callable[..., Tensor]:
-    """A function that cuts one weight after the other at the edge.
+def pruner(threshold: Threshold) -> Callable[..., Tensor]:
+    """A function that prunes one weight after the other at the threshold.
 
-    Of the ties that stand at the edge those that go are spread evenly over all that it meets, so
-    that no layer loses more than its share because it comes first.
-
-    Args:
-        edge: From `edge`.
-
-    Returns:
-        Takes a weight, and the mask of an earlier pruning if there is one, sets what lies below the
-        edge to zero, in place, and gives the mask of what is kept: bool, of the weight's shape,
-        contiguous.
+    It takes a weight and optionally the mask of an earlier pruning and the values that the weights
+    are compared by, if not the weights themselves. It zeroes what is below the threshold in place
+    and returns the mask of what is kept: bool, contiguous, of the weight's
+    shape. Ties at the threshold are broken so that the removed weights are spread evenly among all
+    ties, in the order of the calls; no layer loses more than its share because it comes first.
     """
-    key, removed, tied = edge.place
-    met = 0  # ties so far
+    dtype, key, removed, tied, signed = threshold
+    seen = 0  # ties in earlier calls and blocks
 
-    def cut(weight: Tensor, older: Tensor | None = None) -> Tensor:
-        nonlocal met
+    def prune(
+        weight: Tensor, earlier: Tensor | None = None, values: Tensor | None = None
+    ) -> Tensor:
+        nonlocal seen
         weight = weight.detach()
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         flat = weight.reshape(-1)
         for keys, block, keep in zip(
-            _keys(flat, edge.dtype, older),
+            _keys(flat if values is None else values, dtype, earlier, signed),
             flat.split(_BLOCK),
             mask.view(-1).split(_BLOCK),
             strict=True,
@@ -143,38 +126,33 @@ def cutter(edge: Edge) -> Callable[..., Tensor]:
             torch.gt(keys, key, out=keep)
             if removed < tied:
                 ties = (keys == key).nonzero()[:, 0]
-                number = torch.arange(met, met + len(ties), device=ties.device) * removed
+                number = torch.arange(seen, seen + len(ties), device=ties.device) * removed
                 keep[ties] = (number + removed) // tied == number // tied
-                met += len(ties)
+                seen += len(ties)
             block.masked_fill_(~keep, 0)
         if not weight.is_contiguous():
             weight.copy_(flat.view(weight.shape))
         return mask
 
-    return cut
+    return prune
 
 
-def magnitudes(weight: Tensor, older: Tensor | None = None) -> Tensor:
-    """Integers in the order of the magnitudes.
+def magnitude_keys(weight: Tensor, earlier: Tensor | None = None) -> Tensor:
+    """A new one-dimensional tensor of integers in the order of the magnitudes.
 
-    Args:
-        weight: Finite floats of 16 bits or more.
-        older: The mask of an earlier pruning.
-
-    Returns:
-        A new tensor, one dimension: the bits without the sign, -1 for a zero that the older mask
-        removed.
+    They are the bits of the finite floats without the sign; -1 for a zero that `earlier` removed.
     """
     keys = torch.empty(weight.numel(), dtype=_INTEGERS[weight.dtype.itemsize], device=weight.device)
-    for block, part in zip(_keys(weight, weight.dtype, older), keys.split(_BLOCK), strict=True):
+    for block, part in zip(_keys(weight, weight.dtype, earlier), keys.split(_BLOCK), strict=True):
         part.copy_(block)
     return keys
 
 
-def _place(sources: Sequence[Keys], width: int, rank: int) -> Place:
+def _key_at(sources: Sequence[Keys], width: int, rank: int) -> RankedKey:
     """The key at a rank (from 1) among signed integers of `width` bytes."""
-    # A histogram of their first 16 bits tells in which of 65,536 ranges it is, and the next 16
-    # divide that one: two passes for 32 bits, whatever the distribution, without a copy.
+    # Radix selection: a histogram of the first 16 bits finds which of 65,536 ranges the key is in,
+    # and the next 16 bits divide that range. That is two passes for 32 bits, without a copy,
+    # whatever the distribution.
     top = 8 * width - 16
     prefix = tied = 0
     for shift in range(top, -1, -16):
@@ -185,13 +163,13 @@ def _place(sources: Sequence[Keys], width: int, rank: int) -> Place:
         digit = int(torch.searchsorted(upto, max(rank, 1)))
         tied = int(counts[digit])
         rank -= int(upto[digit]) - tied
-        # The first digit counts from the most negative integer.
+        # The first digit is counted from the most negative integer.
         prefix = digit - (1 << 15) if shift == top else prefix << 16 | digit
-    return Place(prefix, max(rank, 0), tied)
+    return RankedKey(prefix, max(rank, 0), tied)
 
 
 def _histogram(source: Keys, shift: int, prefix: int | None) -> Tensor:
-    """How many keys have each value of the 16 bits at `shift`, given those above."""
+    """How many keys with this prefix have each value of the 16 bits at `shift`."""
     counts = torch.zeros(1 << 16, dtype=torch.int64)
     for keys in source():
         counts = counts.to(keys.device)
@@ -203,14 +181,23 @@ def _histogram(source: Keys, shift: int, prefix: int | None) -> Tensor:
     return counts.cpu()
 
 
-def _keys(weight: Tensor, dtype: torch.dtype, older: Tensor | None) -> Iterator[Tensor]:
-    """The magnitudes of a weight in a dtype, block by block; -1 for what is removed already."""
-    if older is None:
-        return (_magnitude(block.to(dtype)) for block in _blocks(weight))
+def _keys(
+    weight: Tensor, dtype: torch.dtype, earlier: Tensor | None, signed: bool = False
+) -> Iterator[Tensor]:
+    """Integers in the order of the magnitudes or signed values in a dtype, block by block."""
+    key = _ordered if signed else _magnitude
+    if earlier is None:
+        return (key(block.to(dtype)) for block in _blocks(weight))
+    removed = _removed_key(dtype, signed)
     return (
-        _magnitude(block.to(dtype)).masked_fill_(~mask & (block == 0), _REMOVED)
-        for block, mask in zip(_blocks(weight), _blocks(older), strict=True)
+        key(block.to(dtype)).masked_fill_(~mask & (block == 0), removed)
+        for block, mask in zip(_blocks(weight), _blocks(earlier), strict=True)
     )
+
+
+def _removed_key(dtype: torch.dtype, signed: bool) -> int:
+    """The key of a weight that an earlier pruning removed: below that of every finite float."""
+    return torch.iinfo(_INTEGERS[dtype.itemsize]).min if signed else -1
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
@@ -224,10 +211,10 @@ def _magnitude(block: Tensor) -> Tensor:
 
 
 def _ordered(block: Tensor) -> Tensor:
-    """Integers in the order of the floats, -0 and 0 equal."""
-    return _turn((block + 0.0).view(_INTEGERS[block.dtype.itemsize]))
+    """Integers in the order of the floats, with -0 and 0 equal."""
+    return _flip_negative((block + 0.0).view(_INTEGERS[block.dtype.itemsize]))
 
 
-def _turn(bits: Tensor) -> Tensor:
-    """Negative floats' bits in reverse order; its own inverse."""
+def _flip_negative(bits: Tensor) -> Tensor:
+    """Reverse the order of the bits of negative floats; its own inverse."""
     return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 
-def check() -> Any:
+def import_tqdm() -> Any:
     """Find tqdm.
 
     Returns:
@@ -24,7 +24,7 @@ def check() -> Any:
 
 
 @contextmanager
-def bar(
+def epoch_bar(
     progress: bool, total: int, name: str, on_epoch: Callable[[int], object] | None = None
 ) -> Iterator[Callable[[int], object]]:
     """Show how many epochs of a training are done.
@@ -39,7 +39,7 @@ def bar(
         To be called with the epoch's number after each epoch.
     """
     with (
-        check()(total=total, desc=name, unit="epoch", leave=False)
+        import_tqdm()(total=total, desc=name, unit="epoch", leave=False)
         if progress
         else nullcontext() as shown
     ):

@@ -20,7 +20,7 @@ _turn = RLock()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def exclusive() -> Iterator[None]:
     """Let no other thread of this process draw from the global generators through drophot.
 
     The generators belong to the process. Two threads that train at the same time would take each
@@ -72,10 +72,10 @@ def state(device: torch.device | None = None) -> tuple[Any, ...]:
 
 
 @contextmanager
-def kept(device: torch.device | None = None, *, seed: int | None = None) -> Iterator[None]:
+def preserved_rng(device: torch.device | None = None, *, seed: int | None = None) -> Iterator[None]:
     """Put the global generators back where they stood, whatever happens inside.
 
-    Other threads that come here wait until this one is done: see `alone`.
+    Other threads that come here wait until this one is done: see `exclusive`.
 
     Args:
         device: A device whose generator is put back too.
@@ -84,7 +84,7 @@ def kept(device: torch.device | None = None, *, seed: int | None = None) -> Iter
     Yields:
         Nothing.
     """
-    with alone():
+    with exclusive():
         python, numpy, cpu, own = state(device)
         deterministic = torch.backends.cudnn.deterministic
         try:

@@ -1,4 +1,4 @@
-"""A user's number, turned once into a plain `float` or `int` that everything after it uses."""
+"""Conversion of a user's number to a plain `float` or `int`."""
 
 from __future__ import annotations
 
@@ -11,71 +11,40 @@ import torch
 
 
 def real(name: str, value: Any, kind: str = "a number") -> float:
-    """A real number as a plain float.
+    """A real number as a float: a Python or NumPy number, a 0-d tensor, a Fraction or a Decimal.
 
-    Args:
-        name: What the caller calls it.
-        value: A number of Python or NumPy, a tensor without dimensions, a fraction or a decimal.
-        kind: What it should be, for the error.
-
-    Returns:
-        Its value.
-
-    Raises:
-        TypeError: If it is not a number; a bool and a string are none.
-        ValueError: If it is NaN, or too large for a float.
+    Bools and strings raise TypeError; NaN and numbers too large for a float raise ValueError.
+    `kind` says in the error what the argument must be.
     """
     try:
         found = _as_float(value)
     except OverflowError:
-        raise ValueError(f"`{name}` should be {kind}. Found {value}.") from None
+        raise ValueError(f"`{name}` must be {kind}, got {value}.") from None
     except (TypeError, ValueError):
-        raise TypeError(f"`{name}` should be {kind}. Found {_shown(value, float)}.") from None
+        raise TypeError(f"`{name}` must be {kind}, got {_describe(value, float)}.") from None
     if math.isnan(found):
-        raise ValueError(f"`{name}` should be {kind}. Found nan.")
+        raise ValueError(f"`{name}` must be {kind}, got nan.")
     return found
 
 
-def share(name: str, value: Any, interval: str) -> float:
-    """A ratio as a plain float, whose range the caller looks at.
-
-    Args:
-        name: What the caller calls it.
-        value: As in `real`.
-        interval: Where it should be, for the error.
-
-    Returns:
-        Its value, perhaps NaN.
-
-    Raises:
-        TypeError: If it is not a number.
-    """
+def ratio(name: str, value: Any, interval: str) -> float:
+    """A ratio as a float that may be NaN; the caller checks the range."""
     try:
         return _as_float(value)
     except OverflowError:
         return math.inf
     except (TypeError, ValueError):
         pass
-    kind, found = type(value).__name__, _shown(value, float)
+    kind, found = type(value).__name__, _describe(value, float)
     if not found.startswith(kind):
         found = f"{kind} {found.replace(f', a {kind}', '')}"
-    raise TypeError(f"`{name}` should be a number in {interval}. Found {found}.")
+    raise TypeError(f"`{name}` must be a number in {interval}, got {found}.")
 
 
 def integer(name: str, value: Any, *, least: int | None = None) -> int:
-    """An integer as a plain int.
+    """An integer as an int: a Python or NumPy integer, or a 0-d tensor that holds one.
 
-    Args:
-        name: What the caller calls it.
-        value: An integer of Python or NumPy, or a tensor without dimensions that holds one.
-        least: The least that it may be.
-
-    Returns:
-        Its value.
-
-    Raises:
-        TypeError: If it is not an integer; a bool, a string and 2.0 are none.
-        ValueError: If it is less than `least`.
+    Bools, strings and 2.0 raise TypeError; a value below `least` raises ValueError.
     """
     plain = _plain(value)
     try:
@@ -83,21 +52,21 @@ def integer(name: str, value: Any, *, least: int | None = None) -> int:
             raise TypeError
         found = operator.index(plain)
     except TypeError:
-        raise TypeError(f"`{name}` should be an integer. Found {_shown(value, int)}.") from None
+        raise TypeError(f"`{name}` must be an integer, got {_describe(value, int)}.") from None
     if least is not None and found < least:
-        raise ValueError(f"`{name}` should be at least {least}. Found {found}.")
+        raise ValueError(f"`{name}` must be at least {least}, got {found}.")
     return found
 
 
 def _as_float(value: Any) -> float:
     plain = _plain(value)
-    if isinstance(plain, bool | str | bytes | bytearray | complex):  # float() takes some of it
+    if isinstance(plain, bool | str | bytes | bytearray | complex):  # float() accepts some of them
         raise TypeError
     return float(plain)
 
 
 def _plain(value: Any) -> Any:
-    """What a scalar of NumPy or torch holds; anything else as it is, an array never a number."""
+    """The Python value of a NumPy or torch scalar, None for an array; others unchanged."""
     if not isinstance(value, torch.Tensor | np.ndarray | np.generic):
         return value
     if value.shape != () or (isinstance(value, torch.Tensor) and value.is_meta):
@@ -105,19 +74,19 @@ def _plain(value: Any) -> Any:
     return value.item()
 
 
-def _shown(value: Any, to: type[float] | type[int]) -> str:
-    """What was given, and how to give it instead."""
+def _describe(value: Any, to: type[float] | type[int]) -> str:
+    """The value and its type, with a hint how to pass it if there is one."""
     kind = type(value).__name__
     if isinstance(value, torch.Tensor | np.ndarray) and value.shape != ():
-        return f"{kind} of shape {tuple(value.shape)}; pass one number"
+        return f"{kind} of shape {tuple(value.shape)}. Pass a single number"
     if isinstance(value, str | bytes):
         try:
-            return f"{value!r}, a {kind}; pass {to(value)}"
+            return f"{value!r}, a {kind}. Pass {to(value)}"
         except ValueError:
             return f"{value!r}, a {kind}"
     plain = _plain(value)
     if to is int and isinstance(plain, float) and math.isfinite(plain):
-        fix = f"pass {int(plain)}" if plain == int(plain) else "round it"
-        return f"{plain}, a {kind}; {fix}"
-    plainly = value is None or isinstance(plain, bool | float | complex)
-    return f"{value!r}, a {kind}" if plainly else kind
+        hint = f"Pass {int(plain)}" if plain == int(plain) else "Round it"
+        return f"{plain}, a {kind}. {hint}"
+    show_value = value is None or isinstance(plain, bool | float | complex)
+    return f"{value!r}, a {kind}" if show_value else kind

@@ -19,9 +19,10 @@ from torch.utils.data import Subset
 
 from drophot.data.indexing import IndexedDataset
 from drophot.tracking import attach
-from drophot.tracking.batch_matching import tensors
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.tracking.presenter import Presenter, Taken
+from drophot.tracking.tensor_matching import tensors
+from drophot.tracking.validation import describe
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -235,7 +236,7 @@ class TrackerMixin(_Base):
             label = (self.label_names or ["labels"])[0]
             raise TypeError(
                 f"A training batch should have `index` and `{label}`. Found "
-                f"{attach.describe(inputs)}; wrap the training set in IndexedDataset, and see that "
+                f"{describe(inputs)}; wrap the training set in IndexedDataset, and see that "
                 f"`data_collator` keeps them. Should the Trainer itself have dropped them, train "
                 f"with `TrainingArguments(remove_unused_columns=False)`. Labels by another name: "
                 f"`targets=lambda batch: ...`."

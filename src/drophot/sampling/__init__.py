@@ -1,7 +1,8 @@
-"""Choose samples while the model trains."""
+"""Sample selection during training: samplers and loaders that reselect as the model learns."""
 
 from drophot.sampling.crest import CrestLoader
-from drophot.sampling.epochwise import FreshSubset, LossSampling
+from drophot.sampling.loss_sampling import LossSampling
+from drophot.sampling.random_subset import FreshSubset
 
 __all__ = [
     "CrestLoader",

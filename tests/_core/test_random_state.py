@@ -13,7 +13,7 @@ from drophot._core import random_state
 
 
 def enter() -> None:
-    with random_state.kept(seed=0):
+    with random_state.preserved_rng(seed=0):
         torch.rand(())
 
 
@@ -21,10 +21,10 @@ def test_a_thread_waits_for_another_and_enters_what_it_is_in_itself() -> None:
     order: list[str] = []
 
     def other() -> None:
-        with random_state.kept():
+        with random_state.preserved_rng():
             order.append("other")
 
-    with random_state.alone():
+    with random_state.exclusive():
         thread = threading.Thread(target=other)
         thread.start()
         enter()
@@ -38,7 +38,7 @@ def test_long_waiting_is_explained(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(random_state, "_PATIENCE", 0.01)
-    with random_state.alone():
+    with random_state.exclusive():
         thread = threading.Thread(target=enter)
         thread.start()
         thread.join(0.2)
@@ -54,7 +54,7 @@ def test_a_fork_does_not_wait_for_a_thread_that_it_has_not() -> None:
     inside, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with random_state.alone():
+        with random_state.exclusive():
             inside.set()
             done.wait()
 
@@ -94,6 +94,6 @@ def test_a_devices_own_generator_is_seeded_and_put_back(
         device=lambda where: nullcontext(),
     )
     monkeypatch.setattr(torch, kind, stand_in)
-    with random_state.kept(torch.device(kind), seed=7):
+    with random_state.preserved_rng(torch.device(kind), seed=7):
         assert now[-1].tolist() == [7]
     assert now[-1].tolist() == [1, 2, 3]

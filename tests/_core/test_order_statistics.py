@@ -4,25 +4,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from drophot._core.order_statistics import counts, cutter, edge, nth
+from drophot._core.order_statistics import count_removed, kth_value, magnitude_threshold, pruner
 
 
 @given(st.data(), st.sampled_from([32, 64]))
-def test_nth_of_floats_is_that_of_a_sort(data: st.DataObject, width: int) -> None:
+def test_kth_value_of_floats_is_that_of_a_sort(data: st.DataObject, width: int) -> None:
     values = data.draw(st.lists(st.floats(allow_nan=False, width=width), min_size=1, max_size=30))
     rank = data.draw(st.integers(0, len(values) - 1))
     tensor = torch.tensor(values, dtype=torch.float32 if width == 32 else torch.float64)
-    found = nth(tensor, rank)
+    found = kth_value(tensor, rank)
     assert found.dtype == tensor.dtype
     assert found == np.sort(np.array(values))[rank]
 
 
 @given(st.data(), st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64]))
-def test_nth_of_integers_is_that_of_a_sort(data: st.DataObject, dtype: torch.dtype) -> None:
+def test_kth_value_of_integers_is_that_of_a_sort(data: st.DataObject, dtype: torch.dtype) -> None:
     limits = torch.iinfo(dtype)
     values = data.draw(st.lists(st.integers(limits.min, limits.max), min_size=1, max_size=30))
     rank = data.draw(st.integers(0, len(values) - 1))
-    found = nth(torch.tensor(values, dtype=dtype), rank)
+    found = kth_value(torch.tensor(values, dtype=dtype), rank)
     assert found.dtype == dtype
     assert int(found) == sorted(values)[rank]
 
@@ -33,12 +33,12 @@ def test_more_than_a_block(dtype: torch.dtype) -> None:
     values = (torch.randn((1 << 21) + 5, generator=generator, dtype=torch.float64) * 1e6).to(dtype)
     ordered = values.sort().values
     for rank in (0, 1, 1 << 20, 1 << 21, len(values) - 1):
-        assert nth(values, rank) == ordered[rank]
+        assert kth_value(values, rank) == ordered[rank]
 
 
 def test_both_zeros_are_one() -> None:
-    assert nth(torch.tensor([0.0, -0.0, 1.0]), 0) == 0
-    assert not np.signbit(nth(torch.tensor([-0.0, -0.0]), 1).numpy())
+    assert kth_value(torch.tensor([0.0, -0.0, 1.0]), 0) == 0
+    assert not np.signbit(kth_value(torch.tensor([-0.0, -0.0]), 1).numpy())
 
 
 @given(
@@ -51,9 +51,9 @@ def test_cutting_removes_as_many_as_asked_spread_over_the_pieces(
     remove = data.draw(st.integers(0, len(values)))
     split = data.draw(st.integers(0, len(values)))
     pieces = [torch.tensor(values[:split]), torch.tensor(values[split:])]
-    found = edge(pieces, remove)
-    expected = counts(found, pieces)
-    cut = cutter(found)
+    found = magnitude_threshold(pieces, remove)
+    expected = count_removed(found, pieces)
+    cut = pruner(found)
     masks = [cut(piece) for piece in pieces]
     assert [int((~mask).sum()) for mask in masks] == expected
     masks = torch.cat(masks)
@@ -79,8 +79,8 @@ def test_what_an_older_mask_removed_goes_first(
     weight = torch.tensor(values, dtype=dtype)
     older = kept | (weight != 0)
     gone = int((~older).sum())
-    found = edge([weight], remove, [kept])
-    assert counts(found, [weight], [kept]) == [max(remove, gone)]
-    mask = cutter(found)(weight, kept)
+    found = magnitude_threshold([weight], remove, [kept])
+    assert count_removed(found, [weight], [kept]) == [max(remove, gone)]
+    mask = pruner(found)(weight, kept)
     assert int((~mask).sum()) == max(remove, gone)
     assert not (mask & ~older).any()

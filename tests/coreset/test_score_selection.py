@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from drophot import select
-from drophot._core.ratios import kept
+from drophot._core.ratios import num_kept
 
 MODES = ["high", "low", "random"]
 PINNED = {"high": [1, 5, 7, 9], "low": [0, 4, 6, 8], "random": [1, 4, 7, 8]}
@@ -34,7 +34,7 @@ def test_select_equals_a_plain_sort(
     scores: list[float], ratio: float, mode: Any, seed: int
 ) -> None:
     indices = select(torch.tensor(scores), ratio, mode, seed=seed)
-    expected = references.select(scores, kept(len(scores), ratio), mode, seed)
+    expected = references.select(scores, num_kept(len(scores), ratio), mode, seed)
     assert indices.tolist() == expected
 
 
@@ -183,7 +183,7 @@ def test_with_targets_each_class_keeps_its_share(
 ) -> None:
     scores, targets = [s for s, _ in samples], [t for _, t in samples]
     indices = select(scores, ratio, mode, targets=targets, seed=seed).tolist()
-    size = kept(len(samples), ratio)
+    size = num_kept(len(samples), ratio)
     classes = sorted(set(targets))
     counts = [targets.count(c) for c in classes]
     shares = references.largest_remainders(counts, size, seed)
@@ -208,23 +208,23 @@ def test_one_rounding_rule(size: int, ratio: float, expected: int) -> None:
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.0001, 10, float("nan"), float("inf")])
 def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"`ratio` .* \(0, 1\]\. Found {ratio}; .* 0\.1"):
+    with pytest.raises(ValueError, match=rf"`ratio` .*\(0, 1\].* {ratio}\."):
         select([1.0], ratio)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([1.0], None), TypeError, "`ratio` should be a number .* NoneType"),
-        (([1.0], "0.5x"), TypeError, "Found str"),
-        (([1.0], 0.5, "hard"), ValueError, "`mode` .* Found 'hard'"),
+        (([1.0], None), TypeError, "`ratio` .*NoneType"),
+        (([1.0], "0.5x"), TypeError, "str"),
+        (([1.0], 0.5, "hard"), ValueError, "`mode` .*'hard'"),
         (([1.0], 0.5, ["high"]), ValueError, "`mode`"),
-        (([], 0.5), ValueError, r"N at least 1. Found \(0,\)"),
-        (([[1.0]], 0.5), ValueError, r"Found \(1, 1\)"),
+        (([], 0.5), ValueError, r"`scores`.* \(0,\)"),
+        (([[1.0]], 0.5), ValueError, r"`scores`.*\(1, 1\)"),
         (
             ([1.0, float("nan"), float("nan")], 0.5),
             ValueError,
-            "`scores`.* Found 2 of 3, .*position 1",
+            "`scores`.* 2 of 3.* 1",
         ),
         ((torch.tensor([1j]), 0.5), TypeError, "complex64"),
     ],
@@ -237,9 +237,9 @@ def test_wrong_input_is_named(
 
 
 def test_wrong_targets_and_seeds_are_named() -> None:
-    with pytest.raises(ValueError, match=r"shape \(2,\)\. Found \(3,\)"):
+    with pytest.raises(ValueError, match=r"`targets`.*\(2,\).*\(3,\)"):
         select([1.0, 2.0], 0.5, targets=[0, 1, 1])
-    with pytest.raises(TypeError, match="`targets` should be integers. Found float64"):
+    with pytest.raises(TypeError, match="`targets` .*float64"):
         select([1.0, 2.0], 0.5, targets=[0.0, 1.0])
     with pytest.raises(TypeError):
         select([1.0, 2.0], 0.5, seed=0.5)  # type: ignore[arg-type]

@@ -32,18 +32,18 @@ import torch
 from torch import Tensor, nn
 
 from drophot._core.installed_packages import (
-    file_of_user,
-    imported,
     is_installed,
     is_installed_file,
-    is_users,
-    name_of,
-    named,
-    of_name,
-    versioned,
+    is_user_module,
+    lookup_by_name,
+    qualified_name,
+    resolve_import,
+    stable_name,
+    user_source_file,
+    versioned_name,
 )
-from drophot.pipeline import bytecode
-from drophot.pipeline.digests import digest, digest_of, text_of
+from drophot.pipeline.provenance import bytecode
+from drophot.pipeline.provenance.digests import digest, digest_of, text_of
 
 _LONG = 400  # characters of JSON, beyond which a digest stands for a value
 _MANY = 1 << 30  # bytes of an array that is not in memory, beyond which parts of it are hashed
@@ -158,8 +158,8 @@ class _Reader:
 
     def _unknown(self, thing: Any) -> Any:
         where = f" as `{'.'.join(self.path)}`" if self.path else ""
-        self.unknown.append(f"{named(type(thing))}{where}")
-        return {"unknown": named(type(thing))}
+        self.unknown.append(f"{qualified_name(type(thing))}{where}")
+        return {"unknown": qualified_name(type(thing))}
 
     def _remember(self, thing: Any) -> None:
         self.count += 1
@@ -227,8 +227,8 @@ class _Reader:
         return _brief(pairs, len(thing))
 
     def function(self, function: types.FunctionType) -> Any:
-        name, code = name_of(function), function.__code__
-        if is_installed(function.__module__) and of_name(function) is function:
+        name, code = stable_name(function), function.__code__
+        if is_installed(function.__module__) and lookup_by_name(function) is function:
             return name
         found: dict[str, Any] = {"function": name}
         used = _used_up([code])
@@ -261,9 +261,9 @@ class _Reader:
         code, package = function.__code__, function.__globals__.get("__package__")
         local: dict[str, Any] = {}
         for module, name, variable in bytecode.imports(code):
-            if not is_users(module, name, package) and module not in ("os", "sys"):
+            if not is_user_module(module, name, package) and module not in ("os", "sys"):
                 continue  # in the code by its name, loaded or not yet
-            value = imported(module, name, package)
+            value = resolve_import(module, name, package)
             if value is None:
                 found[f"import {module} {name}"] = "nothing"
             elif name is None and variable == module.partition(".")[0]:
@@ -305,7 +305,7 @@ class _Reader:
 
     def type(self, cls: type) -> Any:
         if is_installed(cls.__module__):
-            return versioned(cls)
+            return versioned_name(cls)
         parts = {
             name: self.part(name, member)
             for name, member in sorted(vars(cls).items())
@@ -322,38 +322,38 @@ class _Reader:
 
     def method(self, method: types.MethodType) -> Any:
         if _is_global(method.__self__):
-            return named(method)
+            return qualified_name(method)
         return {"method": self.value(method.__func__), "of": self.value(method.__self__)}
 
     def builtin(self, function: types.BuiltinFunctionType) -> Any:
         owner = function.__self__
         if _is_global(owner):
-            return named(function)
+            return qualified_name(function)
         if owner is None or isinstance(owner, types.ModuleType | type):
             where = owner.__name__ if owner is not None else function.__module__
             return f"{where}.{function.__name__}"
         return {"method": function.__name__, "of": self.value(owner)}
 
     def descriptor(self, thing: Any) -> Any:
-        return f"{name_of(thing.__objclass__)}.{thing.__name__}"
+        return f"{stable_name(thing.__objclass__)}.{thing.__name__}"
 
     def module(self, module: types.ModuleType) -> Any:
-        file = file_of_user(module.__name__, None)
+        file = user_source_file(module.__name__, None)
         if file is None or file.suffix != ".py":
             content = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file else "installed"
             return {"module": module.__name__, "code": content}
         code = compile(file.read_bytes(), "", "exec", dont_inherit=True, optimize=2)
         package = getattr(module, "__package__", None)
         uses = [
-            imported(where, name, package)
+            resolve_import(where, name, package)
             for where, name, _ in bytecode.imports(code)
-            if is_users(where, name, package)
+            if is_user_module(where, name, package)
         ]
         return {"module": module.__name__, "code": digest_of([self._code(code), self.value(uses)])}
 
     def random(self, generator: Any) -> Any:
         if self.data or _is_global(generator):
-            return {"random": named(type(generator))}
+            return {"random": qualified_name(type(generator))}
         if isinstance(generator, torch.Generator):
             return {"generator": str(generator.device), "seed": generator.initial_seed()}
         return self._object(generator)

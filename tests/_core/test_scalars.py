@@ -179,7 +179,7 @@ def test_what_is_no_number_is_refused(door: str, value: Any, error: type[Excepti
         pytest.skip("NumPy makes a number, or another array, of it")
     if door == "holm" and isinstance(value, float | np.floating):
         pytest.skip("a p-value may be NaN")
-    with pytest.raises(error, match="should be"):
+    with pytest.raises(error, match=r"^`\w+"):
         RATIOS[door](value)
 
 
@@ -196,16 +196,16 @@ def test_every_kind_of_integer_is_its_value(door: str, kind: Callable[[int], Any
     ids=repr,
 )
 def test_what_is_no_integer_is_refused(door: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=r"should be an integer\. Found"):
+    with pytest.raises(TypeError, match=r"^`\w+.* integer"):
         COUNTS[door](value)
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("0.5", "`ratio` should be .* Found str '0.5'; pass 0.5"),
-        ("half", "`ratio` should be .* Found str 'half'"),
-        (torch.tensor([0.5, 0.6]), r"`ratio` should be .* Found Tensor of shape \(2,\); pass one"),
+        ("0.5", "`ratio` .*'0.5'.* 0.5"),
+        ("half", "`ratio` .*'half'"),
+        (torch.tensor([0.5, 0.6]), r"`ratio` .*Tensor of shape \(2,\)"),
     ],
 )
 def test_the_error_names_the_value_and_the_fix(value: Any, message: str) -> None:
