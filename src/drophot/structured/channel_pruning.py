@@ -51,11 +51,11 @@ def prune_channels(
     `ratio` is the share **removed** of each set of channels that are ranked together: the outputs
     of a layer, or of the layers that a residual connection couples, which lose the same channels.
     Of `n` channels, `floor(ratio * n + 0.5)` are removed, and at least one is kept. Attention loses
-    the same number of channels in each head; where its scale follows from the width of a head, it
-    loses whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
+    the same number of channels in each head; if its scale depends on the width of a head, it loses
+    whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
     loses the same number of channels in each group, or whole groups if it has more groups than
     channels per group. Inputs and outputs of the network keep their shape.
-    Parameters and operations rewriter by about `1 - (1 - ratio)²`, since a layer loses inputs too;
+    Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
     The score of a channel is a sum over every Conv and Linear layer and attention projection that
@@ -90,7 +90,7 @@ def prune_channels(
             `torch.library.custom_op` or `torch.ops.<namespace>.<name>`. A function
             `rule(call, *args, **kwargs)` takes an `OperatorCall` and the operator's arguments, and
             calls `call.couple` for dimensions that lose the same entries. It replaces a built-in
-            rule. See "Operators of your own" in the documentation.
+            rule. See "Prune through your own operators" in the documentation.
 
     Returns:
         The counts before and after, the channels that each layer kept, and the reasons.
