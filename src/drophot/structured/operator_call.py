@@ -31,7 +31,7 @@ class OperatorCall:
 
     Attributes:
         name: The operator's name, without its namespace.
-        module: Path of the module in whose `forward` the operator is called.
+        module: The path of the module in whose `forward` the operator is called.
         inputs: All tensors among the arguments, in order.
         outputs: All tensors that the operator returned, in order.
         graph: Internal: the entries of all tensors and how they are coupled.
