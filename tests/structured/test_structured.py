@@ -1,4 +1,4 @@
-"""Structured pruning against networks built smaller by hand, and against channels of zeros."""
+"""Structured pruning compared with networks built smaller by hand and with zeroed channels."""
 
 import json
 import warnings
@@ -55,7 +55,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention as it is written by hand: its inner width is its own."""
+    """Attention written by hand, with an inner width that differs from the stream's."""
 
     def __init__(self, width: int = 12, heads: int = 2, inner: int = 16) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ def lenet_by_hand(model: nn.Module, kept: dict[str, Tensor]) -> nn.Module:
 
 
 def least_by_hand(model: nn.Module, name: str, after: str, places: int, remove: int) -> set[int]:
-    """The channels of a layer whose weights, made and taken, are least: squares, share by share."""
+    """The channels of a layer with the least squared weights, in it and in the next layer."""
     made = model.get_submodule(name).weight.detach()
     taken = model.get_submodule(after).weight.detach()
     one, other = [], []
@@ -324,7 +324,7 @@ def test_heads_lose_equally_many_and_queries_the_same_as_keys() -> None:
 
 
 def test_heads_go_as_a_whole_where_the_scale_follows_from_their_width() -> None:
-    """48 wide in 3 heads: 0.4 of the heads are one, and 16 of the stream."""
+    """Of 3 heads and a width of 48, a ratio of 0.4 removes one head and 16 channels."""
     model = tiny_vit()
     pruned = prune_channels(model, 0.4, IMAGES)
     attention = model.encoder.layers[0].self_attention
@@ -515,7 +515,7 @@ def test_a_ratio_of_nothing_changes_nothing() -> None:
 
 
 class Capricious(nn.Module):
-    """Does something else at each call."""
+    """A network that calls other operators each time."""
 
     calls = 0
 
@@ -603,7 +603,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(at: int) -> None:
     calls = 0
 
     def breaks(*_: object) -> None:
-        """Raise in one of the passes in which the first layer is smaller already."""
+        """Raise an error in one of the passes in which the first layer is already smaller."""
         nonlocal calls
         calls += model.conv_proj.weight.shape != state["conv_proj.weight"].shape
         if calls == at:
@@ -642,7 +642,7 @@ def test_a_failure_after_the_last_check_leaves_it_so_too(monkeypatch: pytest.Mon
 def test_a_network_that_does_something_else_each_time_is_refused() -> None:
     model = Capricious()
     weight = model.a.weight
-    with pytest.raises(ValueError, match="`model`.*`relu`|`model`.*a matrix product"):
+    with pytest.raises(ValueError, match="`model`.*`b`"):
         prune_channels(model, 0.5, torch.ones(2, 4))
     assert model.a.weight is weight
 
