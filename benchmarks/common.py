@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: where, with what and how they were measured."""
+"""Write the results of a benchmark with the device, the versions and the command line."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from drophot.records import device_name, versions
+from drophot.pipeline.provenance.environment import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -2,18 +2,16 @@ import dataclasses
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.record import one
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drophot import Record
-from drophot.records import describe, factory_name, fingerprint, from_line, read, versions, write
+from drophot.records import fingerprint, from_line, read, write
 
 share = st.floats(0, 1)
 text = st.text(max_size=20)
@@ -136,29 +134,3 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
     code = "from drophot.records import fingerprint; print(fingerprint({'b': 1, 'a': [0.1]}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == fingerprint({"a": [0.1], "b": 1})
-
-
-def test_callables_are_described_without_addresses() -> None:
-    class Callable:
-        def __call__(self) -> None: ...
-
-    adam = partial(torch.optim.Adam, lr=0.1, betas=(0.9, 0.99))
-    assert describe(adam) == "torch.optim.adam.Adam(betas=(0.9, 0.99), lr=0.1)"
-    assert describe(describe) == "drophot.records.describe"
-    assert describe(Callable()).endswith("Callable")
-    norm = partial(Callable, norm=lambda x: x, model=object())
-    assert "norm=" in describe(norm)
-    assert "0x" not in describe(norm)
-    assert "0x" not in describe(lambda: 0) + describe(Callable())
-
-
-def test_a_models_name_is_its_factorys_or_its_class() -> None:
-    model = torch.nn.Linear(1, 1)
-    assert factory_name(partial(partial(describe, 1), 2), model) == "describe"
-    assert factory_name(torch.nn.Linear, model) == "Linear"
-    assert factory_name(lambda: model, model) == "Linear"
-
-
-def test_versions_are_those_installed() -> None:
-    assert versions()["torch"] == torch.__version__
-    assert set(versions()) == {"drophot", "torch", "numpy", "python"}

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from drophot.coreset import Coreset, Stratified, facility_location, features, k_center, select
 from drophot.data import IndexedDataset
 from drophot.grid import Grid
-from drophot.modes import Scored
-from drophot.pipeline import DropHot
+from drophot.pipeline import DropHot, Scored
 from drophot.prune import Masks, magnitude_prune, summary
 from drophot.records import Record
 from drophot.sampling import CrestLoader, FreshSubset, LossSampling

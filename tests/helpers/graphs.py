@@ -27,13 +27,15 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Graph]:
         finally:
             graph.finish()
 
-    def fast_step(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Any:
-        return step.fast_step(model, optimizer, torch.device("cuda"))
+    def fast_step(
+        model: nn.Module, optimizer: Optimizer, device: torch.device, **options: Any
+    ) -> Any:
+        return step.fast_step(model, optimizer, torch.device("cuda"), **options)
 
     monkeypatch.setattr("torch.cuda.Stream", Stream)
     monkeypatch.setattr("torch.cuda.current_stream", Stream)
     monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.graph", graph)
-    monkeypatch.setattr("drophot.training.fast_step", fast_step)
+    monkeypatch.setattr("drophot.training.loop.fast_step", fast_step)
     return made

@@ -124,11 +124,15 @@ def plain_fit(
     optimizer: torch.optim.Optimizer,
     batch_size: int = 64,
     seed: int = 0,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    scheduler: Any = None,
+    scheduler_interval: str = "epoch",
+    before_step: Callable[[nn.Module], object] | None = None,
     on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     on_epoch: Callable[[int], object] | None = None,
     within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> None:
-    """Training with cross-entropy as in PyTorch's own tutorials; stands in for `drophot.fit`."""
+    """Training as in PyTorch's own tutorials; stands in for `drophot.fit`."""
     device = next(model.parameters()).device
     order = torch.Generator().manual_seed(seed)
     for epoch in range(epochs):
@@ -138,12 +142,18 @@ def plain_fit(
             inputs, targets, *index = (t.to(device) for t in default_collate(samples))
             with within():
                 logits = model(inputs)
-                loss = nn.functional.cross_entropy(logits, targets)
+                mean = loss(logits, targets).mean()
             optimizer.zero_grad()
-            loss.backward()
+            mean.backward()
+            if before_step:
+                before_step(model)
             optimizer.step()
+            if scheduler and scheduler_interval == "step":
+                scheduler.step()
             if on_batch:
                 on_batch(index[0], logits.detach(), targets)
+        if scheduler and scheduler_interval == "epoch":
+            scheduler.step()
         if on_epoch:
             on_epoch(epoch)
 

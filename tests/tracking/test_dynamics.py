@@ -243,9 +243,9 @@ def test_a_restart_goes_on_bit_for_bit(first: Any, second: Any) -> None:
 
 
 def test_the_states_of_the_two_trackers_are_not_mixed_up() -> None:
-    with pytest.raises(ValueError, match="of a DynamicsTracker, with history, means, squares"):
+    with pytest.raises(ValueError, match="DynamicsTracker.*history, means, squares"):
         DynamicsTracker(N).load_state_dict(ForgettingTracker(N).state_dict())
-    with pytest.raises(ValueError, match="of a ForgettingTracker, with history, targets. Found"):
+    with pytest.raises(ValueError, match="ForgettingTracker.*history, targets.*means"):
         ForgettingTracker(N).load_state_dict(DynamicsTracker(N).state_dict())
 
 
@@ -304,7 +304,7 @@ def test_an_index_of_any_dtype_where_nobody_looks(dtype: torch.dtype) -> None:
     update(torch.tensor([2, 3], dtype=dtype), torch.zeros(2, C), TARGETS[2:4])
     assert tracker.presentations.tolist() == [0, 0, 1, 1, 0]
     update(torch.tensor([2, 4], dtype=dtype), torch.zeros(2, C), torch.tensor([1, 9]))
-    with pytest.raises(ValueError, match="for sample 4"):
+    with pytest.raises(ValueError, match="`targets`.*9.*sample 4"):
         tracker.columns()
 
 
@@ -312,30 +312,30 @@ def test_an_index_of_any_dtype_where_nobody_looks(dtype: torch.dtype) -> None:
 def test_a_target_that_is_no_class_is_an_error_and_leaves_no_trace(target: int) -> None:
     tracker = DynamicsTracker(N)
     index, targets = torch.tensor([2, 3]), torch.tensor([1, target])
-    with pytest.raises(ValueError, match="from 0 to C - 1 .* for sample 3"):
+    with pytest.raises(ValueError, match=f"`targets`.*{target}.*sample 3"):
         tracker.update(index, torch.zeros(2, C), targets)
     assert tracker.presentations.sum() == 0
     deferred = torch.compile(tracker.update, fullgraph=True, backend="eager")
     deferred(index, torch.zeros(2, C), targets)
     for read in (tracker.columns, tracker.state_dict, lambda: tracker.scores("aum")):
-        with pytest.raises(ValueError, match="from 0 to C - 1 .* for sample 3"):
+        with pytest.raises(ValueError, match=f"`targets`.*{target}.*sample 3"):
             read()
 
 
 def test_wrong_use_is_that_of_the_plain_tracker() -> None:
     tracker = DynamicsTracker(N)
-    with pytest.raises(ValueError, match=r"\[0, 5\)\. Found 7"):
+    with pytest.raises(ValueError, match=r"`index`.*\[0, 5\).*7"):
         tracker.update(torch.tensor([7]), torch.zeros(1, C), torch.tensor([0]))
-    with pytest.raises(TypeError, match="`targets` .* Found torch.float32"):
+    with pytest.raises(TypeError, match="`targets`.*torch.float32"):
         tracker.update(torch.tensor([0]), torch.zeros(1, C), torch.tensor([0.0]))
-    with pytest.raises(ValueError, match="Found \\(1, 1\\)"):
+    with pytest.raises(ValueError, match=r"`logits`.*\(1, 1\)"):
         tracker.update(torch.tensor([0]), torch.zeros(1, 1), torch.tensor([0]))
     tracker.update(torch.tensor([0]), torch.zeros(1, C), torch.tensor([1]))
-    with pytest.raises(ValueError, match="do not follow their samples"):
+    with pytest.raises(ValueError, match="`targets`.*sample 0 with target 1.*IndexedDataset"):
         tracker.update(torch.tensor([0]), torch.zeros(1, C), torch.tensor([0]))
     assert tracker.presentations.tolist() == [1, 0, 0, 0, 0]
     assert tracker.columns()["loss"][0] == pytest.approx(np.log(C))
-    with pytest.raises(TypeError, match="`update_correct` .* call `update`"):
+    with pytest.raises(TypeError, match="`update_correct`.*DynamicsTracker"):
         tracker.update_correct(torch.tensor([0]), torch.tensor([True]))
-    with pytest.raises(ValueError, match="Found 'margin'"):
+    with pytest.raises(ValueError, match="`statistic`.*'margin'"):
         tracker.scores("margin")

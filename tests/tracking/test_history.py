@@ -66,7 +66,7 @@ def test_the_bits_tell_how_a_sample_stands(outcomes: list[bool]) -> None:
 
 
 def test_the_counters_hold_the_most_presentations_and_then_turn_negative() -> None:
-    most = packed_history.MOST_PRESENTATIONS
+    most = packed_history.MAX_PRESENTATIONS
     history = packed([True] * most)
     assert unpacked(history) == (0, True, most)
     assert unpacked(packed([True, False] * (most // 2) + [True])) == (most // 2, True, most)

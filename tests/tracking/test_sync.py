@@ -1,5 +1,6 @@
 """Several processes, real ones under torchrun, against one that saw everything."""
 
+import re
 from typing import Any
 
 import pytest
@@ -101,21 +102,21 @@ def test_distributed_checkpoint_takes_the_tracker(found: Any) -> None:
 def test_what_is_wrong_on_one_rank_is_an_error_on_all(found: Any) -> None:
     for number, rank in enumerate(found):
         errors = rank["errors"]
-        assert "RuntimeError: `sync` should be called on every rank" in errors["unsynced"]
-        assert "Found 1 samples" in errors["unsynced"]
+        assert re.search("RuntimeError.*`sync`.* 1 samples", errors["unsynced"])
         assert errors["scores"] == str([int(i == number) for i in range(10)]), "its own view"
-        assert "sample 4 with target" in errors["targets"]
-        assert "do not follow their samples" in errors["targets"]
+        assert re.search(
+            "`targets`.*sample 4 with target 1.* 0 .*IndexedDataset", errors["targets"]
+        )
         assert errors["targets left"] == str([0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
-        assert "num_samples, [10, 11" in errors["sizes"]
-        assert "kind, [4, 1" in errors["kinds"]
-        mine = "`index` should be in [0, 10). Found 50" if number == 1 else "Ranks [1] received"
-        assert mine in errors["fault"]
+        assert re.search(r"num_samples.*\[10, 11", errors["sizes"])
+        assert re.search(r"columns.*\[4, 1", errors["kinds"])
+        mine = r"`index`.*\[0, 10\).*50" if number == 1 else r"[Rr]anks \[1\]"
+        assert re.search(mine, errors["fault"])
         assert "started from" in errors["past"]
         if number != 1:
-            assert "`group` should contain this rank" in errors["not a member"]
+            assert "`group`" in errors["not a member"]
         assert errors["alone before"] == str([len(found) * (i == 6) for i in range(10)])
-        assert "loaded after `init_process_group`" in errors["loaded before"]
+        assert "`init_process_group`" in errors["loaded before"]
         assert errors["in place"] == "True", "a captured graph writes where it wrote before"
         assert errors["afterwards"] == str([int(i < len(found)) for i in range(10)])
 
@@ -124,7 +125,7 @@ def test_in_one_process_sync_raises_what_a_step_could_not() -> None:
     tracker = ForgettingTracker(4)
     unchecked = torch.compile(tracker.update, fullgraph=True, backend="eager")
     unchecked(torch.tensor([0, 9]), torch.zeros(2, 3), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="Found 9"):
+    with pytest.raises(ValueError, match="`index`.*9"):
         tracker.sync()
 
 

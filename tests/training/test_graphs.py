@@ -1,5 +1,7 @@
 """Steps as CUDA graphs: on a GPU where there is one, and everywhere on a stand-in."""
 
+# ruff: noqa: F811 (the argument `graphs` is the imported fixture)
+
 import logging
 import random
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.graphs import graphs  # noqa: F401 (a fixture)
 from helpers.references import plain_fit
 from helpers.stand_in import Graph
 from helpers.steps import OwnAdam, assert_equal, mlp, samples, train

@@ -181,11 +181,11 @@ def test_wrong_numbers_are_named() -> None:
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(ValueError, match="`epochs` should not be negative. Found -1"):
+    with pytest.raises(ValueError, match="`epochs`.*-1"):
         fit(model, Listed(), -1, optimizer=optimizer)
-    with pytest.raises(ValueError, match="`batch_size` should be at least 1. Found 0"):
+    with pytest.raises(ValueError, match="`batch_size`.*0"):
         fit(model, Listed(), 1, optimizer=optimizer, batch_size=0)
-    with pytest.raises(ValueError, match="samples of 2; wrap the dataset in IndexedDataset"):
+    with pytest.raises(ValueError, match="`dataset`.*on_batch.*2"):
         fit(model, Listed(), 1, optimizer=optimizer, on_batch=lambda *_: None)
     assert same(list(model.parameters()), before)
 

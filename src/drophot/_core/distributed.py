@@ -34,7 +34,7 @@ def gather_tables(
     """Gather the rows of every rank in one collective call, bit by bit.
 
     Args:
-        mine: The columns of this rank, with the same number of rows each, of 4 or 8 bytes a number.
+        mine: The columns of this rank, with the same number of rows each, of any dtype.
         lengths: The number of rows of each rank.
         group: The process group.
         device: Where the columns are, and where those of the other ranks are wanted.
@@ -46,12 +46,12 @@ def gather_tables(
     for column in mine.values():
         padded = column.new_zeros(longest, *column.shape[1:])
         padded[: len(column)] = column
-        words.append(padded.view(longest, -1).view(torch.int32))
+        words.append(padded.view(longest, -1).view(torch.uint8))
     widths = [part.shape[1] for part in words]
     gathered = _gather(torch.cat(words, dim=1), group, device)
     for length, packed in zip(lengths, gathered, strict=True):
         parts = packed[:length].to(device).split(widths, dim=1)
-        yield {  # copied, because numbers of 8 bytes must be aligned
+        yield {  # copied, because numbers must be aligned to their size
             name: part
             .clone(memory_format=torch.contiguous_format)
             .view(-1)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 _BLOCK = 1 << 20  # numbers processed at a time, which fit in the cache and bound the memory
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_REMOVED = -1  # the key of a weight that an earlier pruning removed: below every magnitude
 
 # The integer keys of one tensor, block by block, from the start at each call.
 Keys = Callable[[], Iterable[Tensor]]
@@ -33,6 +32,7 @@ class Threshold(NamedTuple):
     key: int
     ties_removed: int
     ties: int
+    signed: bool  # whether values are compared with their signs, instead of by magnitude
 
 
 def kth_value(values: Tensor, rank: int) -> Tensor:
@@ -52,7 +52,11 @@ def kth_value(values: Tensor, rank: int) -> Tensor:
 
 
 def magnitude_threshold(
-    weights: Sequence[Tensor], remove: int, earlier: Sequence[Tensor | None] = ()
+    weights: Sequence[Tensor],
+    remove: int,
+    earlier: Sequence[Tensor | None] = (),
+    *,
+    signed: bool = False,
 ) -> Threshold:
     """The magnitude below which `remove` of all weights lie.
 
@@ -61,12 +65,14 @@ def magnitude_threshold(
         remove: How many of their elements to remove.
         earlier: For each weight the mask of an earlier pruning, or `None`. The zeros that it
             removed are removed first, and all of them are, even if they are more than `remove`.
+        signed: Compare the values with their signs, instead of by magnitude.
     """
     dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
     pairs = zip(weights, earlier or [None] * len(weights), strict=True)
-    sources = [partial(_keys, weight, dtype, mask) for weight, mask in pairs]
+    sources = [partial(_keys, weight, dtype, mask, signed) for weight, mask in pairs]
     key, below, ties = _key_at(sources, dtype.itemsize, remove)
-    return Threshold(dtype, key, ties if key == _REMOVED else below, ties)
+    all_ties = key == _removed_key(dtype, signed)
+    return Threshold(dtype, key, ties if all_ties else below, ties, signed)
 
 
 def count_removed(
@@ -76,7 +82,7 @@ def count_removed(
     below, ties = [], []
     for weight, mask in zip(weights, earlier or [None] * len(weights), strict=True):
         less = tied = torch.zeros((), dtype=torch.int64, device=weight.device)
-        for keys in _keys(weight, threshold.dtype, mask):
+        for keys in _keys(weight, threshold.dtype, mask, threshold.signed):
             less = less + (keys < threshold.key).sum()
             tied = tied + (keys == threshold.key).sum()
         below.append(int(less))
@@ -95,21 +101,24 @@ def divide_evenly(sizes: Iterable[int], amount: int) -> list[int]:
 def pruner(threshold: Threshold) -> Callable[..., Tensor]:
     """A function that prunes one weight after the other at the threshold.
 
-    It takes a weight and optionally the mask of an earlier pruning, zeroes what is below the
-    threshold in place, and returns the mask of what is kept: bool, contiguous, of the weight's
+    It takes a weight and optionally the mask of an earlier pruning and the values that the weights
+    are compared by, if not the weights themselves. It zeroes what is below the threshold in place
+    and returns the mask of what is kept: bool, contiguous, of the weight's
     shape. Ties at the threshold are broken so that the removed weights are spread evenly among all
     ties, in the order of the calls; no layer loses more than its share because it comes first.
     """
-    _, key, removed, tied = threshold
+    dtype, key, removed, tied, signed = threshold
     seen = 0  # ties in earlier calls and blocks
 
-    def prune(weight: Tensor, earlier: Tensor | None = None) -> Tensor:
+    def prune(
+        weight: Tensor, earlier: Tensor | None = None, values: Tensor | None = None
+    ) -> Tensor:
         nonlocal seen
         weight = weight.detach()
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         flat = weight.reshape(-1)
         for keys, block, keep in zip(
-            _keys(flat, threshold.dtype, earlier),
+            _keys(flat if values is None else values, dtype, earlier, signed),
             flat.split(_BLOCK),
             mask.view(-1).split(_BLOCK),
             strict=True,
@@ -172,14 +181,23 @@ def _histogram(source: Keys, shift: int, prefix: int | None) -> Tensor:
     return counts.cpu()
 
 
-def _keys(weight: Tensor, dtype: torch.dtype, earlier: Tensor | None) -> Iterator[Tensor]:
-    """The magnitude keys of a weight in a dtype, block by block; -1 for what `earlier` removed."""
+def _keys(
+    weight: Tensor, dtype: torch.dtype, earlier: Tensor | None, signed: bool = False
+) -> Iterator[Tensor]:
+    """Integers in the order of the magnitudes or signed values in a dtype, block by block."""
+    key = _ordered if signed else _magnitude
     if earlier is None:
-        return (_magnitude(block.to(dtype)) for block in _blocks(weight))
+        return (key(block.to(dtype)) for block in _blocks(weight))
+    removed = _removed_key(dtype, signed)
     return (
-        _magnitude(block.to(dtype)).masked_fill_(~mask & (block == 0), _REMOVED)
+        key(block.to(dtype)).masked_fill_(~mask & (block == 0), removed)
         for block, mask in zip(_blocks(weight), _blocks(earlier), strict=True)
     )
+
+
+def _removed_key(dtype: torch.dtype, signed: bool) -> int:
+    """The key of a weight that an earlier pruning removed: below that of every finite float."""
+    return torch.iinfo(_INTEGERS[dtype.itemsize]).min if signed else -1
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:

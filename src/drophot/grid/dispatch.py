@@ -10,18 +10,18 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
+from concurrent.futures import BrokenExecutor, Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event
 from typing import Any
 
 from drophot._core.memory import is_out_of_memory
 from drophot.grid import executors
-from drophot.grid.stages import Stage, compute
-from drophot.grid.store import Store
-from drophot.pipeline.drophot import DropHot
+from drophot.grid.compute import Job, compute
+from drophot.grid.stages import Stage
 from drophot.pipeline.fit_checks import LoopError
 from drophot.records import Record
 
@@ -30,13 +30,15 @@ logger = logging.getLogger("drophot")
 # No room, or no right to write: each further stage would be computed in vain.
 _DISK = {errno.ENOSPC, errno.EROFS, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
-_SHORT = 0.02  # seconds between two looks at futures that nobody can wait for; then ever longer
+# Seconds between two checks whether futures without `add_done_callback` are done; doubles up to the
+# last number while none is. Other futures wake the loop; the last number is for those that do not.
+_FIRST_PAUSE, _LAST_PAUSE = 0.1, 1.0
 
 
 def send(
     executor: Any,
     todo: Mapping[Stage, Stage | None],
-    task: tuple[DropHot, Store, int, str],
+    job: Job,
     finished: Callable[[Stage, Record | None], None],
     *,
     limit: int | None = None,
@@ -49,7 +51,7 @@ def send(
     Args:
         executor: Computes them; `None` computes them here, one after the other.
         todo: The stages in order, and which of them each has to wait for.
-        task: What `compute` needs besides: the pipeline, the store, threads and the data's digest.
+        job: What all stages are computed with.
         finished: Called with each stage that is done, and its record.
         limit: How many there is memory for at once, if that is less than there are workers.
 
@@ -61,7 +63,7 @@ def send(
     if executor is None:
         executor, limit = _Here(), 1
     with TemporaryDirectory(prefix="drophot-", ignore_cleanup_errors=True) as folder:
-        _Sending(executor, todo, task, finished, limit, Path(folder)).run()
+        _Sending(executor, todo, job, finished, limit, Path(folder)).run()
 
 
 class _Sending:
@@ -71,38 +73,45 @@ class _Sending:
         self,
         executor: Any,
         todo: Mapping[Stage, Stage | None],
-        task: tuple[DropHot, Store, int, str],
+        job: Job,
         finished: Callable[[Stage, Record | None], None],
         limit: int | None,
         marks: Path,
     ) -> None:
-        self.executor, self.todo, self.task, self.finished = executor, todo, task, finished
+        self.executor, self.todo, self.job, self.finished = executor, todo, job, finished
         self.waiting, self.running = dict(todo), list[tuple[Any, Stage]]()
         self.alone = set[Stage]()  # what ran out of memory, until it is done
         self.failed: dict[Stage, Exception] = {}
         self.skipped = 0
         self.begun = False  # whether any stage ended, well or not
+        self.ended = Event()  # set when a future calls back
+        self.calls_back = True  # whether all futures do
         self.processes: dict[int, Any] = {}
         self.marks = marks
         # So many at a time that no worker waits, and so few that what was begun comes first.
-        most = 2 * (executors.workers(executor) or len(todo))
+        most = 2 * (executors.num_workers(executor) or len(todo))
         if executors.starts_all_at_once(executor):
-            most = max(1, (os.cpu_count() or 1) // task[2])
+            most = max(1, (os.cpu_count() or 1) // job.threads)
         self.most = min(most, limit or most)
         # Processes of a pool leave a mark of what they are at, for when one is killed.
         marked = hasattr(executor, "_processes")
         self.work = partial(_work, marks if marked else None, os.getpid())
 
     def run(self) -> None:
-        pause = _SHORT
+        pause = _FIRST_PAUSE
         try:
             while self.waiting or self.running:
                 self.submit()
+                self.ended.clear()  # before the check, so that no future ends unnoticed after it
                 done = _done(self.running)
                 for future, stage in done:
                     self.running.remove((future, stage))
                     self.take(future, stage)
-                pause = _SHORT if done else _pause(self.running, pause)
+                if done:
+                    pause = _FIRST_PAUSE
+                else:
+                    self.ended.wait(_LAST_PAUSE if self.calls_back else pause)
+                    pause = min(2 * pause, _LAST_PAUSE)
         except BaseException as error:
             for future, _ in self.running:
                 getattr(future, "cancel", lambda: None)()
@@ -114,7 +123,6 @@ class _Sending:
 
     def submit(self) -> None:
         """Hand over what can begin, as far as there is room."""
-        pipeline, store, *others = self.task
         pending = {stage for _, stage in self.running}
         for stage, need in list(self.waiting.items()):
             room = len(self.running) < self.most
@@ -123,7 +131,7 @@ class _Sending:
             if not room or need in self.waiting or need in pending:
                 continue
             try:
-                future = self.executor.submit(self.work, pipeline, store, stage, *others)
+                future = self.executor.submit(self.work, self.job, stage)
             except BrokenExecutor as error:
                 if self.running or self.begun:
                     self.broken(error)
@@ -138,6 +146,10 @@ class _Sending:
                 )
             del self.waiting[stage]
             self.running.append((future, stage))
+            if callable(call_back := getattr(future, "add_done_callback", None)):
+                call_back(lambda _: self.ended.set())
+            else:
+                self.calls_back = False
             pending.add(stage)
             if isinstance(processes := getattr(self.executor, "_processes", None), dict):
                 self.processes |= processes
@@ -211,7 +223,7 @@ class _Sending:
                 f"memory runs out: use fewer."
             )
         elif not self.begun:
-            error.add_note(executors.why_none_began(self.executor))
+            error.add_note(executors.why_none_started(self.executor))
 
 
 class _Here:
@@ -228,15 +240,14 @@ class _Here:
         return future
 
 
-def _work(marks: Path | None, parent: int, *task: Any) -> tuple[str, Record | None]:
+def _work(marks: Path | None, parent: int, job: Job, stage: Stage) -> tuple[str, Record | None]:
     """Compute a stage, in a worker: with a note of what it is at, and errors that can be sent."""
-    pipeline, store, stage, threads, data = task
     mark = None if marks is None else marks / str(os.getpid())
     try:
         if mark is not None:
             with suppress(OSError):  # the caller has gone
                 mark.write_text(stage.name)
-        return stage.name, compute(pipeline, store, stage, threads, data)
+        return stage.name, compute(job, stage)
     except Exception as error:
         if os.getpid() == parent or _comes_back(error):
             raise
@@ -262,16 +273,6 @@ def _comes_back(error: Exception) -> bool:
 def _done(running: list[tuple[Any, Stage]]) -> list[tuple[Any, Stage]]:
     """Those that are done. Where futures cannot say, they are waited for."""
     return [pair for pair in running if getattr(pair[0], "done", lambda: True)()]
-
-
-def _pause(running: list[tuple[Any, Stage]], pause: float) -> float:
-    """Wait until one is done, or where that cannot be asked for a while; how long next time."""
-    futures = [future for future, _ in running]
-    if all(isinstance(f, Future) and type(f).done is Future.done for f in futures):
-        wait(futures, timeout=1, return_when=FIRST_COMPLETED)  # Ctrl-C comes through on Windows
-        return pause
-    time.sleep(pause)
-    return min(2 * pause, 1.0)
 
 
 def _marked(folder: Path) -> dict[int, str]:

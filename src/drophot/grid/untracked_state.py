@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from drophot.pipeline.experiment import can_be_loaded
-from drophot.pipeline.fingerprints import describe
+from drophot.pipeline.provenance.experiment import can_be_loaded
+from drophot.pipeline.provenance.fingerprints import describe
 
 _PARTS = vars(nn.Module()).keys()  # that every module has
 

@@ -1,7 +1,11 @@
 """The paper's five steps: score, select, train, prune, fine-tune."""
 
 from drophot.pipeline.drophot import DropHot
+from drophot.pipeline.modes import Scored
+from drophot.pipeline.released_protocol import RunProtocol
 
 __all__ = [
     "DropHot",
+    "RunProtocol",
+    "Scored",
 ]

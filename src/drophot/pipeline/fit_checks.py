@@ -1,38 +1,36 @@
-"""What a training loop owes a run, looked at as early as it can be seen."""
+"""What a run requires of a training loop, checked as early as it can be seen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from drophot._core.classifier import first_nonfinite
 from drophot.tracking.forgetting import ForgettingTracker
+from drophot.training import loop
 
 
 class LoopError(RuntimeError):
-    """A training loop that does not do what `DropHot` asks of it, in this training or any other."""
+    """A training loop that does not do what `DropHot` requires, in this training or any other."""
+
+
+def is_library_fit(fit: object) -> bool:
+    """Whether a training loop is :func:`drophot.training.fit`, perhaps in a `functools.partial`."""
+    while isinstance(fit, partial):
+        fit = fit.func
+    return fit is loop.fit
 
 
 @contextmanager
 def watched(
     model: nn.Module, epochs: int, step: str, on_epoch: Callable[[int], object] | None
 ) -> Iterator[Callable[[int], None]]:
-    """Follow a training: that its loop calls back, and that it does not diverge.
+    """Check that a training loop calls back after each epoch, and that it does not diverge.
 
-    Args:
-        model: What is trained.
-        epochs: How often the loop is to call back.
-        step: The step of the run that the training is.
-        on_epoch: What else is to be called after each epoch.
-
-    Yields:
-        What the loop has to call after each epoch.
-
-    Raises:
-        LoopError: If it was not called as often as that.
-        ValueError: If a weight is not finite after an epoch or in the end.
+    Yields what the loop has to call after each epoch; `on_epoch` is called then, too.
     """
     calls = 0
 
@@ -46,44 +44,39 @@ def watched(
     yield after
     if calls != epochs:
         raise LoopError(
-            f"`fit` should call on_epoch after every epoch, {epochs} times. Found {calls} calls "
-            f"in the step `{step}`."
+            f"`fit` must call `on_epoch` after every epoch, {epochs} times, got {calls} calls in "
+            f"the step `{step}`."
         )
     check_finite(model, step, "when `fit` returned")
 
 
 def check_finite(model: nn.Module, step: str, when: str) -> None:
-    """Refuse a network that diverged: what comes of it would look like any other number.
-
-    Args:
-        model: What was trained.
-        step: The step of the run that the training is.
-        when: At what point of it.
-
-    Raises:
-        ValueError: If a weight that is trained is NaN or infinite.
-    """
+    """Refuse a network that diverged: later results would look like any others."""
     if name := first_nonfinite(model):
         raise ValueError(
-            f"The step `{step}` should leave finite weights. Found NaN or infinity in "
-            f"`{name}` {when}: the training diverged. Lower the "
-            f"learning rate of `optimizer`, or look for inputs that are not finite."
+            f"The step `{step}` must leave finite weights, got NaN or infinity in `{name}` {when}: "
+            f"the training diverged. Lower the learning rate of `optimizer`, or look for inputs "
+            f"that are not finite."
         )
 
 
 def check_presented(tracker: ForgettingTracker, *, over: bool = True) -> None:
-    """Refuse a training whose loop did not call back.
+    """Refuse a training whose loop did not call back: some samples were never presented.
 
-    Args:
-        tracker: Was to see every sample, and at any time some.
-        over: Whether the training is over.
-
-    Raises:
-        LoopError: If it did not.
+    Until the training is over, it is enough that some were.
     """
     missed, total = int((tracker.presentations == 0).sum()), len(tracker.presentations)
     if missed == total or (missed and over):
         raise LoopError(
-            f"`fit` should call on_batch for every batch and on_epoch after every epoch. Found "
-            f"{missed} of {total} samples that were never presented."
+            f"`fit` must call `on_batch` for every batch and `on_epoch` after every epoch, but "
+            f"{missed} of {total} samples were never presented."
+        )
+
+
+def check_losses_reported(losses: Tensor) -> None:
+    """Refuse a training in the mode "loss_sampling" whose loop reported no losses."""
+    if bool(losses.isnan().all()):
+        raise LoopError(
+            "`fit` must call on_batch(index, logits, targets) after each step, because the mode "
+            '"loss_sampling" chooses samples by their losses, but it reported no batch.'
         )

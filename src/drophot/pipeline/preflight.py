@@ -1,9 +1,7 @@
-"""Refuse a run that cannot work, before it starts."""
+"""Refuse a run that cannot work, before it starts: a trial of its model on its data."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,166 +9,112 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from drophot import modes
-from drophot._core import progress, random_state, scalars
+from drophot._core import random_state
 from drophot._core.classifier import check_optimizer
-from drophot._core.ratios import check_keep_ratio, check_prune_ratio, num_kept
-from drophot.data.cache import Cache, Kept, check_cache
+from drophot.data.cache import Kept
 from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import first_sample, known_targets, tensors_of
-from drophot.pipeline import pruning_steps, selection_steps
-from drophot.prune import magnitude
+from drophot.pipeline import fit_checks, pruning_steps, selection_steps
+from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, RunConfig
+from drophot.pipeline.provenance.experiment import describe_experiment
 from drophot.prune.prunable_weights import prunable
-from drophot.prune.unpruned_weights import warn_of_uncovered
+from drophot.prune.unpruned_weights import uncovered_warning_silenced, warn_of_uncovered
 
 _CHUNK = 1024  # samples looked at in one go
 
 
-def settle(run: Any) -> None:
-    """Refuse a setting that is out of range, and make numbers Python's own, which JSON can hold.
-
-    Args:
-        run: What holds the settings, as attributes by their names.
-
-    Raises:
-        TypeError: If one is of the wrong kind.
-        ValueError: If one is out of range, or two do not go together.
-        ImportError: If `progress` is asked for and tqdm is not installed.
-    """
-    run.data_ratio = check_keep_ratio("data_ratio", run.data_ratio)
-    modes.check(run)
-    run.prune_ratio = check_prune_ratio("prune_ratio", run.prune_ratio)
-    magnitude.check_scope("scope", run.scope)
-    for name, choices in (("forgetting", ("paper", "toneva")), ("protocol", ("paper", "released"))):
-        if (value := getattr(run, name)) not in choices:
-            raise ValueError(
-                f'`{name}` should be "{choices[0]}" or "{choices[1]}". Found {value!r}.'
-            )
-    if run.protocol == "released" and (run.forgetting, run.scope) != ("paper", "layer"):
-        raise ValueError(
-            f'`protocol="released"` cannot be combined with other settings: it counts '
-            f"in its own way and prunes layer by layer. Found forgetting={run.forgetting!r} and "
-            f"scope={run.scope!r}; leave them out."
-        )
-    flags = ("equal_steps", "reinitialize", "rewind", "recalibrate_bn", "structured", "progress")
-    for name in flags:
-        if not isinstance(value := getattr(run, name), bool):
-            raise TypeError(f"`{name}` should be True or False. Found {value!r}.")
-    pruning_steps.check(run)
-    check_cache(run.cache)
-    for name in ("score_epochs", "batch_size", "prunings"):
-        setattr(run, name, scalars.integer(name, getattr(run, name), least=1))
-    for name in ("train_epochs", "finetune_epochs", "seed"):
-        setattr(run, name, scalars.integer(name, getattr(run, name), least=0))
-    if run.progress:
-        progress.import_tqdm()
-
-
-def prepare(
-    factory: Callable[[], nn.Module],
-    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
-    train_set: Dataset[Any],
-    test_set: Dataset[Any],
-    *,
-    device: torch.device,
-    seed: int,
-    cache: Cache = "auto",
-    closure: bool = False,
-) -> tuple[Dataset[Any], Dataset[Any], int]:
-    """Try a model on the data, and put the data where it is wanted.
-
-    Args:
-        factory: Makes models.
-        optimizer: Makes optimisers.
-        train_set: Samples `(input, target)`.
-        test_set: Likewise.
-        device: Where to run.
-        seed: Of what the factory draws.
-        cache: Whether the data is kept in memory.
-        closure: Whether the optimiser's steps may need one, as a loop of the user's own can give.
-
-    Returns:
-        The training set with its index and the test set, both in memory where that is right; the
-        number of classes that occur.
-
-    Raises:
-        TypeError: If a factory is none.
-        ValueError: If the data and the model do not fit each other, or the model cannot be pruned.
-    """
-    with random_state.preserved_rng(device, seed=seed):
-        probe, classes = build(factory, optimizer, train_set, test_set, closure=closure)
-        warn_of_uncovered(
-            probe, prunable(probe)
-        )  # what it refuses, step 4 would refuse after two trainings
-        train = Kept(IndexedDataset(train_set), device, cache, name="train_set").data
-        test = Kept(test_set, device, cache, name="test_set").data
-        occurring = check_targets("train_set", train, classes)
+def prepare(arguments: Arguments) -> RunConfig:
+    """Try a run on its data, and put the data where it is wanted."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    settings, given = arguments.settings, (arguments.train_set, arguments.test_set)
+    with (
+        uncovered_warning_silenced(settings.structured),  # `channels` names what was left then
+        random_state.preserved_rng(device, seed=settings.seed),
+    ):
+        closure = not fit_checks.is_library_fit(arguments.fit)
+        probe, classes = build(arguments.model, arguments.optimizer, *given, closure=closure)
+        # What this refuses, step 4 would refuse after two trainings.
+        warn_of_uncovered(probe, prunable(probe))
+        cache = arguments.cache
+        train = Kept(IndexedDataset(given[0]), device, cache, name="train_set").data
+        test = Kept(given[1], device, cache, name="test_set").data
+        num_classes = check_targets("train_set", train, classes)
         check_targets("test_set", test, classes)
         check_inputs("train_set", train)
         check_inputs("test_set", test)
-    return train, test, occurring
+    config = RunConfig(
+        settings=settings,
+        factory=arguments.model,
+        optimizer=arguments.optimizer,
+        train_set=train,
+        test_set=test,
+        device=device,
+        fit=arguments.fit,
+        cache=cache,
+        progress=arguments.progress,
+        num_classes=num_classes,
+        experiment=describe_experiment(
+            arguments.model,
+            arguments.optimizer,
+            arguments.fit,
+            given=given,
+            prepared=(train, test),
+            device=device,
+        ),
+    )
+    check_run(config)
+    return config
 
 
 def build(
-    factory: Callable[[], nn.Module],
-    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+    factory: ModelFactory,
+    optimizer: OptimizerFactory,
     train_set: Dataset[Any],
     test_set: Dataset[Any],
     *,
     closure: bool = False,
 ) -> tuple[nn.Module, int]:
-    """Build a model to throw away and try it on the data's first samples.
+    """Build a model and an optimizer and try them on the first samples.
 
-    Args:
-        factory: Makes models.
-        optimizer: Makes optimisers.
-        train_set: Samples `(input, target)`.
-        test_set: Likewise.
-        closure: Whether the optimiser's steps may need one.
-
-    Returns:
-        The model and its number of classes.
-
-    Raises:
-        TypeError: If a factory is none, or the optimiser's steps need a closure.
-        ValueError: If a data set is empty or has an index already, the inputs differ in shape, or
-            the model cannot take them or gives no logits.
+    Returns the model and its number of classes.
     """
     samples = []
     for name, dataset in (("train_set", train_set), ("test_set", test_set)):
         samples.append(first_sample(name, dataset))
         if len(samples[-1]) != 2:
             raise ValueError(
-                f"`{name}` should give samples (input, target). Found {len(samples[-1])} parts; "
-                f"give the data set itself, not in an IndexedDataset: the index is added here."
+                f"`{name}` must give samples (input, target), got {len(samples[-1])} parts. Pass "
+                f"the dataset itself, not an IndexedDataset: the index is added by DropHot."
             )
     inputs, other = (torch.as_tensor(sample[0])[None] for sample in samples)
     if inputs.shape != other.shape or inputs.dtype != other.dtype:
         raise ValueError(
-            f"`test_set` should have inputs like `train_set`, {tuple(inputs.shape[1:])} of "
-            f"{inputs.dtype}. Found {tuple(other.shape[1:])} of {other.dtype}; give both the same "
+            f"`test_set` must have inputs like `train_set`, {tuple(inputs.shape[1:])} of "
+            f"{inputs.dtype}, got {tuple(other.shape[1:])} of {other.dtype}. Give both the same "
             f"transform."
         )
     if isinstance(factory, nn.Module) or not callable(factory):
         raise TypeError(
-            f"`model` should be a factory: called without arguments it gives a new model. Found "
-            f"{type(factory).__name__}; give the class or function that makes it, or a lambda."
+            f"`model` must be a factory that returns a new model when it is called without "
+            f"arguments, got {type(factory).__name__}. Pass the class or function that makes the "
+            f"model, or a lambda."
         )
     model = factory()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` should give an nn.Module. Found {type(model).__name__}.")
+        raise TypeError(f"`model` must return an nn.Module, got {type(model).__name__}.")
     if factory() is model:
         raise ValueError(
-            "`model` should give a new model each time. Found the same object twice, whose "
-            "training would continue instead of starting again; build the model inside the factory."
+            "`model` must return a new model each time, got the same object twice, so that its "
+            "training would continue instead of starting over. Build the model inside the factory."
         )
     if isinstance(optimizer, Optimizer) or not callable(optimizer):
         raise TypeError(
-            f"`optimizer` should be a factory: called with parameters it gives an optimiser. Found "
-            f"{type(optimizer).__name__}; give functools.partial(torch.optim.Adam, lr=1e-3), say."
+            f"`optimizer` must be a factory that returns an optimizer when it is called with "
+            f"parameters, got {type(optimizer).__name__}. Pass, for example, "
+            f"functools.partial(torch.optim.Adam, lr=1e-3)."
         )
     if not isinstance(made := optimizer(model.parameters()), Optimizer):
-        raise TypeError(f"`optimizer` should give an Optimizer. Found {type(made).__name__}.")
+        raise TypeError(f"`optimizer` must return an Optimizer, got {type(made).__name__}.")
     check_optimizer(model, made, closure=closure)
     model.eval()
     with torch.no_grad():
@@ -178,13 +122,13 @@ def build(
             logits = model(torch.cat([inputs, other]).to(_device_of(model)))
         except Exception as error:
             raise ValueError(
-                f"`model` should take inputs (B, {', '.join(map(str, inputs.shape[1:]))}), as the "
-                f"data gives them. Found {type(error).__name__}: {error}"
+                f"`model` must accept inputs (B, {', '.join(map(str, inputs.shape[1:]))}), as the "
+                f"data gives them. It raised {type(error).__name__}: {error}"
             ) from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(
-            f"`model` should give logits (B, C) with C at least 2. Found {found} for a batch of 2."
+            f"`model` must return logits (B, C) with C at least 2, got {found} for a batch of 2."
         )
     return model, logits.shape[1]
 
@@ -197,111 +141,65 @@ def _device_of(model: nn.Module) -> torch.device:
 def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
     """Refuse targets that are no classes of the model, as far as they are known.
 
-    Args:
-        name: What the caller calls the data set.
-        dataset: What `in_memory` gave.
-        num_classes: `C`.
-
-    Returns:
-        The number of classes that occur; 0 if that takes reading all samples.
-
-    Raises:
-        ValueError: If a target is not in `[0, C)`.
+    Returns the number of classes that occur; 0 if that takes reading all samples.
     """
     known = known_targets(dataset)
     with random_state.preserved_rng():
         targets = torch.as_tensor(first_sample(name, dataset)[1])[None] if known is None else known
     if targets.dim() != 1 or targets.is_floating_point():
         raise ValueError(
-            f"`{name}` should have one integer as target. Found shape {tuple(targets.shape[1:])} "
-            f"of {targets.dtype}."
+            f"`{name}` must have one integer as target, got shape {tuple(targets.shape[1:])} of "
+            f"{targets.dtype}."
         )
     wrong = ((targets < 0) | (targets >= num_classes)).nonzero()[:, 0]
     if len(wrong):
         raise ValueError(
-            f"`{name}` should have targets in [0, {num_classes}), the classes of the model. Found "
+            f"`{name}` must have targets in [0, {num_classes}), the classes of the model, got "
             f"{int(targets[wrong[0]])} at position {int(wrong[0])}."
         )
     return 0 if known is None else len(targets.unique())
 
 
 def check_inputs(name: str, dataset: Dataset[Any]) -> None:
-    """Refuse inputs that no network can learn from, as far as they are in memory.
-
-    Args:
-        name: What the caller calls the data set.
-        dataset: What `in_memory` gave.
-
-    Raises:
-        ValueError: If one is not finite.
-    """
+    """Refuse inputs that are not finite, as far as they are in memory."""
     tensors = tensors_of(dataset)
     if tensors is None or not tensors[0].is_floating_point() or tensors[0].is_meta:
         return
     for start, part in enumerate(tensors[0].split(_CHUNK)):
         wrong = (~part.isfinite()).flatten(1).any(1) if part.dim() > 1 else ~part.isfinite()
         if bool(wrong.any()):
-            place = start * _CHUNK + int(wrong.nonzero()[0])
+            position = start * _CHUNK + int(wrong.nonzero()[0])
             raise ValueError(
-                f"`{name}` should have finite inputs: weights that see another number are none "
-                f"after the first step. Found NaN or infinity at position {place}; leave such "
-                f"samples out, or put numbers there."
+                f"`{name}` must have finite inputs, got NaN or infinity at position {position}. "
+                f"Leave such samples out, or replace the values: they would make every weight NaN."
             )
 
 
-def check_sizes(run: Any, num_classes: int) -> None:
-    """Refuse a coreset that leaves a class or a batch empty.
-
-    Args:
-        run: Has `factory`, `train_set`, `data_ratio`, `batch_size`, `seed` and `device`.
-        num_classes: How many classes occur in the training set.
-
-    Raises:
-        ValueError: If fewer samples are kept than there are classes, or the last batch of an epoch
-            is a single sample and the model cannot train on one.
-    """
-    pruning_steps.check_model(run)
-    selection_steps.check(run)
-    total = len(run.train_set)
-    size = num_kept(total, run.data_ratio)
-    if size < num_classes:
+def check_run(config: RunConfig) -> None:
+    """Refuse settings that the model or the data do not allow."""
+    pruning_steps.check_model(config)
+    selection_steps.check_features(config)
+    settings, total, size = config.settings, config.num_samples, config.num_kept
+    if size < config.num_classes:
         raise ValueError(
-            f"`data_ratio` should keep a sample of each class. Found {run.data_ratio}, which keeps "
-            f"{size} of {total} samples for {num_classes} classes; raise it to at least "
-            f"{num_classes / total:.3g}."
+            f"`data_ratio` must keep a sample of each class, got {settings.data_ratio}, which "
+            f"keeps {size} of {total} samples for {config.num_classes} classes. Raise it to at "
+            f"least {config.num_classes / total:.3g}."
         )
-    for count, what in (
-        (size, f"`data_ratio={run.data_ratio}` keeps {size} samples"),
+    for count, found in (
+        (size, f"`data_ratio={settings.data_ratio}` keeps {size} samples"),
         (total, f"`train_set` has {total} samples"),
     ):
-        if (count % run.batch_size or run.batch_size) != 1:
+        if (count % settings.batch_size or settings.batch_size) != 1:
             continue
-        single = torch.torch.as_tensor(first_sample("train_set", run.train_set)[0])[None]
+        single = torch.as_tensor(first_sample("train_set", config.train_set)[0])[None]
         try:
-            with random_state.preserved_rng(run.device, seed=run.seed):
-                model = run.factory().train()
+            with random_state.preserved_rng(config.device, seed=settings.seed):
+                model = config.factory().train()
                 model(single.to(_device_of(model)))
         except ValueError as error:  # BatchNorm, of a single value
             raise ValueError(
-                f"`batch_size` should not leave a last batch of one sample, on which this model "
-                f"cannot train. Found {run.batch_size}, and {what}; change `batch_size`. ({error})"
+                f"`batch_size` must not leave a last batch of one sample, on which this model "
+                f"cannot train, got {settings.batch_size}, and {found}. Change `batch_size`. "
+                f"({error})"
             ) from error
-
-
-def warn_of_empty_classes(run: Any) -> None:
-    """Warn if a coreset holds no sample of some class that the training set has.
-
-    Args:
-        run: Has `train_set`, `indices`, `data_ratio` and `mode`.
-    """
-    known = known_targets(run.train_set)
-    if known is None:
-        return
-    targets = known.cpu()
-    empty = sorted(set(targets.unique().tolist()) - set(targets[run.indices].unique().tolist()))
-    if empty:
-        warnings.warn(
-            f"`data_ratio={run.data_ratio}` and `mode={modes.name(run.mode)!r}` leave no sample "
-            f"of classes {empty}, which the model will not learn in `train`; raise data_ratio.",
-            stacklevel=3,
-        )

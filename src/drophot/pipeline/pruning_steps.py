@@ -1,18 +1,22 @@
-"""Step 4 of a run, and what of it holds through step 5."""
+"""Steps 4 and 5 of a run: pruning, and training on with what was removed held at zero."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from math import ceil
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core import random_state
+from drophot.data.batching import batches
+from drophot.data.samples import first_sample
+from drophot.pipeline.config import RunConfig
 from drophot.pipeline.fit_checks import LoopError
+from drophot.pipeline.step import running
 from drophot.prune import schedule
 from drophot.prune.batchnorm import recalibrate_alone
 from drophot.prune.magnitude import magnitude_prune
@@ -20,192 +24,207 @@ from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import prunable
 from drophot.prune.running_statistics import with_statistics
 from drophot.prune.unpruned_weights import uncovered_warning_silenced
-from drophot.structured.channel_pruning import prune_channels
-from drophot.training import loop
-
-ScheduleName = Literal["one-shot", "gradual", "iterative"]
+from drophot.structured.channel_pruning import Pruned, prune_channels
+from drophot.training.loop import evaluate
 
 
-def prune(run: Any) -> Masks:
-    """Prune a run's model, and leave its schedule or what channels went on the run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedModel:
+    """The result of step 4."""
 
-    Args:
-        run: With the settings, the model and the data of a :class:`drophot.DropHot`.
+    model: nn.Module
+    masks: Masks
+    schedule: schedule.Schedule | None = None
+    """Prunes further in step 5."""
+    channels: Pruned | None = None
+    """What was removed, if it was channels."""
+    num_prunable: int = 0
+    """The prunable weights of the network before; 0 if step 4 was not taken."""
+    accuracy: float
+    seconds: float = 0.0
 
-    Returns:
-        The masks.
-    """
-    model: nn.Module = run.model
-    run.pruner = run.channels = None
-    run.prunable = sum(weight.numel() for weight in prunable(model).values())
-    if run.structured:
-        run.channels = prune_channels(model, run.prune_ratio, _sample(run))
-        # Nothing that is left was removed, zeros included.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetunedModel:
+    """The result of step 5."""
+
+    model: nn.Module
+    masks: Masks
+    curve: tuple[float, ...]
+    """The accuracy after each epoch."""
+    accuracy: float
+    sparsity: float
+    """The share of the dense network's prunable weights that is zero or removed."""
+    seconds: float
+
+
+def prune(config: RunConfig, model: nn.Module) -> PrunedModel:
+    """Step 4: remove weights or channels of a trained model, in place."""
+    with running(config, "prune") as step:
+        num_prunable = sum(weight.numel() for weight in prunable(model).values())
+        masks, pruner, channels = _pruned(config, model)
+        if config.settings.recalibrate_bn:
+            _recalibrate(config, model)
+        accuracy = evaluate(model, config.test_set)
+    return PrunedModel(
+        model=model,
+        masks=masks,
+        schedule=pruner,
+        channels=channels,
+        num_prunable=num_prunable,
+        accuracy=accuracy,
+        seconds=step.seconds,
+    )
+
+
+def finetune(config: RunConfig, pruned: PrunedModel) -> FinetunedModel:
+    """Step 5: train a pruned model on the full training set, in place."""
+    model, settings = pruned.model, config.settings
+    curve: list[float] = []
+    with running(config, "finetune", offset=1) as step:
+        _replace_weights(config, pruned)
+        optimizer = config.optimizer(model.parameters())
+        pruner = pruned.schedule
+        if pruner is not None and pruner.masks is not pruned.masks:
+            pruner = None  # the user's masks replace the schedule's
+        with _held(config, pruned, pruner, optimizer) as check_pace:
+
+            def judge(_: int) -> None:
+                curve.append(evaluate(model, config.test_set))
+                check_pace(len(curve))
+
+            epochs = settings.finetune_epochs
+            step.fit(model, config.train_set, epochs, optimizer, on_epoch=judge)
+        check_pace(settings.finetune_epochs)
+    masks = pruned.masks if pruner is None else pruner.masks
+    return FinetunedModel(
+        model=model,
+        masks=masks,
+        curve=tuple(curve),
+        accuracy=curve[-1] if curve else evaluate(model, config.test_set),
+        sparsity=_sparsity(config, pruned, masks),
+        seconds=step.seconds,
+    )
+
+
+def check_model(config: RunConfig) -> None:
+    """Refuse pruning that the model or the length of fine-tuning does not allow."""
+    settings, steps = config.settings, config.finetune_steps
+    if settings.schedule != "one-shot" and steps < settings.prunings:
+        raise ValueError(
+            f"`prunings` must be at most the number of fine-tuning steps, {steps}, got "
+            f"{settings.prunings}. Raise `finetune_epochs` or lower `prunings`."
+        )
+    removes_channels = settings.structured and settings.prune_ratio > 0
+    if not (settings.recalibrate_bn or removes_channels):
+        return
+    with random_state.preserved_rng(config.device, seed=settings.seed):
+        probe = config.factory().to(config.device)
+        if settings.recalibrate_bn and not with_statistics(probe):
+            raise ValueError(
+                f"`recalibrate_bn` needs a model with BatchNorm layers, and "
+                f"{type(probe).__name__} has none. Remove it."
+            )
+        if removes_channels:
+            ratio, importance = settings.prune_ratio, settings.importance
+            prune_channels(probe, ratio, _sample(config), importance=importance)
+
+
+def _pruned(
+    config: RunConfig, model: nn.Module
+) -> tuple[Masks, schedule.Schedule | None, Pruned | None]:
+    settings = config.settings
+    ratio, times = settings.prune_ratio, settings.prunings
+    if settings.structured:
+        channels = prune_channels(model, ratio, _sample(config), importance=settings.importance)
+        # No weight that is left was removed, zeros included.
         left = prunable(model, ())
         masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
-    elif run.schedule == "one-shot":
-        with uncovered_warning_silenced():  # by the run's constructor
-            masks = magnitude_prune(model, run.prune_ratio, scope=run.scope)
-    else:
-        steps, times = _steps(run), run.prunings
-        if run.schedule == "gradual":
-            ratios, every = schedule.cubic(run.prune_ratio, times), steps // 2 // max(times - 1, 1)
+        return masks, None, channels
+    how: dict[str, Any] = {"scope": settings.scope, "importance": settings.importance}
+    with uncovered_warning_silenced():  # the constructor of the run has given it
+        if settings.schedule == "one-shot":
+            return magnitude_prune(model, ratio, **how), None, None
+        steps = config.finetune_steps
+        if settings.schedule == "gradual":
+            ratios, every = schedule.cubic(ratio, times), steps // 2 // max(times - 1, 1)
         else:
-            ratios, every = schedule.geometric(run.prune_ratio, times), steps // times
-        with uncovered_warning_silenced():
-            run.pruner = schedule.Schedule(model, ratios, every=max(every, 1), scope=run.scope)
-        masks = run.pruner.masks
-    if run.recalibrate_bn:
-        order = torch.Generator().manual_seed(2 * run.seed)
-        batches = loop.batches(run.train_set, run.batch_size, run.device, shuffle=order)
-        recalibrate_alone(model, _whole(batches, run.batch_size))
-    return masks
+            ratios, every = schedule.geometric(ratio, times), steps // times
+        pruner = schedule.Schedule(model, ratios, every=max(every, 1), **how)
+        return pruner.masks, pruner, None
 
 
-def start_over(run: Any) -> None:
-    """Give the model other weights under its masks, where that is asked for.
+def _recalibrate(config: RunConfig, model: nn.Module) -> None:
+    size = config.settings.batch_size
+    order = torch.Generator().manual_seed(2 * config.settings.seed)
+    found = batches(config.train_set, size, config.device, shuffle=order)
+    # A last batch of one sample is left out, since BatchNorm may not take it.
+    recalibrate_alone(model, (batch for batch in found if len(batch[0]) > 1 or size == 1))
 
-    Args:
-        run: A run whose model is pruned.
-    """
-    if run.reinitialize:
-        schedule.rewind(run.model, run.masks, run.factory().to(run.device).state_dict())
-    if run.rewind:
-        with random_state.preserved_rng(run.device, seed=2 * run.seed):  # as in step 3
-            start = run.factory().to(run.device).state_dict()
-        schedule.rewind(run.model, run.masks, start)
+
+def _replace_weights(config: RunConfig, pruned: PrunedModel) -> None:
+    """Give the model other weights under its masks, if the settings ask for that."""
+    if config.settings.reinitialize:
+        schedule.rewind(pruned.model, pruned.masks, _new_state(config))
+    if config.settings.rewind:
+        step_3 = 2 * config.settings.seed
+        with random_state.preserved_rng(config.device, seed=step_3):
+            start = _new_state(config)
+        schedule.rewind(pruned.model, pruned.masks, start)
+
+
+def _new_state(config: RunConfig) -> dict[str, Any]:
+    return config.factory().to(config.device).state_dict()
 
 
 @contextmanager
-def held(run: Any, optimizer: Optimizer) -> Iterator[Callable[[int], None]]:
-    """Keep what was removed at zero, and prune on where a schedule is not at its end.
+def _held(
+    config: RunConfig,
+    pruned: PrunedModel,
+    pruner: schedule.Schedule | None,
+    optimizer: Optimizer,
+) -> Iterator[Callable[[int], None]]:
+    """Hold the removed weights at zero, and let a schedule prune further.
 
-    Args:
-        run: A run whose model is pruned.
-        optimizer: What trains it.
-
-    Yields:
-        To be called with the number of epochs so far after each: it refuses a pace at which the
-        schedule will not reach its end.
-
-    Raises:
-        LoopError: If `fit` took too few steps for that.
+    Yields a function to call after each epoch with their number so far: it refuses a loop that
+    takes too few steps for the schedule to end.
     """
-    pruner = run.pruner if run.pruner is not None and run.pruner.masks is run.masks else None
-    holding: AbstractContextManager[Any] = nullcontext()
+    settings = config.settings
+    holding: AbstractContextManager[object] = nullcontext()
     if pruner is not None:
         holding = pruner.hold(optimizer)
-    elif run.protocol != "released" and not run.structured:
-        holding = run.masks.hold(optimizer)
+    elif config.protocol.holds_masks and not settings.structured:
+        holding = pruned.masks.hold(optimizer)
 
     def check_pace(epochs: int) -> None:
         if pruner is None:
             return
         needed = pruner.every * (len(pruner.ratios) - 1)
-        if epochs and pruner.steps * run.finetune_epochs < needed * epochs:
+        if epochs and pruner.steps * settings.finetune_epochs < needed * epochs:
             raise LoopError(
-                f"`fit` should step the optimiser for every batch, {_steps(run)} times in all, of "
-                f"which the schedule {run.schedule!r} needs {needed}. Found {pruner.steps} steps "
-                f"in {epochs} of {run.finetune_epochs} epochs; lower `prunings` or raise "
-                f"`finetune_epochs`."
+                f"`fit` must step the optimizer for every batch, {config.finetune_steps} times in "
+                f"total, of which schedule={settings.schedule!r} needs {needed}, got "
+                f"{pruner.steps} steps in {epochs} of {settings.finetune_epochs} epochs. Lower "
+                f"`prunings` or raise `finetune_epochs`."
             )
 
     with holding:
         yield check_pace
-    if pruner is not None:
-        run.masks = pruner.masks
-        check_pace(run.finetune_epochs)
 
 
-def removed(run: Any) -> float:
-    """The share of the dense network's prunable or masked weights that is zero or gone.
-
-    Args:
-        run: A run whose model is pruned.
-
-    Returns:
-        The share.
-    """
-    weights = {id(weight): weight for weight in prunable(run.model).values()}
-    masked = map(run.model.get_parameter, run.masks)  # of a user's own: perhaps of others too
+def _sparsity(config: RunConfig, pruned: PrunedModel, masks: Masks) -> float:
+    """The share of the dense network's prunable or masked weights that is zero or removed."""
+    model = pruned.model
+    weights = {id(weight): weight for weight in prunable(model).values()}
+    masked = map(model.get_parameter, masks)  # a user's masks may cover other weights too
     weights |= {id(weight): weight for weight in masked}
     total = sum(weight.numel() for weight in weights.values())
-    if run.structured and run.prunable:
-        total = run.prunable
+    if config.settings.structured and pruned.num_prunable:
+        total = pruned.num_prunable
     left = sum(int(weight.detach().count_nonzero()) for weight in weights.values())
     return 1 - left / total
 
 
-def check(run: Any) -> None:
-    """Refuse settings of pruning that cannot work, or not together.
-
-    Args:
-        run: With the settings of a :class:`drophot.DropHot`.
-
-    Raises:
-        ValueError: If they cannot.
-    """
-    if run.schedule not in ("one-shot", "gradual", "iterative"):
-        raise ValueError(
-            f'`schedule` should be "one-shot", "gradual" or "iterative". Found {run.schedule!r}.'
-        )
-    several = run.schedule != "one-shot"
-    for name, other, why in (
-        ("rewind", run.reinitialize, "reinitialize: the weights are either the first or new ones"),
-        ("rewind", several, "a schedule: its mask is not final when fine-tuning begins"),
-        ("reinitialize", several, "a schedule: its mask is not final when fine-tuning begins"),
-        ("structured", several, "a schedule: channels do not come off one by one"),
-        ("structured", run.rewind or run.reinitialize, "other weights: there is no mask for them"),
-        ("structured", run.scope != "layer", "another scope: each layer loses the same share"),
-    ):
-        if getattr(run, name) and other:
-            raise ValueError(f"`{name}` should not be given with {why}. Found both; leave one out.")
-    if run.protocol == "released" and (several or run.structured):
-        raise ValueError(
-            '`protocol="released"` cannot be combined with other pruning: it prunes in one shot '
-            f"and holds no masks. Found schedule={run.schedule!r} and structured={run.structured}; "
-            f"leave them out."
-        )
-
-
-def check_model(run: Any) -> None:
-    """Refuse pruning that the model or the length of fine-tuning does not allow.
-
-    Args:
-        run: With the settings, the factory and the data of a :class:`drophot.DropHot`.
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if run.schedule != "one-shot" and _steps(run) < run.prunings:
-        raise ValueError(
-            f"`prunings` should be at most the steps of fine-tuning, {_steps(run)}. Found "
-            f"{run.prunings}; raise finetune_epochs."
-        )
-    if not (run.recalibrate_bn or (run.structured and run.prune_ratio)):
-        return
-    with random_state.preserved_rng(run.device, seed=run.seed):
-        probe = run.factory().to(run.device)
-        if run.recalibrate_bn and not with_statistics(probe):
-            raise ValueError(
-                f"`recalibrate_bn` needs a model with BatchNorm layers, and "
-                f"{type(probe).__name__} has none. Leave it out."
-            )
-        if run.structured and run.prune_ratio:
-            prune_channels(probe, run.prune_ratio, _sample(run))
-
-
-def _steps(run: Any) -> int:
-    return run.finetune_epochs * ceil(len(run.train_set) / run.batch_size)
-
-
-def _sample(run: Any) -> torch.Tensor:
-    sample = loop.first_sample("train_set", run.train_set)[0]
-    return torch.as_tensor(sample)[None].to(run.device)
-
-
-def _whole(batches: Iterator[Any], size: int) -> Iterator[Any]:
-    """Batches without a last one of a single sample, which BatchNorm may not take."""
-    for batch in batches:
-        if len(batch[0]) > 1 or size == 1:
-            yield batch
+def _sample(config: RunConfig) -> Tensor:
+    sample = first_sample("train_set", config.train_set)[0]
+    return torch.as_tensor(sample)[None].to(config.device)

@@ -2,167 +2,264 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import islice
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
 from torch.utils.data import Dataset, Sampler, Subset
 
-from drophot import modes
 from drophot._core import random_state
-from drophot._core.ratios import num_kept
-from drophot.coreset.feature_extraction import features
-from drophot.coreset.greedy_facility_location import facility_location
-from drophot.coreset.greedy_k_center import k_center
-from drophot.coreset.score_selection import select
+from drophot.coreset.builtin_selectors import FacilityLocation, KCenter
+from drophot.coreset.selectors import Evidence, checked_indices
 from drophot.data.batching import batches
-from drophot.data.samples import targets_of
-from drophot.pipeline import fit_checks, released_protocol
+from drophot.data.samples import known_targets, targets_of
+from drophot.pipeline import fit_checks, modes
+from drophot.pipeline.config import RunConfig
+from drophot.pipeline.released_protocol import always_evaluating
+from drophot.pipeline.step import running
 from drophot.sampling.crest import CrestLoader
 from drophot.sampling.loss_sampling import LossSampling
 from drophot.sampling.random_subset import FreshSubset
+from drophot.settings import Forgetting, name_of
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.tracking.statistics import DEFAULT, Score
+from drophot.training.loaders import BatchLoader
+from drophot.training.loop import evaluate
+
+_OnBatch = Callable[[Tensor, Tensor, Tensor], object]
 
 
-def score(run: Any) -> Tensor:
-    """Train on everything and follow every sample; the network and the tracker stay on the run.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scoring:
+    """The result of step 1."""
 
-    Args:
-        run: With the settings and the data of a :class:`drophot.DropHot`.
+    model: nn.Module
+    """The network that was trained on the full training set."""
+    tracker: DynamicsTracker | None
+    """What followed the samples; `None` if the protocol counts in its own way."""
+    scores: Tensor
+    """Shape `(N,)`: the score that the mode selects by."""
+    seconds: float
 
-    Returns:
-        The scores that the run's mode goes by.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The result of step 2."""
+
+    indices: Tensor
+    """The positions of the kept samples `(K,)`; all for a mode that chooses while step 3 trains."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedModel:
+    """The result of step 3."""
+
+    model: nn.Module
+    accuracy: float
+    seconds: float
+
+
+def score(config: RunConfig, own_scores: Sequence[Score] = ()) -> Scoring:
+    """Step 1: train on the full training set and follow every sample.
+
+    The tracker follows the score of the run's mode and, besides the built-in ones, `own_scores`.
     """
-    toneva, by_position = run.forgetting == "toneva", run.protocol == "released"
-    total = len(run.train_set)
-    run.scorer = model = run.factory().to(run.device)
-    run.tracker = tracker = DynamicsTracker(total, device=run.device)
-    counts = released_protocol.PositionCounts(total, seed=run.seed)
+    settings, protocol = config.settings, config.protocol
+    toneva = settings.forgetting == "toneva"
+    with running(config, "score") as step:
+        model = config.factory().to(config.device)
+        tracker = DynamicsTracker(
+            config.num_samples,
+            device=config.device,
+            statistics=(*DEFAULT, *_distinct(own_scores, modes.own_score_of(settings.mode))),
+        )
+        counter = protocol.counter and protocol.counter(config.num_samples, settings.seed)
+        observer = tracker if counter is None else counter
 
-    def observe(_: int) -> None:
-        if toneva:  # which sees the batches themselves
-            fit_checks.check_presented(tracker, over=False)
-            return
-        observer = counts if by_position else tracker
-        observer.observe(model, batches(run.train_set, 1024, run.device))
+        def observe(_: int) -> None:
+            if toneva:  # the tracker sees the batches
+                fit_checks.check_presented(tracker, over=False)
+            else:
+                observer.observe(model, batches(config.train_set, 1024, config.device))
 
-    run._fit(
-        model,
-        run.train_set,
-        run.score_epochs,
-        run.optimizer(model.parameters()),
-        on_batch=tracker.update if toneva else None,
-        on_epoch=observe,
+        with _baseline_mode(config, model):
+            step.fit(
+                model,
+                config.train_set,
+                settings.score_epochs,
+                config.optimizer(model.parameters()),
+                on_batch=tracker.update if toneva else None,
+                on_epoch=observe,
+            )
+        if counter is not None:
+            scores = counter.scores
+        else:
+            fit_checks.check_presented(tracker)
+            wanted = modes.statistic_of(settings.mode) or "forgetting"
+            scores = statistic(tracker, wanted, settings.forgetting)
+    return Scoring(
+        model=model,
+        tracker=tracker if counter is None else None,
+        scores=scores,
+        seconds=step.seconds,
     )
-    if by_position:
-        run.tracker = None
-        return counts.scores
-    fit_checks.check_presented(tracker)
-    how = modes.scored(run.mode)
-    return run.statistic("forgetting" if how is None else how.statistic)
 
 
-def check(run: Any) -> None:
-    """Refuse a mode that goes by features which the model does not give.
+def _distinct(scores: Sequence[Score], another: Score | None) -> list[Score]:
+    found = {score.name: score for score in scores}
+    return list((found | ({} if another is None else {another.name: another})).values())
 
-    Args:
-        run: With the settings, the factory and the data of a :class:`drophot.DropHot`.
 
-    Raises:
-        ValueError: If it does not give them.
-    """
-    total = len(run.train_set)
-    if run.mode not in modes.OF_FEATURES or num_kept(total, run.data_ratio) == total:
+def statistic(tracker: DynamicsTracker, score: str | Score, forgetting: Forgetting) -> Tensor:
+    """A score of step 1, `(N,)`; `"forgetting"` is meant as the setting says."""
+    name = score if isinstance(score, str) else score.name
+    if name == "forgetting":
+        return tracker.scores("hardest" if forgetting == "toneva" else "zero")
+    return tracker.scores(name)
+
+
+def missing(config: RunConfig, *, scores: Tensor | None, scorer: nn.Module | None) -> str | None:
+    """What step 1 has to give before `select` can work: "scores", "scorer" or nothing."""
+    selector = None if config.keeps_all else config.selector
+    needs = () if selector is None else selector.needs
+    if "scores" in needs and scores is None:
+        return "scores"
+    return "scorer" if "model" in needs and scorer is None else None
+
+
+def select(
+    config: RunConfig, *, scores: Tensor | None = None, scorer: nn.Module | None = None
+) -> Selection:
+    """Step 2: keep a share of the training samples, by what step 1 found."""
+    total, mode = config.num_samples, config.settings.mode
+    if lack := missing(config, scores=scores, scorer=scorer):
+        needed = "a trained scoring network" if lack == "scorer" else "scores"
+        raise RuntimeError(
+            f"mode {name_of(mode)!r} needs {needed}: call `run.score()` first, or set `run.{lack}`."
+        )
+    if scores is not None and len(scores) != total:
+        raise ValueError(
+            f"`scores` must have one entry for each training sample, {total}, got {len(scores)}."
+        )
+    with running(config, "select") as step:
+        indices = _choose(config, scores, scorer)
+    _warn_of_empty_classes(config, indices)
+    return Selection(indices=indices, seconds=step.seconds)
+
+
+def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) -> Tensor:
+    settings, total = config.settings, config.num_samples
+    selector = config.selector
+    if selector is None or config.keeps_all:
+        return torch.arange(total, device="cpu")
+    evidence = Evidence(
+        num_samples=total,
+        scores=scores if "scores" in selector.needs else None,
+        model=scorer if "model" in selector.needs else None,
+        targets=targets_of(config.train_set) if "targets" in selector.needs else None,
+        dataset=config.train_set,
+    )
+    indices = selector.select(settings.data_ratio, evidence, settings.seed)
+    return checked_indices(selector, indices, settings.data_ratio, total)
+
+
+def _warn_of_empty_classes(config: RunConfig, indices: Tensor) -> None:
+    """Warn if a coreset holds no sample of some class that the training set has."""
+    known = known_targets(config.train_set)
+    if known is None:
         return
-    with random_state.preserved_rng(run.device, seed=run.seed):
-        model = run.factory().to(run.device)
+    targets = known.cpu()
+    empty = sorted(set(targets.unique().tolist()) - set(targets[indices].unique().tolist()))
+    if empty:
+        settings = config.settings
+        warnings.warn(
+            f"`data_ratio={settings.data_ratio}` and `mode={name_of(settings.mode)!r}` leave no "
+            f"sample of classes {empty}, which the model will not learn in `train`. Raise "
+            f"`data_ratio`.",
+            stacklevel=4,
+        )
+
+
+def train(config: RunConfig, indices: Tensor) -> TrainedModel:
+    """Step 3: train a new model on the kept samples, for the epochs or steps asked for."""
+    settings = config.settings
+    with running(config, "train") as step:
+        model = config.factory().to(config.device)
+        optimizer = config.optimizer(model.parameters())
+        epochs, steps = settings.train_epochs, 0
+        if settings.equal_steps:
+            whole = epochs * ceil(config.num_samples / settings.batch_size)
+            epochs, steps = divmod(whole, ceil(config.num_kept / settings.batch_size))
+        if config.selector is None and not config.keeps_all:
+            loader, on_batch = _loader(config, model)
+            steps_an_epoch = ceil(config.num_kept / settings.batch_size)
+            every = BatchLoader(loader, steps_an_epoch)
+            step.fit(model, every, epochs, optimizer, on_batch=on_batch)
+            if steps:
+                step.fit(model, BatchLoader(loader, steps), 1, optimizer, on_batch=on_batch)
+            if on_batch is not None and epochs + steps:
+                fit_checks.check_losses_reported(loader.sampling.losses)
+        else:
+            with _baseline_mode(config, model) if config.keeps_all else nullcontext():
+                step.fit(model, _subset(config, indices), epochs, optimizer)
+                if steps:  # of an epoch that is not whole: as many full batches
+                    some = torch.randperm(len(indices), device="cpu")[: steps * settings.batch_size]
+                    step.fit(model, _subset(config, indices[some]), 1, optimizer)
+        accuracy = evaluate(model, config.test_set)
+    return TrainedModel(model=model, accuracy=accuracy, seconds=step.seconds)
+
+
+def _baseline_mode(config: RunConfig, model: nn.Module) -> AbstractContextManager[None]:
+    return always_evaluating(model) if config.protocol.baseline_in_eval_mode else nullcontext()
+
+
+def check_features(config: RunConfig) -> None:
+    """Refuse a mode that goes by features which the model does not give."""
+    selector = config.selector
+    if not isinstance(selector, KCenter | FacilityLocation) or config.keeps_all:
+        return
+    with random_state.preserved_rng(config.device, seed=config.settings.seed):
+        model = config.factory().to(config.device)
         try:
-            _vectors(run.mode, model, Subset(run.train_set, [0]))
+            selector.features(model, Subset(config.train_set, [0]))
         except ValueError as error:
-            error.add_note(f"`mode={run.mode!r}` needs these features of `model`.")
+            error.add_note(f"`mode={selector.name!r}` needs these features of `model`.")
             raise
 
 
-def choose(run: Any) -> Tensor:
-    """Keep a share of a run's training samples.
-
-    Args:
-        run: With the settings, the data and what step 1 found of a :class:`drophot.DropHot`.
-
-    Returns:
-        The kept samples' positions; all of them for a mode that chooses while it trains.
-    """
-    mode, ratio, total = run.mode, run.data_ratio, len(run.train_set)
-    if mode in modes.DYNAMIC or num_kept(total, ratio) == total:
-        return torch.arange(total, device="cpu")
-    if mode == "random":
-        return select(torch.zeros(total, device="cpu"), ratio, "random", seed=run.seed)
-    if run.protocol == "released":
-        return released_protocol.select(run.scores, ratio, mode)
-    if (how := modes.scored(mode)) is not None:
-        targets = targets_of(run.train_set) if how.balanced else None
-        scores = torch.zeros(total, device="cpu") if how.mode == "random" else run.scores
-        return select(scores, ratio, how.mode, targets=targets, seed=run.seed)
-    selector = k_center if mode == "k_center" else facility_location
-    vectors = _vectors(mode, run.scorer, run.train_set)
-    found = selector(vectors, ratio, targets=targets_of(run.train_set), seed=run.seed)
-    return found.indices
+def _subset(config: RunConfig, indices: Tensor) -> Dataset[Any]:
+    return Subset(config.train_set, indices.tolist())
 
 
-def train(run: Any, model: nn.Module, optimizer: Optimizer) -> None:
-    """Train on what was kept, for as many epochs or steps as were asked for.
+def _loader(config: RunConfig, model: nn.Module) -> tuple[Any, _OnBatch | None]:
+    """A loader that chooses while the model trains, and what has to see each batch for that."""
+    settings, total = config.settings, config.num_samples
+    ratio, seed = settings.data_ratio, settings.seed
+    if settings.mode == "crest":
+        loader = CrestLoader(
+            config.train_set,
+            model,
+            ratio,
+            batch_size=settings.batch_size,
+            seed=seed,
+            cache=config.cache,
+        )
+        return loader, None
+    if settings.mode == "fresh_subset":
+        return _SampledLoader(config, FreshSubset(total, ratio, seed=seed), None), None
+    sampling = LossSampling(total, ratio, seed=seed, device=config.device)
 
-    Args:
-        run: A run that has chosen.
-        model: What to train.
-        optimizer: Holds its parameters.
-    """
-    epochs, steps = run.train_epochs, 0
-    size = num_kept(len(run.train_set), run.data_ratio)
-    if run.equal_steps:
-        whole = epochs * ceil(len(run.train_set) / run.batch_size)
-        epochs, steps = divmod(whole, ceil(size / run.batch_size))
-    if run.mode in modes.DYNAMIC and size < len(run.train_set):  # everything is the baseline
-        loader, on_batch = _loader(run, model)
-        run._fit(model, loader, epochs, optimizer, on_batch=on_batch)
-        if steps:
-            run._fit(model, _Start(loader, steps), 1, optimizer, on_batch=on_batch)
-        return
-    run._fit(model, _subset(run, run.indices), epochs, optimizer)
-    if steps:  # of an epoch that is not whole: as many full batches
-        part = torch.randperm(len(run.indices), device="cpu")[: steps * run.batch_size]
-        run._fit(model, _subset(run, run.indices[part]), 1, optimizer)
-
-
-def _vectors(mode: str, model: nn.Module, dataset: Dataset[Any]) -> Tensor:
-    """The features of each sample that a mode goes by, `(N, D)`."""
-    return features(model, dataset, "penultimate" if mode == "k_center" else "error")
-
-
-def _subset(run: Any, indices: Tensor) -> Dataset[Any]:
-    return Subset(run.train_set, indices.tolist())
-
-
-def _loader(run: Any, model: nn.Module) -> tuple[Any, Any]:
-    """What chooses while the model trains, and what it wants to see of each batch."""
-    total, ratio, seed = len(run.train_set), run.data_ratio, run.seed
-    if run.mode == "crest":
-        options = {"batch_size": run.batch_size, "seed": seed, "cache": run.cache}
-        return CrestLoader(run.train_set, model, ratio, **options), None
-    if run.mode == "fresh_subset":
-        return _Sampled(run, FreshSubset(total, ratio, seed=seed), None), None
-    sampling = LossSampling(total, ratio, seed=seed, device=run.device)
-    order = _Shuffled(total)
-
-    def see(index: Tensor, logits: Tensor, targets: Tensor) -> None:
+    def update(index: Tensor, logits: Tensor, targets: Tensor) -> None:
         sampling.update(index, F.cross_entropy(logits.float(), targets, reduction="none"))
 
-    return _Sampled(run, sampling.sampler(order), sampling), see
+    return _SampledLoader(config, sampling.sampler(_Shuffled(total)), sampling), update
 
 
 class _Shuffled(Sampler[int]):
@@ -175,23 +272,17 @@ class _Shuffled(Sampler[int]):
         yield from torch.randperm(self.total, device="cpu").tolist()
 
 
-class _Sampled:
-    """A loader of the samples that a sampler gives, weighted where somebody weighs them."""
+class _SampledLoader:
+    """A loader of the samples that a sampler gives, with weights if there are any."""
 
-    def __init__(self, run: Any, sampler: Sampler[int], sampling: LossSampling | None) -> None:
-        self.run, self.sampler, self.sampling = run, sampler, sampling
+    def __init__(
+        self, config: RunConfig, sampler: Sampler[int], sampling: LossSampling | None
+    ) -> None:
+        self.config, self.sampler, self.sampling = config, sampler, sampling
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        run, order = self.run, torch.tensor(list(self.sampler), dtype=torch.int64, device="cpu")
-        for batch in batches(run.train_set, run.batch_size, run.device, shuffle=order):
+        config = self.config
+        order = torch.tensor(list(self.sampler), dtype=torch.int64, device="cpu")
+        size = config.settings.batch_size
+        for batch in batches(config.train_set, size, config.device, shuffle=order):
             yield batch if self.sampling is None else (*batch, self.sampling.weights(batch[2]))
-
-
-class _Start:
-    """The first steps of an epoch of a loader."""
-
-    def __init__(self, loader: Any, steps: int) -> None:
-        self.loader, self.steps = loader, steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        yield from islice(self.loader, self.steps)

@@ -1,7 +1,8 @@
-"""Magnitude pruning, with masks that keep removed weights at zero."""
+"""Pruning of weights by magnitude or importance, with masks that keep removed weights at zero."""
 
 from drophot.prune.batchnorm import recalibrate_bn
 from drophot.prune.compressed_checkpoint import load_compressed, save_compressed
+from drophot.prune.importance import Importance
 from drophot.prune.magnitude import magnitude_prune
 from drophot.prune.masks import Masks
 from drophot.prune.model_summary import LayerSummary, Summary, summary
@@ -9,6 +10,7 @@ from drophot.prune.schedule import Schedule, cubic, geometric, rewind
 from drophot.prune.semi_structured import to_semi_structured
 
 __all__ = [
+    "Importance",
     "LayerSummary",
     "Masks",
     "Schedule",

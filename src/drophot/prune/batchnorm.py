@@ -19,7 +19,7 @@ from drophot.prune.running_statistics import Sums, gathered, with_statistics
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Names of entries in a batch that are not inputs of the model.
+# Keys of a batch that are not inputs of the model.
 _NOT_INPUTS = frozenset(["labels", "label", "label_ids", "targets", "target", "index"])
 
 
@@ -93,19 +93,14 @@ def recalibrate_bn(
     failure: Exception | None = None
     try:
         sums = _sums(model, layers, loader)
-    except Exception as error:  # the others are waiting, and have to hear of it
+    except Exception as error:  # the other ranks are waiting for this one
         failure = error
     merged = _merged(layers, sums, failure, group)
     _write(layers, merged)
 
 
 def recalibrate_alone(model: nn.Module, loader: Iterable[Any]) -> None:
-    """The same in one process, whatever other ranks do.
-
-    Args:
-        model: The model.
-        loader: Gives batches.
-    """
+    """`recalibrate_bn` on this rank only, whatever the other ranks do."""
     layers = _layers(model)
     _write(layers, _sums(model, layers, loader))
 
@@ -114,14 +109,14 @@ def _layers(model: nn.Module) -> dict[str, _NormBase]:
     layers = with_statistics(model)
     if not layers:
         raise ValueError(
-            f"`model` must have BatchNorm layers with running statistics. "
+            f"`model` must have BatchNorm layers with running statistics, but "
             f"{type(model).__name__} has none, so there is nothing to recalibrate."
         )
     for path, layer in layers.items():
         if layer.running_mean is not None and is_lazy(layer.running_mean):
             raise ValueError(
-                f"`model` must be initialised. `{path}` is a lazy layer that has seen no data: run "
-                f"one batch through the model first."
+                f"`model` must be initialised, but `{path}` is a lazy layer that has seen no data. "
+                f"Run one batch through the model first."
             )
     return layers
 
@@ -129,8 +124,8 @@ def _layers(model: nn.Module) -> dict[str, _NormBase]:
 def _sums(
     model: nn.Module, layers: Mapping[str, _NormBase], loader: Iterable[Any]
 ) -> dict[str, Sums]:
-    """The sums of each layer in one pass; the model is restored."""
-    # These would talk to other ranks, or copy the layers to other devices.
+    """The sums of each layer from one pass; the model is restored."""
+    # Wrappers would communicate with other ranks, or copy the layers to other devices.
     inner = _unwrapped(model)
     with (
         evaluating(model) as device,
@@ -148,7 +143,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(model, DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original  # compiled, which this pass is not
+            model = original  # torch.compile: this pass is eager
         else:
             return model
 
@@ -170,8 +165,8 @@ def _write(layers: Mapping[str, _NormBase], sums: Mapping[str, Sums]) -> None:
         if not all(bool(value.isfinite().all()) for value in new[path]):
             raise ValueError(
                 f"`model` must have activations whose statistics are finite in "
-                f"{layer.running_mean.dtype}. Found NaN or infinity in `{path or 'the model'}`: "
-                f"check the weights for divergence, or use a wider dtype."
+                f"{layer.running_mean.dtype}, but those of `{path or 'the model'}` are NaN or "
+                f"infinite. Check the weights for divergence, or use a wider dtype."
             )
     for path, (mean, variance) in new.items():
         layer = layers[path]
@@ -189,7 +184,7 @@ def _merged(
     failure: Exception | None,
     group: ProcessGroup | None,
 ) -> dict[str, Sums]:
-    """The sums of all ranks, the same on each."""
+    """The sums over all ranks, identical on each rank."""
     widths = [len(layer.running_mean) for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
     shape = [len(widths), sum(widths), sum(i * width for i, width in enumerate(widths, 1))]
@@ -203,8 +198,8 @@ def _merged(
         )
     if len(table.unique(dim=0)) > 1:
         raise ValueError(
-            f"`model` must have the same BatchNorm layers on every rank. Found, as [layers, "
-            f"channels] of each rank, {table[:, 1:3].tolist()}."
+            f"`model` must have the same BatchNorm layers on every rank, got "
+            f"{table[:, 1:3].tolist()} as [layers, channels] of each rank."
         )
     rows = []
     for path, width in zip(layers, widths, strict=True):
@@ -218,7 +213,7 @@ def _merged(
     total = torch.zeros_like(packed[0])
     cpu = packed.device
     for columns in distributed.gather_tables({"sums": packed}, [1] * len(table), group, cpu):
-        total += columns["sums"][0]  # in the order of the ranks, so that all get equal bits
+        total += columns["sums"][0]  # in the order of the ranks, so that all get the same bits
     found: dict[str, Sums] = {}
     for (path, width), row in zip(
         zip(layers, widths, strict=True), total.split([2 * w + 2 for w in widths]), strict=True
@@ -242,8 +237,8 @@ def _inputs(batch: Any, model: nn.Module) -> Tensor:
     if not isinstance(first, Tensor):
         keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
         raise TypeError(
-            f"`loader` must yield batches with a tensor of inputs first. Found "
-            f"{type(first).__name__} in a batch of type {type(batch).__name__}{keys}: wrap the "
+            f"`loader` must yield batches with a tensor of inputs first, got "
+            f"{type(first).__name__} in a batch of type {type(batch).__name__}{keys}. Wrap the "
             f"loader in a generator that yields the inputs."
         )
     return first

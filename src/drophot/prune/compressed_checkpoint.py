@@ -1,4 +1,4 @@
-"""Checkpoints of sparse networks: a bit for each weight, and the values that are not zero."""
+"""Compressed checkpoints of sparse networks: one bit per weight, and the nonzero values."""
 
 from __future__ import annotations
 
@@ -22,41 +22,34 @@ from drophot.prune.prunable_weights import check_module
 
 _FORMAT = "drophot compressed 1"
 _HEADER = "drophot.json"
-_NO_NOTE = {"version": 1}
+_DEFAULT_METADATA = {"version": 1}
 
-# What reading a file that is not one of these, or no longer, can end in.
-_DAMAGE = (
+# The errors that can be raised while reading a file that is damaged or something else.
+_READ_ERRORS = (
     *(zipfile.BadZipFile, json.JSONDecodeError, UnicodeDecodeError, EOFError, struct.error),
     *(OSError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError),
 )
 
 
 def compressed_bytes(tensor: Tensor) -> int:
-    """What a tensor takes in a compressed file: bit mask and values, or all of it if that is less.
-
-    Args:
-        tensor: Any dense tensor.
-
-    Returns:
-        Bytes.
-    """
+    """The bytes that a dense tensor takes in a compressed file."""
     if not _may_be_sparse(tensor):
         return tensor.numel() * tensor.element_size()
     return _sparse_bytes(tensor.numel(), int(tensor.detach().count_nonzero()), tensor)
 
 
 def save_compressed(model: nn.Module, path: Path | str) -> None:
-    """Write a model's `state_dict` with one bit for each weight and the values that are not zero.
+    """Save a model's `state_dict` as one bit per weight and the values that are not zero.
 
-    At a sparsity of 80 % a file of 32-bit weights takes 0.2 + 1/32 = 0.231 of the dense one.
-    Tensors that would not be smaller are written whole, and tensors that share their memory once.
-    The file is a plain zip archive of raw bytes and a description in JSON: nothing in it can run
-    when it is read. It appears whole or not at all, also where several threads or processes save to
-    one path; the last one wins. A process that is killed may leave a file `NAME.….part` in the same
-    folder, which the next call removes.
+    At a sparsity of 80 %, a file of 32-bit weights takes 0.2 + 1/32 = 0.231 of the dense one.
+    Tensors that would not become smaller are written whole, and tensors that share memory are
+    written once. The file is a zip archive of raw bytes and a description in JSON; it contains no
+    code. It is written atomically, even if several threads or processes save to one path; the last
+    one wins. A process that is killed may leave a file `NAME.….part` in the same folder, which the
+    next call removes.
 
     Args:
-        model: Pruned, on any device.
+        model: A pruned model, on any device.
         path: The file; an existing file is replaced.
 
     Raises:
@@ -93,26 +86,25 @@ def save_compressed(model: nn.Module, path: Path | str) -> None:
             shared[memory] = name
             entries[name] = _write(archive, str(number), tensor.detach())
         described = {"format": _FORMAT, "tensors": entries, "metadata": _metadata(state)}
-        header = json.dumps(described, default=_refuse).encode()
+        header = json.dumps(described, default=_raise_not_json).encode()
         if len(header) > _longest_header(state):
             raise ValueError(
-                f"`model` should note less in its state's metadata. Found a description of "
-                f"{len(header):,} bytes, of at most {_longest_header(state):,}; save it with "
-                f"torch.save."
+                f"`model` must have less metadata in its state_dict: its description takes "
+                f"{len(header):,} bytes, of at most {_longest_header(state):,}. Use torch.save."
             )
         archive.writestr(_HEADER, header)
 
 
 def load_compressed(model: nn.Module, path: Path | str) -> None:
-    """Load what `save_compressed` wrote into a model of the same architecture, in place.
+    """Load a file of `save_compressed` into a model of the same architecture, in place.
 
-    The tensors are read and checked, then given to `model.load_state_dict`, so that hooks and
-    modules that load in their own way work as usual. Every tensor is equal to the one that was
+    The tensors are read and checked, then passed to `model.load_state_dict`, so that hooks and
+    modules with custom loading work as usual. Every tensor is equal to the one that was
     saved, except that negative zeros become positive. Files from untrusted sources are safe to
     load: how much is read is bounded by the model and by the size of the file.
 
     Args:
-        model: On any device.
+        model: The model, on any device.
         path: The file.
 
     Raises:
@@ -127,12 +119,12 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
     state = model.state_dict()
     if lazy := [name for name, tensor in state.items() if is_lazy(tensor)]:
         raise ValueError(
-            f"`model` should know the shapes of its tensors. Found `{lazy[0]}` of a lazy module: "
-            f"run one batch through the model first."
+            f"`model` must be initialised, but `{lazy[0]}` belongs to a lazy module. Run one batch "
+            f"through the model first."
         )
     if empty := [name for name, tensor in state.items() if getattr(tensor, "is_meta", False)]:
         raise ValueError(
-            f"`model` should have memory for its tensors. Found `{empty[0]}` on meta; call "
+            f"`model` must not be on the meta device, but `{empty[0]}` is. Call "
             f"model.to_empty(device=...) first."
         )
     for name, tensor in state.items():
@@ -141,16 +133,16 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
         repeated = zip(tensor.shape, tensor.stride(), strict=True)
         if name in state and any(size > 1 and not step for size, step in repeated):
             raise ValueError(
-                f"`model` should not have expanded tensors. Found `{name}` expanded to "
-                f"{tuple(tensor.shape)}; replace it by a clone."
+                f"`model` must not have expanded tensors, but `{name}` is expanded to "
+                f"{tuple(tensor.shape)}. Replace it with a clone."
             )
     with path.open("rb") as file:
         try:
             found = _read(file, state)
-        except _DAMAGE as error:
+        except _READ_ERRORS as error:
             raise ValueError(
-                f"`path` should be a file that save_compressed wrote. Found {path}, which is "
-                f"damaged or something else ({type(error).__name__}: {error})."
+                f"`path` must be a file written by save_compressed, but {path} is damaged or "
+                f"something else ({type(error).__name__}: {error})."
             ) from error
     try:
         model.load_state_dict(found)
@@ -162,16 +154,16 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
 def _path(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(
-            f"`path` should be a path. Found a {type(path).__name__}; the model comes first, then "
-            f"the path."
+            f"`path` must be a path, got {type(path).__name__}. The model comes first, then the "
+            f"path."
         )
     return Path(path)
 
 
 def _metadata(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What modules note of their part of a state, by path: versions above the first, most often."""
-    notes = getattr(state, "_metadata", {})
-    return {path: dict(note) for path, note in notes.items() if note != _NO_NOTE}
+    """The metadata of each module's part of a state, by path, where it is not the default."""
+    metadata = getattr(state, "_metadata", {})
+    return {path: dict(entry) for path, entry in metadata.items() if entry != _DEFAULT_METADATA}
 
 
 def _write(archive: zipfile.ZipFile, number: str, tensor: Tensor) -> dict[str, Any]:
@@ -193,75 +185,75 @@ def _write(archive: zipfile.ZipFile, number: str, tensor: Tensor) -> dict[str, A
 
 
 def _read(file: BinaryIO, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state of the same tensors and notes as the one that was written."""
+    """The state that was saved, checked against the model's."""
     with zipfile.ZipFile(file) as archive:
         header = json.loads(_content(archive, _HEADER, _longest_header(state)))
         if header.get("format") != _FORMAT:
             raise ValueError(
-                f"`path` should be a file of the format {_FORMAT!r}. Found "
-                f"{str(header.get('format'))[:50]!r}; it may be of a later drophot."
+                f"`path` must be a file of the format {_FORMAT!r}, got "
+                f"{str(header.get('format'))[:50]!r}. It may be from a later version of drophot."
             )
         entries = header["tensors"]
-        if strange := sorted(entries.keys() ^ state.keys()):
-            raise ValueError(_other_names(strange, entries.keys(), state.keys()))
+        if different := sorted(entries.keys() ^ state.keys()):
+            raise ValueError(_names_error(different, entries.keys(), state.keys()))
         found: OrderedDict[str, Tensor] = OrderedDict()
-        found._metadata = _noted(header, state)  # type: ignore[attr-defined]
+        found._metadata = _saved_metadata(header, state)  # type: ignore[attr-defined]
         for name, entry in entries.items():
             source = entry.get("same as", name)
-            own = entries[source]
-            mine = state[name]
+            saved = entries[source]
+            own = state[name]
             if _is_extra(name) and _is_extra(source):
-                mine = _as_described(own)
-            dtype = str(mine.dtype).removeprefix("torch.")
-            if own["dtype"] != dtype or own["shape"] != list(mine.shape):
+                own = _as_described(saved)
+            dtype = str(own.dtype).removeprefix("torch.")
+            if saved["dtype"] != dtype or saved["shape"] != list(own.shape):
                 raise ValueError(
-                    f"`model` should have `{name}` as the file does, {own['dtype']} "
-                    f"{tuple(own['shape'])}. Found {dtype} {tuple(mine.shape)}"
+                    f"`model` must have `{name}` as {saved['dtype']} of shape "
+                    f"{tuple(saved['shape'])}, as in the file, got {dtype} of shape "
+                    f"{tuple(own.shape)}. "
                     + (
-                        f": call model.to(torch.{own['dtype']}) first, and convert it afterwards."
-                        if own["shape"] == list(mine.shape)
-                        else "; the file is of another model."
+                        f"Call model.to(torch.{saved['dtype']}) first, and convert it afterwards."
+                        if saved["shape"] == list(own.shape)
+                        else "The file is of another model."
                     )
                 )
             if source not in found:
-                like = mine if _is_extra(source) else state[source]
-                found[source] = _tensor(archive, own, like, source)
+                like = own if _is_extra(source) else state[source]
+                found[source] = _tensor(archive, saved, like, source)
             found[name] = found[source]
     return found
 
 
-def _other_names(strange: list[str], there: Iterable[str], here: Iterable[str]) -> str:
-    """What to tell a user whose file and model have tensors of other names."""
-    more = f" and {len(strange) - 20:,} more" if len(strange) > 20 else ""
-    cure = "; it is of another model."
-    if sorted(map(without_wrappers, there)) == sorted(map(without_wrappers, here)):
-        cure = (
-            ": a wrapper such as DistributedDataParallel or torch.compile adds `module.` or "
+def _names_error(different: list[str], in_file: Iterable[str], in_model: Iterable[str]) -> str:
+    more = f" and {len(different) - 20:,} more" if len(different) > 20 else ""
+    fix = "The file is of another model."
+    if sorted(map(without_wrappers, in_file)) == sorted(map(without_wrappers, in_model)):
+        fix = (
+            "A wrapper such as DistributedDataParallel or torch.compile adds `module.` or "
             "`_orig_mod.` to the names of one of them. Save and load the module inside it."
         )
     return (
-        f"`model` should have the tensors of the file. Found a difference in "
-        f"{[name[:100] for name in strange[:20]]}{more}{cure}"
+        f"`model` must have the tensors of the file, but the names differ in "
+        f"{[name[:100] for name in different[:20]]}{more}. {fix}"
     )
 
 
-def _noted(header: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the modules noted when the file was written, by which they know how to read it."""
-    own = {path: dict(note) for path, note in getattr(state, "_metadata", {}).items()}
-    if "metadata" not in header:  # written before that was
+def _saved_metadata(header: dict[str, Any], state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The modules' metadata (versions, mostly) when the file was written."""
+    own = {path: dict(entry) for path, entry in getattr(state, "_metadata", {}).items()}
+    if "metadata" not in header:  # files of earlier versions have none
         return own
-    notes = header["metadata"]
-    if not all(isinstance(note, dict) for note in notes.values()):
-        raise ValueError(f"`path` should be whole. Found {notes!r} for what modules noted.")
-    return {path: dict(notes.get(path, _NO_NOTE)) for path in own}
+    saved = header["metadata"]
+    if not all(isinstance(entry, dict) for entry in saved.values()):
+        raise ValueError(f"`path` is damaged: the metadata of its modules is {saved!r}.")
+    return {path: dict(saved.get(path, _DEFAULT_METADATA)) for path in own}
 
 
 def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name: str) -> Tensor:
-    # The model says how much there is to read, or the size of the file: not what the file says.
+    # The model, or the size of the file, bounds how much is read, never a number in the file.
     total, size = like.numel(), like.element_size()
     count = entry.get("nonzeros", total)
     if not isinstance(count, int) or not 0 <= count <= total:
-        raise ValueError(f"`path` should be whole. Found {count!r} values of {total} in `{name}`.")
+        raise ValueError(f"`path` is damaged: `{name}` has {count!r} values of {total}.")
     content = _exactly(archive, entry["file"], count * size, name) if count else None
     values = torch.empty(count, dtype=like.dtype, device="cpu")
     if content is not None:
@@ -271,7 +263,7 @@ def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name:
     packed = _exactly(archive, f"{entry['file']}.mask", (total + 7) // 8, name)
     kept = torch.from_numpy(np.unpackbits(packed, count=total).view(bool))
     if int(kept.count_nonzero()) != count:
-        raise ValueError(f"`path` should be whole. Found another number of values in `{name}`.")
+        raise ValueError(f"`path` is damaged: the mask of `{name}` has another number of values.")
     flat = torch.zeros(total, dtype=like.dtype, device="cpu")
     flat[kept] = values
     return flat.view(like.shape)
@@ -280,31 +272,31 @@ def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name:
 def _exactly(archive: zipfile.ZipFile, file: str, size: int, name: str) -> np.ndarray:
     if archive.getinfo(file).file_size != size:
         raise ValueError(
-            f"`path` should be whole. Found {archive.getinfo(file).file_size:,} bytes of "
-            f"{size:,} for `{name}`."
+            f"`path` is damaged: `{name}` has {archive.getinfo(file).file_size:,} bytes instead of "
+            f"{size:,}."
         )
     return np.frombuffer(_content(archive, file, size), dtype=np.uint8)
 
 
 def _content(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
-    """A part of the file, if it is stored as it is and no larger than it may be."""
+    """A part of the file, which must be stored uncompressed and have at most `most` bytes."""
     entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(
-            f"`path` should be a file of save_compressed, with its parts stored as they are. Found "
-            f"{name!r} compressed by method {entry.compress_type}; it is of something else."
+            f"`path` must be a file written by save_compressed, with uncompressed parts, but "
+            f"{name!r} is compressed by method {entry.compress_type}."
         )
     whole = os.fstat(archive.fp.fileno()).st_size if archive.fp is not None else 0
     if entry.file_size > min(most, whole) or entry.compress_size != entry.file_size:
         raise ValueError(
-            f"`path` should be whole. Found {entry.file_size:,} bytes for {name!r}, of at most "
+            f"`path` is damaged: {name!r} has {entry.file_size:,} bytes, of at most "
             f"{min(most, whole):,}."
         )
     return archive.read(name)
 
 
 def _longest_header(state: Mapping[str, Any]) -> int:
-    """How many bytes a description of these tensors may have: some for each, and for notes."""
+    """The maximum size in bytes of the description of these tensors and of their metadata."""
     return (1 << 20) + sum(4096 + 12 * len(name) for name in state)
 
 
@@ -314,16 +306,15 @@ def _is_extra(name: str) -> bool:
 
 
 def _as_described(entry: dict[str, Any]) -> Tensor:
-    """A tensor without memory, of the dtype and the shape that a file describes."""
+    """A meta tensor of the dtype and shape that a file describes."""
     dtype = getattr(torch, entry["dtype"])
     sizes = entry["shape"]
     if not isinstance(dtype, torch.dtype) or not all(type(n) is int and n >= 0 for n in sizes):
-        raise ValueError(f"`path` should be whole. Found {str(entry)[:100]} for extra state.")
+        raise ValueError(f"`path` is damaged: its extra state is {str(entry)[:100]}.")
     return torch.empty(sizes, dtype=dtype, device="meta")
 
 
 def _bytes(flat: Tensor) -> Tensor:
-    """The bytes of a tensor of one dimension, whatever its dtype."""
     return flat.view(torch.uint8)
 
 
@@ -336,23 +327,22 @@ def _sparse_bytes(total: int, nonzeros: int, tensor: Tensor) -> int:
     return min(total * size, (total + 7) // 8 + nonzeros * size)
 
 
-def _refuse(note: Any) -> Any:
+def _raise_not_json(value: Any) -> Any:
     raise TypeError(
-        f"`model` should note in its state's metadata what JSON can hold. Found a "
-        f"{type(note).__name__}; save it with torch.save."
+        f"`model` must have metadata in its state_dict that JSON can hold, got "
+        f"{type(value).__name__}. Use torch.save."
     )
 
 
 def _check_dense(name: str, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(
-            f"`model` should have a state of tensors only. Found `{name}`, a "
-            f"{type(tensor).__name__}; save it with torch.save."
+            f"`model` must have a state_dict of tensors only, but `{name}` is a "
+            f"{type(tensor).__name__}. Use torch.save."
         )
     plain = type(tensor) in (Tensor, nn.Parameter)
     if not plain or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         raise TypeError(
-            f"`model` should have dense tensors with data. Found `{name}`, a "
-            f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}, on {tensor.device}; "
-            f"save it with torch.save."
+            f"`model` must have dense tensors with data, but `{name}` is a {type(tensor).__name__} "
+            f"of {tensor.dtype}, {tensor.layout}, on {tensor.device}. Use torch.save."
         )

@@ -1,4 +1,4 @@
-"""Hooks that go with a copy of the optimiser that they are on."""
+"""Optimizer hooks that are copied and pickled with their optimizer."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from drophot.prune.optimizers import HOOKS
 
 
 class Follower:
-    """Its bound methods, as hooks of an optimiser, are copied and pickled with it."""
+    """A base class whose bound methods, as hooks of an optimizer, are copied with it."""
 
 
 def hooks_of(optimizer: Optimizer) -> dict[str, dict[int, Callable[..., Any]]]:
-    """An optimiser's hooks, by the attribute that they are in."""
+    """The hooks of an optimizer, by the attribute that holds them."""
     return {f"_optimizer_{name}": getattr(optimizer, f"_optimizer_{name}") for name in HOOKS}
 
 
 def follow(optimizer: Optimizer) -> None:
-    """Let copies of an optimiser have the followers among its hooks, if there are any.
+    """Let copies of an optimizer keep those of its hooks that are methods of a `Follower`.
 
-    Torch's own `__getstate__` leaves all hooks out.
+    The optimizer's own `__getstate__` leaves all hooks out.
     """
     hooks = [hook for each in hooks_of(optimizer).values() for hook in each.values()]
     if not any(map(_is_follower, hooks)):
@@ -33,7 +33,7 @@ def follow(optimizer: Optimizer) -> None:
 
 
 class _WithFollowers:
-    """An optimiser's `__getstate__`, which does not keep it alive."""
+    """A `__getstate__` for one optimizer, which does not keep it alive."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
@@ -46,7 +46,7 @@ class _WithFollowers:
 
     def __call__(self) -> Any:
         optimizer = self._optimizer()
-        assert optimizer is not None, "it is the one that asks"
+        assert optimizer is not None, "the optimizer calls this"
         state = type(optimizer).__getstate__(optimizer)
         if not isinstance(state, dict):
             return state

@@ -1,4 +1,4 @@
-"""The parameters that a model has now, by the names that its masks have."""
+"""Find the current parameters of a model by the names of its masks."""
 
 from __future__ import annotations
 
@@ -21,20 +21,11 @@ def find(model: nn.Module, path: str) -> nn.Parameter | None:
 
 
 def paths(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
-    """Where a model has the parameters that masks belong to.
+    """For each name of the masks, the path of that parameter in the model, which may be wrapped.
 
-    Names may differ by what a wrapper adds: `module.` of DistributedDataParallel, DataParallel and
-    AveragedModel, `_orig_mod.` of `torch.compile`.
-
-    Args:
-        model: The model, wrapped or not.
-        masks: By parameter name.
-
-    Returns:
-        For each name of the masks, the path of the parameter in the model.
-
-    Raises:
-        ValueError: If a parameter is missing, sharded or of another shape.
+    Wrappers add parts to names: `module.` (DistributedDataParallel, DataParallel, AveragedModel) or
+    `_orig_mod.` (`torch.compile`). An error is raised if a parameter is missing, sharded or of
+    another shape.
     """
     found = {name: name for name in masks if find(model, name) is not None}
     if len(found) < len(masks):
@@ -51,31 +42,15 @@ def paths(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def current(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The parameters of a model that masks belong to, as they are now.
-
-    Args:
-        model: The model, wrapped or not.
-        masks: By parameter name.
-
-    Returns:
-        The parameters, by the masks' names.
-
-    Raises:
-        ValueError: If one is missing, sharded or of another shape.
-    """
+    """The model's current parameters, by the names of the masks."""
     parameters = {name: find(model, path) for name, path in paths(model, masks).items()}
     return {name: weight for name, weight in parameters.items() if weight is not None}
 
 
 def own_names(names: Collection[str], own: Collection[str]) -> dict[str, str]:
-    """Names of the same parameters in two models, of which one may be wrapped.
+    """For each name the one of `own` that names the same parameter, of a wrapped model or not.
 
-    Args:
-        names: Names of parameters.
-        own: The names that are wanted, of all parameters.
-
-    Returns:
-        For each name the one that is wanted; a name that is none of them, or of several, stays.
+    A name that matches none of them, or several, stays as it is.
     """
     plain: dict[str, list[str]] = {}
     for name in own:
@@ -85,34 +60,35 @@ def own_names(names: Collection[str], own: Collection[str]) -> dict[str, str]:
 
 
 def without_wrappers(path: str) -> str:
-    """A parameter's name without what DataParallel, DDP, FSDP and torch.compile add to it."""
+    """The name of a parameter without the parts that wrappers add."""
     return ".".join(part for part in path.split(".") if part not in _WRAPPERS)
 
 
 def _check(model: nn.Module, name: str, weight: nn.Parameter | None, mask: Tensor) -> None:
     if weight is None:
         raise ValueError(
-            f"`model` must have the parameters that the masks belong to. Found no parameter "
-            f"`{name}` in {type(model).__name__}: it is another model, or its layers were replaced "
-            f"or parametrized. For the model as it is now, use Masks.from_zeros(model)."
+            f"`model` must have the parameters that the masks belong to, but "
+            f"{type(model).__name__} has no parameter `{name}`. It is another model, or its layers "
+            f"were replaced or parametrized. For the model as it is now, use "
+            f"Masks.from_zeros(model)."
         )
     if is_sharded(model, weight):
         raise ValueError(
-            f"`model` must hold its weights whole. Found `{name}` sharded over processes "
-            f"({type(weight.data).__name__}); masks cannot be applied to or held on a sharded "
+            f"`model` must not be sharded, but `{name}` is sharded over processes "
+            f"({type(weight.data).__name__}). Masks cannot be applied to or held on a sharded "
             f"model. Train the pruned model with DistributedDataParallel."
         )
     if weight.shape != mask.shape:
         raise ValueError(
-            f"`model` must have the shapes that the masks have. Found `{name}` of shape "
-            f"{tuple(weight.shape)} and its mask of shape {tuple(mask.shape)}: it is another "
-            f"model, or its channels were pruned after the masks were made. For the model as it "
-            f"is now, use Masks.from_zeros(model)."
+            f"`model` must have weights of the masks' shapes, but `{name}` has shape "
+            f"{tuple(weight.shape)} and its mask {tuple(mask.shape)}. It is another model, or its "
+            f"channels were pruned after the masks were made. For the model as it is now, use "
+            f"Masks.from_zeros(model)."
         )
 
 
 def is_sharded(model: nn.Module, weight: Tensor) -> bool:
-    """Whether a weight is a DTensor or, in FSDP's first version, a piece of one vector."""
+    """Whether a weight is a DTensor or, in the first version of FSDP, part of a flat vector."""
     if hasattr(weight, "device_mesh") or getattr(weight, "_is_flat_param", False):
         return True
     return weight.dim() == 1 and any(

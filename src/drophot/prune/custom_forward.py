@@ -1,8 +1,8 @@
-"""Whether layers with a forward of their own multiply by their weight as it is.
+"""Find out whether layers that override `forward` multiply by their weight as it is.
 
-A layer may standardise its weight before it multiplies: a zero in the parameter is then no zero in
-the kernel. Its code cannot be read, so that a copy of it runs once on a small input, with weights
-of which half are zero, and what its products and convolutions are given is looked at.
+A layer may standardise its weight before it multiplies, so that a zero in the parameter is not a
+zero in the kernel. drophot therefore runs a copy of the layer once on a small input, with weights
+of which half are zero, and inspects the operands of its products and convolutions.
 """
 
 from __future__ import annotations
@@ -31,29 +31,24 @@ _FORWARDS = ("forward", "_conv_forward")
 Verdicts = dict[Any, bool | None]
 
 
-def keeps_zeros(module: nn.Module, known: Verdicts) -> bool | None:
+def keeps_zeros(module: nn.Module, verdicts: Verdicts) -> bool | None:
     """Whether a zero in a layer's weight is a zero in the kernel that the layer multiplies by.
 
-    Args:
-        module: A layer that has `weights_of`.
-        known: What was found of other layers, added to: layers of one class with equal settings
-            are tried once.
-
-    Returns:
-        Whether it is; `None` if that cannot be seen.
+    `None` means that this cannot be observed. Layers of one class with equal settings are tried
+    once; `verdicts` caches the results.
     """
     if not _has_own_forward(module):
         return True
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return None  # a copy would call what belongs to the layer itself
     key = _key(module)
-    if key not in known:
-        known[key] = _try(module)
-    return known[key]
+    if key not in verdicts:
+        verdicts[key] = _probe(module)
+    return verdicts[key]
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether a layer computes by other code than that of the class it is known as."""
+    """Whether a layer overrides the forward of the torch or Transformers class it derives from."""
     if "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
         return True
     homes = {getattr(getattr(type(module), n, None), "__module__", "torch.") for n in _FORWARDS}
@@ -62,43 +57,43 @@ def _has_own_forward(module: nn.Module) -> bool:
 
 
 def _key(module: nn.Module) -> tuple[Any, ...]:
-    """What layers that compute alike have in common: class, shapes, settings, functions, parts."""
+    """A key that layers share if they compute alike: class, shapes, settings and submodules."""
     shapes = [(name, p.shape) for name, p in module._parameters.items() if p is not None]
     settings = [
         (name, id(value) if callable(value) else repr(value))
         for name, value in module.__dict__.items()
         if callable(value) or isinstance(value, bool | int | float | str | tuple | None)
     ]
-    parts = [(name, repr(part)) for name, part in module._modules.items()]
-    return type(module), *shapes, *settings, *module._buffers, *parts
+    submodules = [(name, repr(child)) for name, child in module._modules.items()]
+    return type(module), *shapes, *settings, *module._buffers, *submodules
 
 
-def _try(module: nn.Module) -> bool | None:
+def _probe(module: nn.Module) -> bool | None:
     weights = {
         name: weight
         for name in weights_of(module)
         if (weight := module._parameters.get(name)) is not None
     }
-    for dtype, other in product((torch.float32, None), (False, True)):
+    for dtype, other_layout in product((torch.float32, None), (False, True)):
         probes = {name: _half_zero(weight, dtype) for name, weight in weights.items()}
         try:
             layer = copy.deepcopy(module, {id(weights[name]): probes[name] for name in probes})
             layer.eval()
             layer = layer if dtype is None else layer.to(dtype)
-            watch = _Watch(layer, probes)
-            some = next(iter(probes.values()))
-            with random_state.preserved_rng(some.device), torch.no_grad():
-                inputs = _inputs(layer, some, other)
-                with watch:
+            observer = _OperandObserver(layer, probes)
+            first = next(iter(probes.values()))
+            with random_state.preserved_rng(first.device), torch.no_grad():
+                inputs = _inputs(layer, first, other_layout)
+                with observer:
                     layer.forward(*inputs)
-        except Exception:  # of anybody's code
+        except Exception:  # the layer is not ours, so it may raise anything
             continue
-        return watch.verdict()
+        return observer.verdict()
     return None
 
 
 def _half_zero(weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
-    """Random positive values of a weight's shape, every other one of them zero."""
+    """Random positive values of a weight's shape, about half of them zero."""
     order = torch.Generator().manual_seed(0)
     values = torch.rand(weight.shape, generator=order) + 0.5
     values *= torch.rand(weight.shape, generator=order) < 0.5
@@ -107,16 +102,16 @@ def _half_zero(weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=weight.requires_grad)
 
 
-def _inputs(layer: nn.Module, weight: Tensor, other: bool) -> tuple[Tensor, ...]:
-    """A small batch of a layer's inputs; or in another layout: channels last, or sequences."""
-    # No activation has as many numbers as a weight if the batch's size does not divide these.
+def _inputs(layer: nn.Module, weight: Tensor, other_layout: bool) -> tuple[Tensor, ...]:
+    """A small batch of inputs; `other_layout` means channels last, or a batch of sequences."""
+    # A batch size that does not divide the weight's size, so that no activation has that size.
     batch = next(n for n in (5, 7, 11, 13, 17, 19, 23) if weight.numel() % n or n == 23)
     shapes: list[tuple[int, ...]]
     if isinstance(layer, _ConvNd):
         kernels = zip(layer.kernel_size, layer.dilation, strict=True)
         sizes = [1 if isinstance(layer, _ConvTransposeNd) else (k - 1) * d + 1 for k, d in kernels]
         space, channels = tuple(size + 1 for size in sizes), layer.in_channels
-        shapes = [(batch, *space, channels) if other else (batch, channels, *space)]
+        shapes = [(batch, *space, channels) if other_layout else (batch, channels, *space)]
     elif isinstance(layer, nn.MultiheadAttention):
         shapes = [(batch, batch, n) for n in (layer.embed_dim, layer.kdim, layer.vdim)]
     elif isinstance(layer, nn.RNNBase):
@@ -125,23 +120,18 @@ def _inputs(layer: nn.Module, weight: Tensor, other: bool) -> tuple[Tensor, ...]
         shapes = [(batch, layer.in1_features), (batch, layer.in2_features)]
     else:
         features = weight.shape[0 if is_conv1d(layer) else 1]
-        shapes = [(batch, batch, features) if other else (batch, features)]
+        shapes = [(batch, batch, features) if other_layout else (batch, features)]
     return tuple(torch.ones(shape, device=weight.device, dtype=weight.dtype) for shape in shapes)
 
 
-class _Watch(TorchDispatchMode):
-    """Looks at what products and convolutions are given.
-
-    Args:
-        layer: The layer.
-        probes: Its weights, by name.
-    """
+class _OperandObserver(TorchDispatchMode):
+    """Inspects the operands of products and convolutions while a layer runs with probe weights."""
 
     def __init__(self, layer: nn.Module, probes: dict[str, nn.Parameter]) -> None:
         super().__init__()
         self._probes = probes
         self._zeros = {name: probe.detach() == 0 for name, probe in probes.items()}
-        self._seen: dict[str, bool] = {}  # whether each weight's kernels have its zeros
+        self._seen: dict[str, bool] = {}  # by weight, whether all its kernels had its zeros
         own = {id(probe) for probe in probes.values()}
         tensors = (*layer.parameters(), *layer.buffers())
         self._others = {_memory(tensor) for tensor in tensors if id(tensor) not in own}
@@ -153,32 +143,32 @@ class _Watch(TorchDispatchMode):
         if _PRODUCTS.fullmatch(name):
             for operand in tree_leaves((args, kwargs or {})):
                 if isinstance(operand, Tensor):
-                    self._look(operand)
+                    self._inspect(operand)
         return func(*args, **(kwargs or {}))
 
     def verdict(self) -> bool | None:
-        """Whether all kernels that were seen have the zeros; `None` if a weight was in none."""
+        """Whether all observed kernels had the zeros; `None` if a weight was in none of them."""
         if not all(self._seen.values()):
             return False
         return True if self._seen.keys() == self._probes.keys() else None
 
-    def _look(self, operand: Tensor) -> None:
+    def _inspect(self, operand: Tensor) -> None:
         memory = _memory(operand)
         if memory in self._others:
             return
         for name, probe in self._probes.items():
-            if memory == _memory(probe):  # it may have been changed in place
+            if memory == _memory(probe):  # the layer may have changed it in place
                 zeros = bool((probe.detach()[self._zeros[name]] == 0).all())
                 self._seen[name] = self._seen.get(name, True) and zeros
                 return
         alike = [name for name, zeros in self._zeros.items() if zeros.numel() == operand.numel()]
-        kept = [name for name in alike if _has(operand, self._zeros[name])]
-        for name in kept or alike:
-            self._seen[name] = self._seen.get(name, True) and bool(kept)
+        matching = [name for name in alike if _has_zeros(operand, self._zeros[name])]
+        for name in matching or alike:
+            self._seen[name] = self._seen.get(name, True) and bool(matching)
 
 
-def _has(operand: Tensor, zeros: Tensor) -> bool:
-    """Whether a kernel, or its transpose, is zero where the weight is."""
+def _has_zeros(operand: Tensor, zeros: Tensor) -> bool:
+    """Whether a kernel or its transpose is zero where the weight is."""
     layouts = (operand, operand.transpose(-1, -2)) if operand.dim() > 1 else (operand,)
     return any(not one.reshape(zeros.shape)[zeros].any() for one in layouts)
 

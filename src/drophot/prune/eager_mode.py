@@ -1,4 +1,4 @@
-"""Run a model as it is written: no compiled code, no weights that autocast kept."""
+"""Run a model without compiled code and without weights that autocast has cached."""
 
 from __future__ import annotations
 
@@ -11,12 +11,8 @@ import torch
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Run compiled models as they are written: hooks and modes would make torch compile them again.
-
-    Yields:
-        Nothing.
-    """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and it takes seconds to import
+    """Run compiled models eagerly, since hooks and modes would make torch compile them again."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -24,13 +20,6 @@ def eagerly() -> Iterator[None]:
 
 
 def uncached(device: torch.device) -> torch.autocast:
-    """A surrounding autocast keeps weights that it has cast, those before pruning for one.
-
-    Args:
-        device: Where the model is.
-
-    Returns:
-        A context in which it keeps none.
-    """
+    """The surrounding autocast without its cache, which may hold weights from before pruning."""
     enabled = torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=enabled, cache_enabled=False)

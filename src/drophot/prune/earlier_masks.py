@@ -1,4 +1,4 @@
-"""Which zeros of a model are there because an earlier mask removed them."""
+"""The masks of earlier prunings, by which a removed weight is told from one that is just zero."""
 
 from __future__ import annotations
 
@@ -9,46 +9,32 @@ from torch import Tensor, nn
 
 from drophot.prune.current_parameters import paths
 
-_BLOCK = 1 << 20  # weights looked at in one go
+_BLOCK = 1 << 20  # weights per block, to save memory
 
-# The last mask that was applied to each parameter of a module, for as long as the module lives. It
-# is kept by module, since torch cannot swap a parameter that something refers to weakly.
+# The last mask that was applied to each parameter of a module, for as long as the module lives. The
+# key is the module, since torch cannot swap a parameter that is weakly referenced.
 _masks: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 _calls = [0]
 
 
 def remember(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Note the masks whose removed weights have just been set to zero.
-
-    Args:
-        model: The model, wrapped or not.
-        masks: By parameter name, `True` where a weight is kept.
-    """
+    """Note the masks whose removed weights have just been set to zero."""
     _calls[0] += 1
     for name, path in paths(model, masks).items():
         owner, attribute = _owner(model, path)
         _masks.setdefault(owner, {})[attribute] = masks[name]
 
 
-def changes() -> int:
-    """A number that is greater after each call of `remember`.
-
-    Returns:
-        The number.
-    """
+def num_calls() -> int:
+    """How often `remember` has been called."""
     return _calls[0]
 
 
 def masks_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The masks that hold still.
+    """The masks of those parameters that have one, by name.
 
-    Args:
-        model: The model.
-        weights: Its parameters, by name.
-
-    Returns:
-        By name, of those parameters that have one. None at all if a weight that one of them
-        removed is there again: the masks were lifted, or other weights were loaded.
+    There are none if any weight that a mask removed is no longer zero, because the masks were
+    lifted or other weights were loaded.
     """
     found = {}
     for name, weight in weights.items():
@@ -56,12 +42,12 @@ def masks_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
         mask = _masks.get(owner, {}).get(attribute)
         if mask is not None and mask.shape == weight.shape:
             found[name] = mask.to(weight.device)
-    held = all(_holds(weights[name], mask) for name, mask in found.items())
-    return found if held else {}
+    intact = all(_is_intact(weights[name], mask) for name, mask in found.items())
+    return found if intact else {}
 
 
-def _holds(weight: Tensor, mask: Tensor) -> bool:
-    """Whether all that a mask removed is zero, looked at in blocks to save memory."""
+def _is_intact(weight: Tensor, mask: Tensor) -> bool:
+    """Whether all weights that a mask removed are zero."""
     blocks = zip(
         weight.detach().reshape(-1).split(_BLOCK), mask.reshape(-1).split(_BLOCK), strict=True
     )

@@ -1,4 +1,4 @@
-"""What operators cost that torch's counter does not know, and which of them cost nothing."""
+"""FLOP formulas for operators that torch's counter lacks, and operators that cost nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-# Multiply-adds of operators that torch's counter has no formula for; two operations each.
+# Multiply-adds, of two operations each, of operators that torch's counter has no formula for.
 _MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
     "mv": lambda a, b: a.numel(),
     "addmv": lambda c, a, b, **_: a.numel(),
@@ -19,7 +19,7 @@ _MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
     "_int_mm": lambda a, b: a.numel() * b.shape[1],
     "_trilinear": lambda *args, **_: _trilinear(*args),
     "_grouped_mm": lambda a, b, offs=None, *_, **__: _grouped(a, b, offs),
-    # Each recurrent weight meets each step of each sequence; packed ones have a row for each.
+    # Each recurrent weight is used at each step of each sequence, a row of a packed input.
     "mkldnn_rnn_layer": lambda x, ih, hh, *_, **__: _recurrent(x, [ih, hh]),
     "_cudnn_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
     "miopen_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
@@ -29,8 +29,8 @@ _MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
     ),
     "_scaled_dot_product_attention_math_for_mps": lambda q, k, v, *_, **__: _attention(q, k, v),
 }
-# Words in the names of torch's operators that are made of products. Those of them that have no
-# formula are of unknown cost; the others, elementwise, pooling and moves, count as nothing.
+# Words in the names of torch's operators that consist of products. If such an operator has no
+# formula, its cost is unknown. Others (elementwise, pooling, copies) count as nothing.
 _PRODUCTS = frozenset([
     *("conv", "conv1", "conv2", "conv3", "convolution", "rnn", "lstm", "gru"),
     *("mm", "addmm", "bmm", "baddbmm", "mv", "matmul", "gemm", "smm", "hspmm", "sspaddmm"),
@@ -51,41 +51,27 @@ _PRODUCTS = frozenset([
         "inverse",
     ),
 ])
-_MOVES = re.compile(
+_EXCEPTIONS = re.compile(
     r"upsample_|_thnn_fused_|.*flatten_weight|.*reorder|linalg_vector_norm|linalg_cross"
     r"|_linalg_check_errors|_fused_sdp_choice"
 )
-# Operators of other libraries that torch's own counterparts count as nothing.
+# Operators of other libraries whose torch counterparts count as nothing.
 _FREE = re.compile(
     r"prims?\.|profiler\.|_?c10d|torchvision\.(nms|(ps_)?roi_(align|pool))|rngprims\.|image\."
 )
 
 
 def multiply_adds(name: str) -> Callable[..., int] | None:
-    """Our own formula for one of torch's operators.
-
-    Args:
-        name: The operator's, with its library.
-
-    Returns:
-        A function of the operator's arguments, or `None`.
-    """
+    """The formula for an operator of torch, as a function of its arguments, or `None`."""
     return _MULTIPLY_ADDS.get(name.removeprefix("aten.")) if name.startswith("aten.") else None
 
 
 def is_free(name: str) -> bool:
-    """Whether an operator without a formula has no products in it.
-
-    Args:
-        name: The operator's, with its library.
-
-    Returns:
-        Whether it counts as nothing; else its cost is unknown.
-    """
+    """Whether an operator without a formula counts as nothing; otherwise its cost is unknown."""
     if not name.startswith("aten."):
         return _FREE.match(name) is not None
     name = name.removeprefix("aten.")
-    if _MOVES.match(name):
+    if _EXCEPTIONS.match(name):
         return True
     return _PRODUCTS.isdisjoint(re.split(r"_+|(?<=[a-z]\d)(?=[a-z])|(?<=conv)(?=_)", name))
 

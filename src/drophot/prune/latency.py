@@ -1,4 +1,4 @@
-"""How long a network takes, as a whole and layer by layer."""
+"""Measure the time of a forward pass, of the whole network and layer by layer."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ from drophot.prune.eager_mode import eagerly
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
-    """Call a model with its example inputs.
-
-    Args:
-        model: The model.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
-
-    Returns:
-        What it gives.
-    """
+    """Call a model with a tensor, a tuple of positional or a dict of keyword arguments."""
     if isinstance(example_inputs, dict):
         return model(**example_inputs)
     if isinstance(example_inputs, tuple):
@@ -34,31 +26,20 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def of_batch(example_inputs: Any, size: int) -> Any:
-    """Example inputs of another batch size, which repeat the first sample.
-
-    Args:
-        example_inputs: Tensors, nested or not, whose first dimension is the batch.
-        size: How many samples.
-
-    Returns:
-        The same structure.
-
-    Raises:
-        ValueError: If the tensors have no first dimension in common.
-    """
+    """Example inputs of another batch size, which repeat the first sample."""
     leaves = tree_leaves(example_inputs)
     tensors = [t for t in leaves if isinstance(t, Tensor) and t.dim()]
     if not tensors and leaves and all(type(n) is int for n in leaves):
         raise ValueError(
-            f"`example_inputs` must be tensors. Found {example_inputs!r}, which looks like a "
-            f"shape; pass torch.randn({', '.join(map(str, leaves))})."
+            f"`example_inputs` must be tensors, got {example_inputs!r}, which looks like a shape. "
+            f"Pass torch.randn({', '.join(map(str, leaves))})."
         )
     sizes = {len(t) for t in tensors}
     if len(sizes) != 1 or 0 in sizes:
         found = f"first dimensions of {sorted(sizes)}" if sizes else "no tensor with dimensions"
         raise ValueError(
-            f"`example_inputs` must have the batch as their first dimension. Found {found}: pass "
-            f"inputs with one, or batch_sizes=() to leave the time out."
+            f"`example_inputs` must have the batch as their first dimension, got {found}. Pass "
+            f"inputs with a batch dimension, or batch_sizes=() to leave the time out."
         )
 
     def repeated(value: Any) -> Any:
@@ -71,36 +52,20 @@ def of_batch(example_inputs: Any, size: int) -> Any:
 
 @contextmanager
 def noted(size: int) -> Iterator[None]:
-    """Note in errors of the model that its inputs have another batch size than the example.
-
-    Args:
-        size: The batch size.
-
-    Yields:
-        Nothing.
-    """
+    """Add a note to errors of the model: the batch size is not that of the example inputs."""
     try:
         yield
     except Exception as error:
         error.add_note(
-            f"summary: this was raised while the time was measured, with `example_inputs` repeated "
-            f"to a batch size of {size}. Their first dimension must be the batch; pass "
+            f"summary: this error was raised while the time was measured, with `example_inputs` "
+            f"repeated to a batch size of {size}. Their first dimension must be the batch. Pass "
             f"batch_sizes=() to leave the time out."
         )
         raise
 
 
 def latency(model: nn.Module, inputs: Any, seconds: float = 0.3) -> float:
-    """How long one call takes, in evaluation mode.
-
-    Args:
-        model: On any device, from which it comes back as it was.
-        inputs: What it is called with.
-        seconds: How long to measure, at least three calls.
-
-    Returns:
-        Milliseconds, the median after a warm-up; on a GPU until it is done.
-    """
+    """Milliseconds of a call in evaluation mode: the median of three or more after a warm-up."""
     with evaluating(model) as device:
         wait = _waiting(device)
 
@@ -121,21 +86,15 @@ def latency(model: nn.Module, inputs: Any, seconds: float = 0.3) -> float:
 
 
 def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, float]:
-    """How long each module's own part of a call takes, without its children's.
+    """Milliseconds of each module's own part of a call, without its children, by path.
 
-    Args:
-        model: On any device, from which it comes back as it was.
-        inputs: What it is called with.
-        runs: How many calls, after one to warm up.
-
-    Returns:
-        Milliseconds by module path, the medians. Measuring slows small modules down. Those of a
-        compiled model are of the model as it is written, as compiled layers cannot be told apart.
+    These are medians over `runs` calls after a warm-up. The measurement slows small modules down. A
+    compiled model is measured eagerly, since compiled layers cannot be told apart.
     """
     found: dict[str, list[float]] = {}
     with evaluating(model) as device, eagerly():
         wait = _waiting(device)
-        stack: list[tuple[str, float, float]] = []  # path, start, what its children took
+        stack: list[tuple[str, float, float]] = []  # path, start, time of the children
         total: dict[str, float] = {}
 
         def enter(path: str) -> None:
@@ -162,7 +121,7 @@ def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, f
 
 
 def _waiting(device: torch.device) -> Callable[[], None]:
-    """Waits until a device has done what it was asked."""
+    """A function that waits until the device is idle."""
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     if device.type == "mps":

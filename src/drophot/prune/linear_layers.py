@@ -1,4 +1,4 @@
-"""The layers whose weights are known to be matrices of linear maps, and where these are."""
+"""The layers whose weights are matrices of linear maps, and the names of these weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.parameter import is_lazy
 
-# An attention layer keeps the weights of its input projections in parameters of its own; its output
-# projection is a Linear. Those of nn.RNN, LSTM and GRU depend on the layer: see `weights_of`.
+# The output projection of an attention layer is a Linear. The weights of nn.RNN, LSTM and GRU
+# depend on the layer: see `weights_of`.
 PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
     _ConvNd: ("weight",),
@@ -19,24 +19,16 @@ PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Bilinear: ("weight",),
 }
 
-# Parameters that are looked up or added, not multiplied, as the last word of their names says, or
-# any word of it for positions, unless there is also one of a matrix.
+# Parameters that are looked up or added, not multiplied: the last word of the name says so, or, for
+# positions, any word, unless another word says that it is a matrix.
 _TABLES = re.compile(r"bias(es)?|pos|embed(s|dings?)?|tokens?|latents|prompts?")
 _POSITIONS = re.compile(r"pos|positions?|positional")
 _MATRICES = re.compile(r"proj|projection|weights?|kernel|matrix|linear")
 
 
 def weights_of(module: nn.Module) -> tuple[str, ...]:
-    """The names of a layer's weights, those that do not exist in this one included.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        The names of its parameters that are matrices of linear maps; none for a module that is
-        not known.
-    """
-    if isinstance(module, nn.RNNBase):  # of every layer and direction, projections included
+    """The names of a layer's matrices, even if this one lacks some; none for unknown modules."""
+    if isinstance(module, nn.RNNBase):  # of all layers and directions, and projections
         return tuple(name for name in module._flat_weights_names if name.startswith("weight_"))
     if is_conv1d(module):
         return ("weight",)
@@ -46,13 +38,9 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is the Conv1D of Transformers: a Linear whose weight is `(in, out)`.
+    """Whether a module is the Conv1D of Transformers, a Linear with a weight of shape (in, out).
 
-    Args:
-        module: Any module.
-
-    Returns:
-        Whether it is one; Transformers is not imported to find out.
+    Transformers is not imported to find out.
     """
     if not any(
         kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
@@ -64,32 +52,17 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def input_dimension(module: nn.Module, attribute: str) -> int | None:
-    """The dimension of a weight along which it is multiplied by the inputs.
-
-    Args:
-        module: The module that holds it.
-        attribute: The weight's name there.
-
-    Returns:
-        The dimension; `None` if it is not known, or there are two.
-    """
+    """The dimension of a weight that meets the inputs; `None` if unknown or ambiguous."""
     if attribute not in weights_of(module) or isinstance(module, nn.Bilinear):
         return None
     return 0 if isinstance(module, _ConvTransposeNd) or is_conv1d(module) else 1
 
 
 def is_matrix(model: nn.Module, name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is one that activations are multiplied by, as far as that can be seen.
+    """Whether activations are multiplied by a parameter, as far as names and shapes tell.
 
-    Args:
-        model: The model.
-        name: The parameter's name.
-        parameter: The parameter.
-
-    Returns:
-        Whether it has two dimensions or more of a size above 1, and neither its module nor its name
-        say that it is looked up or added: an embedding or a norm, a bias, positions, or tokens that
-        are learned.
+    It then has two or more dimensions larger than 1, and neither its module nor its name says that
+    it is looked up or added: an embedding, a norm, a bias, positions, or learned tokens.
     """
     if is_lazy(parameter) or sum(size > 1 for size in parameter.shape) < 2:
         return False
@@ -105,7 +78,7 @@ def is_matrix(model: nn.Module, name: str, parameter: Tensor) -> bool:
     if isinstance(module, nn.ParameterList | nn.ParameterDict):
         attribute = f"{path.rpartition('.')[2]}_{attribute}"
     words = [word for word in attribute.lower().split("_") if word.isalpha()]
-    while len(words) > 1 and words[-1] in ("u", "v"):  # a pair of them
+    while len(words) > 1 and words[-1] in ("u", "v"):  # one of a pair
         words.pop()
     if words and _TABLES.fullmatch(words[-1]):
         return False

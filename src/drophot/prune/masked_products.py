@@ -1,4 +1,4 @@
-"""Multiplication by masks in integers, since zero times infinity or NaN is not zero."""
+"""Multiply by masks in integers, since zero times infinity or NaN is not zero in floats."""
 
 from __future__ import annotations
 
@@ -10,58 +10,37 @@ from torch import Tensor
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class Factors:
-    """Masks as integers of the size of what they multiply, kept until a mask changes."""
+class BitMasks:
+    """Masks as integers of the size of what they multiply, cached until a mask changes."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Tensor, Tensor, int]] = {}  # factor, mask, its version
+        self._cache: dict[str, tuple[Tensor, Tensor, int]] = {}  # integers, mask, its version
 
     def of(self, name: str, mask: Tensor, like: Tensor) -> Tensor:
-        """A mask as integers that multiply the bits `like`.
-
-        Args:
-            name: Whose mask it is.
-            mask: True where a weight is kept. It may change in place.
-            like: Integers, on any device.
-
-        Returns:
-            Ones where the mask is true, in the device and the dtype of `like`.
-        """
-        known = self._known.get(name)
-        fits = known is not None and known[0].device == like.device and known[0].dtype == like.dtype
+        """A mask as ones and zeros in the device and the dtype of the integers `like`."""
+        cached = self._cache.get(name)
+        fits = (
+            cached is not None and cached[0].device == like.device and cached[0].dtype == like.dtype
+        )
         if torch.compiler.is_compiling():  # which has no versions
-            return known[0] if known is not None and fits else torch.empty_like(like).copy_(mask)
-        if known is None or not fits or known[1] is not mask or known[2] != mask._version:
-            known = torch.empty_like(like).copy_(mask), mask, mask._version
-            self._known[name] = known
-        return known[0]
+            return cached[0] if cached is not None and fits else torch.empty_like(like).copy_(mask)
+        if cached is None or not fits or cached[1] is not mask or cached[2] != mask._version:
+            cached = torch.empty_like(like).copy_(mask), mask, mask._version
+            self._cache[name] = cached
+        return cached[0]
 
-    def zero(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Set what masks remove to zero, by one fused multiplication.
-
-        Args:
-            tensors: Plain float tensors, by name.
-            masks: At least theirs.
-        """
+    def zero_(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+        """Set the removed elements of plain float tensors to zero, by one fused multiplication."""
         pairs = []
         for name, tensor in tensors.items():
             bits = tensor.detach().view(_BITS[tensor.element_size()])
             pairs.append((bits, self.of(name, masks[name], bits)))
         if pairs:
-            bits, factors = ([pair[side] for pair in pairs] for side in (0, 1))
-            torch._foreach_mul_(bits, factors)  # pyright: ignore[reportPrivateImportUsage]
+            bits, masked = ([pair[side] for pair in pairs] for side in (0, 1))
+            torch._foreach_mul_(bits, masked)  # pyright: ignore[reportPrivateImportUsage]
 
     def masked(self, name: str, mask: Tensor, gradient: Tensor) -> Tensor:
-        """A gradient without what a mask removes, which is left as it is.
-
-        Args:
-            name: Whose mask it is.
-            mask: True where a weight is kept.
-            gradient: Dense or sparse, to be differentiated or not.
-
-        Returns:
-            A new tensor.
-        """
+        """A masked copy of a gradient, which may be sparse or be differentiated."""
         if gradient.layout != torch.strided:
             gradient = gradient.coalesce().clone()
             removed = ~mask.to(gradient.device)[tuple(gradient.indices())]
@@ -73,15 +52,15 @@ class Factors:
         return (bits * self.of(name, mask, bits)).view(gradient.dtype)
 
 
-def stamp_of(gradient: Tensor) -> tuple[int, int] | None:
-    """What changes with a gradient's values; `None` is unknown."""
+def version_of(gradient: Tensor) -> tuple[int, int] | None:
+    """A value that changes when the gradient's values do, or `None` if there is none."""
     if gradient.layout != torch.strided or gradient.is_inference():
         return None
     return gradient.data_ptr(), gradient._version
 
 
 def can_be_changed(gradient: Tensor) -> bool:
-    """Whether a gradient may change in place: it has its memory, and no graph needs its values."""
+    """Whether a gradient can change in place: it is not expanded, and no graph needs its values."""
     if gradient.layout != torch.strided or gradient.requires_grad or gradient.is_inference():
         return False
     layout = zip(gradient.stride(), gradient.shape, strict=True)

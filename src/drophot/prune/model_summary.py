@@ -1,4 +1,4 @@
-"""Parameters, zeros, bytes, operations and time of a network, layer by layer."""
+"""Summarise a network layer by layer: parameters, zeros, bytes, operations and time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from drophot.prune.prunable_weights import check_module
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSummary:
-    """One layer: the parameters that belong to a module itself, not to its children."""
+    """One layer: the parameters and operations of a module itself, without its children."""
 
     name: str
     """The module's name, as `named_modules` gives it."""
@@ -33,13 +33,13 @@ class LayerSummary:
     bytes: int
     """Of the dense parameters."""
     compressed_bytes: int
-    """Of a bit mask and the values that are not zero, where that is less."""
+    """As `save_compressed` writes them: a bit mask and the nonzero values, where that is less."""
     flops: int | None
     """Of the dense computation, two for each multiply-add; `None` if it is not known."""
     effective_flops: int | None
-    """Those of them that are left without the zeros of the weights that they use."""
+    """The `flops` that remain if products with zero weights are skipped."""
     latency: Mapping[int, float] | None
-    """Milliseconds by batch size; of a compiled model, as the layer is without the compiler."""
+    """Milliseconds by batch size; layers of a compiled model are measured eagerly."""
     counted_flops: int | None = None
     """Of the operators of known cost: all of `flops`, or the part that could be counted."""
     uncounted: tuple[str, ...] = ()
@@ -51,9 +51,9 @@ class Summary:
     """A network's layers and their sums; `print` shows it as a table.
 
     Zeros do not reduce `bytes`, `flops` and `latency`, which are those of dense tensors on dense
-    kernels. `compressed_bytes` is what `save_compressed` writes of the parameters, and
-    `effective_flops` what a kernel that skips every zero weight could do with at best. Both counts
-    of operations are `None` if the network calls an operator of unknown cost.
+    kernels. `compressed_bytes` is the size of the parameters in a file of `save_compressed`, and
+    `effective_flops` the lower limit for a kernel that skips every zero weight. Both counts of
+    operations are `None` if the network calls an operator of unknown cost.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -103,17 +103,17 @@ def summary(
 
     A parameter shared between layers counts once, in the first. Operations are those of matrix
     products, convolutions, attention and recurrent layers on the example inputs, counted by the
-    formulas of `torch.utils.flop_counter` and, where it has none, of our own. They belong to the
-    module that calls the operator, whichever of its parents called it and whoever owns the weight.
-    An operator of another library, or one that consists of products but has no formula, is of
-    unknown cost: it is named in `uncounted`, and no total is given. Register a formula with
-    `torch.utils.flop_counter.register_flop_formula` to have it counted. Latency is measured in
-    evaluation mode, on the model's device and with the current number of threads.
+    formulas of `torch.utils.flop_counter` and, where it has none, by formulas of drophot. They are
+    counted at the module that calls the operator, whichever of its parents called it and whichever
+    module owns the weight. The cost of an operator of another library, or of one that consists of
+    products but has no formula, is unknown: `uncounted` names it, and no total is given. Register a
+    formula with `torch.utils.flop_counter.register_flop_formula` to have it counted. Latency is
+    measured in evaluation mode, on the model's device and with the current number of threads.
 
-    Effective operations are those that are left when every product with a zero weight is skipped,
-    operator by operator. The zeros are those of the weight that the operator uses, or of the tensor
-    that casts, slices or masks make of weights. Products of activations, such as those of
-    attention, are not reduced.
+    Effective operations are those that remain when every product with a zero weight is skipped,
+    operator by operator. The zeros are those of the weight that the operator uses, or of a cast, a
+    slice or a masked version of it. Products of activations, such as those of attention, are not
+    reduced.
 
     Args:
         model: Any module. Its mode, its buffers and attributes and the random state are restored.
@@ -203,29 +203,29 @@ def summary(
 
 
 def _check_not_scripted(model: nn.Module) -> None:
-    """Refuse compiled TorchScript, inside which nobody can tell the layers apart."""
+    """Refuse TorchScript modules, whose layers cannot be told apart."""
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
-                f"`model` should be made of plain modules where operations are to be counted. "
-                f"Found `{name or 'the model'}` in TorchScript; give the module that it was made "
-                f"from, or leave `example_inputs` out."
+                f"`model` must consist of plain modules for operations to be counted, but "
+                f"`{name or 'the model'}` is a TorchScript module. Pass the module that it was "
+                f"made from, or leave `example_inputs` out."
             )
 
 
 def _check_parameters(model: nn.Module) -> None:
-    """Refuse parameters whose values are not there to be counted."""
+    """Refuse parameters without data, and sharded ones."""
     check_module("model", model)
     for name, parameter in model.named_parameters():
         if is_lazy(parameter) or parameter.is_meta:
             raise ValueError(
-                f"`model` should have its weights. Found `{name}` without data; run one batch "
-                f"through a lazy module, or load the weights of one on the meta device, first."
+                f"`model` must have its weights, but `{name}` has no data. First run one batch "
+                f"through a lazy module, or load the weights of a model on the meta device."
             )
         if hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False):
             raise ValueError(
-                f"`model` should hold its weights whole. Found `{name}` sharded over processes; "
-                f"summarise the model before sharding it."
+                f"`model` must not be sharded, but `{name}` is sharded over processes. Summarise "
+                f"the model before sharding it."
             )
 
 

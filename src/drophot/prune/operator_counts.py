@@ -1,4 +1,4 @@
-"""Which operators a forward pass calls, in which module, and what they cost."""
+"""Count the operations of a forward pass, operator by operator, in the module that calls them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from drophot.prune.eager_mode import eagerly, uncached
 from drophot.prune.flop_formulas import is_free, multiply_adds
 from drophot.prune.latency import call
 
-# Where an operator's factors are, the one that is a layer's weight first.
+# The positions of an operator's factors, beginning with the one that is usually a weight.
 _FACTORS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("addmm", "baddbmm", "addbmm", "addmv"), (2, 1)),
     **dict.fromkeys(("mm", "bmm", "_scaled_mm", "_int_mm", "mv", "dot", "vdot"), (1, 0)),
@@ -32,28 +32,23 @@ _RECURRENT = {"mkldnn_rnn_layer": slice(1, 3), "_cudnn_rnn": slice(1, 2), "miope
 
 @dataclass(slots=True)
 class Operations:
-    """What one module calls itself, without its children."""
+    """The operations that one module calls itself, without its children."""
 
     flops: int = 0
-    """Two for each multiply-add, of the operators whose cost is known."""
+    """Those of known cost, two for each multiply-add."""
     effective: int = 0
-    """Those of them that are left without the zeros of weights."""
+    """The `flops` that remain if products with zero weights are skipped."""
     uncounted: dict[str, None] = field(default_factory=dict)
     """The operators of unknown cost, as an ordered set."""
 
 
 def operations(model: nn.Module, example_inputs: Any) -> dict[str, Operations]:
-    """Count the operations of one call, in evaluation mode.
+    """The operations of one call in evaluation mode, by the path of the module that calls them.
 
-    Args:
-        model: Any module; it comes back as it was.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
-
-    Returns:
-        What each module calls itself, by its path; a module with several paths has the first.
+    A module with several paths is listed under the first. The model is restored.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
-    # A whole layer as one operator has no cost that is known; its products do.
+    # The fast path is one operator of unknown cost; the slow path consists of products.
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with evaluating(model) as device, eagerly(), uncached(device):
@@ -68,14 +63,14 @@ def operations(model: nn.Module, example_inputs: Any) -> dict[str, Operations]:
 class _Counter(TorchDispatchMode):
     """Counts operators at the module that calls them.
 
-    It knows of each memory whether it holds weights (parameters, and what is made of parameters
-    without a product: casts, slices, masked ones) or activations (what depends on the inputs).
+    For each storage it tracks whether it holds weights (parameters, and casts, slices or masked
+    versions of them) or activations (whatever depends on the inputs).
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
-        from torch.utils.flop_counter import flop_registry  # which takes a while to import
+        from torch.utils.flop_counter import flop_registry  # here, since the import is slow
 
         super().__init__()
         self._formulas = flop_registry
@@ -120,13 +115,13 @@ class _Counter(TorchDispatchMode):
             if False in given or (counted and tensor.numel() > 1):
                 self._remember(tensor, False)
             elif True in given and not counted:
-                self._remember(tensor, True)  # a number made of weights, as a norm, is a constant
+                self._remember(tensor, True)  # a scalar, such as a norm, is a constant
         return out
 
     def _count(
         self, func: Any, packet: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any
     ) -> bool:
-        """Add an operator at the module that calls it; whether it is one that multiplies."""
+        """Count an operator at the module that calls it; whether it consists of products."""
         flops: int | None = None
         own = multiply_adds(name)
         try:
@@ -134,12 +129,12 @@ class _Counter(TorchDispatchMode):
                 flops = int(self._formulas[packet](*args, **kwargs, out_val=out))
             elif own is not None:
                 flops = 2 * own(*args, **kwargs)
-        except Exception as error:  # a formula that does not know this way to call the operator
+        except Exception as error:  # the formula does not support these arguments
             if must_propagate(error):
                 raise
             flops = None
-        known = packet in self._formulas or own is not None
-        if not known and (is_free(name) and not isinstance(func, HigherOrderOperator)):
+        has_formula = packet in self._formulas or own is not None
+        if not has_formula and (is_free(name) and not isinstance(func, HigherOrderOperator)):
             return False
         at = self.found.setdefault(self._stack[-1] if self._stack else "", Operations())
         if flops is None:
@@ -150,38 +145,39 @@ class _Counter(TorchDispatchMode):
         return True
 
     def _effective(self, name: str, args: Any, kwargs: dict[str, Any], flops: int) -> int:
-        """The operations that are left without those whose weight is zero."""
+        """The operations that remain if products with zero weights are skipped."""
         if name == "_grouped_mm":
             return self._grouped_effective(flops, *args, **kwargs)
         if name in _RECURRENT:
             weights = [t for t in _tensors(args[_RECURRENT[name]]) if t.dim() == 2]
             counts = [self._nonzeros(t) if self._is_weight(t) else (1, 1) for t in weights]
             total = sum(t.numel() for t in weights)
-            left = sum(
-                t.numel() * some // all_ for t, (some, all_) in zip(weights, counts, strict=True)
+            remaining = sum(
+                t.numel() * nonzero // size
+                for t, (nonzero, size) in zip(weights, counts, strict=True)
             )
-            return flops * left // total if total else flops
-        for place in _FACTORS.get(name, ()):
-            if place < len(args) and self._is_weight(args[place]):
-                some, all_ = self._nonzeros(args[place])
-                return flops * some // all_ if all_ else flops
+            return flops * remaining // total if total else flops
+        for position in _FACTORS.get(name, ()):
+            if position < len(args) and self._is_weight(args[position]):
+                nonzero, size = self._nonzeros(args[position])
+                return flops * nonzero // size if size else flops
         return flops
 
     def _grouped_effective(
         self, flops: int, a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any
     ) -> int:
-        """Each group of rows meets the weights of its own expert."""
+        """Each group of rows is multiplied by the weights of one expert."""
         if not self._is_weight(b):
             return flops
         if a.dim() == 2 and b.dim() == 3 and offs is not None:
             ends = [0, *offs.tolist()]
             rows = [end - start for start, end in pairwise(ends)]
             return 2 * sum(n * self._nonzeros(w)[0] for n, w in zip(rows, b, strict=True))
-        some, all_ = self._nonzeros(b)
-        return flops * some // all_ if all_ else flops
+        nonzero, size = self._nonzeros(b)
+        return flops * nonzero // size if size else flops
 
     def _nonzeros(self, tensor: Tensor) -> tuple[int, int]:
-        """The number of entries that are not zero, and of all; of what is repeated, once."""
+        """The numbers of nonzero and of all elements; expanded dimensions count once."""
         version = None if tensor.is_inference() else tensor._version
         key = (_address(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), version)
         if key not in self._density:
@@ -194,25 +190,17 @@ class _Counter(TorchDispatchMode):
         address = _address(tensor)
         if address in self._weight:
             return self._weight[address][1]
-        return True if isinstance(tensor, nn.Parameter) else None  # of a module that is not listed
+        return True if isinstance(tensor, nn.Parameter) else None  # of an unregistered module
 
     def _remember(self, tensor: Tensor, weight: bool) -> None:
         address = _address(tensor)
-        if address is not None:  # a weak reference, by which no other memory gets this address
+        if address is not None:  # a weak reference, so that no other storage gets this address
             self._weight[address] = StorageWeakRef(tensor.untyped_storage()), weight
 
 
 def count_nonzeros(tensor: Tensor) -> int:
-    """How many entries of a tensor are not zero.
-
-    Args:
-        tensor: Dense, of any dtype.
-
-    Returns:
-        The number.
-    """
     tensor = tensor.detach()
-    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch cannot count these
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # torch cannot count float8
         tensor = tensor.float()
     return int(tensor.count_nonzero())
 
@@ -222,10 +210,10 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _address(tensor: Any) -> int | None:
-    """What identifies a tensor's memory, if it has one."""
+    """The identity of a tensor's storage, if it has one."""
     if not isinstance(tensor, Tensor):
         return None
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and opaque ones
+    except (NotImplementedError, RuntimeError):  # sparse and opaque tensors
         return None

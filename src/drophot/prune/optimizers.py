@@ -1,4 +1,4 @@
-"""What an optimiser is made of: those inside it, what it trains, and what it remembers."""
+"""The parts of an optimizer: wrapped optimizers, trained parameters and their state."""
 
 from __future__ import annotations
 
@@ -9,58 +9,52 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from drophot.prune.masked_products import Factors
+from drophot.prune.masked_products import BitMasks
 
 HOOKS = ("step_pre_hooks", "step_post_hooks", "load_state_dict_post_hooks")
 
 
-def members(optimizer: Any) -> list[Optimizer]:
-    """The torch optimisers that an optimiser is: itself, and those that it calls.
+def unwrapped(optimizer: Any) -> list[Optimizer]:
+    """The torch optimizers of a wrapper and of what it wraps, the outermost first, each once.
 
-    Accelerate's and Lightning's wrappers, SAM, Lookahead, ZeroRedundancyOptimizer and the like keep
-    others in their attributes. A wrapper that never was initialised as an optimiser has no hooks.
-
-    Args:
-        optimizer: An optimiser, or an object with `step` and `param_groups` that has one.
-
-    Returns:
-        At least one, the outermost first, each once.
-
-    Raises:
-        TypeError: If it has none.
+    Wrappers (accelerate, Lightning, SAM, Lookahead, ZeroRedundancyOptimizer and others) keep
+    optimizers in their attributes. A wrapper that was never initialised as an optimizer has no
+    hooks.
     """
     found: dict[int, Optimizer] = {}
     steps = hasattr(optimizer, "step") and hasattr(optimizer, "param_groups")
-    known = isinstance(optimizer, Optimizer) or (steps and not isinstance(optimizer, nn.Module))
-    queue: list[Any] = [optimizer] if known else []
+    is_optimizer = isinstance(optimizer, Optimizer) or (
+        steps and not isinstance(optimizer, nn.Module)
+    )
+    queue: list[Any] = [optimizer] if is_optimizer else []
     seen: set[int] = set()
-    for thing in queue:
-        if id(thing) in seen:
+    for each in queue:
+        if id(each) in seen:
             continue
-        seen.add(id(thing))
-        own = vars(thing)
+        seen.add(id(each))
+        own = vars(each)
         if all(f"_optimizer_{name}" in own for name in HOOKS):
-            # Lightning's wrapper shares the hooks of the optimizer in it.
-            found.setdefault(id(own["_optimizer_step_post_hooks"]), thing)
+            # Lightning's wrapper shares the hooks of the wrapped optimizer.
+            found.setdefault(id(own["_optimizer_step_post_hooks"]), each)
         for value in own.values():
             parts = value if isinstance(value, list | tuple) else (value,)
             queue += [part for part in parts if isinstance(part, Optimizer)]
     if not found:
         raise TypeError(
-            f"`optimizer` should be a torch.optim.Optimizer, or hold one. Found "
+            f"`optimizer` must be a torch.optim.Optimizer or wrap one, got "
             f"{type(optimizer).__name__}."
         )
     return list(found.values())
 
 
 def innermost(optimizers: list[Optimizer]) -> Optimizer:
-    """The one whose steps are those of training: the only one that calls no other, if any."""
-    leaves = [one for one in optimizers if len(members(one)) == 1]
+    """The optimizer whose steps are counted: the only one that wraps no other, or the first."""
+    leaves = [each for each in optimizers if len(unwrapped(each)) == 1]
     return leaves[0] if len(leaves) == 1 else optimizers[0]
 
 
-def trained(optimizers: Iterable[Optimizer]) -> set[int]:
-    """The identities of the parameters that optimisers train."""
+def trained_ids(optimizers: Iterable[Optimizer]) -> set[int]:
+    """The identities of the parameters that the optimizers train."""
     return {
         id(p)
         for optimizer in optimizers
@@ -73,26 +67,20 @@ def zero_state(
     optimizer: Optimizer,
     weights: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
-    factors: Factors,
+    bit_masks: BitMasks,
 ) -> None:
-    """Make an optimiser forget what it remembers of removed weights.
+    """Set the optimizer's state of removed weights to zero.
 
     Tensors of a weight's shape, such as momentum or a master copy, become zero where the weight is
-    removed. The curvature of LBFGS is of all weights together: it starts again if it knows any that
-    are removed. Other state, such as Adafactor's means of rows, is left as it is.
-
-    Args:
-        optimizer: The optimiser.
-        weights: Those that it trains and that are masked.
-        masks: At least theirs, True where a weight is kept.
-        factors: What multiplies by them.
+    removed. The curvature of LBFGS belongs to all weights together: it restarts if it involves
+    removed weights. Other state, such as Adafactor's means of rows, is left as it is.
     """
     for name, weight in weights.items():
         state = optimizer.state.get(weight, {})
         for tensor in _tensors(state):
             if tensor.shape == weight.shape and tensor.is_floating_point():
                 if tensor.element_size() == weight.element_size():
-                    factors.zero({name: tensor}, masks)
+                    bit_masks.zero_({name: tensor}, masks)
                 else:
                     tensor.detach().masked_fill_(~masks[name].to(tensor.device), 0)
     if isinstance(optimizer, LBFGS):
@@ -113,7 +101,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _check_curvature(
     optimizer: LBFGS, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]
 ) -> None:
-    """Start LBFGS again if its history has anything of a removed weight."""
+    """Restart LBFGS if its history involves a removed weight."""
     removed_of = {id(weight): ~masks[name] for name, weight in weights.items()}
     state = optimizer.state.get(optimizer.param_groups[0]["params"][0], {})
     parts = []
@@ -123,6 +111,6 @@ def _check_curvature(
     removed = torch.cat(parts)
     history = [tensor for tensor in _tensors(state) if tensor.shape == removed.shape]
     if any((tensor[removed] != 0).any() for tensor in history):
-        state["n_iter"] = 0  # at which it starts, without looking at the rest
+        state["n_iter"] = 0  # LBFGS then ignores the rest of its state
         for name in ("d", "old_dirs", "old_stps", "ro", "prev_flat_grad"):
             state.pop(name, None)

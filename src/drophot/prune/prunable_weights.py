@@ -1,4 +1,4 @@
-"""The weights that pruning is about, and those that it cannot do."""
+"""Find the prunable weights of a model, and refuse weights that cannot be pruned."""
 
 from __future__ import annotations
 
@@ -20,27 +20,12 @@ from drophot.prune.linear_layers import is_matrix, weights_of
 def prunable(
     model: nn.Module, skip: Iterable[str] = (), include: Iterable[str] = ()
 ) -> dict[str, nn.Parameter]:
-    """The weights that pruning is about, by name, shared ones once.
-
-    Args:
-        model: Any module.
-        skip: Names of modules or parameters to leave out.
-        include: Names of parameters to prune too, or of modules whose matrices are.
-
-    Returns:
-        The parameters, none of them empty.
-
-    Raises:
-        TypeError: If `model` is no module, `skip` or `include` no collection of names, or a weight
-            not of plain floats.
-        ValueError: If a name is unknown or adds nothing, there are no weights, or one has no data,
-            is sharded, sparse or computed by something else.
-    """
+    """The prunable weights of a model by name, shared ones once, empty ones not at all."""
     check_module("model", model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(
-            "`model` should be a plain module. Found one of TorchScript; give the module that it "
-            "was made from, and script that afterwards."
+            "`model` must not be a TorchScript module. Prune the module that it was made from, and "
+            "script that afterwards."
         )
     skip, include = names_of("skip", skip), names_of("include", include)
     without = left_out(model, skip)
@@ -55,7 +40,7 @@ def prunable(
             others.append(f"`{name}` ({type(module).__name__})")
     if not found and others:
         raise ValueError(
-            f"`model` should have layers that multiply by their weights. All of its layers "
+            f"`model` must have layers that multiply by their weights, but all of its layers "
             f"override `forward` in a way that may not keep zeros: {', '.join(others[:3])}"
             f"{', …' * (len(others) > 3)}. If they do keep zeros, name them in `include`."
         )
@@ -71,18 +56,8 @@ def prunable(
 def with_channels(model: nn.Module, without: Collection[int | str] = ()) -> dict[str, nn.Parameter]:
     """The weights of layers whose outputs are channels, by name, shared ones once.
 
-    Those of recurrent layers and of Conv1D are not among them: the trace finds their channels.
-
-    Args:
-        model: Any module.
-        without: What `left_out` gave: in these modules something else may compute weights.
-
-    Returns:
-        The parameters, none of them empty.
-
-    Raises:
-        TypeError: As `prunable`.
-        ValueError: As `prunable`.
+    Recurrent layers and Conv1D are not included: their channels are found by tracing. In the
+    modules of `without`, from `left_out`, something else may compute the weights.
     """
     check_module("model", model)
     paths: set[int | str] = {one for one in without if isinstance(one, str)}
@@ -102,31 +77,31 @@ def _require(
         return
     own = f", or name its parameters in `include`: {', '.join(unknown[:3])}" if unknown else ""
     raise ValueError(
-        f"`model` should have weights to prune, in Linear, Conv, MultiheadAttention or recurrent "
-        f"layers. {type(model).__name__} has none{' besides those in `skip`' * skipped}: pass the "
-        f"module that contains them{own}."
+        f"`model` must have weights to prune, in Linear, Conv, MultiheadAttention or recurrent "
+        f"layers, but {type(model).__name__} has none{' that is not in `skip`' * skipped}. Pass "
+        f"the module that contains them{own}."
     )
 
 
 def _checked(
     model: nn.Module, without: set[int | str], added: set[int]
 ) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
-    """The weights of known layers, and those that are added, each once, with its module."""
+    """Yield the weights of known layers and the `added` ones, each once, with its module."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError(
-                f"`model` should hold its weights whole. Found `{path or 'the model'}` sharded by "
-                f"FullyShardedDataParallel; prune before wrapping it."
+                f"`model` must not be sharded, but `{path or 'the model'}` is wrapped by "
+                f"FullyShardedDataParallel. Prune before wrapping it."
             )
         known = weights_of(module)
         for attribute in known:
             if attribute not in module._parameters and path not in without:
                 raise ValueError(
-                    f"`model` should have plain parameters. Found `{joined(path, attribute)}` "
-                    f"computed by a parametrization or an older pruning hook; remove that first "
-                    f"(torch.nn.utils.parametrize.remove_parametrizations, "
-                    f"torch.nn.utils.prune.remove){f', or give skip=({path!r},)' * bool(path)}."
+                    f"`model` must have plain parameters, but `{joined(path, attribute)}` is "
+                    f"computed by a parametrization or by a hook of torch.nn.utils.prune. Remove "
+                    f"it first (torch.nn.utils.parametrize.remove_parametrizations, "
+                    f"torch.nn.utils.prune.remove){f', or pass skip=({path!r},)' * bool(path)}."
                 )
         for attribute, weight in module._parameters.items():
             if weight is None or id(weight) in seen:
@@ -141,117 +116,61 @@ def _checked(
 
 
 def joined(path: str, attribute: str) -> str:
-    """The name of a parameter of a module.
-
-    Args:
-        path: The module's.
-        attribute: Its name there.
-
-    Returns:
-        As `named_parameters` has it.
-    """
+    """The name of a module's parameter, as in `named_parameters`."""
     return f"{path}.{attribute}" if path else attribute
 
 
 def check_module(name: str, model: Any) -> None:
-    """Refuse what is no module.
-
-    Args:
-        name: What the caller calls it.
-        model: The value.
-
-    Raises:
-        TypeError: If it is none.
-    """
     if not isinstance(model, nn.Module):
-        cure = ": load it into a model and pass the model" if isinstance(model, Mapping) else ""
-        raise TypeError(f"`{name}` must be a torch.nn.Module. Found {_kind(model)}{cure}.")
+        fix = ". Load it into a model and pass the model" if isinstance(model, Mapping) else ""
+        raise TypeError(f"`{name}` must be a torch.nn.Module, got {_shown(model)}{fix}.")
 
 
 def check_mapping(name: str, value: Any) -> None:
-    """Refuse what holds nothing by name.
-
-    Args:
-        name: What the caller calls it.
-        value: The value.
-
-    Raises:
-        TypeError: If it is no mapping.
-    """
     if not isinstance(value, Mapping):
-        cure = "; give its state_dict()" if hasattr(value, "state_dict") else ""
-        cure = "; load the file, and give what is in it" if isinstance(value, str) else cure
-        raise TypeError(f"`{name}` should be a dict of tensors. Found {_kind(value)}{cure}.")
+        fix = ". Pass its state_dict()" if hasattr(value, "state_dict") else ""
+        fix = (
+            ". Load the file with torch.load and pass the result" if isinstance(value, str) else fix
+        )
+        raise TypeError(f"`{name}` must be a dict of tensors, got {_shown(value)}{fix}.")
 
 
 def check_changeable(name: str, weight: Tensor) -> None:
-    """Refuse a weight that cannot be set to zero in place.
-
-    Args:
-        name: Its name.
-        weight: The weight.
-
-    Raises:
-        ValueError: If it was made in inference mode, which is over.
-    """
+    """Refuse a weight made in inference mode, which cannot be changed outside of it."""
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
-            f"`model` should have weights that can be changed. Found `{name}`, which was made in "
-            f"torch.inference_mode(); make or load the model outside of it."
+            f"`model` must have weights that can be changed, but `{name}` was made in "
+            f"torch.inference_mode(). Create or load the model outside of it."
         )
 
 
-def _kind(value: Any) -> str:
-    """What a value is, as a user would recognise it."""
-    shown = isinstance(value, str | float | int | PurePath)
+def _shown(value: Any) -> str:
+    """A short value itself, or the type of another one."""
+    is_short = isinstance(value, str | float | int | PurePath)
     name = type(value).__name__
     article = "an" if name[0] in "AEIOaeio" else "a"
-    return f"{value!r}" if shown else f"{article} {name}"
+    return f"{value!r}" if is_short else f"{article} {name}"
 
 
 def names_of(argument: str, value: Any) -> tuple[str, ...]:
-    """Read a collection of names once, so that a generator will do.
-
-    Args:
-        argument: What the caller calls it.
-        value: The collection.
-
-    Returns:
-        The names.
-
-    Raises:
-        TypeError: If it is no collection of strings.
-    """
+    """Read a collection of names, which may be a generator."""
     if isinstance(value, str):
         raise TypeError(
-            f"`{argument}` should be a collection of names. Found {value!r}; give ({value!r},)."
+            f"`{argument}` must be a collection of names, got {value!r}. Pass ({value!r},)."
         )
     if not isinstance(value, Iterable):
-        raise TypeError(f"`{argument}` should be a collection of names. Found {_kind(value)}.")
+        raise TypeError(f"`{argument}` must be a collection of names, got {_shown(value)}.")
     names = tuple(value)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(
-                f"`{argument}` should have names, as in model.named_modules(). Found {_kind(name)}."
+                f"`{argument}` must contain names, as in model.named_modules(), got {_shown(name)}."
             )
     return names
 
 
 def left_out(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> set[int | str]:
-    """The parameters (by identity) and the modules (by path) that `skip` names.
-
-    Args:
-        model: Any module.
-        skip: The names.
-        argument: What the caller calls them.
-
-    Returns:
-        Identities and paths.
-
-    Raises:
-        TypeError: If it is no collection.
-        ValueError: If a name is unknown.
-    """
+    """The parameters (by identity) and modules (by path) that `skip` names."""
     skip = names_of(argument, skip)
     if not skip:
         return set()
@@ -262,8 +181,8 @@ def left_out(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> s
         if name not in known:
             near = get_close_matches(name, known, n=3)
             raise ValueError(
-                f"`{argument}` should name modules or parameters of the model. Found {name!r}"
-                f"{', near to ' + ', '.join(map(repr, near)) if near else ''}; see "
+                f"`{argument}` must name modules or parameters of the model, got {name!r}. "
+                f"{'Did you mean ' + ' or '.join(map(repr, near)) + '? ' if near else ''}See "
                 f"model.named_modules()."
             )
 
@@ -276,10 +195,10 @@ def left_out(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> s
 
 
 def _included(model: nn.Module, include: Collection[str], without: set[int | str]) -> set[int]:
-    """The parameters, by identity, that `include` names: of a module those that are matrices."""
+    """The identities of the parameters that `include` names, directly or as a module's matrices."""
     if not include:
         return set()
-    left_out(model, include, "include")  # which knows the names
+    left_out(model, include, "include")  # to check the names
     parameters = dict(model.named_parameters(remove_duplicate=False))
     added: set[int] = set()
     for name in include:
@@ -290,20 +209,20 @@ def _included(model: nn.Module, include: Collection[str], without: set[int | str
         }
         if not chosen:
             raise ValueError(
-                f"`include` should name parameters, or modules that have matrices. Found {name!r}, "
-                f"in which there is none (biases, norms, embeddings and positions count only if "
-                f"they are named themselves); leave it out."
+                f"`include` must name parameters, or modules that have matrices, got {name!r}, "
+                f"which has none. Biases, norms, embeddings and positions count only if you name "
+                f"them directly; otherwise leave {name!r} out."
             )
         if all(id(parameter) in without for parameter in chosen.values()):
             raise ValueError(
-                f"`include` and `skip` should not name the same. Found {name!r}, which `skip` "
-                f"leaves dense; take it out of one of them."
+                f"`include` and `skip` must not name the same parameters, but {name!r} in "
+                f"`include` is also in `skip`. Remove it from one of them."
             )
         for path in chosen:
             if isinstance(model.get_submodule(path.rpartition(".")[0]), ParametrizationList):
                 raise ValueError(
-                    f"`include` should name plain parameters. Found `{path}`, of a "
-                    f"parametrization, which computes other weights from it; remove that first "
+                    f"`include` must name plain parameters, but `{path}` belongs to a "
+                    f"parametrization, which computes other weights from it. Remove that first "
                     f"(torch.nn.utils.parametrize.remove_parametrizations)."
                 )
         added |= {id(parameter) for parameter in chosen.values()} - without
@@ -313,54 +232,43 @@ def _included(model: nn.Module, include: Collection[str], without: set[int | str
 def _check_weight(name: str, weight: nn.Parameter) -> None:
     if is_lazy(weight) or weight.is_meta:
         raise ValueError(
-            f"`model` should have its weights. Found `{name}` without data; run one batch through "
-            f"a lazy module, or load the weights of one on the meta device, before pruning."
+            f"`model` must have its weights, but `{name}` has no data. Before pruning, run one "
+            f"batch through a lazy module, or load the weights of a model on the meta device."
         )
     if (
         hasattr(weight, "device_mesh")
-        or hasattr(weight, "ds_tensor")  # of DeepSpeed's third stage: empty until it is needed
+        or hasattr(weight, "ds_tensor")  # DeepSpeed stage 3: empty until it is needed
         or getattr(weight, "_is_flat_param", False)
     ):
         raise ValueError(
-            f"`model` should hold its weights whole. Found `{name}` sharded over processes "
-            f"({type(weight.data).__name__}); prune before sharding it."
+            f"`model` must not be sharded, but `{name}` is sharded over processes "
+            f"({type(weight.data).__name__}). Prune before sharding it."
         )
     if type(weight.data) is not Tensor or weight.is_quantized:
         raise TypeError(
-            f"`model` should have plain float weights. Found `{name}` as a "
-            f"{type(weight.data).__name__} of {weight.dtype}; prune before quantising or "
+            f"`model` must have plain float weights, but `{name}` is a "
+            f"{type(weight.data).__name__} of {weight.dtype}. Prune before quantising or "
             f"converting it."
         )
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TypeError(
-            f"`model` should have float weights of 16 bits or more. Found `{name}` of "
-            f"{weight.dtype}; prune before quantising."
+            f"`model` must have float weights of 16 bits or more, but `{name}` is of "
+            f"{weight.dtype}. Prune before quantising."
         )
     if weight.layout != torch.strided:
         raise ValueError(
-            f"`model` should have dense weights. Found `{name}` of {weight.layout}; call "
-            f"to_dense() on it first."
+            f"`model` must have dense weights, but `{name}` is of {weight.layout}. Call to_dense() "
+            f"on it first."
         )
 
 
 def check_finite(name: str, weight: nn.Parameter) -> bool:
-    """Refuse a weight that cannot be ranked.
-
-    Args:
-        name: Its name.
-        weight: The weight.
-
-    Returns:
-        Whether it holds anything but zeros.
-
-    Raises:
-        ValueError: If it holds NaN or infinity.
-    """
-    least, most = weight.detach().aminmax()  # the quickest look at all of them; NaN comes through
+    """Whether a weight holds anything but zeros; NaN and infinity are an error."""
+    least, most = weight.detach().aminmax()  # the fastest check of all weights: NaN propagates
     if not (least.isfinite() and most.isfinite()):
         bad = int((~weight.isfinite()).count_nonzero())
         raise ValueError(
-            f"`model` should have finite weights only. Found {bad} that are NaN or infinite in "
-            f"`{name}`; a network that diverged has nothing to rank."
+            f"`model` must have finite weights, but {bad} are NaN or infinite in `{name}`. The "
+            f"weights of a network that diverged cannot be ranked."
         )
     return bool(least) or bool(most)

@@ -1,4 +1,4 @@
-"""The mean and the variance of the inputs of normalisation layers, over many batches."""
+"""Mean and variance of the inputs of normalisation layers, over many batches."""
 
 from __future__ import annotations
 
@@ -26,24 +26,17 @@ class Sums:
     """Sums over the inputs of one layer."""
 
     mean: Tensor
-    """The sum of the batches' means, each times its number of values a channel."""
+    """The sum of the batches' means, each times its number of values per channel."""
     variance: Tensor
-    """The same of their unbiased variances."""
+    """The same sum of their unbiased variances."""
     values: int = 0
-    """The number of values a channel."""
+    """The number of values per channel."""
     calls: int = 0
     """The number of batches."""
 
 
 def with_statistics(model: nn.Module) -> dict[str, _NormBase]:
-    """The normalisation layers that remember statistics.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The layers, by path: BatchNorm, and InstanceNorm with `track_running_stats`.
-    """
+    """The normalisation layers with running statistics, by path."""
     return {
         path: module
         for path, module in model.named_modules()
@@ -53,16 +46,10 @@ def with_statistics(model: nn.Module) -> dict[str, _NormBase]:
 
 @contextmanager
 def gathered(layers: Mapping[str, _NormBase]) -> Iterator[dict[str, Sums]]:
-    """Put layers in training mode and add up the statistics of their batches.
+    """Put layers in training mode and yield the sums of each layer that has been called, by path.
 
-    They are computed in float32 at least and added in float64, whatever the dtype of the layer's
-    buffers. The buffers are as they were at the end.
-
-    Args:
-        layers: The layers, by path.
-
-    Yields:
-        The sums of each layer that was called so far, by its path.
+    Statistics are computed in float32 or wider and added in float64, whatever the dtype of the
+    layer's buffers. The buffers are restored at the end.
     """
     momenta = {layer: layer.momentum for layer in layers.values()}
     before = [(buffer, buffer.clone()) for layer in layers.values() for buffer in _buffers(layer)]
@@ -70,11 +57,11 @@ def gathered(layers: Mapping[str, _NormBase]) -> Iterator[dict[str, Sums]]:
     hooks = []
     local = [layer for layer in layers.values() if _is_synchronised(layer)]
     try:
-        for layer in local:  # ranks with fewer batches would be waited for
-            layer.forward = _alone(layer)
+        for layer in local:  # otherwise it waits for ranks that have fewer batches
+            layer.forward = _local_forward(layer)
         for path, layer in layers.items():
             layer.training = True
-            layer.momentum = 1.0  # the buffers of a layer with code of its own hold the last batch
+            layer.momentum = 1.0  # so that the buffers of custom layers hold the last batch
             hooks.append(layer.register_forward_pre_hook(mode.enter(path), with_kwargs=True))
             hooks.append(layer.register_forward_hook(mode.leave(path, layer), with_kwargs=True))
         with mode:
@@ -91,7 +78,7 @@ def gathered(layers: Mapping[str, _NormBase]) -> Iterator[dict[str, Sums]]:
 
 
 class _Gather(TorchFunctionMode):
-    """Looks at what batch_norm and instance_norm are given for the buffers of some layers."""
+    """Adds up the statistics of the inputs to batch_norm and instance_norm for some layers."""
 
     def __init__(self, layers: Mapping[str, _NormBase]) -> None:
         super().__init__()
@@ -113,7 +100,7 @@ class _Gather(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def enter(self, path: str) -> Any:
-        """A hook before a layer's call."""
+        """A hook to run before the call of a layer."""
 
         def remember(layer: Any, args: Any, kwargs: Any) -> None:
             calls = self.sums[path].calls if path in self.sums else 0
@@ -122,7 +109,7 @@ class _Gather(TorchFunctionMode):
         return remember
 
     def leave(self, path: str, layer: _NormBase) -> Any:
-        """A hook after it, for layers that compute their statistics themselves."""
+        """A hook to run after the call, for layers that compute their statistics themselves."""
 
         def compare(_: Any, args: Any, kwargs: Any, output: Any) -> None:
             calls, before = self._seen.pop(path)
@@ -142,7 +129,7 @@ class _Gather(TorchFunctionMode):
         exact = values if values.dtype in (torch.float32, torch.float64) else values.float()
         over = [dim for dim in range(values.dim()) if dim != 1 and (batchwise or dim)]
         variance, mean = torch.var_mean(exact, over, correction=1)
-        if not batchwise:  # each instance by itself, then all of them alike
+        if not batchwise:  # of each instance, then their mean
             variance, mean = variance.mean(0), mean.mean(0)
         self._sum(path, mean, variance, values.numel() // values.shape[1])
 
@@ -167,8 +154,8 @@ def _is_synchronised(layer: Any) -> bool:
     return isinstance(layer, nn.SyncBatchNorm) and type(layer).forward is own
 
 
-def _alone(layer: Any) -> Any:
-    """SyncBatchNorm's call without the other ranks."""
+def _local_forward(layer: Any) -> Any:
+    """The forward of SyncBatchNorm without the other ranks."""
 
     def forward(input: Tensor) -> Tensor:
         layer._check_input_dim(input)
@@ -186,7 +173,7 @@ def _alone(layer: Any) -> Any:
 def _check(path: str, values: Tensor) -> None:
     if values.dim() > 1 and values.numel() // max(1, values.shape[1]) < 2:
         raise ValueError(
-            f"`loader` must yield batches with more than one value per channel, "
-            f"since one value has no variance. Found an input of shape {tuple(values.shape)} to "
-            f"`{path or 'the model'}`; give larger batches, or drop_last=True."
+            f"`loader` must yield batches with more than one value per channel, since one value "
+            f"has no variance, got an input of shape {tuple(values.shape)} to "
+            f"`{path or 'the model'}`. Use larger batches, or drop_last=True."
         )

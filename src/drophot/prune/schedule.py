@@ -1,4 +1,4 @@
-"""Pruning in several steps during training, and rewinding to earlier weights."""
+"""Prune in several steps during training, and rewind to earlier weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 from drophot._core import scalars
 from drophot._core.ratios import check_prune_ratio
-from drophot.prune import earlier_masks, layer_sparsity
+from drophot.prune import earlier_masks
 from drophot.prune.current_parameters import current, own_names
 from drophot.prune.holding import Hold, is_counting
-from drophot.prune.layer_sparsity import Scope
-from drophot.prune.magnitude import check_scope, pruned
+from drophot.prune.importance import Importance, importance_name
+from drophot.prune.layer_sparsity import Scope, check_minimum
+from drophot.prune.magnitude import prune_to_ratio, pruning_options
 from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import check_mapping, names_of, prunable
 from drophot.prune.unpruned_weights import uncovered_warning_silenced
 
-__all__ = ["Schedule", "cubic", "geometric", "rewind"]
-
 
 def cubic(ratio: float, times: int) -> tuple[float, ...]:
-    r"""The ratios of gradual pruning, which removes many weights at first and few at last.
+    r"""The ratios of gradual pruning, which removes many weights early and few late.
 
     :math:`s_i = s \, (1 - (1 - i / n)^3)` for :math:`i = 1 \dots n`.
 
@@ -34,7 +33,7 @@ def cubic(ratio: float, times: int) -> tuple[float, ...]:
         Zhu and Gupta, To prune, or not to prune, 2017, https://arxiv.org/abs/1710.01878.
 
     Args:
-        ratio: The share removed in the end, in [0, 1).
+        ratio: The share **removed** at the end, in [0, 1).
         times: The number of prunings, `n`.
 
     Returns:
@@ -53,7 +52,7 @@ def cubic(ratio: float, times: int) -> tuple[float, ...]:
 
 
 def geometric(ratio: float, times: int) -> tuple[float, ...]:
-    r"""The ratios of iterative pruning: each round removes the same share of what is left.
+    r"""The ratios of iterative pruning, of which each round removes the same share of the rest.
 
     :math:`s_i = 1 - (1 - s)^{i / n}` for :math:`i = 1 \dots n`.
 
@@ -63,7 +62,7 @@ def geometric(ratio: float, times: int) -> tuple[float, ...]:
         Neural Network Pruning, ICLR 2020, https://arxiv.org/abs/2003.02389.
 
     Args:
-        ratio: The share removed in the end, in [0, 1).
+        ratio: The share **removed** at the end, in [0, 1).
         times: The number of rounds, `n`.
 
     Returns:
@@ -82,11 +81,12 @@ def geometric(ratio: float, times: int) -> tuple[float, ...]:
 
 
 class Schedule:
-    """Magnitude pruning in several prunings, with training between them.
+    """Magnitude pruning in several steps, with training between them.
 
-    The first ratio is applied at once. Call `step` after each step of the optimiser: it keeps
-    removed weights at zero, and after each `every` calls it prunes to the next ratio. With one
-    ratio this is `magnitude_prune` and `Masks.hold`. Raises the errors of `magnitude_prune` too.
+    The first ratio is applied at once. Call `step` after each step of the optimizer: it sets
+    removed weights to zero, and after each `every` calls it prunes to the next ratio. With one
+    ratio this does the same as `magnitude_prune` and `Masks.hold`. The errors of `magnitude_prune`
+    are raised too.
 
     A layer in which every weight is zero when training starts, such as the head of a vision
     transformer, is left out until it has other weights, as in `magnitude_prune`. From then on a
@@ -97,14 +97,17 @@ class Schedule:
         model: Any module, on any device.
         ratios: The share **removed** after each pruning, not decreasing: from `cubic`, `geometric`
             or any iterable of numbers.
-        every: Steps of the optimiser between two prunings.
+        every: The number of optimizer steps between two prunings.
         scope: As in `magnitude_prune`.
         min_kept: As in `magnitude_prune`.
         skip: As in `magnitude_prune`.
         include: As in `magnitude_prune`.
+        importance: As in `magnitude_prune`; called again at each pruning. The state of the
+            schedule holds its name only, so pass the same function when you resume.
 
     Raises:
-        TypeError: If `ratios` is not an iterable, a ratio not a number, or `every` not an integer.
+        TypeError: If `ratios` is not an iterable, a ratio is not a number, or `every` is not an
+            integer.
         ValueError: If there are no ratios, a ratio is not in [0, 1) or is below the one before it,
             or `every` is less than 1.
 
@@ -132,10 +135,11 @@ class Schedule:
         min_kept: float = 0.0,
         skip: Iterable[str] = (),
         include: Iterable[str] = (),
+        importance: Importance | None = None,
     ) -> None:
         if isinstance(ratios, str) or not isinstance(ratios, Iterable):
             raise TypeError(
-                f"`ratios` must be an iterable of numbers. Found {ratios!r}; to prune once, pass "
+                f"`ratios` must be an iterable of numbers, got {ratios!r}. To prune once, pass "
                 f"[{ratios}]."
             )
         self.ratios = tuple(
@@ -146,52 +150,48 @@ class Schedule:
         for before, ratio in pairwise(self.ratios):
             if ratio < before:
                 raise ValueError(
-                    f"`ratios` must not decrease, since removed weights do not come back. Found "
+                    f"`ratios` must not decrease, since removed weights do not come back, got "
                     f"{ratio} after {before}."
                 )
         self.every = scalars.integer("every", every, least=1)
         self._model = model
-        check_scope("scope", scope)
-        self._settings: dict[str, Any] = {
-            "scope": scope,
-            "min_kept": check_prune_ratio("min_kept", min_kept),
-            "skip": names_of("skip", skip),
-            "include": names_of("include", include),
-        }
+        self._options = pruning_options(
+            scope=scope, min_kept=min_kept, skip=skip, include=include, importance=importance
+        )
         self._check_minimum()
-        self._late: set[str] = set()  # layers that were all zero at a pruning
+        self._formerly_zero: set[str] = set()  # layers that were all zero at a pruning
         self.steps = 0
         self.masks = self._prune(self.ratios[0])
 
     @property
     def ratio(self) -> float:
-        """The share that is removed now."""
+        """The share that is currently removed."""
         return self.ratios[min(self.steps // self.every, len(self.ratios) - 1)]
 
     @property
     def finished(self) -> bool:
-        """Whether the last ratio is reached."""
+        """Whether the last ratio has been reached."""
         return self.steps >= self.every * (len(self.ratios) - 1)
 
     def step(self) -> bool:
-        """Keep removed weights at zero, and prune to the next ratio when that is due.
+        """Set removed weights to zero, and prune to the next ratio if a pruning is due.
 
         Returns:
-            Whether it pruned.
+            Whether the model was pruned.
 
         Raises:
-            RuntimeError: If it is captured in a CUDA graph (`drophot.fit` takes plain steps then),
-                or a held optimiser counts the steps already.
+            RuntimeError: If the call is captured in a CUDA graph, or a held optimizer counts the
+                steps already.
         """
         if is_counting(self):
             raise RuntimeError(
-                "`step` should not be called while the schedule is held, since each step of the "
+                "`step` must not be called while the schedule is held, since each step of the "
                 "held optimizer is counted already. Leave out either `hold` or this call."
             )
         return self._advance()
 
     def _advance(self) -> bool:
-        """Count a step, and prune on where that is due."""
+        """Count a step, and prune if a pruning is due."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "`step` must not be captured in a CUDA graph, since it counts its calls: call it "
@@ -201,28 +201,28 @@ class Schedule:
         steps = self.steps + 1
         due = steps % self.every == 0 and steps // self.every < len(self.ratios)
         if due:
-            self.masks.apply()  # so that they are known as what was removed before
-            with uncovered_warning_silenced():  # what stays dense was said by the first pruning
+            self.masks.apply()  # so that the next pruning knows what this one removed
+            with uncovered_warning_silenced():  # given by the first pruning
                 self.masks = self._prune(self.ratios[steps // self.every])
-        self.steps = steps  # a pruning that failed is still due
+        self.steps = steps  # only now, so that a pruning that failed is still due
         return due
 
     def hold(self, optimizer: Optimizer) -> RemovableHandle:
-        """Hold the masks as `Masks.hold` does, and call `step` after each step of an optimiser.
+        """Hold the masks as `Masks.hold` does, and call `step` after each step of an optimizer.
 
-        Where several optimisers train one model, hold each of them. The steps of the one that was
+        If several optimizers train the model, hold each of them. The steps of the one that was
         held last are counted, so that one iteration counts once.
 
         Args:
-            optimizer: The optimiser that trains the model, or a part of it.
+            optimizer: The optimizer that trains the model, or a part of it.
 
         Returns:
-            A handle: `handle.remove()` ends it, and so does leaving `with handle:`. Both raise a
-            `RuntimeError` if removed weights are not zero then, or no step was counted although
-            the model was trained.
+            A handle: `handle.remove()` ends the hold, and so does leaving `with handle:`. Both
+            raise a `RuntimeError` if removed weights are not zero then, or if the model was
+            trained but no step was counted.
 
         Raises:
-            TypeError: If `optimizer` is not a torch optimiser.
+            TypeError: If `optimizer` is not a torch optimizer.
             ValueError: If it trains none of the masked parameters, or these are sharded.
         """
         return Hold(self.masks, self._model, optimizer, self).begin()
@@ -231,10 +231,14 @@ class Schedule:
         """The state of the schedule, for `torch.save`.
 
         Returns:
-            The number of steps, the masks, and the settings that these belong to.
+            The number of steps, the masks, and the settings that they belong to.
         """
-        state = {"steps": self.steps, "masks": self.masks.state_dict(), "late": sorted(self._late)}
-        return state | self._described()
+        state = {
+            "steps": self.steps,
+            "masks": self.masks.state_dict(),
+            "formerly_zero": sorted(self._formerly_zero),
+        }
+        return state | self._described_settings()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Resume from the state of a saved schedule.
@@ -249,68 +253,76 @@ class Schedule:
                 before this schedule was made. Nothing is changed then.
         """
         check_mapping("state_dict", state_dict)
-        if lacking := {"steps", "masks", "late", *self._described()} - state_dict.keys():
+        if (
+            lacking := {"steps", "masks", "formerly_zero", *self._described_settings()}
+            - state_dict.keys()
+        ):
             raise ValueError(
-                f"`state_dict` must be that of a Schedule. It has no {sorted(lacking)[0]!r}."
+                f"`state_dict` must be the state of a Schedule, but it has no "
+                f"{sorted(lacking)[0]!r}."
             )
-        for name, own in self._described().items():
+        for name, own in self._described_settings().items():
             if state_dict[name] != own:
                 raise ValueError(
-                    f"`state_dict` must be of a schedule with {name}={own}. Found "
-                    f"{state_dict[name]}: create the Schedule with the same settings."
+                    f"`state_dict` must be of a schedule with {name}={own}, got "
+                    f"{state_dict[name]}. Create the Schedule with the settings that were saved."
                 )
         steps = scalars.integer('state_dict["steps"]', state_dict["steps"], least=0)
-        late = names_of('state_dict["late"]', state_dict["late"])
+        formerly_zero = names_of('state_dict["formerly_zero"]', state_dict["formerly_zero"])
         check_mapping('state_dict["masks"]', state_dict["masks"])
-        own = own_names((*late, *state_dict["masks"]), self.masks.keys())
+        own = own_names((*formerly_zero, *state_dict["masks"]), self.masks.keys())
         self._check_order({own[name]: mask for name, mask in state_dict["masks"].items()})
         self.masks.load_state_dict(state_dict["masks"])
         self.steps = steps
-        self._late = {own[name] for name in late}
+        self._formerly_zero = {own[name] for name in formerly_zero}
 
     def _check_order(self, saved: Mapping[str, Tensor]) -> None:
-        """Refuse a model whose pruned layers were taken for layers that start at zero."""
-        if not self.ratios[0] or self._settings["scope"] not in ("global", "lamp"):
+        """Refuse a model whose pruned layers were taken for layers that are initialised at zero."""
+        if not self.ratios[0] or self._options.scope not in ("global", "lamp"):
             return
-        emptied = [n for n in sorted(self._late & saved.keys()) if not torch.any(saved[n])]
+        emptied = [n for n in sorted(self._formerly_zero & saved.keys()) if not torch.any(saved[n])]
         if emptied:
             raise ValueError(
-                f"`state_dict` removes all of `{emptied[0]}`, which was zero when this Schedule "
-                f"was made. The model had its saved weights by then, so the first pruning took "
-                f"this layer for one that starts at zero, and removed other weights instead. Make "
-                f"the Schedule first, then load the model's weights, then this."
+                f"`state_dict` removes all of `{emptied[0]}`, which was all zero when this "
+                f"Schedule was created. The model already had its saved weights, so the first "
+                f"pruning took the layer for one that is initialised at zero and removed other "
+                f"weights instead. Create the Schedule first, then load the model's weights, then "
+                f"this state."
             )
 
-    def _described(self) -> dict[str, Any]:
-        """The settings that a state belongs to, in plain types."""
-        settings = self._settings | {
-            name: sorted(self._settings[name]) for name in ("skip", "include")
+    def _described_settings(self) -> dict[str, Any]:
+        """The settings that a state belongs to, as plain types."""
+        options = self._options
+        return {
+            "ratios": list(self.ratios),
+            "every": self.every,
+            "scope": options.scope,
+            "min_kept": options.min_kept,
+            "skip": sorted(options.skip),
+            "include": sorted(options.include),
+            "importance": importance_name(options.importance),
         }
-        return {"ratios": list(self.ratios), "every": self.every} | settings
 
     def _check_minimum(self) -> None:
         """Refuse now what the last pruning would refuse."""
-        skip, include = self._settings["skip"], self._settings["include"]
-        if self._settings["min_kept"] and self._settings["scope"] in ("global", "lamp"):
-            weights = prunable(self._model, skip, include)
-            older = earlier_masks.masks_of(self._model, weights)
-            layer_sparsity.check_minimum(
-                weights, older, self.ratios[-1], self._settings["min_kept"]
-            )
+        options = self._options
+        if options.min_kept:
+            weights = prunable(self._model, options.skip, options.include)
+            earlier = earlier_masks.masks_of(self._model, weights)
+            check_minimum(weights, earlier, self.ratios[-1], options.min_kept)
 
     def _prune(self, ratio: float) -> Masks:
-        late = set(self._late)
-        masks = pruned(self._model, ratio, **self._settings, late=late)
-        self._late = late
+        masks, zero_layers = prune_to_ratio(self._model, ratio, self._options, self._formerly_zero)
+        self._formerly_zero |= zero_layers
         return masks
 
 
 def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> None:
     """Load other weights under the same masks.
 
-    Weights from an early step of the training that led to the masks give rewinding; those from its
-    start, the lottery ticket; and those of a new initialisation, the random control, which shows
-    what the masks are worth without the weights.
+    Weights from an early step of the training that led to the masks give rewinding, and those from
+    its start give the lottery ticket. Weights of a new initialisation are the random control, which
+    shows what the masks are worth without the weights.
 
     References:
         Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, ICML 2020,
@@ -319,12 +331,12 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
     Args:
         model: The model that gets the weights: the pruned one, or another of the same
             architecture, such as a new one or a copy.
-        masks: Masks of such a model.
+        masks: The masks of such a model.
         state_dict: The other weights, of the whole model.
 
     Raises:
-        TypeError: If `masks` is no `Masks`, or `state_dict` no dict.
-        ValueError: If names or shapes are not the model's, it lacks a masked parameter, or the
+        TypeError: If `masks` is not a `Masks`, or `state_dict` not a dict.
+        ValueError: If names or shapes are not the model's, a masked parameter is missing, or the
             tensors are the model's own, which are trained with it. Nothing is changed then.
 
     Example:
@@ -338,30 +350,34 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
         True
     """
     if not isinstance(masks, Masks):
-        raise TypeError(f"`masks` should be a Masks. Found a {type(masks).__name__}.")
+        raise TypeError(
+            f"`masks` must be a drophot.Masks, got {type(masks).__name__}. Masks.from_zeros(model) "
+            f"makes one from the zeros of a model."
+        )
     check_mapping("state_dict", state_dict)
     own = model.state_dict()
     wrong = sorted(own.keys() ^ state_dict.keys())
-    wrong += [name for name in own if name in state_dict and not _alike(own, state_dict, name)]
+    wrong += [name for name in own if name in state_dict and not _match(own, state_dict, name)]
     if wrong:
         raise ValueError(
-            f"`state_dict` must hold the weights of this model. Found a difference in {wrong}."
+            f"`state_dict` must hold the weights of this model, but names or shapes differ in "
+            f"{wrong}."
         )
-    for name, tensor in own.items():  # extra state is anything
+    for name, tensor in own.items():  # extra state may be anything
         other = state_dict[name]
         both = isinstance(tensor, Tensor) and isinstance(other, Tensor) and tensor.numel()
         if both and tensor.data_ptr() == other.data_ptr():
             raise ValueError(
-                f"`state_dict` must be a copy. `{name}` is the model's own tensor, which changes "
-                f"during training: keep copy.deepcopy(model.state_dict()) instead."
+                f"`state_dict` must be a copy, but its `{name}` is the model's own tensor, which "
+                f"changes during training. Keep copy.deepcopy(model.state_dict()) instead."
             )
     current(model, masks)
     model.load_state_dict(state_dict)
     masks.apply(model)
 
 
-def _alike(own: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
-    """Whether two entries can be the same tensor at two times, or are a module's extra state."""
+def _match(own: Mapping[str, Any], other: Mapping[str, Any], name: str) -> bool:
+    """Whether two entries are tensors of one shape, or a module's extra state."""
     one, two = own[name], other[name]
     if isinstance(one, Tensor) != isinstance(two, Tensor):
         return name.endswith("_extra_state")

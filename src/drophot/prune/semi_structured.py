@@ -1,4 +1,4 @@
-"""N of each M weights: the pattern that some GPUs compute faster."""
+"""N:M sparsity: N of each M consecutive weights are kept, which some GPUs compute faster."""
 
 from __future__ import annotations
 
@@ -14,110 +14,88 @@ from torch import Tensor, nn
 from drophot._core.user_warnings import warn
 from drophot.prune.linear_layers import input_dimension, is_conv1d
 
-_BLOCK = 1 << 20  # weights looked at in one go
+_BLOCK = 1 << 20  # weights per block, to save memory
 
 
-def parse(pattern: Any, ratio: float) -> tuple[int, int]:
-    """What a pattern says.
-
-    Args:
-        pattern: `"N:M"`.
-        ratio: The share removed that was asked for too. It may be rounded, as 2/3 is in 0.67.
-
-    Returns:
-        How many of how many stay.
-
-    Raises:
-        ValueError: If it is no pattern, or another share than `ratio`.
-    """
+def parse_pattern(pattern: Any, ratio: float) -> tuple[int, int]:
+    """The numbers N and M of "N:M", which must agree with `ratio` (0.67 agrees with "1:3")."""
     found = re.fullmatch(r"(\d+):(\d+)", pattern) if isinstance(pattern, str) else None
-    kept, of = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not 0 < kept < of:
+    n, m = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 0 < n < m:
         raise ValueError(
-            f'`pattern` should be "N:M", N of each M weights kept, as "2:4". Found {pattern!r}.'
+            f'`pattern` must be "N:M" with 0 < N < M, which keeps N of each M weights, got '
+            f'{pattern!r}. A common one is "2:4".'
         )
-    share = Fraction(of - kept, of)
-    written = (floor(100 * share) / 100, ceil(100 * share) / 100)  # with two digits
-    if abs(ratio - share) > 1e-3 and ratio not in written:
+    removed = Fraction(m - n, m)
+    two_digits = (floor(100 * removed) / 100, ceil(100 * removed) / 100)
+    if abs(ratio - removed) > 1e-3 and ratio not in two_digits:
         raise ValueError(
-            f"`ratio` should be the share that the pattern {pattern} removes, {1 - kept / of:g}. "
-            f"Found {ratio}."
+            f"`ratio` must agree with the pattern {pattern}, which removes {1 - n / m:g}, got "
+            f"{ratio}."
         )
-    return kept, of
+    return n, m
 
 
-def fitting(
-    model: nn.Module, weights: Mapping[str, nn.Parameter], of: int, pattern: str
+def input_dimensions(
+    model: nn.Module, weights: Mapping[str, nn.Parameter], m: int, pattern: str
 ) -> dict[str, int]:
-    """The weights that a pattern fits, and along which dimension; the others are warned about.
-
-    Args:
-        model: The model.
-        weights: By name.
-        of: How many weights are a group.
-        pattern: As it was given.
-
-    Returns:
-        The dimension of the inputs, by name.
-
-    Raises:
-        ValueError: If it fits none.
-    """
+    """The input dimension of each weight that the pattern fits; a warning names the others."""
     fits, others = {}, []
     for name, weight in weights.items():
         path, _, attribute = name.rpartition(".")
         dim = input_dimension(model.get_submodule(path), attribute)
         if dim is None:
             others.append(f"{name} (its input dimension is not known)")
-        elif weight.shape[dim] % of:
+        elif weight.shape[dim] % m:
             others.append(f"{name} ({weight.shape[dim]} inputs)")
         else:
             fits[name] = dim
     if not fits:
         raise ValueError(
-            f"`pattern` should fit a layer, but {of} divides the number of inputs of none: "
+            f"`pattern` {pattern} fits no layer, since {m} divides the number of inputs of none: "
             f"{', '.join(others)}."
         )
     if others:
         warn(
-            f'`pattern="{pattern}"` leaves layers dense if {of} does not divide their inputs: '
-            f"{', '.join(others)}."
+            f'`pattern="{pattern}"` leaves these layers dense, since {m} does not divide their '
+            f"number of inputs: {', '.join(others)}."
         )
     return fits
 
 
-def cut(weight: Tensor, kept: int, of: int, dim: int, older: Tensor | None = None) -> Tensor:
-    """Keep the largest of each group, in place.
+def prune_groups(
+    weight: Tensor,
+    n: int,
+    m: int,
+    dim: int,
+    earlier: Tensor | None = None,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """Keep the `n` largest of each `m` consecutive weights along `dim`, in place; the mask.
 
-    Args:
-        weight: Finite floats; `of` divides its size along `dim`.
-        kept: How many of each group stay, the first of equal ones.
-        of: The size of a group.
-        dim: The groups are consecutive along this dimension.
-        older: The mask of an earlier pruning. Zeros that it removed do not come back.
-
-    Returns:
-        The mask of what is kept, exactly `kept` of each group unless the older mask left fewer:
-        bool, of its shape.
+    Of equal weights the first are kept. Without an `importance` the largest are those of largest
+    magnitude. A group keeps fewer than `n` if the mask of an `earlier` pruning left it fewer.
     """
     weight = weight.detach()
     moved = weight.movedim(dim, -1)
     mask = torch.empty(moved.shape, dtype=torch.bool, device=weight.device)
-    before = None if older is None else older.movedim(dim, -1).reshape(-1, of)
-    rows = max(_BLOCK // of, 1)
-    for start, block, keep in zip(
-        range(0, mask.numel() // of, rows),
-        moved.reshape(-1, of).split(rows),
-        mask.view(-1, of).split(rows),
+    before = None if earlier is None else earlier.movedim(dim, -1).reshape(-1, m)
+    ranked = moved if importance is None else importance.movedim(dim, -1)
+    rows = max(_BLOCK // m, 1)
+    for start, block, values, keep in zip(
+        range(0, mask.numel() // m, rows),
+        moved.reshape(-1, m).split(rows),
+        ranked.reshape(-1, m).split(rows),
+        mask.view(-1, m).split(rows),
         strict=True,
     ):
-        sizes = block.abs()
+        sizes = values.abs() if importance is None else values
         removed = None
         if before is not None:
             removed = ~before[start : start + len(block)] & (block == 0)
-            sizes = sizes.masked_fill(removed, -1)
-        best = sizes.argsort(dim=1, descending=True, stable=True)[:, :kept]
-        keep.zero_().scatter_(1, best, True)
+            sizes = sizes.masked_fill(removed, -torch.inf)
+        largest = sizes.argsort(dim=1, descending=True, stable=True)[:, :n]
+        keep.zero_().scatter_(1, largest, True)
         if removed is not None:
             keep &= ~removed
     mask = mask.movedim(-1, dim).contiguous()
@@ -126,36 +104,38 @@ def cut(weight: Tensor, kept: int, of: int, dim: int, older: Tensor | None = Non
 
 
 def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
-    """Turn Linear weights that are 2:4 into torch's accelerated form, in place, for inference.
+    """Convert 2:4 weights of Linear layers to torch's semi-structured format, for inference.
 
-    Two of four weights are stored, and NVIDIA's GPUs from Ampere on skip the others. Layers that
-    torch cannot turn (their pattern, shape or dtype) stay dense and are warned about by name.
+    The model is changed in place. Two of each four weights are stored, and NVIDIA GPUs from Ampere
+    on skip the others. Layers that torch cannot convert, because of their pattern, shape or dtype,
+    stay dense, and a warning names them.
 
     References:
         Mishra et al., Accelerating Sparse Deep Neural Networks, 2021,
         https://arxiv.org/abs/2104.08378; `torch.sparse.to_sparse_semi_structured`.
 
     Args:
-        model: On a GPU, in a dtype that it computes sparsely: float16 or bfloat16, most often.
+        model: On a GPU, in a dtype that torch supports for this format, such as float16 or
+            bfloat16.
 
     Returns:
-        The names of the weights that were turned.
+        The names of the converted weights.
 
     Raises:
-        RuntimeError: If the model is not on a GPU that can do it.
-        ValueError: If no Linear weight is 2:4.
+        RuntimeError: If the model is not on a GPU that supports the format.
+        ValueError: If no weight of a Linear layer can be converted.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(128, 64))
         >>> to_semi_structured(model)
         Traceback (most recent call last):
             ...
-        RuntimeError: `model` should be on an NVIDIA GPU of compute capability 8.0 or more. ...
+        RuntimeError: `model` must be on an NVIDIA GPU of compute capability 8.0 or higher...
     """
     attention = {
         f"{path}.out_proj" if path else "out_proj"
         for path, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention)  # reads that weight by itself
+        if isinstance(module, nn.MultiheadAttention)  # does not call this layer
     }
     layers = {
         path: module
@@ -165,10 +145,10 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
     devices = {module.weight.device for module in layers.values()}
     if slow := [device for device in devices if not _capable(device)]:
         raise RuntimeError(
-            f"`model` should be on an NVIDIA GPU of compute capability 8.0 or more. Found "
-            f"{slow[0]}; the zeros are there as well, and make nothing faster here."
+            f"`model` must be on an NVIDIA GPU of compute capability 8.0 or higher, got "
+            f"{slow[0]}. Other devices do not compute 2:4 weights faster; use the dense model."
         )
-    turned: dict[str, nn.Parameter] = {}
+    converted: dict[str, nn.Parameter] = {}
     others = []
     for path, module in layers.items():
         name = f"{path}.weight" if path else "weight"
@@ -177,25 +157,25 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
             others.append(f"{name} (not 2:4)")
             continue
         try:
-            turned[name] = nn.Parameter(_convert(weight), requires_grad=False)
+            converted[name] = nn.Parameter(_convert(weight), requires_grad=False)
         except (RuntimeError, ValueError) as error:
             others.append(f"{name} ({str(error).strip().splitlines()[0]})")
     others += [
-        f"{path}.weight (Conv1D, which torch cannot turn)"
+        f"{path}.weight (Conv1D, which torch cannot convert)"
         for path, module in model.named_modules()
         if is_conv1d(module)
     ]
-    if not turned:
+    if not converted:
         raise ValueError(
-            f"`model` should have Linear weights that are 2:4 and of a shape and dtype that torch "
-            f"can turn. Found {', '.join(others) or 'none'}; prune it first with "
+            f"`model` must have Linear layers with 2:4 weights of a shape and dtype that torch can "
+            f"convert, got {', '.join(others) or 'none'}. Prune it first with "
             f'magnitude_prune(model, 0.5, pattern="2:4").'
         )
-    for name, weight in turned.items():
+    for name, weight in converted.items():
         layers[name.rpartition(".")[0]].weight = weight
     if others:
         warn(f"These layers stay dense: {', '.join(others)}.")
-    return tuple(turned)
+    return tuple(converted)
 
 
 def _capable(device: torch.device) -> bool:

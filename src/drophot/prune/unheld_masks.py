@@ -1,4 +1,4 @@
-"""What is removed and held by nobody, so that it can grow back."""
+"""Warnings about removed weights that no hold keeps at zero, so that they can grow back."""
 
 from __future__ import annotations
 
@@ -13,78 +13,62 @@ from drophot.prune import earlier_masks
 
 
 class Holding(Protocol):
-    """What keeps removed weights at zero."""
-
-    _weights: dict[str, nn.Parameter]
+    """A hold, as far as these warnings need it."""
 
     @property
-    def masks(self) -> Mapping[str, Tensor]:
-        """The masks that are held now."""
-        ...
+    def weights(self) -> Mapping[str, nn.Parameter]: ...
+
+    @property
+    def masks(self) -> Mapping[str, Tensor]: ...
 
 
-def warn_of_loose(
+def warn_of_unheld(
     found: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], holds: Iterable[Holding]
 ) -> None:
-    """Say what is trained and held by no optimiser.
-
-    Args:
-        found: The masked parameters that the model has now.
-        masks: At least theirs, True where a weight is kept.
-        holds: All that hold now.
-    """
-    held = {id(weight) for hold in holds for weight in hold._weights.values()}
-    loose = [
+    """Warn if masked parameters that are trained (some of `found`) are in none of the `holds`."""
+    held = {id(weight) for hold in holds for weight in hold.weights.values()}
+    unheld = [
         name
         for name, weight in found.items()
         if weight.requires_grad and id(weight) not in held and not masks[name].all()
     ]
-    if loose:
-        removed = sum(int((~masks[name]).sum()) for name in loose)
+    if unheld:
+        removed = sum(int((~masks[name]).sum()) for name in unheld)
         total = sum(int((~mask).sum()) for mask in masks.values())
         warn(
-            f"`hold` keeps the weights that its optimizer trains. Found {removed:,} of {total:,} "
-            f"removed weights in none that is held ({listed(loose)}): they can grow back. Call "
-            f"masks.hold(optimizer) for each optimizer that trains them; if none does, "
-            f"requires_grad_(False) says so."
+            f"`hold` only keeps weights at zero that its optimizer trains. {removed:,} of "
+            f"{total:,} removed weights ({shortened(unheld)}) are not held and can grow back. Call "
+            f"masks.hold(optimizer) for each optimizer that trains them. If none does, call "
+            f"requires_grad_(False) on them."
         )
 
 
-def warn_of_newer(
+def warn_of_newer_masks(
     model: nn.Module, weights: Mapping[str, nn.Parameter], holds: Iterable[Holding]
 ) -> None:
-    """Say what a later pruning of a held model removed, which only its own masks hold.
+    """Warn if a later pruning of a held model removed weights that no hold has masks for.
 
-    Args:
-        model: The model.
-        weights: Those that are held, by their paths in it.
-        holds: All that hold now.
+    `weights` are the held parameters, by their paths in the model.
     """
     newer = earlier_masks.masks_of(model, weights)
-    kept = {path: torch.ones_like(mask) for path, mask in newer.items()}
-    places = {id(weights[path]): path for path in kept}
+    held = {path: torch.ones_like(mask) for path, mask in newer.items()}
+    path_of = {id(weights[path]): path for path in held}
     for hold in holds:
-        for name, weight in hold._weights.items():
-            if id(weight) in places:
-                mask = kept[places[id(weight)]]
+        for name, weight in hold.weights.items():
+            if id(weight) in path_of:
+                mask = held[path_of[id(weight)]]
                 mask &= hold.masks[name].to(mask.device)
-    lost = {path: int((mask & ~newer[path]).sum()) for path, mask in kept.items()}
-    if removed := sum(lost.values()):
-        names = [path for path, count in lost.items() if count]
+    unheld = {path: int((mask & ~newer[path]).sum()) for path, mask in held.items()}
+    if removed := sum(unheld.values()):
+        names = [path for path, count in unheld.items() if count]
         warn(
-            f"`hold` keeps the masks that it was called with. Found {removed:,} weights that were "
-            f"removed by other masks since ({listed(names)}): they can grow back. End this hold "
-            f"and call `hold` of the newer masks, or use Schedule, which prunes while it is held."
+            f"`hold` keeps the masks that it was called with, but other masks have removed "
+            f"{removed:,} more weights since ({shortened(names)}), which can grow back. End this "
+            f"hold and call `hold` of the newer masks, or use Schedule, which prunes while it is "
+            f"held."
         )
 
 
-def listed(names: list[str]) -> str:
-    """A few names, for a message.
-
-    Args:
-        names: At least one.
-
-    Returns:
-        The first three.
-    """
+def shortened(names: list[str]) -> str:
+    """The first three names, for a message."""
     return ", ".join(f"`{name}`" for name in names[:3]) + ", …" * (len(names) > 3)

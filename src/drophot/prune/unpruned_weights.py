@@ -1,4 +1,4 @@
-"""What pruning leaves dense because it does not know the layer, and how large a share that is."""
+"""Warn about matrices that stay dense because drophot does not know their layer."""
 
 from __future__ import annotations
 
@@ -14,25 +14,18 @@ from drophot._core.user_warnings import warn
 from drophot.prune.linear_layers import is_matrix, weights_of
 from drophot.prune.prunable_weights import joined, left_out
 
-# With at most this share left dense, the share of all matrix weights that is removed is less than
-# one percentage point below the one asked for.
-_TRIFLE = 0.01
-_SHOWN = 3
-_PACKED = (torch.int8, torch.uint8, torch.int32)
+# If at most this share stays dense, the share of all matrix weights that is removed is less than
+# one percentage point below the ratio.
+_NEGLIGIBLE = 0.01
+_NUM_SHOWN = 3
+_PACKED_DTYPES = (torch.int8, torch.uint8, torch.int32)
 
 _silenced: ContextVar[bool] = ContextVar("_silenced", default=False)
 
 
 @contextmanager
 def uncovered_warning_silenced(silenced: bool = True) -> Iterator[None]:
-    """Suppress the warning of `warn_of_uncovered`, which has been given before or will be.
-
-    Args:
-        silenced: Whether to suppress it; `False` changes nothing.
-
-    Yields:
-        Nothing.
-    """
+    """Suppress the warning of `warn_of_uncovered`, which is given elsewhere, if `silenced`."""
     token = _silenced.set(silenced or _silenced.get())
     try:
         yield
@@ -43,16 +36,7 @@ def uncovered_warning_silenced(silenced: bool = True) -> Iterator[None]:
 def uncovered(
     model: nn.Module, weights: Mapping[str, nn.Parameter], skip: Iterable[str] = ()
 ) -> dict[str, tuple[int, str]]:
-    """The matrices of a model that are neither pruned nor skipped.
-
-    Args:
-        model: Any module.
-        weights: What is pruned, by name.
-        skip: Names of modules or parameters that are to stay dense.
-
-    Returns:
-        How many weights each has and what it is, by name.
-    """
+    """The matrices that are neither pruned nor skipped: their sizes and what they are, by name."""
     without = left_out(model, skip)
     seen = {id(weight) for weight in weights.values()}
     found: dict[str, tuple[int, str]] = {}
@@ -76,34 +60,28 @@ def uncovered(
 def warn_of_uncovered(
     model: nn.Module, weights: Mapping[str, nn.Parameter], skip: Iterable[str] = ()
 ) -> None:
-    """Warn with the names of the matrices that stay dense, if they hold more than 1 % of all.
-
-    Args:
-        model: Any module.
-        weights: What is pruned, by name.
-        skip: Names of modules or parameters that are to stay dense.
-    """
+    """Warn with the names of the matrices that stay dense, if they hold more than 1 % of all."""
     if _silenced.get():
         return
     found = uncovered(model, weights, skip)
     left = sum(number for number, _ in found.values())
     share = left / (left + sum(weight.numel() for weight in weights.values()))
-    if share <= _TRIFLE:
+    if share <= _NEGLIGIBLE:
         return
-    shown = ", ".join(f"`{name}` ({why})" for name, (_, why) in list(found.items())[:_SHOWN])
-    more = f" and {len(found) - _SHOWN:,} more" if len(found) > _SHOWN else ""
+    shown = ", ".join(f"`{name}` ({why})" for name, (_, why) in list(found.items())[:_NUM_SHOWN])
+    more = f" and {len(found) - _NUM_SHOWN:,} more" if len(found) > _NUM_SHOWN else ""
     warn(
         f"{share:.1%} of the model's matrix weights, embeddings not counted, stay dense, since "
         f"drophot does not know how they are used: {shown}{more}. The ratio is a share of the "
-        f"others. Pass `include` with their names, or those of their modules, to prune them too, "
-        f"or `skip` to leave them dense without this warning."
+        f"other weights. To prune these too, pass their names or those of their modules in "
+        f"`include`. To leave them dense without this warning, pass them in `skip`."
     )
 
 
 def _packed(module: nn.Module) -> dict[str, int]:
-    """How many weights a quantised layer has in tensors that are no parameters."""
-    place = type(module).__module__
-    if place.startswith("torch.") and ".quantized." in place:
+    """The number of weights of a quantised layer in tensors that are not parameters, by name."""
+    library = type(module).__module__
+    if library.startswith("torch.") and ".quantized." in library:
         weight: Any = getattr(module, "weight", None)
         weight = weight() if callable(weight) else weight
         matrix = isinstance(weight, Tensor) and "Embedding" not in type(module).__name__
@@ -112,7 +90,7 @@ def _packed(module: nn.Module) -> dict[str, int]:
         name: buffer.numel()
         for name, buffer in module._buffers.items()
         if buffer is not None
-        and buffer.dtype in _PACKED
+        and buffer.dtype in _PACKED_DTYPES
         and "weight" in name
         and sum(size > 1 for size in buffer.shape) > 1
     }

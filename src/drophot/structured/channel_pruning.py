@@ -1,10 +1,25 @@
-"""Structured pruning: remove channels, so that a network is smaller and faster."""
+"""Removes channels from a network: `prune_channels`.
+
+How a network is pruned, and which module to read for it:
+
+1. `tracer` records one forward pass, operator by operator. Every dimension of every parameter
+   starts as a row of entries that can be removed (`dependency_graph`).
+2. Each operator couples entries that have to be removed together and freezes those that have to
+   be kept: by its rule (`layer_rules` has the table; a user's rule is in the same table), or else
+   by calling it with fewer entries (`entry_trials`).
+3. `channel_groups` ranks the channels, which are sets of coupled entries, by `importance`.
+4. `network_writer` writes the smaller tensors into the network, and `passes` runs it. Each call
+   must return the expected shape (`verification`); attributes that the code reads as widths are
+   found and changed (`width_search`).
+5. The outputs must equal those of the network in which the channels are zero (`zeroed_network`).
+   If a check fails, `rewriter` freezes the channels and repeats step 3.
+6. `explanation` says for each layer why it kept channels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,138 +29,39 @@ from drophot.prune import prunable_weights
 from drophot.prune.model_summary import Summary, summary
 from drophot.structured import reasons, single_call, tracer, width_attributes
 from drophot.structured.attention_heads import WholeHeads
-from drophot.structured.observations import InternalError, UsersError
-from drophot.structured.rewriter import Capricious, Shrink
-from drophot.structured.substitution import like, replace
-
-__all__ = ["Change", "Pruned", "prune_channels", "rebuild"]
-
-
-class Change(NamedTuple):
-    """A count before and after."""
-
-    before: int
-    after: int
-
-    @property
-    def removed(self) -> float:
-        """The share that was removed, in [0, 1]."""
-        return 1 - self.after / self.before if self.before else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pruned:
-    """The result of structured pruning; `print` shows it as a table.
-
-    `bytes` are those of the parameters.
-    """
-
-    ratio: float
-    """The share of channels asked for."""
-    channels: Change
-    """Outputs of all Conv and Linear layers and attention projections."""
-    parameters: Change
-    """All of them, biases and norms included."""
-    flops: Change
-    """Of the example inputs: two for each multiply-add, in operators of known cost."""
-    bytes: Change
-    layers: Mapping[str, Change]
-    """The outputs of each layer, by its weight's name."""
-    kept: Mapping[str, Tensor]
-    """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
-    whole: Mapping[str, str]
-    """The layers that kept all of their channels, and why."""
-    asked: int
-    """The number of channels to remove from all layers, each rounded separately."""
-    kept_back: Mapping[str, int]
-    """How many fewer channels were removed than asked for, by reason."""
-    other: Mapping[str, float]
-    """Parameters that no layer above owns and that kept their shape: their share of all."""
-    attributes: Mapping[str, Change]
-    """The attributes of modules that were changed, by the names of module and attribute."""
-    description: dict[str, Any]
-    """New shapes and attributes, as JSON can hold them: see `rebuild`."""
-
-    def __str__(self) -> str:
-        lines = [f"asked to remove {self.ratio:.1%} of the channels"]
-        for name in ("channels", "parameters", "flops", "bytes"):
-            change: Change = getattr(self, name)
-            lines.append(
-                f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
-                f"{change.removed:>6.1%} removed"
-            )
-        own: dict[tuple[str, Change], list[str]] = {}
-        for name, change in self.attributes.items():
-            _, _, last = name.rpartition(".")
-            if last not in _LAYERS:
-                own.setdefault((last, change), []).append(name)
-        if own:
-            changes = [
-                f"{names[0] if len(names) == 1 else last} from {a} to {b}"
-                + (f" in {len(names)} modules" if len(names) > 1 else "")
-                for (last, (a, b)), names in own.items()
-            ]
-            lines.append(f"changed: {_some(changes)}")
-        if self.kept_back:
-            lines.append(
-                f"kept back {sum(self.kept_back.values()):,} of {self.asked:,} channels asked for:"
-            )
-            most = reasons.together(self.kept_back)
-            lines += [f"{count:>10,}  {why}" for count, why in most[:_LINES]]
-            if len(most) > _LINES:
-                rest = sum(count for count, _ in most[_LINES:])
-                lines.append(f"{rest:>10,}  for other reasons: see `kept_back`")
-        if self.other:
-            most = sorted(self.other.items(), key=lambda item: -item[1])
-            shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
-            shares = [one for one, (_, share) in zip(shares, most, strict=True) if share >= 5e-4]
-            lines += [f"not pruned: {_some(shares)}"] if shares else []
-        return "\n".join(lines)
-
-
-_LINES = 8  # of reasons that are shown
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    """The first few of a list."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-# What torch's own layers say of their shapes, which follow from their weights.
-_LAYERS = frozenset([
-    "in_features",
-    "out_features",
-    "in_channels",
-    "out_channels",
-    "groups",
-    "num_features",
-    "num_channels",
-    "embedding_dim",
-    "normalized_shape",
-    "input_size",
-    "hidden_size",
-])
+from drophot.structured.importance import Importance, squared_magnitude
+from drophot.structured.layer_rules import RULES
+from drophot.structured.observations import InternalError, UserError
+from drophot.structured.operator_call import Rule, with_custom_rules
+from drophot.structured.pruning_result import Change, Pruned
+from drophot.structured.rewriter import NondeterministicModel, Rewriter
 
 
 def prune_channels(
-    model: nn.Module, ratio: float, example_inputs: Any, *, skip: Iterable[str] = ()
+    model: nn.Module,
+    ratio: float,
+    example_inputs: Any,
+    *,
+    skip: Iterable[str] = (),
+    importance: Callable[[str, Tensor], Tensor] | None = None,
+    rules: Mapping[Any, Callable[..., None]] | None = None,
 ) -> Pruned:
     """Remove a share `ratio` of the channels, those of the least magnitude, in place.
 
     `ratio` is the share **removed** of each set of channels that are ranked together: the outputs
     of a layer, or of the layers that a residual connection couples, which lose the same channels.
     Of `n` channels, `floor(ratio * n + 0.5)` are removed, and at least one is kept. Attention loses
-    the same number of channels in each head; where its scale follows from the width of a head, it
-    loses whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
+    the same number of channels in each head; if its scale depends on the width of a head, it loses
+    whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
     loses the same number of channels in each group, or whole groups if it has more groups than
     channels per group. Inputs and outputs of the network keep their shape.
     Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
-    A channel's magnitude is the sum of its squared weights in every Conv and Linear layer and
-    attention projection that produces or reads it, each divided by the mean of that layer, so that
-    coupled layers have equal weight.
+    The score of a channel is a sum over every Conv and Linear layer and attention projection that
+    produces or reads it: the importance of its weights there, divided by the mean over the channels
+    that it is ranked with, so that coupled layers have equal weight. By default, the importance of
+    a weight is its square.
 
     Coupled channels are found in a forward pass, operator by operator, and the pruned network is
     checked in further passes. Where an operator or the network's own code cannot work with fewer
@@ -164,18 +80,32 @@ def prune_channels(
             keyword arguments, on the model's device; two samples are enough.
         skip: Names of modules or parameters that keep their shape, as in `model.named_modules()`;
             a module's name includes everything in it.
+        importance: A function `(name, weight) -> Tensor` of values that are at least 0, higher for
+            what should be kept. It returns one value per output channel, of shape `(C_out,)`: along
+            dimension 0 of `weight`, or dimension 1 for transposed convolutions and for parameters
+            that are multiplied from the right, as in `x @ weight`. Or it returns one value per
+            weight, in the shape of `weight`; these are summed for each channel, and the layers that
+            read the channel count too. The default is the square of each weight.
+        rules: Functions by operator, for operators of your own: the result of
+            `torch.library.custom_op` or `torch.ops.<namespace>.<name>`. A function
+            `rule(call, *args, **kwargs)` takes an `OperatorCall` and the operator's arguments, and
+            calls `call.couple` for dimensions that lose the same entries. It replaces a built-in
+            rule. See "Prune through your own operators" in the documentation.
 
     Returns:
-        What was removed, and what was kept and why.
+        The counts before and after, the channels that each layer kept, and the reasons.
 
     Raises:
-        TypeError: If `ratio` is not a number, or a weight not of floats.
+        TypeError: If `ratio` is not a number, a weight does not have a floating-point dtype, or
+            `rules` does not map operators to functions.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
-            take `example_inputs`, a weight is not finite, has no data yet, is sharded or computed
-            by a parametrization in a layer that `skip` does not name, or no channel can be removed.
-            The model is unchanged then.
-        RuntimeError: If drophot itself fails, with a message that says so. Errors of the model's
-            own code or of a signal handler, and of running out of memory, are raised unchanged.
+            take `example_inputs`, `importance` returns another shape or values that are negative or
+            not finite, a rule couples dimensions that do not exist or differ in size, no channel
+            can be removed, or a weight in a layer that `skip` does not name is not finite, has no
+            data yet, is sharded or is computed by a parametrization. The model is unchanged then.
+        RuntimeError: If drophot itself fails, with a message that says so. Errors of your own code
+            (of the model, `importance` or a rule), of a signal handler and of running out of memory
+            are raised unchanged.
 
     Example:
         >>> import torch
@@ -197,84 +127,94 @@ def prune_channels(
     for name, weight in weights.items():
         prunable_weights.check_finite(name, weight)
     try:
-        return _pruned(model, ratio, example_inputs, weights, left_out)
-    except UsersError as found:
+        return _prune(
+            model,
+            ratio,
+            example_inputs,
+            weights,
+            left_out,
+            importance or squared_magnitude,
+            with_custom_rules(RULES, rules),
+        )
+    except UserError as found:
         raise found.error from found.error.__cause__
-    except Capricious as found:
+    except NondeterministicModel as found:
         raise ValueError(
-            f"`model` should do the same each time it is called in evaluation mode. Found that "
+            f"`model` must call the same operators each time it is called in evaluation mode, but "
             f"{reasons.operation(found.name)} in {reasons.inside(found.path)} differs from call to "
-            f"call; prune the parts that do not change."
+            f"call. Prune the parts of the model that do not change."
         ) from None
     except (InternalError, *_BUGS) as found:
         error = found.error if isinstance(found, InternalError) else found
         if must_propagate(error) or type(error).__module__.partition(".")[0] not in _KINDS:
             raise error from error.__cause__
         raise RuntimeError(
-            f"`prune_channels` failed inside ({type(error).__name__}: {error}). This is a bug in "
-            f"drophot, not in the model, which is as it was; please report it. `skip=` with the "
-            f"names of the modules that are special may work around it."
+            f"`prune_channels` failed with {type(error).__name__}: {error}. This is a bug in "
+            f"drophot, not in your model, which is unchanged; please report it. Passing the names "
+            f"of unusual modules as `skip=` may avoid it."
         ) from error
 
 
-_KINDS = ("builtins", "torch")  # whose errors its own code meets; others are the user's
+_KINDS = ("builtins", "torch")  # modules of the errors that drophot's own code can raise
 
-# What its own code raises only if something is wrong with it.
+# Errors that drophot's own code raises only if it has a bug.
 _BUGS = (
     *(AssertionError, AttributeError, LookupError, RuntimeError, ArithmeticError),
     *(StopIteration, NameError, RecursionError, UnboundLocalError),
 )
 
 
-def _pruned(
+def _prune(
     model: nn.Module,
     ratio: float,
     example_inputs: Any,
     weights: Mapping[str, nn.Parameter],
     left_out: Collection[int | str],
+    importance: Importance,
+    rules: Mapping[object, Rule],
 ) -> Pruned:
-    """Remove channels, and say what was removed."""
+    """Remove channels; start again where heads can or cannot be removed as a whole."""
     whole_heads: set[tuple[str, int]] = set()
     tried: set[tuple[str, int]] = set()
     before = None
     while True:
-        ties, calls, training = tracer.record(model, example_inputs, whole_heads)
+        graph, calls, training = tracer.record(model, example_inputs, whole_heads, rules)
         before = before or _summary(model, example_inputs)
         for name, parameter in model.named_parameters():
             if id(parameter) in left_out:
-                ties.fix(ties.of(parameter), f"`skip` names {name}")
-            elif parameter not in ties.axes:
-                ties.fix(ties.of(parameter), "it is not used with these inputs")
-        shrink = Shrink(model, ties, calls, weights, ratio, training)
-        shrink.heads_tried = tried
+                graph.freeze(graph.axes_of(parameter), f"`skip` names {name}")
+            elif parameter not in graph.axes:
+                graph.freeze(graph.axes_of(parameter), reasons.UNUSED)
+        rewriter = Rewriter(model, graph, calls, weights, ratio, importance, training, tried)
         try:
-            shrink.run(example_inputs)
+            rewriter.run(example_inputs)
             break
         except WholeHeads as error:
             tried |= error.heads
             whole_heads = whole_heads | error.heads if error.possible else whole_heads - error.heads
     try:
-        return _result(model, ratio, example_inputs, shrink, before)
+        return _result(model, ratio, example_inputs, rewriter, before)
     except BaseException:
-        shrink.restore()
+        rewriter.writer.restore()
         raise
 
 
 def _result(
-    model: nn.Module, ratio: float, example_inputs: Any, shrink: Shrink, before: Summary
+    model: nn.Module, ratio: float, example_inputs: Any, rewriter: Rewriter, before: Summary
 ) -> Pruned:
-    """What was removed from a model."""
-    kept, (whole, part) = shrink.kept(), shrink.reasons()
+    """The counts before and after, and the reasons of what was kept."""
+    kept, (whole, part) = rewriter.kept_channels(), rewriter.reasons()
     layers = {
-        name: Change(weight.shape[shrink.output(name)], len(kept[name]))
-        for name, weight in shrink.weights.items()
+        name: Change(weight.shape[rewriter.output_dim(name)], len(kept[name]))
+        for name, weight in rewriter.weights.items()
     }
     outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
     if ratio and left == outputs:
-        reasons = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
+        found = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
         raise ValueError(
-            f"`ratio` should remove at least one channel. Found {ratio}, which removes none "
-            f"({'; '.join(reasons)}); raise it, or prune single weights with magnitude_prune."
+            f"`ratio` must remove at least one channel, but {ratio} removes none "
+            f"({'; '.join(found)}). Pass a higher ratio, or prune single weights with "
+            f"`magnitude_prune`."
         )
     after = _summary(model, example_inputs)
     asked = {
@@ -297,81 +237,17 @@ def _result(
         whole=whole,
         asked=sum(asked.values()),
         kept_back={why: count for why, count in kept_back.items() if count > 0},
-        other=shrink.other(),
+        other=rewriter.writer.unpruned(rewriter.weights),
         attributes={
-            f"{path}.{width_attributes.written(key)}".removeprefix("."): Change(*values)
-            for (path, key), values in shrink.attributes.items()
+            f"{path}.{width_attributes.as_code(key)}".removeprefix("."): Change(*values)
+            for (path, key), values in rewriter.writer.attributes.items()
         },
-        description=shrink.description(),
+        description=rewriter.writer.description(),
     )
 
 
-def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a new model the shapes of a pruned one, in place, so that it can load its weights.
-
-    Args:
-        model: A model as it was before pruning, with any weights.
-        description: `Pruned.description`, which may have been stored as JSON.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: If the description does not fit the model. Nothing is changed then.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> pruned = prune_channels(model, 0.5, torch.ones(1, 4))
-        >>> other = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> rebuild(other, pruned.description).load_state_dict(model.state_dict())
-        <All keys matched successfully>
-    """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    modules = dict(model.named_modules())
-    new: dict[str, Tensor] = {}
-    for name, shape in description["shapes"].items():
-        old = tensors.get(name)
-        sizes = () if old is None else tuple(old.shape)
-        if (
-            old is None
-            or len(sizes) != len(shape)
-            or any(not 0 < n <= size for n, size in zip(shape, sizes, strict=True))
-        ):
-            found = "no such tensor" if old is None else f"{sizes}"
-            raise ValueError(
-                f"`model` should be as it was before pruning, with `{name}` no smaller than "
-                f"{tuple(shape)}. Found {found}; give a new model of the same kind."
-            )
-        if name in description.get("kept", ()):
-            left = old.detach().flatten()[description["kept"][name]].reshape(shape)
-        else:
-            left = old.detach()[tuple(slice(n) for n in shape)].clone()
-        new[name] = like(old, left)
-    attributes: dict[tuple[str, width_attributes.Key], Any] = {}
-    changes: list[tuple[str, width_attributes.Key, Any]] = [
-        (path, (name,), value)
-        for path, values in description["attributes"].items()
-        for name, value in values.items()
-    ]
-    changes += [(path, tuple(key), value) for path, key, value in description.get("inside", ())]
-    for path, key, value in changes:
-        try:
-            old = width_attributes.read(modules[path], key)
-        except (AttributeError, IndexError, KeyError, TypeError):
-            old = None
-        if not width_attributes.is_whole(old) and not isinstance(old, tuple):
-            raise ValueError(
-                f"`model` should have `{path}.{width_attributes.written(key)}` as before pruning. "
-                f"Found {old!r}; give a new model of the same kind."
-            )
-        attributes[path, key] = tuple(value) if isinstance(old, tuple) else value
-    replace(model, new, attributes)
-    return model
-
-
 def _summary(model: nn.Module, example_inputs: Any) -> Summary:
-    """What a network is worth; counted without gradients, which torch's counter asks for."""
+    """The summary of a network, without gradients because torch's FLOP counter needs that."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in wanted:

@@ -1,4 +1,4 @@
-"""What each operator ties: from the axes of its inputs to those of its outputs."""
+"""Rules of elementwise operators, matrix products, norms and embeddings, and the table of all."""
 
 from __future__ import annotations
 
@@ -7,101 +7,85 @@ from typing import Any
 
 from torch import Tensor
 
-from drophot.structured.convolution_rules import KERNELS
-from drophot.structured.dependency_graph import Axis, Ties, along
-from drophot.structured.reduction_rules import SUMS
-from drophot.structured.reshape_rules import MOVES, Found, Rule, named
+from drophot.structured.convolution_rules import CONVOLUTIONS
+from drophot.structured.dependency_graph import Axis, along
+from drophot.structured.operator_call import OperatorCall, OutputAxes, Rule
+from drophot.structured.reduction_rules import REDUCTIONS
+from drophot.structured.reshape_rules import RESHAPES, named
 
 
-def elementwise(ties: Ties, where: str, outs: Sequence[Tensor], *args: Any, **_: Any) -> Found:
-    """Entries of equal place go together.
-
-    Args:
-        ties: What is known so far.
-        where: The call, in words.
-        outs: What it gave.
-        *args: What it was called with.
-        **_: Does not matter.
-
-    Returns:
-        The axes of its output.
-    """
-    tensors = [(t.shape, ties.of(t)) for t in args if isinstance(t, Tensor) and t.dim()]
-    return [ties.merge(outs[0].shape, tensors, where)]
+def elementwise(call: OperatorCall, *args: Any, **_: Any) -> OutputAxes:
+    """Entries at the same index of tensors that broadcast are removed together."""
+    tensors = [(t.shape, call.graph.axes_of(t)) for t in args if isinstance(t, Tensor) and t.dim()]
+    return [call.graph.broadcast(call.outputs[0].shape, tensors, call.reason)]
 
 
-def _same(ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Found:
-    return [ties.of(x)]
+def _same(call: OperatorCall, x: Tensor, *_: Any, **__: Any) -> OutputAxes:
+    return [call.graph.axes_of(x)]
 
 
-def _twice(ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, *_: Any, **__: Any) -> Found:
-    return [ties.of(x) for _ in outs]
+def _same_for_all(call: OperatorCall, x: Tensor, *_: Any, **__: Any) -> OutputAxes:
+    return [call.graph.axes_of(x) for _ in call.outputs]
 
 
-def _nothing(ties: Ties, where: str, outs: Sequence[Tensor], *_: Any, **__: Any) -> Found:
-    return [[] for _ in outs]
+def _no_axes(call: OperatorCall, *_: Any, **__: Any) -> OutputAxes:
+    return [[] for _ in call.outputs]
 
 
-def _matmul(ties: Ties, where: str, outs: Sequence[Tensor], a: Tensor, b: Tensor) -> Found:
-    return [ties.product(a, b, ties.of(a), ties.of(b), where)]
+def _matmul(call: OperatorCall, a: Tensor, b: Tensor) -> OutputAxes:
+    graph = call.graph
+    return [graph.matmul(a, b, graph.axes_of(a), graph.axes_of(b), call.reason)]
 
 
-def _addmm(
-    ties: Ties, where: str, outs: Sequence[Tensor], bias: Tensor, a: Tensor, b: Tensor, **_: Any
-) -> Found:
-    found = ties.product(a, b, ties.of(a), ties.of(b), where)
-    shape = outs[0].shape
-    return [ties.merge(shape, [(bias.shape, ties.of(bias)), (shape, found)], where)]
+def _addmm(call: OperatorCall, bias: Tensor, a: Tensor, b: Tensor, **_: Any) -> OutputAxes:
+    graph, shape = call.graph, call.outputs[0].shape
+    found = graph.matmul(a, b, graph.axes_of(a), graph.axes_of(b), call.reason)
+    return [
+        graph.broadcast(shape, [(bias.shape, graph.axes_of(bias)), (shape, found)], call.reason)
+    ]
 
 
-def _distance(
-    ties: Ties, where: str, outs: Sequence[Tensor], a: Tensor, b: Tensor, *_: Any
-) -> Found:
-    """Of each row to each row: a sum over the channels, as a product's."""
-    last, its = a.dim() - 1, b.dim() - 1
-    turned = {its: its - 1, its - 1: its}
-    axes = [Axis(turned.get(x.dim, x.dim), x.ids.transpose(its - 1, its)) for x in ties.of(b)]
-    return [ties.product(a, b.transpose(its - 1, its), ties.of(a), axes, where)] if last else None
+def _distance(call: OperatorCall, a: Tensor, b: Tensor, *_: Any) -> OutputAxes:
+    """Distances of each row to each row sum over the channels, as a matrix product does."""
+    graph, last, its = call.graph, a.dim() - 1, b.dim() - 1
+    if not last:
+        return None
+    transposed = {its: its - 1, its - 1: its}
+    axes = [
+        Axis(transposed.get(x.dim, x.dim), x.ids.transpose(its - 1, its)) for x in graph.axes_of(b)
+    ]
+    return [graph.matmul(a, b.transpose(its - 1, its), graph.axes_of(a), axes, call.reason)]
 
 
-def _batch_norm(
-    ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, *args: Any, **_: Any
-) -> Found:
-    for axis in ties.of(x):
-        ties.turn(axis, 1)
-    tensors: list[tuple[Sequence[int], list[Axis]]] = [(x.shape, ties.of(x))]
+def _batch_norm(call: OperatorCall, x: Tensor, *args: Any, **_: Any) -> OutputAxes:
+    graph = call.graph
+    for axis in graph.axes_of(x):
+        graph.request_dim(axis, 1)
+    tensors: list[tuple[Sequence[int], list[Axis]]] = [(x.shape, graph.axes_of(x))]
     for tensor in args[:4]:
         if tensor is not None:
             own = [1] * x.dim()
             own[1] = len(tensor)
-            axes = [Axis(1, along(a.ids.reshape(-1), x.dim(), 1)) for a in ties.of(tensor)]
+            axes = [Axis(1, along(a.ids.reshape(-1), x.dim(), 1)) for a in graph.axes_of(tensor)]
             tensors.append((own, axes))
-    found = ties.merge(x.shape, tensors, where)
-    means = [Axis(0, ties.even(a, range(x.dim())).ids.reshape(-1)) for a in found if a.dim == 1]
-    return [found, *[means if len(out) == x.shape[1] else [] for out in outs[1:]]]
+    found = graph.broadcast(x.shape, tensors, call.reason)
+    means = [Axis(0, graph.uniform(a, range(x.dim())).ids.reshape(-1)) for a in found if a.dim == 1]
+    return [found, *[means if len(out) == x.shape[1] else [] for out in call.outputs[1:]]]
 
 
 def _layer_norm(
-    ties: Ties,
-    where: str,
-    outs: Sequence[Tensor],
-    x: Tensor,
-    shape: Any,
-    weight: Tensor | None,
-    bias: Any = None,
-    *_: Any,
-) -> Found:
-    tensors = [(t.shape, ties.of(t)) for t in (x, weight, bias) if isinstance(t, Tensor)]
-    found = ties.merge(x.shape, tensors, where)
+    call: OperatorCall, x: Tensor, shape: Any, weight: Tensor | None, bias: Any = None, *_: Any
+) -> OutputAxes:
+    graph = call.graph
+    tensors = [(t.shape, graph.axes_of(t)) for t in (x, weight, bias) if isinstance(t, Tensor)]
+    found = graph.broadcast(x.shape, tensors, call.reason)
     first = x.dim() - len(shape)
-    rest = [ties.even(axis, range(first, x.dim())) for axis in found if axis.dim < first]
-    return [found, *[rest if out.dim() == x.dim() else [] for out in outs[1:]]]
+    rest = [graph.uniform(axis, range(first, x.dim())) for axis in found if axis.dim < first]
+    return [found, *[rest if out.dim() == x.dim() else [] for out in call.outputs[1:]]]
 
 
 def _group_norm(
-    ties: Ties,
-    where: str,
-    outs: Sequence[Tensor],
+    call: OperatorCall,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -110,48 +94,46 @@ def _group_norm(
     hw: int,
     groups: int,
     *_: Any,
-) -> Found:
-    """Loses whole groups, which are what they were; or as many channels of each: what is finer."""
-    found = (_batch_norm(ties, where, outs, x, weight, bias) or [[]])[0]
+) -> OutputAxes:
+    """It loses equally many channels in each group, or whole groups, as a grouped convolution."""
+    graph = call.graph
+    found = (_batch_norm(call, x, weight, bias) or [[]])[0]
     own = next((axis for axis in found if axis.dim == 1), None)
     if own is None:
-        return [found, *[[] for _ in outs[1:]]]
-    rows = ties.even(own, range(x.dim())).ids.reshape(groups, -1)
+        return [found, *[[] for _ in call.outputs[1:]]]
+    rows = graph.uniform(own, range(x.dim())).ids.reshape(groups, -1)
     if c // groups >= groups:
-        ties.level.append(rows)
-        return [found, *[[] for _ in outs[1:]]]
-    ties.tie(rows[:, :1], rows)
-    if weight is not None and (name := ties.names.get(weight)) is not None:
-        ties.groups[name] = rows[:, 0]
-    return [found, *[[Axis(1, rows[:, :1].t())] for _ in outs[1:]]]
+        graph.balanced.append(rows)
+        return [found, *[[] for _ in call.outputs[1:]]]
+    graph.couple(rows[:, :1], rows)
+    if weight is not None and (name := graph.names.get(weight)) is not None:
+        graph.group_entries[name] = rows[:, 0]
+    return [found, *[[Axis(1, rows[:, :1].t())] for _ in call.outputs[1:]]]
 
 
-def _embedding(
-    ties: Ties,
-    where: str,
-    outs: Sequence[Tensor],
-    weight: Tensor,
-    index: Tensor,
-    *_: Any,
-    **__: Any,
-) -> Found:
-    ties.fix([axis for axis in ties.of(weight) if axis.dim == 0], where)
-    dims = outs[0].dim()
+def _embedding(call: OperatorCall, weight: Tensor, index: Tensor, *_: Any, **__: Any) -> OutputAxes:
+    graph = call.graph
+    graph.freeze([axis for axis in graph.axes_of(weight) if axis.dim == 0], call.reason)
+    dims = call.outputs[0].dim()
     return [
-        [Axis(dims - 1, along(a.ids.reshape(-1), dims, dims - 1)) for a in ties.of(weight) if a.dim]
+        [
+            Axis(dims - 1, along(axis.ids.reshape(-1), dims, dims - 1))
+            for axis in graph.axes_of(weight)
+            if axis.dim
+        ]
     ]
 
 
 RULES: dict[str, Rule] = {
-    **MOVES,
-    **SUMS,
-    **KERNELS,
+    **RESHAPES,
+    **REDUCTIONS,
+    **CONVOLUTIONS,
     **named(
         _same, "clone alias detach contiguous _to_copy lift_fresh dropout zero_ fill_ bernoulli"
     ),
     **named(_same, "zeros_like ones_like empty_like full_like rand_like randn_like"),
-    **named(_twice, "native_dropout"),
-    **named(_nothing, "sym_size sym_numel size"),
+    **named(_same_for_all, "native_dropout"),
+    **named(_no_axes, "sym_size sym_numel size"),
     **named(elementwise, "hardswish hardsigmoid hardtanh leaky_relu elu gelu silu mish copy where"),
     **named(elementwise, "relu6 prelu masked_fill _prelu_kernel"),
     **named(_matmul, "mm bmm"),

@@ -1,4 +1,4 @@
-"""Which weights make channels, and the numbers by which torch's modules say how large they are."""
+"""Which weights produce channels, and the width attributes of torch's own modules."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from drophot.structured.dependency_graph import Ties
+from drophot.structured.dependency_graph import DependencyGraph
 
 
-def sizes(
+def module_widths(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]], groups: int | None, whole_heads: bool
 ) -> Iterator[tuple[str, Any]]:
-    """The attributes of torch's own modules that say how large they are."""
+    """The width attributes of one of torch's own modules, given the shapes of its parameters."""
     weight = shapes.get("weight")
     if isinstance(module, nn.MultiheadAttention):
         first = shapes.get("in_proj_weight") or shapes.get("q_proj_weight")
@@ -31,26 +31,26 @@ def sizes(
                 own = shapes.get(f"{name}_proj_weight")
                 yield f"{name}dim", own[1] if own else first[1]
     elif isinstance(module, _NormBase):
-        if one := weight or shapes.get("running_mean"):
-            yield "num_features", one[0]
+        if per_channel := weight or shapes.get("running_mean"):
+            yield "num_features", per_channel[0]
     elif isinstance(module, nn.RNNBase):
-        if taken_in := shapes.get("weight_ih_l0"):
-            yield "input_size", taken_in[1]
-        if mixed := shapes.get("weight_hh_l0"):
+        if input_weight := shapes.get("weight_ih_l0"):
+            yield "input_size", input_weight[1]
+        if hidden_weight := shapes.get("weight_hh_l0"):
             gates = {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
-            yield "hidden_size", mixed[0] // gates
+            yield "hidden_size", hidden_weight[0] // gates
             if module.proj_size:
-                yield "proj_size", mixed[1]
+                yield "proj_size", hidden_weight[1]
     elif weight is None:
         return
     elif isinstance(module, nn.Linear):
         yield from zip(("out_features", "in_features"), weight, strict=True)
     elif isinstance(module, _ConvNd):
         own = groups or module.groups
-        one, other = weight[0], weight[1] * own
+        first, second = weight[0], weight[1] * own
         transposed = isinstance(module, _ConvTransposeNd)
-        yield "in_channels", one if transposed else other
-        yield "out_channels", other if transposed else one
+        yield "in_channels", first if transposed else second
+        yield "out_channels", second if transposed else first
     elif isinstance(module, nn.GroupNorm):
         yield "num_channels", weight[0]
     elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -59,18 +59,23 @@ def sizes(
         yield "normalized_shape", weight
 
 
-def matrices(
-    model: nn.Module, ties: Ties, weights: Mapping[str, nn.Parameter]
+def producing_weights(
+    model: nn.Module, graph: DependencyGraph, weights: Mapping[str, nn.Parameter]
 ) -> tuple[dict[str, nn.Parameter], dict[str, int]]:
-    """The weights of layers, and all other parameters that channels are made with."""
+    """The weights that produce channels, by name, and the dimension that their outputs are in.
+
+    These are `weights`, of Conv and Linear layers, and all parameters that a matrix product is
+    computed with.
+    """
     found, dims = dict(weights), {}
-    columns = torch.zeros(ties.count, dtype=torch.bool)
-    row = torch.zeros(ties.count, dtype=torch.int64)
-    for number, ids in enumerate(ties.rows):
-        row[ids] = number
-    for ids in ties.columns:
-        if len(row[ids].unique()) == 1:  # not samples or tokens, of which a parameter is a part
-            columns[ids] = True
+    produced = torch.zeros(graph.num_entries, dtype=torch.bool)
+    dimension = torch.zeros(graph.num_entries, dtype=torch.int64)
+    for number, ids in enumerate(graph.dimensions):
+        dimension[ids] = number
+    for ids in graph.matrix_outputs:
+        # Entries of several dimensions are samples or tokens, of which a parameter is a part.
+        if len(dimension[ids].unique()) == 1:
+            produced[ids] = True
     known = {id(weight) for weight in weights.values()}
     for name in weights:
         module = model.get_submodule(name.rpartition(".")[0])
@@ -78,7 +83,7 @@ def matrices(
     for name, parameter in model.named_parameters():
         if id(parameter) in known or parameter.dim() < 2:
             continue
-        for axis in ties.axes.get(parameter) or ():
-            if axis.dim >= parameter.dim() - 2 and bool(columns[axis.ids].all()):
+        for axis in graph.axes.get(parameter) or ():
+            if axis.dim >= parameter.dim() - 2 and bool(produced[axis.ids].all()):
                 found[name], dims[name] = parameter, axis.dim
     return found, dims

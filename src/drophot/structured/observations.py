@@ -1,4 +1,4 @@
-"""What was seen of a call of a network, and whether two of them gave the same values."""
+"""The result of one checked pass of a network, and how the values of two passes are compared."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from drophot._core.interruptions import must_propagate
 
 
 @dataclass(slots=True)
-class Seen:
-    """What was seen of a call of the network."""
+class PassResult:
+    """What a checked pass of the network found."""
 
     failures: dict[int, str] = field(default_factory=dict)
-    """Why a call does not do what it did, by its number."""
-    end: int = 0
+    """By the number of a call: why it differs from the recorded one."""
+    num_reached: int = 0
     """The number of calls that were reached."""
     outputs: list[Tensor] = field(default_factory=list)
-    """What the network gave, if it came to its end."""
-    prints: list[list[Tensor]] = field(default_factory=list)
-    """A few sums of what each call gave."""
+    """The network's outputs, if it ran to the end."""
+    fingerprints: list[list[Tensor]] = field(default_factory=list)
+    """A few sums of the outputs of each call."""
     error: Exception | None = None
-    """What the network's own code raised."""
+    """The error that the network's own code raised."""
 
 
-class Stop(BaseException):
-    """Nothing can be compared any more."""
+class StopPass(BaseException):
+    """The rest of the pass cannot be compared with the recorded one."""
 
 
-class UsersError(Exception):
-    """The network's own code raised this error, which goes on as it is."""
+class UserError(BaseException):
+    """An error of the user's code, which is raised unchanged.
+
+    The code may be the network's, a rule's or an importance's. The network's code must not catch
+    this.
+    """
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -41,7 +45,7 @@ class UsersError(Exception):
 
 
 class InternalError(BaseException):
-    """drophot went wrong in the middle of a network's code, which is not to catch that."""
+    """An error of drophot's own code during a pass, which the network's code must not catch."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__()
@@ -50,7 +54,7 @@ class InternalError(BaseException):
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Tell errors of drophot's own code from those of the network's code around it."""
+    """Mark errors raised inside as drophot's own, not the network's."""
     try:
         yield
     except Exception as error:
@@ -59,8 +63,8 @@ def guarded() -> Iterator[None]:
         raise InternalError(error) from error
 
 
-def differ(one: Tensor, other: Tensor) -> bool:
-    """Whether two results are too far apart to be a matter of rounding."""
+def differs(one: Tensor, other: Tensor) -> bool:
+    """Whether two results differ by more than rounding."""
     if one.shape != other.shape:
         return True
     if not one.is_floating_point() or not one.numel():
@@ -72,11 +76,11 @@ def differ(one: Tensor, other: Tensor) -> bool:
     return bool(off > _TOLERANCE * size + 1e-30)
 
 
-_TOLERANCE = 1e-2  # of float32 after many layers; what is really wrong is far off
+_TOLERANCE = 1e-2  # for float32 after many layers; a wrong result is much further off
 
 
-def print_of(tensor: Tensor) -> Tensor:
-    """A few sums that tell a tensor from others, in float64."""
+def fingerprint(tensor: Tensor) -> Tensor:
+    """A few sums in float64 that tell a tensor from others."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     flat = tensor.detach().reshape(-1).double()
@@ -87,9 +91,9 @@ def print_of(tensor: Tensor) -> Tensor:
     return torch.stack([flat.norm(), (flat * wave).sum()]).cpu()
 
 
-def first_other(one: Seen, other: Seen) -> int | None:
-    """The number of the first call that gives other values in two looks."""
-    for number, (a, b) in enumerate(zip(one.prints, other.prints, strict=False)):
+def first_difference(one: PassResult, other: PassResult) -> int | None:
+    """The number of the first call whose outputs differ between two passes."""
+    for number, (a, b) in enumerate(zip(one.fingerprints, other.fingerprints, strict=False)):
         for x, y in zip(a, b, strict=False):
             size = max(float(x[0]), float(y[0]))
             if bool(((x - y).abs() > _TOLERANCE * size + 1e-30).any()):

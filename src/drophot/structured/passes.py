@@ -1,4 +1,4 @@
-"""Run a network under a look, and tell its own errors from others."""
+"""Runs a network in a checked pass, and tells errors of its code from failed checks."""
 
 from __future__ import annotations
 
@@ -8,59 +8,56 @@ from typing import Any
 from torch import Tensor, nn
 
 from drophot._core.interruptions import must_propagate
-from drophot.structured.observations import Seen, Stop
+from drophot.structured.observations import PassResult, StopPass
+from drophot.structured.recorded_call import RecordedCall
 from drophot.structured.single_call import run, tensors_in
-from drophot.structured.tracer import Call
-from drophot.structured.verification import Check, shapes_left
-from drophot.structured.zeroed_network import Zeroed
+from drophot.structured.verification import PrunedPass, kept_shapes
+from drophot.structured.zeroed_network import ZeroedPass
 
 
-def look(
+def run_pass(
     model: nn.Module,
     example_inputs: Any,
-    calls: Sequence[Call],
-    gone: Tensor,
+    calls: Sequence[RecordedCall],
+    removed: Tensor,
     *,
     training: bool = False,
     zeroed: bool = False,
-    prints: bool = False,
+    fingerprints: bool = False,
     shapes: Sequence[list[tuple[int, ...]]] | None = None,
-) -> Seen:
-    """Run a network and see whether it does what it did.
+) -> PassResult:
+    """Run a network and compare each call with the recorded one.
 
     Args:
         model: The network.
-        example_inputs: What it is called with.
-        calls: What it did.
-        gone: The entries that are gone.
-        training: Whether to call it in training mode.
-        zeroed: Whether it has all channels still, to be zero instead of gone.
-        prints: Whether to keep sums of what each call gives.
-        shapes: What `shapes_left` gave, if there is more than one look.
-
-    Returns:
-        What was seen.
+        example_inputs: The inputs to call it with.
+        calls: The recorded calls.
+        removed: Whether each entry is removed.
+        training: Whether to run in training mode.
+        zeroed: Whether the network still has all channels, to be set to zero.
+        fingerprints: Whether to keep sums of the outputs of each call.
+        shapes: The result of `kept_shapes`, if it is known already.
     """
     mode = (
-        Zeroed(calls, gone, prints)
+        ZeroedPass(calls, removed, fingerprints)
         if zeroed
-        else Check(calls, gone, prints, shapes or shapes_left(calls, gone))
+        else PrunedPass(calls, removed, fingerprints, shapes or kept_shapes(calls, removed))
     )
-    seen = mode.seen
+    result = mode.result
     try:
-        seen.outputs = tensors_in(run(model, example_inputs, mode, training=training))
-    except Stop:
-        return seen
+        result.outputs = tensors_in(run(model, example_inputs, mode, training=training))
+    except StopPass:
+        return result
     except Exception as error:
         if must_propagate(error):
             raise
-        seen.error = error
-        seen.failures[min(seen.end, len(calls) - 1)] = (
+        result.error = error
+        result.failures[min(result.num_reached, len(calls) - 1)] = (
             f"code: fails with fewer channels ({type(error).__name__})"
         )
-        return seen
-    while seen.end < len(calls) and calls[seen.end].name == "clone":
-        seen.end += 1
-    if seen.end < len(calls):
-        seen.failures[seen.end] = "code: ends earlier with fewer channels"
-    return seen
+        return result
+    while result.num_reached < len(calls) and calls[result.num_reached].name == "clone":
+        result.num_reached += 1
+    if result.num_reached < len(calls):
+        result.failures[result.num_reached] = "code: returns earlier with fewer channels"
+    return result

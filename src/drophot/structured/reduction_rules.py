@@ -1,51 +1,51 @@
-"""What operators tie that add up, compare or normalise over whole dimensions."""
+"""Rules of operators that sum, compare or normalise over whole dimensions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from drophot.structured.dependency_graph import Axis, Ties
-from drophot.structured.reshape_rules import Found, Rule, named
+from drophot.structured.dependency_graph import Axis
+from drophot.structured.operator_call import OperatorCall, OutputAxes, Rule
+from drophot.structured.reshape_rules import named
 
 
-def _reduce(
-    ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, *args: Any, **kw: Any
-) -> Found:
-    """Sums and the like over some dimensions: what is left of those is added up."""
-    given = kw["dim"] if "dim" in kw else args[0] if args else None
-    if isinstance(given, Tensor):  # the larger of two tensors
+def _reduce(call: OperatorCall, x: Tensor, *args: Any, **kwargs: Any) -> OutputAxes:
+    """Sums and other reductions over some dimensions, whose entries can be removed."""
+    graph = call.graph
+    given = kwargs["dim"] if "dim" in kwargs else args[0] if args else None
+    if isinstance(given, Tensor):  # the elementwise maximum of two tensors
         return None
     dims = _dims(None if given == [] else given, x.dim())
     found, over = [], []
-    for axis in ties.of(x):
+    for axis in graph.axes_of(x):
         if axis.dim in dims:
             over.append(axis)
             continue
-        axis = ties.even(axis, dims)
-        if outs[0].dim() < x.dim():
-            kept = [d for d in range(x.dim()) if d not in dims]
-            sizes = [axis.ids.size(d) for d in kept]
-            axis = Axis(kept.index(axis.dim), axis.ids.reshape(sizes))
+        axis = graph.uniform(axis, dims)
+        if call.outputs[0].dim() < x.dim():
+            rest = [d for d in range(x.dim()) if d not in dims]
+            sizes = [axis.ids.size(d) for d in rest]
+            axis = Axis(rest.index(axis.dim), axis.ids.reshape(sizes))
         found.append(axis)
-    for out in outs:  # places among channels are others when some of these are gone
+    for out in call.outputs:  # indices of entries change if some entries are removed
         if over and not out.is_floating_point():
-            ties.places[out] = over, where
-    return [found for _ in outs]
+            graph.indices[out] = over, call.reason
+    return [found for _ in call.outputs]
 
 
-def _norm(
-    ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, order: Any, *args: Any, **kw: Any
-) -> Found:
-    return _reduce(ties, where, outs, x, *args, **kw)
+def _norm(call: OperatorCall, x: Tensor, order: Any, *args: Any, **kwargs: Any) -> OutputAxes:
+    return _reduce(call, x, *args, **kwargs)
 
 
-def _softmax(
-    ties: Ties, where: str, outs: Sequence[Tensor], x: Tensor, dim: int, *_: Any, **__: Any
-) -> Found:
-    return [[axis if axis.dim == dim % x.dim() else ties.even(axis, [dim]) for axis in ties.of(x)]]
+def _softmax(call: OperatorCall, x: Tensor, dim: int, *_: Any, **__: Any) -> OutputAxes:
+    return [
+        [
+            axis if axis.dim == dim % x.dim() else call.graph.uniform(axis, [dim])
+            for axis in call.graph.axes_of(x)
+        ]
+    ]
 
 
 def _dims(dims: Any, count: int) -> list[int]:
@@ -54,16 +54,16 @@ def _dims(dims: Any, count: int) -> list[int]:
     return [dim % count for dim in ([dims] if isinstance(dims, int) else dims)]
 
 
-SUMS: dict[str, Rule] = {
+REDUCTIONS: dict[str, Rule] = {
     **named(_reduce, "mean sum nansum amax amin max min aminmax logsumexp"),
     **named(_reduce, "var std var_mean std_mean"),
     **named(_norm, "linalg_vector_norm norm"),
     **named(_softmax, "_softmax _log_softmax _safe_softmax"),
 }
 
-# What is done over the channels that are kept where channels are gone, not over zeros.
-OVER = frozenset([
-    *SUMS,
+# Operators that are defined over the remaining channels, so that zeros would change their result.
+OVER_CHANNELS = frozenset([
+    *REDUCTIONS,
     "native_layer_norm",
     "_fused_rms_norm",
     "native_group_norm",

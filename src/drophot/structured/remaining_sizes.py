@@ -1,4 +1,4 @@
-"""What is left of a tensor without some entries."""
+"""The part of a tensor that is kept when entries are removed."""
 
 from __future__ import annotations
 
@@ -10,41 +10,32 @@ from torch import Tensor
 from drophot.structured.dependency_graph import Axis
 
 
-def taken(tensor: Tensor, axes: list[Axis], gone: Tensor) -> Tensor:
-    """What is left of a tensor.
-
-    Args:
-        tensor: The tensor.
-        axes: Those along which entries are gone.
-        gone: The entries that are.
-
-    Returns:
-        A copy of the rest, or the tensor itself where it has all.
-    """
+def kept_part(tensor: Tensor, axes: list[Axis], removed: Tensor) -> Tensor:
+    """A copy of a tensor without the removed entries, or the tensor itself if `axes` is empty."""
     if not axes:
         return tensor
-    keep = keep_mask(tensor.shape, axes, gone)
-    shape = left_of(tensor.shape, axes, gone)
-    return tensor.detach()[keep.to(tensor.device)].view(shape)
+    mask = keep_mask(tensor.shape, axes, removed)
+    shape = kept_shape(tensor.shape, axes, removed)
+    return tensor.detach()[mask.to(tensor.device)].view(shape)
 
 
-def keep_mask(shape: Sequence[int], axes: list[Axis], gone: Tensor) -> Tensor:
-    """Whether an entry of a tensor of this shape is kept."""
+def keep_mask(shape: Sequence[int], axes: list[Axis], removed: Tensor) -> Tensor:
+    """Whether each element of a tensor of this shape is kept."""
     keep = torch.ones(tuple(shape), dtype=torch.bool)
     for axis in axes:
-        keep &= ~gone[axis.ids]
+        keep &= ~removed[axis.ids]
     return keep
 
 
-def left_of(shape: Sequence[int], axes: list[Axis], gone: Tensor) -> tuple[int, ...]:
-    """The shape of what is left of a tensor."""
+def kept_shape(shape: Sequence[int], axes: list[Axis], removed: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor without the removed entries."""
     sizes = list(shape)
     for axis in axes:
-        sizes[axis.dim] = left(axis, gone)
+        sizes[axis.dim] = num_kept(axis, removed)
     return tuple(sizes)
 
 
-def left(axis: Axis, gone: Tensor) -> int:
-    """How many entries a row along an axis still has."""
+def num_kept(axis: Axis, removed: Tensor) -> int:
+    """How many entries a row along an axis keeps."""
     row = axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))[0]
-    return len(row) - int(gone[row].sum())
+    return len(row) - int(removed[row].sum())

@@ -1,4 +1,4 @@
-"""One call of a network, after which everything is as it was."""
+"""One call of a network that leaves the network unchanged."""
 
 from __future__ import annotations
 
@@ -21,17 +21,14 @@ def run(
     *,
     training: bool = False,
 ) -> Any:
-    """Call a model under a dispatch mode, operator by operator; it stays as it was.
+    """Call a model in a dispatch mode, operator by operator, and leave it unchanged.
 
     Args:
         model: The model.
-        example_inputs: What it is called with.
+        example_inputs: The inputs to call it with.
         mode: A context in which it is called.
-        path: Where the modules that a call is in are kept, the last one innermost.
+        path: A list to keep the paths of the modules that are being called, the innermost last.
         training: Whether to call it in training mode.
-
-    Returns:
-        What it gives.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,7 +42,7 @@ def run(
                 model.train()
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-                stack.enter_context(_gate_by_gate())
+                stack.enter_context(_decomposed_rnn())
             if path is not None:
                 stack.enter_context(call_hooks(model, path.append, path.pop))
             stack.enter_context(mode)
@@ -55,8 +52,8 @@ def run(
 
 
 @contextmanager
-def _gate_by_gate() -> Iterator[None]:
-    """Without libraries that do a recurrent layer at once."""
+def _decomposed_rnn() -> Iterator[None]:
+    """Disable libraries that run a recurrent layer as one operator."""
     before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     torch._C._set_cudnn_enabled(False)
@@ -68,18 +65,11 @@ def _gate_by_gate() -> Iterator[None]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All tensors in what a network gives, in whatever holds them.
-
-    Args:
-        value: The output.
-
-    Returns:
-        The tensors, in order.
-    """
+    """All tensors in the output of a network, in order, inside containers and objects too."""
     found: list[Tensor] = []
     seen: set[int] = set()
 
-    def look(value: Any) -> None:
+    def collect(value: Any) -> None:
         if isinstance(value, Tensor):
             found.append(value)
             return
@@ -97,7 +87,7 @@ def tensors_in(value: Any) -> list[Tensor]:
             inside = [getattr(value, name, None) for name in slots if isinstance(name, str)]
             inside += list(getattr(value, "__dict__", {}).values())
         for one in inside:
-            look(one)
+            collect(one)
 
-    look(value)
+    collect(value)
     return found

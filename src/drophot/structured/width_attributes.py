@@ -1,4 +1,4 @@
-"""The whole numbers that a module's code may read as widths, wherever it keeps them."""
+"""Integers that a module keeps and that its code may read as widths, and how to change them."""
 
 from __future__ import annotations
 
@@ -10,25 +10,18 @@ from torch import Tensor, nn
 
 Key = tuple[Any, ...]  # an attribute's name, then what to look up inside it
 
-_OURS = frozenset(name for name in vars(nn.Module()) if name != "training")
+_OF_TORCH = frozenset(name for name in vars(nn.Module()) if name != "training")
 
 
-def slots(module: nn.Module) -> Iterator[tuple[Key, int]]:
-    """The whole numbers that a module keeps, in lists, dicts and plain objects too.
-
-    Args:
-        module: The module.
-
-    Yields:
-        Where each is, and the number.
-    """
+def integers(module: nn.Module) -> Iterator[tuple[Key, int]]:
+    """All integers among a module's attributes, in lists, dicts and plain objects too."""
     for name, value in list(vars(module).items()):
-        if name not in _OURS and not (isinstance(name, str) and name.startswith("__")):
+        if name not in _OF_TORCH and not (isinstance(name, str) and name.startswith("__")):
             yield from _inside((name,), value, 3, set())
 
 
 def _inside(key: Key, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[Key, int]]:
-    if is_whole(value):
+    if is_integer(value):
         yield key, int(value)
         return
     if depth == 0 or id(value) in seen:
@@ -49,8 +42,8 @@ def _inside(key: Key, value: Any, depth: int, seen: set[int]) -> Iterator[tuple[
         yield from _inside((*key, name), one, depth - 1, seen)
 
 
-def is_whole(value: Any) -> bool:
-    """Whether a value is a whole number, NumPy's too."""
+def is_integer(value: Any) -> bool:
+    """Whether a value is an integer, of Python or NumPy."""
     if isinstance(value, (bool, Tensor, torch.dtype)):
         return False
     return isinstance(value, int) or (
@@ -62,15 +55,7 @@ def is_whole(value: Any) -> bool:
 
 
 def read(module: nn.Module, key: Key) -> Any:
-    """What is in a slot.
-
-    Args:
-        module: The module.
-        key: Where.
-
-    Returns:
-        The value.
-    """
+    """The value at a key."""
     value: Any = getattr(module, key[0])
     for name in key[1:]:
         value = _item(value, name)
@@ -78,13 +63,7 @@ def read(module: nn.Module, key: Key) -> Any:
 
 
 def write(module: nn.Module, key: Key, value: Any) -> None:
-    """Put something into a slot, in the type that is there.
-
-    Args:
-        module: The module.
-        key: Where.
-        value: What.
-    """
+    """Replace the value at a key by one of the same type."""
     name, *rest = key
     old = getattr(module, name)
     if rest:
@@ -96,19 +75,19 @@ def write(module: nn.Module, key: Key, value: Any) -> None:
     setattr(module, name, value)
 
 
-def holder(module: nn.Module, key: Key) -> tuple[int, Any]:
-    """What tells a slot from others, that of an object that modules share the same for all."""
+def identity(module: nn.Module, key: Key) -> tuple[int, Any]:
+    """An equal value for all keys that lead to the same integer of a shared object."""
     value: Any = module
-    own, rest = id(module), key
-    for place, name in enumerate(key[:-1]):
-        value = getattr(value, name) if place == 0 else _item(value, name)
+    owner, rest = id(module), key
+    for depth, name in enumerate(key[:-1]):
+        value = getattr(value, name) if depth == 0 else _item(value, name)
         if not isinstance(value, tuple):
-            own, rest = id(value), key[place + 1 :]
-    return own, rest
+            owner, rest = id(value), key[depth + 1 :]
+    return owner, rest
 
 
-def written(key: Key) -> str:
-    """A slot as it is written in code."""
+def as_code(key: Key) -> str:
+    """A key as it is written in code, such as `sizes[0]`."""
     return str(key[0]) + "".join(
         name if isinstance(name, str) and name.startswith(".") else f"[{name!r}]"
         for name in key[1:]
@@ -122,7 +101,7 @@ def _item(value: Any, name: Any) -> Any:
 
 
 def _with(value: Any, key: Key, new: Any) -> Any:
-    """A container with something else at a place; the same one unless it is a tuple."""
+    """A container with another value at a key; changed in place unless it is a tuple."""
     if not key:
         return type(value)(new) if type(value).__module__ == "numpy" else new
     inside = _with(_item(value, key[0]), key[1:], new)

@@ -1,264 +1,246 @@
-"""Numbers that a network's code reads as widths: those that mend a call which fails."""
+"""Finds the attributes that a network's code reads as widths, and changes those that it has to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from drophot.structured import width_attributes
-from drophot.structured.observations import Seen
-from drophot.structured.remaining_sizes import left
-from drophot.structured.tracer import Call
+from drophot.structured.observations import PassResult
+from drophot.structured.recorded_call import RecordedCall
+from drophot.structured.remaining_sizes import num_kept
+from drophot.structured.similar_calls import SimilarCalls
+from drophot.structured.substitution import Attribute
 
-Names = tuple[str, width_attributes.Key]  # of a module, and where in it
-Numbers = dict[Names, int]
-Kind = tuple[Any, ...]  # the same slot of the modules of a class
+Values = dict[Attribute, int]
+Found = dict[Attribute, tuple[int, int]]  # the new value, and the call that it is for
+Kind = tuple[Any, ...]  # the same attribute of all modules of a class
+
+NEXT = 12  # how many calls ahead the code may have read a width for
 
 
-class Widths:
-    """Finds the numbers that have to follow the channels.
+class WidthSearch:
+    """Finds the attributes that have to follow the number of channels.
 
-    A number is changed only if a call fails without that and none fails for it. Modules of the same
-    class keep their widths in the same place, so that one trial is of all of them, of those too
-    that an error of the network's own code hides: passes do not grow with the number of layers.
-
-    Args:
-        model: The network.
+    An attribute is changed only if a call fails without the change and no call fails because of
+    it. Modules of the same class keep their widths in the same attributes, so one pass tries them
+    for all of these modules, including those that were not reached because of an error of the
+    network's own code. The number of passes therefore does not grow with the number of layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.known: dict[Names, int] = {}  # which call each of them mended
+        self.known: dict[Attribute, int] = {}  # by the call that it was changed for
 
-    def learn(self, calls: Sequence[Call], gone: Any, attempt: Callable[[Numbers], Seen]) -> Seen:
-        """Change as few numbers as needed for the calls to do what they did.
+    def adjust(
+        self,
+        calls: Sequence[RecordedCall],
+        removed: Tensor,
+        attempt: Callable[[Values], PassResult],
+    ) -> PassResult:
+        """Change as few attributes as the calls need to return what they should.
 
         Args:
-            calls: What the network did.
-            gone: The entries that are gone.
-            attempt: Puts numbers in and says what is seen then.
+            calls: The recorded calls.
+            removed: Whether each entry is removed.
+            attempt: Sets attributes of the network and runs a checked pass.
 
         Returns:
-            What is seen with the numbers that help, which are in the network then.
+            The result with the changes that help, which the network then has.
         """
-        self._calls, self._gone = calls, gone
-        self._sizes: dict[int, dict[int, int]] = {}
-        self._like = Alike(self.modules, calls)
-        self._helpers: dict[str, list[str]] = {}  # that a module's code uses without calling them
+        self._calls, self._removed = calls, removed
+        self._known_changes: dict[int, dict[int, int]] = {}
+        self._similar = SimilarCalls(self.modules, calls)
+        self._helpers: dict[str, list[str]] = {}  # submodules that are read but not called
         for path in self.modules:
-            if path not in self._like.inside:
-                self._helpers.setdefault(self._called(path), []).append(path)
-        accepted: Numbers = {}
-        for names, number in self.known.items():
-            before = int(width_attributes.read(self.modules[names[0]], names[1]))
-            after = self._widths(number).get(before) if number < len(calls) else None
+            if path not in self._similar.calls_in:
+                self._helpers.setdefault(self._owner(path), []).append(path)
+        accepted: Values = {}
+        for attribute, number in self.known.items():
+            before = int(width_attributes.read(self.modules[attribute[0]], attribute[1]))
+            after = self._width_changes(number).get(before) if number < len(calls) else None
             if after is not None and after != before:
-                accepted[names] = after
-        seen, current = attempt(accepted), dict(accepted)
-        if not seen.failures:
-            return seen
-        # As they are before any trial, whose numbers stay in the modules until the next one.
-        self._slots = {
-            name: dict(width_attributes.slots(module)) for name, module in self.modules.items()
+                accepted[attribute] = after
+        result, current = attempt(accepted), dict(accepted)
+        if not result.failures:
+            return result
+        # The integers before any attempt; the values of an attempt remain until the next one.
+        self._integers = {
+            name: dict(width_attributes.integers(module)) for name, module in self.modules.items()
         }
-        tried: set[tuple[Kind, frozenset[Names]]] = set()
-        while seen.failures:
+        tried: set[tuple[Kind, frozenset[Attribute]]] = set()
+        while result.failures:
             for later in (False, True):
-                kinds = self._candidates(seen.failures, accepted, later)
+                kinds = self._candidates(result.failures, accepted, later)
                 trials = [(kind, frozenset(found)) for kind, found in kinds.items()]
-                trial_of = next((one for one in trials if one not in tried), None)
-                if trial_of is not None:
+                next_trial = next((one for one in trials if one not in tried), None)
+                if next_trial is not None:
                     break
-            if trial_of is None:
+            if next_trial is None:
                 break
-            tried.add(trial_of)
-            found = kinds[trial_of[0]]
-            hidden = self._hidden(trial_of[0], found, accepted) if self._stopped(seen) else {}
-            trial = {names: value for names, (value, _) in (found | hidden).items()}
+            tried.add(next_trial)
+            found = kinds[next_trial[0]]
+            unreached = (
+                self._unreached(next_trial[0], found, accepted) if self._stopped(result) else {}
+            )
+            trial = {attribute: value for attribute, (value, _) in (found | unreached).items()}
             current = accepted | trial
             after = attempt(current)
-            good = self._good(trial, seen, after)
-            if good and hidden:  # the others are like these, where they do not fail for it
-                good |= {n for n, (_, there) in hidden.items() if there not in after.failures}
-            if good:
-                accepted |= {names: value for names, value in trial.items() if names in good}
-                self.known |= {n: (found | hidden)[n][1] for n in good}
-                seen = after if current == accepted else attempt(accepted)
+            helpful = self._helpful(trial, result, after)
+            if helpful and unreached:
+                # Similar modules need the same change, unless they fail because of it.
+                helpful |= {n for n, (_, there) in unreached.items() if there not in after.failures}
+            if helpful:
+                accepted |= {
+                    attribute: value for attribute, value in trial.items() if attribute in helpful
+                }
+                self.known |= {n: (found | unreached)[n][1] for n in helpful}
+                result = after if current == accepted else attempt(accepted)
                 current = dict(accepted)
-        if seen.failures:
-            accepted, seen, current = self._together(accepted, seen, current, attempt)
-        return seen if current == accepted else attempt(accepted)
+        if result.failures:
+            accepted, result, current = self._together(accepted, result, current, attempt)
+        return result if current == accepted else attempt(accepted)
 
     def _together(
         self,
-        accepted: Numbers,
-        seen: Seen,
-        current: Numbers,
-        attempt: Callable[[Numbers], Seen],
-    ) -> tuple[Numbers, Seen, Numbers]:
-        """Numbers that help only together, as the sizes of a split."""
-        kinds = self._candidates(seen.failures, accepted)
+        accepted: Values,
+        result: PassResult,
+        current: Values,
+        attempt: Callable[[Values], PassResult],
+    ) -> tuple[Values, PassResult, Values]:
+        """Try attributes that help only together, such as the sizes of a split."""
+        kinds = self._candidates(result.failures, accepted)
         if len(kinds) < 2:
-            return accepted, seen, current
-        every = {names: (v, n) for found in kinds.values() for names, (v, n) in found.items()}
-        trial = {names: value for names, (value, _) in every.items()}
+            return accepted, result, current
+        every = {
+            attribute: (v, n) for found in kinds.values() for attribute, (v, n) in found.items()
+        }
+        trial = {attribute: value for attribute, (value, _) in every.items()}
         after = attempt(accepted | trial)
-        good = self._good(trial, seen, after)
-        if not good:
-            return accepted, seen, accepted | trial
-        trial = {names: value for names, value in trial.items() if names in good}
-        for kind in kinds:  # one of them may not be needed
-            fewer = {names: v for names, v in trial.items() if names not in kinds[kind]}
+        helpful = self._helpful(trial, result, after)
+        if not helpful:
+            return accepted, result, accepted | trial
+        trial = {attribute: value for attribute, value in trial.items() if attribute in helpful}
+        for kind in kinds:  # not all of them may be needed
+            fewer = {attribute: v for attribute, v in trial.items() if attribute not in kinds[kind]}
             without = attempt(accepted | fewer)
-            if without.failures.keys() <= after.failures.keys() and without.end >= after.end:
+            if (
+                without.failures.keys() <= after.failures.keys()
+                and without.num_reached >= after.num_reached
+            ):
                 trial = fewer
         accepted = accepted | trial
-        self.known |= {names: every[names][1] for names in trial}
+        self.known |= {attribute: every[attribute][1] for attribute in trial}
         return accepted, attempt(accepted), dict(accepted)
 
-    def _stopped(self, seen: Seen) -> bool:
-        """Whether the network's code went no further, so that other modules were not reached."""
-        return seen.end < len(self._calls)
+    def _stopped(self, result: PassResult) -> bool:
+        """Whether the network's code stopped early, so that some modules were not reached."""
+        return result.num_reached < len(self._calls)
 
-    def _hidden(
-        self, kind: Kind, found: Mapping[Names, tuple[int, int]], accepted: Iterable[Names]
-    ) -> dict[Names, tuple[int, int]]:
-        """The same slot of modules of the same class that come later."""
-        more: dict[Names, tuple[int, int]] = {}
-        if kind[-1] is not None:  # an object that modules share
+    def _unreached(self, kind: Kind, found: Found, accepted: Iterable[Attribute]) -> Found:
+        """The same attribute of modules of the same class that were not reached yet."""
+        more: Found = {}
+        if kind[-1] is not None:  # one object that several modules share
             return more
-        have = {self._holder(names) for names in (*accepted, *found)}
+        have = {self._identity(attribute) for attribute in (*accepted, *found)}
         for (path, key), (_, number) in found.items():
-            own = self._called(path)
-            for one, there in self._like.to(own, number):
+            own = self._owner(path)
+            for one, there in self._similar.to(own, number):
                 other = one + path.removeprefix(own)
-                value = self._slots.get(other, {}).get(key)
-                after = None if value is None else self._widths(there).get(value)
-                if after is not None and after != value and self._holder((other, key)) not in have:
+                value = self._integers.get(other, {}).get(key)
+                after = None if value is None else self._width_changes(there).get(value)
+                if (
+                    after is not None
+                    and after != value
+                    and self._identity((other, key)) not in have
+                ):
                     more.setdefault((other, key), (after, there))
         return more
 
-    def _good(self, trial: Numbers, before: Seen, after: Seen) -> set[Names]:
-        """Those of some numbers with which calls of their modules do not fail any more."""
-        mended = {n for n in before.failures if n not in after.failures and n < after.end}
-        if after.end > before.end or not after.failures:
-            mended |= {n for n in before.failures if n not in after.failures}
-        worse = {n for n in after.failures if n not in before.failures and n < before.end}
-        if after.end < before.end:
-            worse |= {n for n in after.failures if n >= after.end - 1}
-        good = set()
+    def _helpful(self, trial: Values, before: PassResult, after: PassResult) -> set[Attribute]:
+        """The attributes of a trial that make calls of their modules succeed and none fail."""
+        fixed = {n for n in before.failures if n not in after.failures and n < after.num_reached}
+        if after.num_reached > before.num_reached or not after.failures:
+            fixed |= {n for n in before.failures if n not in after.failures}
+        worse = {n for n in after.failures if n not in before.failures and n < before.num_reached}
+        if after.num_reached < before.num_reached:
+            worse |= {n for n in after.failures if n >= after.num_reached - 1}
+        helpful = set()
         for path, key in trial:
-            own = self._called(path)
+            own = self._owner(path)
             inside = (
                 (lambda _: True) if len(key) > 1 else (lambda n: own in self._calls[n].path)  # noqa: B023
             )
-            if any(inside(n) for n in mended) and not any(inside(n) for n in worse):
-                good.add((path, key))
-        return good
+            if any(inside(n) for n in fixed) and not any(inside(n) for n in worse):
+                helpful.add((path, key))
+        return helpful
 
-    def _called(self, path: str) -> str:
-        """The innermost module around one, or it itself, that an operator is called in."""
-        while path and path not in self._like.inside:
+    def _owner(self, path: str) -> str:
+        """The innermost module, from this one outwards, in which operators are called."""
+        while path and path not in self._similar.calls_in:
             path = path.rpartition(".")[0]
         return path
 
     def _candidates(
-        self, failures: Iterable[int], accepted: Iterable[Names], later: bool = False
-    ) -> dict[Kind, dict[Names, tuple[int, int]]]:
-        """Numbers that are the width of something at a call that fails, by their kind."""
-        found: dict[Kind, dict[Names, tuple[int, int]]] = {}
-        have = {self._holder(names) for names in accepted}
+        self, failures: Iterable[int], accepted: Iterable[Attribute], later: bool = False
+    ) -> dict[Kind, Found]:
+        """Attributes that equal a width of a failed call, by kind, with their new values."""
+        found: dict[Kind, Found] = {}
+        have = {self._identity(attribute) for attribute in accepted}
         for number in failures:
             path = self._calls[number].path
-            widths = self._later(number) if later else self._widths(number)
+            widths = self._later_changes(number) if later else self._width_changes(number)
             around = [(depth, name) for depth, name in enumerate(reversed(path))]
             around += [(d, one) for d, name in around for one in self._helpers.get(name, ())]
             for depth, name in around:
                 module = self.modules[name]
-                for key, value in self._slots[name].items():
+                for key, value in self._integers[name].items():
                     after = widths.get(value)
-                    if after is None or after == value or self._holder((name, key)) in have:
+                    if after is None or after == value or self._identity((name, key)) in have:
                         continue
                     kind = (
                         depth,
                         type(module),
                         key,
-                        width_attributes.holder(module, key)
+                        width_attributes.identity(module, key)
                         if len(key) > 1 and any(str(k).startswith(".") for k in key)
                         else None,
                     )
                     found.setdefault(kind, {}).setdefault((name, key), (after, number))
         return dict(sorted(found.items(), key=lambda item: item[0][0]))
 
-    def _holder(self, names: Names) -> tuple[int, Any]:
-        return width_attributes.holder(self.modules[names[0]], names[1])
+    def _identity(self, attribute: Attribute) -> tuple[int, Any]:
+        return width_attributes.identity(self.modules[attribute[0]], attribute[1])
 
-    def _widths(self, number: int) -> dict[int, int]:
-        """What became of the widths of what a call is given and gives, where there is no doubt."""
-        if number in self._sizes:
-            return self._sizes[number]
+    def _width_changes(self, number: int) -> dict[int, int]:
+        """The new width of each width of a call's inputs and outputs, if it is unambiguous."""
+        if number in self._known_changes:
+            return self._known_changes[number]
         widths: dict[int, set[int]] = {}
         axes = list(self._calls[number].axes)
         if self._calls[number].name == "clone" and number + 1 < len(self._calls):
-            axes += self._calls[number + 1].axes  # the reshape that asks for it, and is refused
+            axes += self._calls[number + 1].axes  # of the reshape that failed before it was called
         for axis in axes:
             row = axis.ids.movedim(axis.dim, -1)
-            widths.setdefault(row.size(-1), set()).add(left(axis, self._gone))
+            widths.setdefault(row.size(-1), set()).add(num_kept(axis, self._removed))
             if row.numel() > row.size(-1):
                 alone = row.unique()
-                widths.setdefault(len(alone), set()).add(len(alone) - int(self._gone[alone].sum()))
+                widths.setdefault(len(alone), set()).add(
+                    len(alone) - int(self._removed[alone].sum())
+                )
         found = {size: next(iter(some)) for size, some in widths.items() if len(some) == 1}
-        self._sizes[number] = found
+        self._known_changes[number] = found
         return found
 
-    def _later(self, number: int) -> dict[int, int]:
-        """The same for the calls that come next in a module: of 3 * 16, the width may be 16."""
+    def _later_changes(self, number: int) -> dict[int, int]:
+        """The width changes of the next calls in a module: a width of 3 * 16 may be kept as 16."""
         path = self._calls[number].path
         widths: dict[int, set[int]] = {}
         for n in range(number, min(number + NEXT, len(self._calls))):
             if self._calls[n].path == path:
-                for size, after in self._widths(n).items():
+                for size, after in self._width_changes(n).items():
                     widths.setdefault(size, set()).add(after)
         return {size: next(iter(some)) for size, some in widths.items() if len(some) == 1}
-
-
-NEXT = 12  # calls that are looked through for what code was about to use
-
-
-class Alike:
-    """Which calls of modules of the same class are the same call of their code.
-
-    Args:
-        modules: By path.
-        calls: What the network did.
-    """
-
-    def __init__(self, modules: Mapping[str, nn.Module], calls: Sequence[Call]) -> None:
-        self.modules = modules
-        self.calls = calls
-        self.inside: dict[str, list[int]] = {}  # the calls of each module, in order
-        for number, call in enumerate(calls):
-            for path in dict.fromkeys(call.path):
-                self.inside.setdefault(path, []).append(number)
-
-    def owner(self, number: int) -> str:
-        """The module whose code a call is in, rather than a layer of torch's in it."""
-        path = self.calls[number].path
-        own = [p for p in path if not type(self.modules[p]).__module__.startswith("torch.nn")]
-        return (own or path)[-1]
-
-    def to(self, path: str, number: int) -> list[tuple[str, int]]:
-        """The modules like one, and in each the call that is like one of its calls."""
-        place = self.inside[path].index(number)
-        kind, name = type(self.modules[path]), self.calls[number].name
-        return [
-            (other, numbers[place])
-            for other, numbers in self.inside.items()
-            if other != path
-            and type(self.modules[other]) is kind
-            and place < len(numbers)
-            and self.calls[numbers[place]].name == name
-        ]

@@ -1,4 +1,4 @@
-"""A network with all its channels, of which some are zero."""
+"""Runs a network with all of its channels, of which some are zero."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis
-from drophot.structured.observations import Seen, Stop, guarded, print_of
-from drophot.structured.reduction_rules import OVER
-from drophot.structured.remaining_sizes import keep_mask, left_of, taken
-from drophot.structured.tracer import Call, is_view
+from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
+from drophot.structured.recorded_call import RecordedCall, is_view
+from drophot.structured.reduction_rules import OVER_CHANNELS
+from drophot.structured.remaining_sizes import keep_mask, kept_part, kept_shape
 
 
-class Zeroed(TorchDispatchMode):
-    """The network with all channels, where those that are gone are zero after each call.
+class ZeroedPass(TorchDispatchMode):
+    """Sets removed entries to zero after each call of the network with all channels.
 
-    What adds up or takes norms over channels does it over those that are kept.
+    Norms, means and other operators that are defined over the remaining channels are called
+    without the removed entries.
 
     Args:
-        calls: What it does.
-        gone: The entries that are gone.
-        prints: Whether to keep sums of what each call gives.
+        calls: The recorded calls.
+        removed: Whether each entry is removed.
+        fingerprints: Whether to keep sums of the output_axes of each call.
     """
 
-    def __init__(self, calls: Sequence[Call], gone: Tensor, prints: bool) -> None:
+    def __init__(self, calls: Sequence[RecordedCall], removed: Tensor, fingerprints: bool) -> None:
         super().__init__()
         self.calls = calls
-        self.gone = gone
-        self.prints = prints
-        self.seen = Seen()
+        self.removed = removed
+        self.fingerprints = fingerprints
+        self.result = PassResult()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -43,36 +44,38 @@ class Zeroed(TorchDispatchMode):
             return self._zero(func, args, kwargs or {})
 
     def _zero(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name, number = func.overloadpacket.__name__, self.seen.end
+        name, number = func.overloadpacket.__name__, self.result.num_reached
         if number == len(self.calls) or self.calls[number].name != name:
-            self.seen.failures[number] = f"another call, {name}"
-            raise Stop
+            self.result.failures[number] = f"another operator, {name}"
+            raise StopPass
         call = self.calls[number]
-        self.seen.end += 1
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        lost = [[a for a in axes if self.gone[a.ids].any()] for axes in call.given]
-        outputs = [[a for a in axes if self.gone[a.ids].any()] for axes in call.outputs]
+        self.result.num_reached += 1
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        input_axes = [[a for a in axes if self.removed[a.ids].any()] for axes in call.input_axes]
+        output_axes = [[a for a in axes if self.removed[a.ids].any()] for axes in call.output_axes]
         try:
-            if name in OVER and any(lost):
-                out = self._over_kept(func, name, args, kwargs, given, lost, call, outputs)
+            if name in OVER_CHANNELS and any(input_axes):
+                out = self._without_removed(
+                    func, name, args, kwargs, inputs, input_axes, call, output_axes
+                )
             else:
                 out = func(*args, **kwargs)
-        except Exception as error:  # with zeros it cannot be computed: no law to hold it to
+        except Exception as error:  # it cannot run with zeros, so nothing can be compared
             if must_propagate(error):
                 raise
-            self.seen.failures[number] = "size"
-            raise Stop from error
+            self.result.failures[number] = "size"
+            raise StopPass from error
         leaves, spec = tree_flatten(out)
-        place, changed = 0, False
+        position, changed = 0, False
         for i, (leaf, before) in enumerate(zip(leaves, call.leaves, strict=False)):
             if isinstance(leaf, torch.ScriptObject):
                 continue
             if not isinstance(leaf, Tensor):
                 leaves[i], changed = before, True
                 continue
-            axes = outputs[place] if place < len(outputs) else []
-            place += 1
-            shares = is_view(leaf, given)
+            axes = output_axes[position] if position < len(output_axes) else []
+            position += 1
+            shares = is_view(leaf, inputs)
             if isinstance(before, Tensor):
                 if leaf.shape == before.shape and not (shares and not name.endswith("_")):
                     leaf.copy_(before)
@@ -80,40 +83,44 @@ class Zeroed(TorchDispatchMode):
                     leaves[i], changed = before.clone(), True
             elif axes and (not shares or name.endswith("_")):
                 for axis in axes:
-                    leaf.masked_fill_(self.gone[axis.ids].to(leaf.device), 0)
-        if self.prints:
+                    leaf.masked_fill_(self.removed[axis.ids].to(leaf.device), 0)
+        if self.fingerprints:
             outs = [t for t in leaves if isinstance(t, Tensor)]
-            whole = [outputs[i] if i < len(outputs) else [] for i in range(len(outs))]
-            self.seen.prints.append([
-                print_of(taken(t, axes, self.gone)) for t, axes in zip(outs, whole, strict=True)
+            whole = [output_axes[i] if i < len(output_axes) else [] for i in range(len(outs))]
+            self.result.fingerprints.append([
+                fingerprint(kept_part(t, axes, self.removed))
+                for t, axes in zip(outs, whole, strict=True)
             ])
         return tree_unflatten(leaves, spec) if changed else out
 
-    def _over_kept(
+    def _without_removed(
         self,
         func: Any,
         name: str,
         args: tuple[Any, ...],
         kwargs: Any,
-        given: list[Tensor],
-        lost: list[list[Axis]],
-        call: Call,
-        outputs: list[list[Axis]],
+        inputs: list[Tensor],
+        input_axes: list[list[Axis]],
+        call: RecordedCall,
+        output_axes: list[list[Axis]],
     ) -> Any:
-        kept = iter([taken(t, axes, self.gone) for t, axes in zip(given, lost, strict=True)])
-        args, kwargs = tree_map_only(Tensor, lambda _: next(kept), (args, kwargs))
+        """Call an operator without the removed entries, and pad its result with zeros."""
+        parts = iter([
+            kept_part(t, axes, self.removed) for t, axes in zip(inputs, input_axes, strict=True)
+        ])
+        args, kwargs = tree_map_only(Tensor, lambda _: next(parts), (args, kwargs))
         sizes = list(args)
         if name in ("native_layer_norm", "_fused_rms_norm"):
             sizes[1] = list(args[0].shape[-len(args[1]) :])
         elif name == "native_group_norm":
-            sizes[6] = left_of(call.shapes[1], outputs[1], self.gone)[1]
+            sizes[6] = kept_shape(call.shapes[1], output_axes[1], self.removed)[1]
             sizes[4] = args[0].shape[1]
         leaves, spec = tree_flatten(func(*sizes, **kwargs))
-        for place, leaf in enumerate(leaves):
-            shape = tuple(call.shapes[place])
+        for position, leaf in enumerate(leaves):
+            shape = tuple(call.shapes[position])
             if isinstance(leaf, Tensor) and tuple(leaf.shape) != shape:
-                axes = outputs[place] if place < len(outputs) else []
+                axes = output_axes[position] if position < len(output_axes) else []
                 whole = leaf.new_zeros(shape)
-                whole[keep_mask(shape, axes, self.gone).to(leaf.device)] = leaf.reshape(-1)
-                leaves[place] = whole
+                whole[keep_mask(shape, axes, self.removed).to(leaf.device)] = leaf.reshape(-1)
+                leaves[position] = whole
         return tree_unflatten(leaves, spec)

@@ -1,4 +1,4 @@
-"""What only the values of a batch can tell is wrong, as one number that a device can keep."""
+"""Faults in the values of a batch, encoded as one integer that stays on the device until read."""
 
 from __future__ import annotations
 
@@ -9,96 +9,89 @@ from torch import Tensor
 
 from drophot.tracking.batch_matching import UNPAIRED
 
-NO_FAULT = torch.iinfo(torch.int64).max  # of several faults the least is kept
-_NO_PAIR = NO_FAULT - 1  # logits that may be another batch's
-# Less the sample, and the target that is no class in 32 bits. Below all others: such a target may
-# be taken for the sample's first, and a right one later for another.
+NO_FAULT = torch.iinfo(torch.int64).max  # of several faults, the smallest is kept
+_NO_PAIR = NO_FAULT - 1  # logits that may belong to another batch
+# _NO_CLASS minus the sample and the invalid target (32 bits). It is below all other faults, because
+# an invalid target may be stored as the sample's first one, and then a valid one would not match.
 _NO_CLASS = -(1 << 62)
-_MOST_SAMPLES = 1 << 29
+_NOT_FINITE = 1 << 62  # plus the number of the score and the sample
+_MAX_SAMPLES = 1 << 29
 _HALF = 1 << 31
 
 
-def found(
+def find_fault(
     index: Tensor, pairs: list[tuple[Tensor, Tensor]], classes: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """The fault of a batch.
+    """The fault of a batch, on the device of its tensors.
 
     Args:
         index: The samples, int64, shape `(B,)`.
-        pairs: What should be equal, shape `(B,)`: if it is not, the index is wrong, or its target
-            is another one than before.
-        classes: What should be equal too: the nearest class, and the target, int64.
-
-    Returns:
-        A number on the device of the tensors.
+        pairs: Tensors `(B,)` that should be equal. Where they differ, the index is out of range or
+            the target differs from the sample's earlier one.
+        classes: The targets clamped to the classes and the targets, int64, which should be equal.
     """
     wrong = reduce(torch.logical_or, (one != other for one, other in pairs))
     if classes is None:
         return index.masked_fill(~wrong, NO_FAULT).amin()
     nearest, target = classes
     fine = nearest == target
-    # Not `where`, which brings a number to the device and waits for it.
+    # `where` would copy a number to the device and wait for it.
     fault = index.masked_fill(~(wrong & fine), NO_FAULT)
     value = target.clamp(-_HALF, _HALF - 1) + _HALF
-    code = _NO_CLASS - value - index.clamp(0, _MOST_SAMPLES - 1) * (1 << 32)
+    code = _NO_CLASS - value - index.clamp(0, _MAX_SAMPLES - 1) * (1 << 32)
     return torch.minimum(fault, code.masked_fill(fine, NO_FAULT)).amin()
 
 
+def not_finite(index: Tensor, finite: Tensor) -> Tensor:
+    """The fault of a batch `(B,)` in which not all of `K` scores `(B, K)` are finite."""
+    score = torch.arange(finite.shape[1], device=finite.device) * _MAX_SAMPLES
+    code = _NOT_FINITE + score + index.clamp(0, _MAX_SAMPLES - 1)[:, None]
+    return code.masked_fill(finite, NO_FAULT).amin()
+
+
 def unpaired(wrong: Tensor) -> Tensor:
-    """The fault of logits that may be another batch's.
-
-    Args:
-        wrong: Whether they are, bool, no dimension.
-
-    Returns:
-        A number on the same device.
-    """
+    """The fault of logits that belong to another batch if `wrong`, a bool without dimensions."""
     fault = torch.full_like(wrong, _NO_PAIR, dtype=torch.int64)
     return fault.masked_fill(~wrong, NO_FAULT)
 
 
-def explain(fault: int, num_samples: int, targets: Tensor) -> str:
-    """Say what is wrong.
+def explain(fault: int, num_samples: int, targets: Tensor, own_scores: tuple[str, ...]) -> str:
+    """The error message of a fault.
 
     Args:
-        fault: The number, not `NO_FAULT`.
+        fault: The integer, not `NO_FAULT`.
         num_samples: `N`.
-        targets: What was seen of each sample at first.
-
-    Returns:
-        A sentence that names the value and the cure.
+        targets: The first target of each sample.
+        own_scores: The names of the user's scores.
     """
     if fault == _NO_PAIR:
         return UNPAIRED
     if fault <= _NO_CLASS:
         sample, value = divmod(_NO_CLASS - fault, 1 << 32)
         return (
-            f"`targets` should be classes, from 0 to C - 1 for logits of shape (B, C). Found "
-            f"{value - _HALF} for sample {sample}; leave such samples out: `keep = targets >= 0`, "
+            f"`targets` must be classes from 0 to C - 1 for logits of shape (B, C), got "
+            f"{value - _HALF} for sample {sample}. Leave such samples out: `keep = targets >= 0`, "
             f"then `update(index[keep], logits[keep], targets[keep])`."
+        )
+    score, sample = divmod(fault - _NOT_FINITE, _MAX_SAMPLES)
+    if 0 <= score < len(own_scores):
+        return (
+            f"Score {own_scores[score]!r} must be finite, but it returned NaN or infinity for "
+            f"sample {sample}. Clamp it, or check the logits for NaN and infinity."
         )
     if not 0 <= fault < num_samples:
         return (
-            f"`index` should be in [0, {num_samples}). Found {fault}; indices come from "
-            f"IndexedDataset, and `num_samples` is the length of that dataset."
+            f"`index` must be in [0, {num_samples}), got {fault}. Take the indices from "
+            f"IndexedDataset, and set `num_samples` to the length of that dataset."
         )
     return mismatch(fault, int(targets[fault]), "another one")
 
 
 def mismatch(sample: int, first: int, later: int | str) -> str:
-    """That a sample had two targets.
-
-    Args:
-        sample: Which.
-        first: Its target at first.
-        later: And later.
-
-    Returns:
-        A sentence.
-    """
+    """The error message of a sample that had two targets."""
     return (
-        f"`targets` should be the same for a sample each time. Found sample {sample} with target "
-        f"{first} at first and {later} later: indices do not follow their samples; take them from "
-        f"IndexedDataset, not from the position in a shuffled loader. Where the loop mixes samples "
-        f"or labels (mixup, CutMix), give `update` each sample's own label."
+        f"`targets` must be the same each time a sample is presented, got sample {sample} with "
+        f"target {first} at first and {later} later. The indices do not follow their samples: take "
+        f"them from IndexedDataset, not from the position in a shuffled loader. If the loop mixes "
+        f"samples or labels (mixup, CutMix), pass each sample's own label to `update`."
     )

@@ -1,8 +1,9 @@
-"""Training dynamics: margin, error, confidence and loss of every sample, from the same logits."""
+"""Training dynamics: margin, error, confidence, loss and other scores of the logits."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -10,21 +11,27 @@ from torch import Tensor
 
 from drophot.tracking import packed_history, validation
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
-from drophot.tracking.state import Columns, State, bring, join_histories
-
-Statistic = Literal["forgetting", "aum", "el2n", "confidence", "variability", "loss"]
-
-_AUM, _EL2N, _CONFIDENCE, _LOSS = range(4)
+from drophot.tracking.running_means import RunningMeans
+from drophot.tracking.state import Columns, State, to_device
+from drophot.tracking.statistics import (
+    CONFIDENCE,
+    DEFAULT,
+    Score,
+    Spread,
+    Statistics,
+    validate_statistics,
+)
+from drophot.tracking.statistics import Statistic as Statistic
 
 
 class DynamicsTracker(ForgettingTracker):
-    r"""Forgetting events, and with them AUM, EL2N, confidence, variability and loss.
+    r"""Tracks forgetting events and, from the same logits, AUM, EL2N, confidence and other scores.
 
-    Each is taken over the presentations of a sample, from the logits :math:`z`, the probabilities
-    :math:`p = \mathrm{softmax}(z)` and the target :math:`y`:
+    Each statistic is taken over the presentations of a sample, from the logits :math:`z`, the
+    probabilities :math:`p = \mathrm{softmax}(z)` and the target :math:`y`:
 
     ============== ====================================================== ======================
-    statistic      of a sample                                            the hard ones score
+    statistic      of a sample                                            hard samples score
     ============== ====================================================== ======================
     `aum`          mean of :math:`z_y - \max_{k \ne y} z_k`               low
     `el2n`         mean of :math:`\lVert p - \mathrm{onehot}(y) \rVert_2` high
@@ -33,29 +40,38 @@ class DynamicsTracker(ForgettingTracker):
     `loss`         mean of :math:`-\log p_y`                              high
     ============== ====================================================== ======================
 
-    All are kept in float32, whatever the logits' precision, as running means with eight bits more
-    and (Welford's) sums of squares, so that thousands of presentations lose no digits. The state is
-    36 bytes a sample. Infinite logits are taken as limits: a sample whose own class was masked by
-    `-inf` once has an AUM of `-inf` and an infinite loss from then on, and the others are finite.
+    `statistics` chooses among them and adds scores of your own, see
+    :class:`drophot.tracking.Score`. The tracker keeps the mean of a score over the presentations,
+    and with :class:`drophot.tracking.Spread` its standard deviation. Forgetting events are always
+    kept.
 
-    Everything else is as in :class:`drophot.ForgettingTracker`: `update`, `observe`, `watch` and
-    `attach`, `sync`, the state. Which presentations are meant is the caller's choice here too; the
-    papers judge the training batches as they pass.
+    All statistics are kept in float32, whatever the precision of the logits. Running means have
+    eight more bits and sums of squares are updated by Welford's method, so that thousands of
+    presentations lose no digits. The state has 36 bytes per sample; each score of your own adds 5,
+    its spread another 4. The built-in statistics take infinite logits as limits: a sample whose own
+    class was masked by `-inf` once has an AUM of `-inf` and an infinite loss from then on; its
+    other statistics are finite.
+
+    Everything else is as in :class:`drophot.ForgettingTracker`: `update`, `observe`, `watch`,
+    `attach`, `sync` and the state. The caller decides here too when samples are presented. In the
+    papers, each training batch is a presentation.
 
     References:
         AUM: Pleiss et al., Identifying Mislabeled Data using the Area Under the Margin Ranking,
         NeurIPS 2020, https://arxiv.org/abs/2001.10528. EL2N: Paul et al., Deep Learning on a Data
-        Diet, NeurIPS 2021, https://arxiv.org/abs/2107.07075, at one epoch; here its mean over all
-        that were presented. Confidence and variability: Swayamdipta et al., Dataset Cartography,
-        EMNLP 2020, https://arxiv.org/abs/2009.10795.
+        Diet, NeurIPS 2021, https://arxiv.org/abs/2107.07075; the paper takes it at one epoch, this
+        class its mean over all presentations. Confidence and variability: Swayamdipta et al.,
+        Dataset Cartography, EMNLP 2020, https://arxiv.org/abs/2009.10795.
 
     Args:
-        num_samples: `N`, the length of the dataset whose indices will come.
-        device: Where the state lives. `None` means where the first batch's logits are.
+        num_samples: `N`, the length of the dataset that the indices refer to.
+        device: Where the state is kept. `None` means the device of the first batch's logits.
+        statistics: Names from the table, scores and spreads. By default all of the table.
 
     Raises:
-        TypeError: If `num_samples` is not an integer.
-        ValueError: If `num_samples` is less than 1.
+        TypeError: If `num_samples` is not an integer, or `statistics` holds something else.
+        ValueError: If `num_samples` is less than 1, `statistics` is empty, or a name in it is
+            unknown, used twice or not an identifier.
 
     Example:
         >>> tracker = DynamicsTracker(num_samples=2)
@@ -70,223 +86,152 @@ class DynamicsTracker(ForgettingTracker):
         [0.8420000076293945, 0.15800000727176666]
     """
 
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        device: torch.device | str | None = None,
+        statistics: Iterable[str | Score] = DEFAULT,
+    ) -> None:
+        self._statistics = validate_statistics(statistics)
+        self._means = RunningMeans(self._statistics.num_values, _square_columns(self._statistics))
+        super().__init__(num_samples, device=device)
+
+    @property
+    def statistics(self) -> Mapping[str, Score]:
+        """The statistics that are kept, by name: `tracker.statistics["aum"].hard_end` is `"low"`.
+
+        Forgetting events, whose hard end is `"high"`, are not among them.
+        """
+        return MappingProxyType(dict(self._statistics.by_name))
+
     def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Present a batch: judge it by its logits.
+        """Present a batch, and score it by its logits.
 
         Args:
             index: The samples' indices in the dataset, integers, shape `(B,)`.
             logits: The model's outputs, shape `(B, C)` with `C` at least 2, any float dtype, with
-                or without gradient; not probabilities. A NaN makes its sample's statistics NaN.
+                or without gradient; not probabilities. A NaN makes the built-in statistics of its
+                sample NaN.
             targets: The true classes, integers from 0 to `C - 1`, shape `(B,)`.
 
         Raises:
-            TypeError: As in :meth:`drophot.ForgettingTracker.update`.
-            ValueError: As there.
+            TypeError: As in :meth:`drophot.ForgettingTracker.update`, and if a score of your own
+                does not return a float tensor.
+            ValueError: As there, and if a score of your own returns another shape than `(B,)` or
+                (on a GPU when the tracker is read) a value that is not finite. Nothing is counted
+                then.
             RuntimeError: As there.
         """
-        validation.batch(index, logits, targets)
+        validation.check_batch(index, logits, targets)
         if len(index) == 0:
             return
         with torch.no_grad():
-            targets = bring(targets, logits.device, torch.int64)
+            targets = to_device(targets, logits.device, torch.int64)
             classes = targets.clamp(0, logits.shape[1] - 1)
-            values = _values(logits.float(), classes[:, None])
+            values = self._statistics.values(logits.float(), classes[:, None])
+            if self._statistics.own:
+                own = values[:, len(self._statistics.fused) :]
+                self._state.check_finite(index, own)
             rows = self._judge(index, logits, targets)
-            values = bring(values, rows.place.device).index_select(0, rows.order)
-            self._add(rows.place, rows.again, values)
+            values = to_device(values, rows.position.device).index_select(0, rows.order)
+            self._means.add(self._state.columns, rows.position, rows.repeats, values)
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
-        """Not here: the statistics need logits.
+        """Not available: the statistics need logits.
 
         Raises:
             TypeError: Always.
         """
         raise TypeError(
-            "`update_correct` should be called on a ForgettingTracker. Found a DynamicsTracker, "
-            "whose statistics need the logits: call `update`."
+            "`update_correct` cannot be called on a DynamicsTracker, whose statistics need the "
+            "logits. Call `update`, or use a ForgettingTracker."
         )
 
     def scores(  # pyright: ignore[reportIncompatibleMethodOverride] # by name: "aum" comes first
         self,
-        statistic: Statistic | NeverLearned = "forgetting",
+        statistic: str = "forgetting",
         *,
         never_learned: NeverLearned = "hardest",
         missing: Missing = "raise",
     ) -> Tensor:
-        """One number for each sample; the class's table says which end is the hard one.
+        """One number for each sample. `tracker.statistics[name].hard_end` tells the hard end.
 
         Args:
-            statistic: Which. `"forgetting"` is :meth:`drophot.ForgettingTracker.scores`, and so are
-                that method's own words, `"hardest"` and `"zero"`.
-            never_learned: For `"forgetting"`, what a sample scores that was never right.
-            missing: What happens if a sample was never presented: an error (`"raise"`), or it
-                scores NaN (`"nan"`).
+            statistic: The name of the statistic. `"forgetting"`, and the words `"hardest"` and
+                `"zero"` of that method, give :meth:`drophot.ForgettingTracker.scores`.
+            never_learned: For `"forgetting"`, the score of a sample that was never right.
+            missing: What to do about samples that were never presented: raise an error (`"raise"`)
+                or give them NaN (`"nan"`).
 
         Returns:
             Scores, shape `(N,)`, on the tracker's device: float32; for `"forgetting"` int64, unless
             `missing="nan"`.
 
         Raises:
-            ValueError: If a word is none of those above, a sample was never presented, or a batch
-                came with wrong indices.
+            ValueError: If the tracker does not keep the statistic, another argument is unknown, a
+                sample was never presented, or a batch had wrong indices.
         """
         if statistic == "forgetting":
             return super().scores(never_learned, missing=missing)
         if statistic == "hardest" or statistic == "zero":
             return super().scores(statistic, missing=missing)
-        if statistic not in get_args(Statistic):
+        if statistic not in self._statistics.by_name:
+            known = ("forgetting", *self._statistics.by_name)
             raise ValueError(
-                f"`statistic` should be one of {', '.join(map(repr, get_args(Statistic)))}. Found "
-                f"{statistic!r}."
+                f"`statistic` must be one of {', '.join(map(repr, known))}, got {statistic!r}. To "
+                f"track another one, name it in `DynamicsTracker(..., statistics=[...])`."
             )
-        return _statistics(self._presented(missing))[statistic]
+        return self._of_each_sample(self._presented(missing), statistic)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Everything at once, for a table: `pandas.DataFrame(tracker.columns())`.
 
         Returns:
             NumPy arrays of shape `(N,)`: `index`; `target`, -1 for a sample that was never
-            presented; `presentations`; `learned`; `forgetting`, the events alone; and `aum`,
-            `el2n`, `confidence`, `variability`, `loss` as in `scores`, NaN for a sample that was
-            never presented.
+            presented; `presentations`; `learned`; `forgetting`, the number of events; and each of
+            the statistics as in `scores`, NaN for a sample that was never presented.
 
         Raises:
-            ValueError: If a batch came with wrong indices.
+            ValueError: If a batch had wrong indices.
         """
+        state = self._read()
         columns = {
             "index": torch.arange(self.num_samples),
             "target": self._state.targets,
             "presentations": self.presentations,
             "learned": self.learned,
             "forgetting": self.counts,
-            **_statistics(self._read()),
+            **{name: self._of_each_sample(state, name) for name in self._statistics.by_name},
         }
         return {name: column.cpu().numpy().copy() for name, column in columns.items()}
 
     def _new_state(self, device: torch.device | str | None) -> State:
-        columns = {
-            "history": (torch.int64, ()),
-            "means": (torch.float32, (4,)),
-            "squares": (torch.float32, ()),
-            "tails": (torch.int8, (4,)),  # what the means are more than float32 can say
-        }
-        return State(self.num_samples, columns, _join, device)
+        names = tuple(self._statistics.by_name)
+        return State(
+            self.num_samples,
+            {"history": (torch.int64, ()), **self._means.columns()},
+            self._means.join,
+            device,
+            statistics=() if names == DEFAULT else names,
+            own_scores=self._statistics.own_names,
+        )
 
-    def _add(self, place: Tensor, again: Tensor | None, values: Tensor) -> None:
-        """Take in values (B, 4) of the samples at `place`, ascending."""
-        columns = self._state.columns
-        size = values.new_ones(len(place))
-        squares = torch.zeros_like(size)
-        if again is not None:
-            # Samples that stand several times in the batch are a group each: first their own mean.
-            group = torch.zeros_like(place)
-            group[1:] = (~again).cumsum(0)
-            size = torch.zeros_like(size).index_add_(0, group, size).index_select(0, group)
-            sums = torch.zeros_like(values).index_add_(0, group, values)
-            mean = sums.index_select(0, group) / size[:, None]
-            apart = (values - mean)[:, _CONFIDENCE].square()
-            squares = squares.index_add_(0, group, apart).index_select(0, group)
-            values = mean
-        total = packed_history.presentations(columns["history"].index_select(0, place))
-        names = ("means", "tails", "squares")
-        mean, tail, before = (columns[name].index_select(0, place) for name in names)
-        known = _Part(total - size, mean, _unpacked(mean, tail), before)
-        pooled = _pool(known, _Part(size, values, torch.zeros_like(values), squares))
-        # Repeats write the same numbers to the same place.
-        for name, column in zip(names, pooled, strict=True):
-            columns[name].index_copy_(0, place, column)
+    def _of_each_sample(self, columns: Columns, name: str) -> Tensor:
+        """A statistic `(N,)`, NaN for a sample that was never presented."""
+        presented = packed_history.presentations(columns["history"])
+        score = self._statistics.by_name[name]
+        if isinstance(score, Spread):
+            return (columns[_square_column(score.score)] / presented).sqrt()
+        means = columns["means"][:, self._statistics.column(score)]
+        return torch.where(presented > 0, means, torch.nan)
 
 
-def _statistics(whole: Columns) -> dict[str, Tensor]:
-    """What the columns say of each sample, NaN for one that was never presented."""
-    presented = packed_history.presentations(whole["history"])
-    means = torch.where(presented[:, None] > 0, whole["means"], torch.nan)
-    return {
-        "aum": means[:, _AUM],
-        "el2n": means[:, _EL2N],
-        "confidence": means[:, _CONFIDENCE],
-        "variability": (whole["squares"] / presented).sqrt(),
-        "loss": means[:, _LOSS],
-    }
+def _square_column(score: Score) -> str:
+    return "squares" if score == CONFIDENCE else f"squares_{score.name}"
 
 
-def _values(logits: Tensor, targets: Tensor) -> Tensor:
-    """Margin, error, confidence and loss (B, 4), of logits (B, C) in float32 and targets (B, 1)."""
-    own = logits.gather(1, targets)
-    others = logits.scatter(1, targets, -torch.inf)
-    nearest = others.amax(1, keepdim=True)
-    margin = own - nearest
-    # The largest logit becomes 0, so that nothing overflows; p = exp(logits) / total. An infinite
-    # one becomes the largest finite one before, beside which all others vanish as they should.
-    most = torch.finfo(torch.float32).max
-    largest = torch.maximum(own, nearest).clamp(max=most)
-    own = own.clamp(max=most) - largest
-    others = (others.clamp(max=most) - largest).exp()
-    rest = others.sum(1, keepdim=True)
-    # total - 1 and 1 - p_y without the 1, in which the digits of a sure sample would be lost.
-    beyond = rest + own.expm1()
-    total = beyond + 1
-    error = torch.linalg.vector_norm(others, dim=1, keepdim=True).hypot(rest) / total
-    return torch.cat([margin, error, own.exp() / total, beyond.log1p() - own], 1)
-
-
-class _Part(NamedTuple):
-    """Some presentations: how many, means and what those lack, and the sum of squares."""
-
-    size: Tensor
-    means: Tensor
-    tails: Tensor
-    squares: Tensor
-
-
-def _pool(before: _Part, after: _Part) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, tails (packed) and squares of two parts together."""
-    # Chan, Golub and LeVeque, 1979; with one new value it is Welford's update.
-    share = after.size / (before.size + after.size)
-    apart = (after.means - before.means) + (after.tails - before.tails)
-    squares = after.squares + apart[:, _CONFIDENCE].square() * before.size * share
-    step = apart * share[:, None]
-    # A sum, and what its rounding lost (Knuth's TwoSum): a settled mean would not move otherwise.
-    rough = before.means + step
-    lost = rough - before.means
-    lost = (before.means - (rough - lost)) + (step - lost)
-    tails = before.tails + lost
-    means = rough + tails
-    tails = tails - (means - rough)
-    # What is infinite stays so; of two infinities that differ there is no mean.
-    beyond = before.means + after.means
-    beyond = torch.where(before.size[:, None] > 0, beyond, after.means)
-    means = torch.where(beyond.isfinite(), means, beyond)
-    return means, _packed(means, tails), before.squares + squares
-
-
-def _packed(means: Tensor, tails: Tensor) -> Tensor:
-    """What a mean lacks, at most half of its last bit, in 8 bits."""
-    return (tails / _unit(means)).nan_to_num(0, 0, 0).round().clamp(-127, 127).to(torch.int8)
-
-
-def _unpacked(means: Tensor, tails: Tensor) -> Tensor:
-    return torch.where(tails != 0, tails * _unit(means), 0.0)
-
-
-def _unit(means: Tensor) -> Tensor:
-    return means.abs() * 2.0**-31  # half of the last bit is at most 2 ** -24, and 127 of these
-
-
-def _join(before: Columns, base: Columns, after: Columns) -> Columns:
-    """As `join_histories`; what the rank has is split into the base and what came to it."""
-    joined = join_histories(before, base, after)
-    n, n_base, total = (packed_history.presentations(p["history"]) for p in (before, base, after))
-    size = total - n_base
-    tails = {id(p): _unpacked(p["means"], p["tails"]) for p in (before, base, after)}
-    apart = (after["means"] - base["means"]) + (tails[id(after)] - tails[id(base)])
-    apart = apart * (total / size)[:, None]
-    between = apart[:, _CONFIDENCE].square() * n_base * (size / total)
-    squares = (after["squares"] - base["squares"] - between).clamp(min=0)
-    # Where one is infinite, so is what came to it, or nothing that is finite can be told of it.
-    came = torch.where(apart.isfinite(), base["means"] + apart, after["means"])
-    means, packed, squares = _pool(
-        _Part(n, before["means"], tails[id(before)], before["squares"]),
-        _Part(size, came, torch.where(apart.isfinite(), tails[id(base)], 0.0), squares),
-    )
-    return joined | {"means": means, "tails": packed, "squares": squares}
+def _square_columns(kept: Statistics) -> dict[str, int]:
+    """The columns of sums of squares, and the value that each is of."""
+    spreads = [score for score in kept.by_name.values() if isinstance(score, Spread)]
+    return {_square_column(spread.score): kept.column(spread) for spread in spreads}

@@ -1,9 +1,9 @@
-"""Forgetting events: how often each sample was right and then wrong again."""
+"""Forgetting events: how often each sample was classified correctly and then wrongly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from drophot.tracking import attach, deferred_errors, observe, packed_history, validation
 from drophot.tracking.batch_matching import Pairing
-from drophot.tracking.state import Columns, State, bring, join_histories
+from drophot.tracking.record import Rows, record
+from drophot.tracking.state import Columns, State, join_histories, to_device
 from drophot.tracking.validation import describe
 
 if TYPE_CHECKING:
@@ -24,25 +25,27 @@ Missing = Literal["raise", "nan"]
 class ForgettingTracker:
     r"""Counts the forgetting events of every training sample.
 
-    A forgetting event: the sample was classified right when last presented, and wrong now,
+    A forgetting event: the sample was classified correctly when last presented, and wrongly now,
 
     .. math:: \mathbb{1}[\arg\max f^{t-1}(x_i) = y_i] \cdot \mathbb{1}[\arg\max f^{t}(x_i) \ne y_i].
 
-    The first presentation of a sample cannot be one. What counts as a presentation is the
-    caller's choice, and the two in use give different numbers:
+    The first presentation of a sample cannot be one. A presentation is one evaluation of one
+    sample. The caller decides when samples are presented; two definitions are in use, and they give
+    different numbers:
 
-    - *Toneva's*: a sample is judged when its training batch passes, in training mode, before the
-      step. Call `update` with the logits that the loop already has; it costs no pass.
-    - *The paper's* ("the state after each epoch"): after every epoch all samples are judged by
-      the same weights. Call `observe` there; it costs one pass in evaluation mode.
+    - *Toneva et al.*: a sample is presented when its training batch is processed, in training mode,
+      before the step. Call `update` with the logits that the loop already has; it costs no pass.
+    - *Gupta et al.* ("the state after each epoch"): after every epoch all samples are presented to
+      the same weights. Call `observe` after every epoch; it costs one pass in evaluation mode.
 
-    The samples' indices come from :class:`drophot.IndexedDataset`. The state is 12 bytes a sample.
-    A pickle or copy of a tracker, also one that a started process gets, is a tracker of its own.
+    The samples' indices come from :class:`drophot.IndexedDataset`. The state has 12 bytes per
+    sample. A pickle or copy of a tracker is independent of it, also in a process that is started
+    with one.
 
-    Wrong use is an error. What only the values can tell (an index out of range, a target that is no
-    class, or one that differs from the sample's before) is raised at once on a CPU; on a GPU, where
-    looking would make the step wait, it is gathered on the device and raised when `counts`,
-    `learned`, `presentations`, `scores` or `state_dict` is asked for, and by `sync`.
+    Wrong use is an error. Some errors depend on values: an index out of range, a target that is not
+    a class, or a target that differs from the sample's earlier one. On a CPU they are raised at
+    once. On a GPU, where reading a value would make the step wait, they are collected on the device
+    and raised by `counts`, `learned`, `presentations`, `scores`, `state_dict` and `sync`.
 
     References:
         Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network
@@ -50,9 +53,9 @@ class ForgettingTracker:
         Hot: Network Pruning with Data Selection, section 3.2.
 
     Args:
-        num_samples: `N`, the length of the dataset whose indices will come.
-        device: Where the state lives. `None` means where the first batch's logits are. A device
-            other than the logits' makes every step wait for a copy.
+        num_samples: `N`, the length of the dataset that the indices refer to.
+        device: Where the state is kept. `None` means the device of the first batch's logits. With
+            another device than that of the logits, every step waits for a copy.
 
     Raises:
         TypeError: If `num_samples` is not an integer.
@@ -61,9 +64,9 @@ class ForgettingTracker:
     Example:
         >>> tracker = ForgettingTracker(num_samples=3)
         >>> index, targets = torch.tensor([2, 0]), torch.tensor([1, 0])
-        >>> right = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # logits that say 1, 0
+        >>> right = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # predict 1, 0
         >>> tracker.update(index, right, targets)
-        >>> tracker.update(index, right.flip(1), targets)  # logits that say 0, 1
+        >>> tracker.update(index, right.flip(1), targets)  # predict 0, 1
         >>> tracker.counts
         tensor([1, 0, 1])
         >>> tracker.presentations
@@ -71,103 +74,102 @@ class ForgettingTracker:
     """
 
     def __init__(self, num_samples: int, *, device: torch.device | str | None = None) -> None:
-        self.num_samples = validation.size(num_samples)
-        self._pairing = Pairing()  # of what a watched loader gave and an attached model gives
-        self._follows = device is None
+        self.num_samples = validation.check_size(num_samples)
+        self._pairing = Pairing()  # the batches of a watched loader with the logits of a model
+        self._follows_logits = device is None
         self._state = self._new_state(device)
 
     def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Present a batch: judge it by its logits.
+        """Present a batch, and judge it by its logits.
 
-        A sample is right where the largest logit (the first one, if several are equal) is its
-        target's; a row that holds a NaN is never right. A sample that stands twice in a batch is
+        A sample is correct where the largest logit (the first one, if several are equal) is that of
+        its target; a row with a NaN is never correct. A sample that occurs twice in a batch is
         presented twice, in that order.
 
         Args:
             index: The samples' indices in the dataset, integers, shape `(B,)`.
             logits: The model's outputs, shape `(B, C)` with `C` at least 2, any float dtype, with
-                or without gradient. Probabilities do as well.
+                or without gradient. Probabilities work as well.
             targets: The true classes, integers from 0 to `C - 1`, shape `(B,)`. Leave samples
                 without a class (`ignore_index`, -100) out of all three.
 
         Raises:
-            TypeError: If an argument is not a tensor, or not of integers (`index`, `targets`) or
-                floats (`logits`), or spread over ranks (a DTensor).
-            ValueError: If a shape is wrong; on a CPU also if an index is out of range, a target is
-                not a class, or not the one that the sample had before. Nothing is counted then.
-            RuntimeError: If it is called inside of a transform of `torch.func`.
+            TypeError: If an argument is not a tensor, has the wrong dtype (integers for `index` and
+                `targets`, floats for `logits`), or is distributed over ranks (a DTensor).
+            ValueError: If a shape is wrong; on a CPU also if an index is out of range, or a target
+                is not a class or differs from the sample's earlier one. Nothing is counted then.
+            RuntimeError: If it is called inside a transform of `torch.func`.
         """
-        validation.batch(index, logits, targets)
+        validation.check_batch(index, logits, targets)
         if len(index) == 0:
             return
         with torch.no_grad():
-            self._judge(index, logits, bring(targets, logits.device, torch.int64))
+            self._judge(index, logits, to_device(targets, logits.device, torch.int64))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
-        """Present a batch that the caller has judged: multi-label, sequences, anything.
+        """Present a batch that the caller has judged: multi-label, sequences or any other task.
 
-        Targets are not seen here, so that indices that do not follow their samples go unnoticed.
+        Without targets, indices that do not follow their samples cannot be detected.
 
         Args:
             index: The samples' indices in the dataset, integers, shape `(B,)`.
-            correct: Whether each sample is right, bool, shape `(B,)`.
+            correct: Whether each sample is correct, bool, shape `(B,)`.
 
         Raises:
-            TypeError: If an argument is not a tensor, `index` not of integers or `correct` not
-                of bools.
+            TypeError: If `index` is not a tensor of integers, or `correct` not a tensor of bools.
             ValueError: If a shape is wrong; on a CPU also if an index is out of range. Nothing is
                 counted then.
         """
         if not isinstance(correct, Tensor) or correct.dtype != torch.bool:
-            raise TypeError(f"`correct` should be a bool tensor. Found {describe(correct)}.")
+            raise TypeError(f"`correct` must be a bool tensor, got {describe(correct)}.")
         if correct.dim() != 1:
-            raise ValueError(f"`correct` should have shape (B,). Found {tuple(correct.shape)}.")
-        validation.plain("correct", correct)
-        validation.vector("index", index, len(correct), "correct")
+            raise ValueError(f"`correct` must have shape (B,), got {tuple(correct.shape)}.")
+        validation.check_plain("correct", correct)
+        validation.check_vector("index", index, len(correct), "correct")
         if len(index) == 0:
             return
         with torch.no_grad():
             self._record(index, correct, None)
 
     def observe(self, model: nn.Module, loader: Iterable[Any]) -> None:
-        """Present every sample of a loader to a model as it stands: the paper's definition.
+        """Present every sample of a loader to a model, the definition of Gupta et al.
 
-        One pass in evaluation mode, without gradients. Afterwards modes, random state and the
-        loader's own generators are what they were, so that training goes on bit for bit as it would
-        have. A loader with persistent workers is read by other workers.
+        This is one pass in evaluation mode, without gradients. Afterwards the modes, the random
+        state and the loader's generators are restored, so that training continues bit for bit as it
+        would have without the pass. The pass does not use a loader's persistent workers.
 
         Args:
-            model: Called as `model(inputs)`, gives logits `(B, C)`.
-            loader: Gives batches `(inputs, targets, index)`, as a DataLoader over an
+            model: Called as `model(inputs)`; returns logits `(B, C)`.
+            loader: Yields batches `(inputs, targets, index)`, as a DataLoader over an
                 :class:`drophot.IndexedDataset` does. Its order does not matter.
 
         Raises:
-            TypeError: If `model` is not a module, `loader` a data set, or a batch not such a
+            TypeError: If `model` is not a module, `loader` is a dataset, or a batch is not such a
                 triple.
-            ValueError: If the loader gives no batch, or as in `update`.
+            ValueError: If the loader is empty, or as in `update`.
         """
         observe.observe(model, loader, self.update)
 
     def watch(
         self, loader: Iterable[Any], targets: Callable[[Any], Tensor] | None = None
     ) -> attach.Watched:
-        """The same loader, for a loop that knows nothing of indices; goes with `attach`.
+        """Wrap a loader for a loop that does not handle indices; used together with `attach`.
 
         Batches come without their index: `(x, y)`, or a dict without `"index"`. The tracker keeps
-        index and targets until an attached model gives the logits of the batch.
+        the index and the targets until an attached model computes the logits of the batch.
 
         Args:
-            loader: Gives batches `(inputs, targets, index)` or dicts with the key `"index"`, as a
+            loader: Yields batches `(inputs, targets, index)` or dicts with the key `"index"`, as a
                 DataLoader over an :class:`drophot.IndexedDataset` does.
             targets: Gets the targets `(B,)` from a batch without its index. `None` takes the
-                second of a pair, or a dict's one entry of `targets`, `target`, `labels`, `label`.
+                second of a pair, or the only entry of a dict among `targets`, `target`, `labels`
+                and `label`.
 
         Returns:
-            An iterable, to be iterated once an epoch; `len`, attributes and errors are the
-            loader's, and an error does not end the epoch. It raises a TypeError
-            where a batch has no index or its targets cannot be recognised, and a ValueError where
-            the loader's data set joins several IndexedDatasets. It warns of a pass of which no
-            batch was counted, however that ends.
+            An iterable, to be iterated once per epoch. `len`, attributes and errors are those of
+            the loader, and an error does not end the epoch. Iterating raises a TypeError if a batch
+            has no index or its targets cannot be recognised, and a ValueError if the loader's
+            dataset joins several IndexedDatasets. It warns if no batch of a pass was counted.
 
         Example:
             >>> from torch.utils.data import DataLoader
@@ -189,35 +191,35 @@ class ForgettingTracker:
         *,
         changed: bool = False,
     ) -> RemovableHandle:
-        """Read the logits on their way out of a model, for the batches of `watch`.
+        """Read the logits of a model's forward passes, for the batches of `watch`.
 
-        The first forward in training mode on a batch is its presentation: on the tensors that
-        `watch` handed out, a view of them, or their values, moved and cast as you like. Forwards on
-        other data, recomputation in a backward pass, further forwards on the batch, evaluation mode
-        and copies of the model are not counted. A batch that is left without a forward of its own
-        while the model trains on something else is an error.
+        The first forward in training mode on a batch is its presentation. The forward may take the
+        tensors that `watch` handed out, views of them, or their values, moved and cast. Not counted
+        are forwards on other data, recomputation in a backward pass, further forwards on the same
+        batch, forwards in evaluation mode and those of copies of the model. If the model trains on
+        other data while a batch has had no forward, that is an error.
 
         Args:
             model: The model that the loop calls; compiled, wrapped by DDP or plain.
-            logits: Gets the logits `(B, C)` from what the model returns. `None` where it returns
-                them.
+            logits: Gets the logits `(B, C)` from the model's output. `None` if they are the output.
             changed: Whether the loop changes the values of each batch before its forward
-                (normalises or augments it), with its rows in the same order. The batch cannot be
-                recognised then, so that its forward has to be the only one in training mode, and a
-                second batch or tracker that waits on the model is an error.
+                (normalises or augments it) and keeps the order of its rows. The batch cannot be
+                recognised then, so its forward must be the only one in training mode. A second
+                batch or tracker that waits for the model is an error.
 
         Returns:
-            A handle: `handle.remove()` ends it, and so does leaving `with tracker.attach(model):`.
+            A handle. `handle.remove()` detaches the tracker, and so does leaving
+            `with tracker.attach(model):`.
 
         Raises:
             TypeError: If `model` is not a module; from the model's call if its output is not a
                 tensor and `logits` does not say how to get one.
-            ValueError: From the model's call, if its output has not a row for each sample of the
-                batch, if it cannot be told which batch it is of (on a GPU, or in a compiled model,
-                where the tracker is read next), and as in `update`.
+            ValueError: From the model's call, if its output does not have a row for each sample of
+                the batch, if its batch cannot be determined (on a GPU or in a compiled model,
+                raised when the tracker is next read), and as in `update`.
         """
         if not isinstance(model, nn.Module):
-            raise TypeError(f"`model` should be a torch.nn.Module. Found {describe(model)}.")
+            raise TypeError(f"`model` must be a torch.nn.Module, got {describe(model)}.")
         return attach.attach(self, model, logits, changed=changed)
 
     @property
@@ -227,7 +229,7 @@ class ForgettingTracker:
 
     @property
     def learned(self) -> Tensor:
-        """Whether each sample was right at least once, bool, shape `(N,)`."""
+        """Whether each sample was correct at least once, bool, shape `(N,)`."""
         return packed_history.learned(self._read()["history"])
 
     @property
@@ -238,27 +240,26 @@ class ForgettingTracker:
     def scores(
         self, never_learned: NeverLearned = "hardest", *, missing: Missing = "raise"
     ) -> Tensor:
-        """The forgetting score of each sample: higher is harder. Scores of several runs add up.
+        """The forgetting score of each sample; higher is harder. Scores of several runs add up.
 
         Args:
-            never_learned: What a sample scores that was presented and never right, and so has no
-                event. `"hardest"`: its number of presentations (Toneva et al.) and at least 1 more
+            never_learned: The score of a sample that was presented but never correct, and so has no
+                event. `"hardest"`: its number of presentations (Toneva et al.), and at least 1 more
                 than any sample's count. `"zero"`: its count, 0, as if it were the easiest (the
-                paper's text).
-            missing: What happens if a sample was never presented. `"raise"`: an error. `"nan"`: it
-                scores NaN; for a part of the data, such as a training split, select with
-                `among=train.indices`.
+                text of Gupta et al.).
+            missing: What to do about samples that were never presented. `"raise"`: raise an error.
+                `"nan"`: give them NaN; to select from a part of the data, such as a training split,
+                pass `among=train.indices`.
 
         Returns:
             Scores, shape `(N,)`, on the tracker's device: int64, or float32 if `missing="nan"`.
 
         Raises:
-            ValueError: If a word is none of those, a sample was never presented, or an index wrong.
+            ValueError: If an argument is unknown, a sample was never presented, or a batch had
+                wrong indices.
         """
         if never_learned not in ("hardest", "zero"):
-            raise ValueError(
-                f'`never_learned` should be "hardest" or "zero". Found {never_learned!r}.'
-            )
+            raise ValueError(f'`never_learned` must be "hardest" or "zero", got {never_learned!r}.')
         history = self._presented(missing)["history"]
         scores, presented = packed_history.events(history), packed_history.presentations(history)
         if never_learned == "hardest":
@@ -269,74 +270,73 @@ class ForgettingTracker:
         return scores.float().masked_fill_(presented == 0, torch.nan)
 
     def sync(self, group: ProcessGroup | None = None) -> None:
-        """Merge what the ranks have seen; called on each of them, once an epoch.
+        """Merge what the ranks have seen. Call it on every rank, once per epoch.
 
-        Afterwards the tracker of every rank is equal to that of one process that saw everything
-        since the last `sync`: the batches of rank 0, then those of rank 1, and so on. That is the
-        order in which `DistributedSampler` repeats samples to pad the last batch. In one process
-        this does nothing, so that the same script runs with and without torchrun.
+        Afterwards the tracker of every rank equals that of one process that saw all batches since
+        the last `sync`: first those of rank 0, then those of rank 1, and so on. In the same order
+        `DistributedSampler` repeats samples to pad the last batch. In one process this does
+        nothing, so that the same script runs with and without torchrun.
 
-        It takes one gather of the rows of samples that were presented since the last `sync`, 20
-        bytes each (44 in a :class:`drophot.DynamicsTracker`), after one of six numbers by which
-        the ranks agree. From then on the tracker also keeps what all of them started from, 8 bytes
-        a sample (32).
+        It gathers seven numbers by which the ranks check that they agree, and then the rows of the
+        samples presented since the last `sync`, 20 bytes each (44 in a
+        :class:`drophot.DynamicsTracker`). After the first `sync` the tracker also keeps the state
+        that all ranks started from, 8 bytes per sample (32).
 
         Args:
-            group: The ranks that take part, each with batches of its own; `None` means all. Of
-                ranks that share their batches (tensor, context or pipeline parallel) one takes part
-                in a group: `mesh["data"].get_group()`.
+            group: The ranks that take part, each with its own batches; `None` means all. If ranks
+                share their batches (tensor, context or pipeline parallelism), only one of them
+                belongs in a group: `mesh["data"].get_group()`.
 
         Raises:
-            ValueError: On every rank, if any of them was given wrong indices, if two saw a sample
-                with different targets, or if their trackers differ in kind, size or what they
-                loaded. Nothing is merged then.
-                Also if this rank is not in `group`, and in one process for wrong indices.
-            RuntimeError: If a state was loaded before the process group was set up.
+            ValueError: On every rank, if any of them received wrong indices, two ranks saw a sample
+                with different targets, or their trackers differ in class, size, statistics or the
+                state that they loaded. Nothing is merged then. Also if this rank is not in `group`,
+                and in one process for wrong indices.
+            RuntimeError: If a state was loaded before the process group was initialised.
         """
-        self._pairing.settle(self)
+        self._pairing.process_pending(self)
         self._state.sync(group)
 
     def reset(self) -> None:
-        """Forget everything, as if newly made."""
-        self._pairing.give_up()
+        """Return to the initial state."""
+        self._pairing.clear()
         self._state.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state as a copy: tensors and an integer, for `torch.save`.
+        """A copy of the whole state, for `torch.save`.
 
         Returns:
-            What `load_state_dict` takes; `torch.load(weights_only=True)` reads it.
+            Tensors, an integer and perhaps names; `torch.load(weights_only=True)` reads them.
 
         Raises:
             RuntimeError: If there are several ranks and this one has seen samples since the last
-                `sync`: a checkpoint would lack what the others have seen.
-            ValueError: If a batch came with wrong indices.
+                `sync`, which the other ranks lack.
+            ValueError: If a batch had wrong indices.
         """
-        self._pairing.settle(self)
+        self._pairing.process_pending(self)
         self._pairing.check()
         return self._state.dump()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state, on this tracker's device; with several ranks, on each of them.
+        """Restore a saved state, on this tracker's device. With several ranks, call it on each.
 
         Args:
-            state_dict: What `state_dict` gave for the same number of samples.
+            state_dict: The `state_dict` of a tracker of the same class, size and statistics.
 
         Raises:
-            ValueError: If it is of another version, kind or size, or no such state. Nothing is
-                changed then.
+            ValueError: If it has another version, class, size or other statistics, or is not such a
+                state. Nothing is changed then.
         """
-        self._pairing.settle(self)  # a batch that waits still will be counted
+        self._pairing.process_pending(self)  # a batch that still waits is counted later
         self._state.load(state_dict, type(self).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._pairing.settle(self)
+        self._pairing.process_pending(self)
         return self.__dict__.copy()
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(
-            f"A vector of scores should be given. Found the {type(self).__name__} itself; give its "
-            f"`scores()`."
+            f"Scores must be a vector, got the {type(self).__name__} itself. Pass its `scores()`."
         )
 
     def __repr__(self) -> str:
@@ -346,64 +346,30 @@ class ForgettingTracker:
         return State(self.num_samples, {"history": (torch.int64, ())}, join_histories, device)
 
     def _read(self) -> Columns:
-        """All columns, with what an attached model has given so far."""
-        self._pairing.settle(self)
+        """All columns, including the logits that an attached model has given so far."""
+        self._pairing.process_pending(self)
         self._pairing.check()
         return self._state.read()
 
     def _presented(self, missing: Missing) -> Columns:
-        """All columns, if every sample was presented or need not have been."""
+        """All columns, if every sample was presented or may be missing."""
         columns = self._read()
-        validation.presented(columns["history"], missing)
+        validation.check_presented(columns["history"], missing)
         self._pairing.warn()
         return columns
 
-    def _doubt(self, wrong: Tensor) -> None:
+    def _note_unpaired(self, wrong: Tensor) -> None:
         self._state.note(deferred_errors.unpaired(wrong))
 
-    def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> _Rows:
+    def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
         top = logits.max(dim=1)
         correct = (top.indices == targets) & (top.values > -torch.inf)  # nor is NaN
         return self._record(index, correct, targets, logits.shape[1])
 
     def _record(
         self, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int = 0
-    ) -> _Rows:
-        state = self._state
-        if self._follows and state.device != correct.device:
-            state.move(correct.device)
-        self._follows = False
-        device = state.device
-        correct = bring(correct, device)
-        index = bring(index, device, torch.int64)
-
-        place = index.clamp(0, self.num_samples - 1)
-        if targets is None:
-            state.expect(index, (place, index), classes=None)
-        else:
-            classes = bring(targets, device)
-            targets = classes.to(torch.int32)
-            seen = state.targets.index_select(0, place)
-            known = torch.where(seen < 0, targets, seen)
-            nearest = classes.clamp(0, num_classes - 1)
-            state.expect(index, (place, index), (known, targets), classes=(nearest, classes))
-            state.targets.index_copy_(0, place, known)
-
-        place, order = place.sort(stable=True)
-        again = place[1:] == place[:-1]
-        if state.looks and not again.any():
-            again = None  # the usual batch, with less to do
-        correct = correct.index_select(0, order)
-        packed_history.present(state.columns["history"], place, correct, again, state.steps)
-        return _Rows(place, order, again)
-
-
-class _Rows(NamedTuple):
-    """Where a batch went: the samples, ascending, and each one's row in the batch.
-
-    `again` says of all but the first whether it is the same sample as the one before, if any is.
-    """
-
-    place: Tensor
-    order: Tensor
-    again: Tensor | None
+    ) -> Rows:
+        if self._follows_logits and self._state.device != correct.device:
+            self._state.move(correct.device)
+        self._follows_logits = False
+        return record(self._state, index, correct, targets, num_classes)

@@ -1,12 +1,13 @@
-"""A sample's history as one int64, so that a batch costs one gather and one addition.
+"""The history of a sample as one int64, so that a batch takes one gather and one addition.
 
-Three counters of 20 bits say how often, three bits how the sample stands. Events and rights never
-exceed presentations; presentations that outgrow their counter turn the sign bit on, which stays on
-and which every read of a tracker checks. 0 is a sample that was never presented.
+Three counters of 20 bits hold the numbers of forgetting events, correct presentations and
+presentations, and three bits the current state. The first two counters never exceed the third. A
+counter that overflows sets the sign bit, which stays set and which every read of a tracker checks.
+A history of 0 belongs to a sample that was never presented.
 
-Two of the bits are there for training on several ranks: whether the sample was presented since the
-ranks last compared, and whether it was right then for the first time. With them the histories of
-ranks that started from the same one can be put one after the other, exactly.
+Two of the bits serve training on several ranks: whether the sample was presented since the last
+merge, and whether it was correct the first time since then. With them the histories of ranks that
+started from the same history can be concatenated exactly.
 """
 
 from __future__ import annotations
@@ -14,71 +15,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LAST, SEEN, FIRST = 1, 2, 4  # right last time; presented since then; right the first time since
-_EVENT, _RIGHT, _PRESENTED = 1 << 3, 1 << 23, 1 << 43
+# Correct last time; presented since the last merge; correct the first time since then.
+LAST, SEEN, FIRST = 1, 2, 4
+_EVENT, _CORRECT, _PRESENTED = 1 << 3, 1 << 23, 1 << 43
 _COUNTER = (1 << 20) - 1
 _COUNTERS = ~(LAST | SEEN | FIRST)
-_OUTGROWN = torch.iinfo(torch.int64).min
-MOST_PRESENTATIONS = _COUNTER
+_OVERFLOWED = torch.iinfo(torch.int64).min
+MAX_PRESENTATIONS = _COUNTER
 
 
 def steps(device: torch.device) -> Tensor:
-    """What a presentation adds to a history, by `2 * (its bits SEEN and LAST) + right_now`.
-
-    Args:
-        device: Where the table is to be.
-
-    Returns:
-        The eight steps, int64.
-    """
-    wrong_wrong, wrong_right = _PRESENTED, _PRESENTED + _RIGHT + LAST
-    right_wrong, right_right = _PRESENTED + _EVENT - LAST, _PRESENTED + _RIGHT
-    again = [wrong_wrong, wrong_right, right_wrong, right_right]
-    first = [step + SEEN + (FIRST if number % 2 else 0) for number, step in enumerate(again)]
-    return torch.tensor(first + again, device=device)
+    """The eight int64 increments of a presentation, by `2 * (bits SEEN and LAST) + is_correct`."""
+    wrong_wrong, wrong_right = _PRESENTED, _PRESENTED + _CORRECT + LAST
+    right_wrong, right_right = _PRESENTED + _EVENT - LAST, _PRESENTED + _CORRECT
+    later = [wrong_wrong, wrong_right, right_wrong, right_right]
+    first = [step + SEEN + (FIRST if number % 2 else 0) for number, step in enumerate(later)]
+    return torch.tensor(first + later, device=device)
 
 
 def present(
-    history: Tensor, place: Tensor, correct: Tensor, again: Tensor | None, steps: Tensor
+    history: Tensor, position: Tensor, correct: Tensor, repeats: Tensor | None, steps: Tensor
 ) -> None:
-    """Write a batch into the histories, in place.
+    """Add a batch to the histories, in place.
 
-    Sorted, a sample's repeats in the batch stand side by side, and the one before tells whether it
-    was right last time. The steps of repeats add up to the same as one after the other.
+    The repeats of a sample in the sorted batch are adjacent, and the one before tells whether it
+    was correct last time. The increments of repeats add up as if they were presented in turn.
 
     Args:
         history: The histories, int64, shape `(N,)`.
-        place: The samples presented, ascending, int64, shape `(B,)`, at most `MOST_PRESENTATIONS`.
-        correct: Whether they are right, bool, shape `(B,)`.
-        again: Whether each but the first is the same sample as the one before, bool, shape
-            `(B - 1,)`; `None` if none is.
-        steps: What `steps` gave.
+        position: The samples, ascending, int64, shape `(B,)`, at most `MAX_PRESENTATIONS`.
+        correct: Whether they are correct, bool, shape `(B,)`.
+        repeats: For all but the first, whether it is the same sample as the one before, bool,
+            shape `(B - 1,)`; `None` if no sample is repeated.
+        steps: The table of `steps`.
     """
-    found = history.index_select(0, place)
+    found = history.index_select(0, position)
     before = found & (SEEN | LAST)
-    if again is not None:
-        before[1:] = torch.where(again, correct[:-1] + SEEN, before[1:])
-    # What has outgrown its counter is not added to: it would come round to a valid history again.
+    if repeats is not None:
+        before[1:] = torch.where(repeats, correct[:-1] + SEEN, before[1:])
+    # A history that has overflowed stays as it is: adding to it could make it valid again.
     step = steps.index_select(0, 2 * before + correct).masked_fill_(found < 0, 0)
-    history.index_add_(0, place, step)
+    history.index_add_(0, position, step)
 
 
 def join(before: Tensor, base: Tensor, after: Tensor) -> Tensor:
-    """What one rank saw put after what others saw, all of them having started from one history.
+    """The history of one process that saw what one rank saw after what the others saw.
 
     Args:
-        before: What it comes after, int64, any shape.
-        base: What all started from.
-        after: What the rank has; it has presented each of these samples.
-
-    Returns:
-        The history of one process that saw both.
+        before: The history of the others, int64, any shape.
+        base: The history that all ranks started from.
+        after: The history of the rank, which has presented each of these samples.
     """
-    # Its first presentation was compared with the base, and now comes after another one.
+    # The rank compared its first presentation with the base; now another one comes before it.
     event = ((before & LAST) - (base & LAST)) * _EVENT
     joined = (before & _COUNTERS) + ((after & _COUNTERS) - (base & _COUNTERS))
     joined = (joined + torch.where(after & FIRST == 0, event, 0)) | (after & LAST) | SEEN
-    return torch.where((before < 0) | (after < 0), _OUTGROWN, joined)
+    return torch.where((before < 0) | (after < 0), _OVERFLOWED, joined)
 
 
 def events(history: Tensor) -> Tensor:
@@ -87,10 +79,10 @@ def events(history: Tensor) -> Tensor:
 
 
 def learned(history: Tensor) -> Tensor:
-    """Whether right at least once, bool."""
+    """Whether correct at least once, bool."""
     return (history >> 23) & _COUNTER > 0
 
 
 def presentations(history: Tensor) -> Tensor:
-    """How often presented, int64."""
+    """The number of presentations, int64."""
     return history >> 43

@@ -1,8 +1,9 @@
-"""What a tracker knows of each sample: columns of tensors, checked, merged between ranks, saved."""
+"""The state of a tracker: columns of per-sample tensors, checked, merged between ranks, saved."""
 
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,53 +21,42 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 Columns = dict[str, Tensor]
-_ENOUGH = 8  # samples that ranks do not present alike by chance
+_MIN_IDENTICAL_ROWS = 8  # fewer rows may be the same on all ranks by chance
 
 
-def bring(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A tensor on a device, without waiting for it where that is safe.
+def to_device(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device, copied asynchronously where that is safe.
 
-    A copy to a GPU is in order with what comes after it there. One to the CPU is not: whoever reads
-    it before it has arrived reads what was in that memory before.
-
-    Args:
-        value: The tensor.
-        device: Where to.
-        dtype: And as what.
-
-    Returns:
-        The tensor there.
+    A copy to a GPU is ordered before the GPU's later work. A copy to the CPU is not ordered: code
+    that reads it too early would read uninitialised memory.
     """
     return value.to(device, dtype or value.dtype, non_blocking=device.type != "cpu")
 
 
 def join_histories(before: Columns, base: Columns, after: Columns) -> Columns:
-    """What one rank saw put after what others saw, where the columns are histories alone.
+    """The columns of one process that saw what one rank saw after what the others saw.
 
-    Args:
-        before: Columns that it comes after.
-        base: Columns that all ranks started from.
-        after: Columns of the rank.
-
-    Returns:
-        Columns of one process that saw both.
+    This is the case of a tracker whose only column is the history. `before` has what the others
+    saw, `after` what the rank saw, and both include the `base`, which all ranks started from.
     """
     history = packed_history.join(before["history"], base["history"], after["history"])
     return {"history": history}
 
 
 class State:
-    """A column for each statistic, the targets, and the first fault that nobody has looked at.
+    """The columns of a tracker, the targets, and the first fault that was not raised yet.
 
-    With several ranks it also keeps what all of them started from, the `base`: the state as it was
-    after the last `sync` or when it was loaded.
+    With several ranks it also keeps the `base` that all of them started from: the state after the
+    last `sync`, or as it was loaded.
 
     Args:
         num_samples: `N`.
-        columns: The dtype of each column and what follows `N` in its shape. All begin as zeros,
-            and one is the `"history"`.
-        join: As `join_histories`, for these columns.
-        device: Where they live.
+        columns: The dtype of each column and what follows `N` in its shape. All columns start as
+            zeros, and one is the `"history"`.
+        join: Like `join_histories`, for these columns.
+        device: Where the columns are kept.
+        statistics: The names of the statistics in the columns; empty for the default ones.
+        own_scores: The names of those that a user wrote.
     """
 
     def __init__(
@@ -75,8 +65,13 @@ class State:
         columns: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
         join: Callable[[Columns, Columns, Columns], Columns],
         device: torch.device | str | None,
+        *,
+        statistics: tuple[str, ...] = (),
+        own_scores: tuple[str, ...] = (),
     ) -> None:
         self.num_samples = num_samples
+        self.statistics = statistics
+        self.own_scores = own_scores
         with _plain_tensors():
             self.columns = {
                 name: torch.zeros(num_samples, *shape, dtype=dtype, device=device)
@@ -90,25 +85,21 @@ class State:
         self._join = join
 
     def __getstate__(self) -> dict[str, Any]:
-        # Not as tensors: those come to a process that is started in memory that it shares with who
-        # started it, and all would write into one another's counts.
-        return _replaced(self.__dict__, Tensor, _Sent.of)
+        # Not as tensors: a spawned process would get those in memory shared with its parent, and
+        # both would write into the same counts.
+        return _replaced(self.__dict__, Tensor, _Pickled.of)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         with _plain_tensors():
-            self.__dict__.update(_replaced(state, _Sent, _Sent.tensor))
+            self.__dict__.update(_replaced(state, _Pickled, _Pickled.tensor))
 
     @property
     def device(self) -> torch.device:
-        """Where everything is."""
+        """The device of all columns."""
         return self.targets.device
 
     def move(self, device: torch.device) -> None:
-        """Bring everything to another device.
-
-        Args:
-            device: The device.
-        """
+        """Move all columns to another device."""
         with _plain_tensors():
             self.columns = {name: column.to(device) for name, column in self.columns.items()}
             if self.base is not None:
@@ -117,73 +108,57 @@ class State:
             self.steps = self.steps.to(device)
 
     def read(self) -> Columns:
-        """All columns, if nothing is wrong.
-
-        Returns:
-            The columns themselves, not copies.
+        """All columns, not copied.
 
         Raises:
-            ValueError: If a fault was noted, or a sample presented too often.
+            ValueError: If a fault was noted, or a sample was presented too often.
         """
         self.check(int(self.fault))
         if bool((self.columns["history"] < 0).any()):
             raise ValueError(
-                f"A sample should be presented at most {packed_history.MOST_PRESENTATIONS} times. "
-                f"Found more; call `reset` before that and add the scores up."
+                f"A sample can be presented at most {packed_history.MAX_PRESENTATIONS} times, and "
+                f"one was presented more often. Call `reset` earlier and add up the scores."
             )
         return self.columns
 
     @property
-    def looks(self) -> bool:
-        """Whether looking at a value costs nothing: on a CPU, outside a compiled step."""
+    def can_sync(self) -> bool:
+        """Whether reading a value is free: on a CPU, outside a compiled step."""
         return self.device.type == "cpu" and not torch.compiler.is_compiling()
 
-    def expect(
+    def check_equal(
         self, index: Tensor, *pairs: tuple[Tensor, Tensor], classes: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Expect equal pairs; otherwise raise, or keep the fault for whoever reads.
-
-        Args:
-            index: The samples, int64, shape `(B,)`, on the state's device.
-            *pairs: As for `deferred_errors.found`.
-            classes: The same.
-
-        Raises:
-            ValueError: If a pair differs, where looking costs nothing.
-        """
+        """Check a batch by values that should be equal; see `deferred_errors.find_fault`."""
         every = [*pairs, *([] if classes is None else [classes])]
-        if self.looks and all(torch.equal(found, wanted) for found, wanted in every):
+        if self.can_sync and all(torch.equal(found, wanted) for found, wanted in every):
             return
-        self.note(deferred_errors.found(index, list(pairs), classes))
+        self.note(deferred_errors.find_fault(index, list(pairs), classes))
+
+    def check_finite(self, index: Tensor, values: Tensor) -> None:
+        """Check the values `(B, K)` that the user's `K` scores gave to the samples `(B,)`."""
+        finite = values.isfinite()
+        if self.can_sync and bool(finite.all()):
+            return
+        index = to_device(index, values.device, torch.int64)
+        self.note(deferred_errors.not_finite(index, finite))
 
     def note(self, fault: Tensor) -> None:
-        """Raise a fault, or keep it for whoever reads.
-
-        Args:
-            fault: As `_faults` has it, int64, no dimension.
-
-        Raises:
-            ValueError: If there is one, where looking costs nothing.
-        """
-        if self.looks:
+        """Raise a fault if reading it is free; otherwise keep it until the state is read."""
+        if self.can_sync:
             self.check(int(fault))
         else:
-            self.fault.copy_(torch.minimum(self.fault, bring(fault, self.device)))
+            self.fault.copy_(torch.minimum(self.fault, to_device(fault, self.device)))
 
     def check(self, fault: int) -> None:
-        """Say what is wrong.
-
-        Args:
-            fault: As `_faults` has it.
-
-        Raises:
-            ValueError: If there is a fault.
-        """
+        """Raise the ValueError of a fault, unless it is `NO_FAULT`."""
         if fault != NO_FAULT:
-            raise ValueError(deferred_errors.explain(fault, self.num_samples, self.targets))
+            raise ValueError(
+                deferred_errors.explain(fault, self.num_samples, self.targets, self.own_scores)
+            )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Return to the initial state, in place."""
         for column in self.columns.values():
             column.zero_()
         self.base, self.loaded_alone = None, False
@@ -191,72 +166,75 @@ class State:
         self.fault.fill_(NO_FAULT)
 
     def dump(self) -> dict[str, Any]:
-        """What `load` takes: copies of all columns, and a version.
-
-        Returns:
-            Tensors and an integer.
+        """Copies of all columns, a version and the names of the statistics, if there are any.
 
         Raises:
-            RuntimeError: If other ranks have seen what is not merged yet.
+            RuntimeError: If this rank has seen samples that are not merged yet.
             ValueError: As in `read`.
         """
         columns = self.read()
-        if (ranks := distributed.count()) > 1 and (fresh := len(self._fresh())):
+        if (ranks := distributed.count()) > 1 and (unmerged := len(self._unmerged())):
             raise RuntimeError(
-                f"`sync` should be called on every rank before `state_dict`. Found {fresh} samples "
-                f"that this one of {ranks} ranks was shown since the last time."
+                f"Call `sync` on every rank before `state_dict`: this one of {ranks} ranks has "
+                f"seen {unmerged} samples since the last `sync`, which the others lack."
             )
-        saved = {name: column.clone() for name, column in columns.items()}
-        _settle(saved)
-        return {"version": 1, **saved, "targets": self.targets.clone()}
+        saved: dict[str, Any] = {name: column.clone() for name, column in columns.items()}
+        _mark_merged(saved)
+        names = {"statistics": list(self.statistics)} if self.statistics else {}
+        return {"version": 1, **saved, "targets": self.targets.clone(), **names}
 
     def load(self, saved: Mapping[str, Any], kind: str) -> None:
-        """Take over what `dump` gave.
+        """Copy what `dump` gave into this state.
 
         Args:
-            saved: That.
+            saved: A state.
             kind: The tracker's class, for errors.
 
         Raises:
-            ValueError: If it is of another version, kind or size.
+            ValueError: If it is of another version, kind or size, or has other statistics.
         """
         mine = self.columns | {"targets": self.targets}
-        if "tails" in mine and "tails" not in saved:  # as it was before means had tails
+        if "tails" in mine and "tails" not in saved:  # an older state, whose means had no tails
             saved = {**saved, "tails": torch.zeros_like(mine["tails"])}
         if (version := saved.get("version")) != 1:
             raise ValueError(
-                f"`state_dict` should be of version 1. Found version {version!r}; it was not "
-                f"written by this version of {kind}."
+                f"`state_dict` must have version 1, got version {version!r}. It was not written by "
+                f"this version of {kind}."
             )
-        if (found := saved.keys() - {"version"}) != mine.keys():
+        names = tuple(saved.get("statistics", ()))
+        if names != self.statistics and saved.keys() >= {"means", "tails"} <= mine.keys():
             raise ValueError(
-                f"`state_dict` should be that of a {kind}, with {', '.join(sorted(mine))}. Found "
-                f"{', '.join(sorted(found))}; load it into a tracker of the kind that wrote it."
+                f"`state_dict` must have the same statistics as the tracker, "
+                f"{_listed(self.statistics)}, got {_listed(names)}. Create the tracker with "
+                f"`statistics=` as it was when the state was saved."
+            )
+        if (found := saved.keys() - {"version", "statistics"}) != mine.keys():
+            raise ValueError(
+                f"`state_dict` must be that of a {kind}, with {', '.join(sorted(mine))}, got one "
+                f"with {', '.join(sorted(found))}. Load it into a tracker of the class that saved "
+                f"it."
             )
         for name, column in mine.items():
             value = saved[name]
             if not isinstance(value, Tensor) or value.dtype != column.dtype:
                 raise ValueError(
-                    f'`state_dict["{name}"]` should be a tensor of {column.dtype}. Found '
+                    f'`state_dict["{name}"]` must be a tensor of {column.dtype}, got '
                     f"{describe(value)}."
                 )
             if value.shape != column.shape:
                 raise ValueError(
-                    f"`state_dict` should hold {self.num_samples} samples, {name} of shape "
-                    f"{tuple(column.shape)}. Found {tuple(value.shape)}; make the tracker with the "
-                    f"number of samples that it had when saved."
+                    f"`state_dict` must hold {self.num_samples} samples, with {name} of shape "
+                    f"{tuple(column.shape)}, got {tuple(value.shape)}. Create the tracker with the "
+                    f"number of samples that it had when the state was saved."
                 )
         self.reset()
         for name, column in mine.items():
             column.copy_(saved[name])
         self.loaded_alone = distributed.count() == 1
-        self._start_from_here()
+        self._save_base()
 
     def sync(self, group: ProcessGroup | None) -> None:
-        """Put what the ranks have seen one after the other, in the order of the ranks.
-
-        Args:
-            group: The ranks that take part.
+        """Merge the ranks of a group: what they saw is concatenated in the order of the ranks.
 
         Raises:
             RuntimeError: If the state was loaded before there were ranks.
@@ -265,65 +243,40 @@ class State:
         """
         if (ranks := distributed.count(group)) < 1:
             raise ValueError(
-                "`group` should contain this rank. Found one that does not; call `sync` on the "
-                "ranks of the group only."
+                "`group` must contain the rank that calls `sync`, and this rank is not in it. Call "
+                "`sync` only on the ranks of the group."
             )
         if ranks > 1:
-            whole = self._of_all_ranks(group)
-            # In place: a captured graph goes on writing where it wrote before.
+            merged = self._merged(group)
+            # In place: a captured CUDA graph keeps writing to the same memory.
             for name, column in (self.columns | {"targets": self.targets}).items():
-                column.copy_(whole[name])
+                column.copy_(merged[name])
         else:
             self.read()
-        self._start_from_here()
+        self._save_base()
 
-    def _fresh(self) -> Tensor:
+    def _unmerged(self) -> Tensor:
+        """The samples that were presented since the last `sync`."""
         return (self.columns["history"] & packed_history.SEEN).nonzero()[:, 0]
 
-    def _start_from_here(self) -> None:
-        if distributed.count() > 1:  # alone, nobody will ask what was new, nor need a second copy
-            _settle(self.columns)
+    def _save_base(self) -> None:
+        if distributed.count() > 1:  # a single process needs neither the marks nor a second copy
+            _mark_merged(self.columns)
             self.base = {name: column.clone() for name, column in self.columns.items()}
 
-    def _of_all_ranks(self, group: ProcessGroup | None) -> Columns:
-        fresh = self._fresh()
+    def _merged(self, group: ProcessGroup | None) -> Columns:
+        unmerged = self._unmerged()
         base = self.base or {n: torch.zeros_like(column) for n, column in self.columns.items()}
-        numbers = {
-            "kind": len(self.columns),
-            "num_samples": self.num_samples,
-            "what they started from": int(base["history"].sum()),
-            "fault": int(self.fault),
-            "alone": int(self.loaded_alone),
-            "rows": len(fresh),
-        }
-        table = distributed.gather_numbers(list(numbers.values()), group, self.device)
-        of = dict(zip(numbers, table.T.tolist(), strict=True))
-        self.check(numbers["fault"])
-        for name in ("kind", "num_samples", "what they started from"):
-            if len(set(of[name])) > 1:
-                raise ValueError(
-                    f"The trackers of all ranks should agree before `sync`. Found, for {name}, "
-                    f"{of[name]}. Create equal trackers and load the same state on every rank."
-                )
-        if any(of["alone"]):
-            raise RuntimeError(
-                "A state should be loaded after `init_process_group`, so that the tracker knows "
-                "what all ranks started from. Found one loaded before; nothing was merged."
-            )
-        if wrong := [rank for rank, fault in enumerate(of["fault"]) if fault != NO_FAULT]:
-            raise ValueError(
-                f"Ranks {wrong} received invalid indices (see the error raised there). Nothing was "
-                f"merged."
-            )
-        # Copies, so that an error below leaves everything as it was.
-        whole, targets = {n: column.clone() for n, column in base.items()}, self.targets.clone()
-        if not any(of["rows"]):
-            return whole | {"targets": targets}
-        mine = _select(self.columns | {"targets": targets}, fresh) | {"index": fresh}
-        first, alike = None, min(of["rows"]) >= _ENOUGH
-        for rows in distributed.gather_tables(mine, of["rows"], group, self.device):
+        lengths = self._check_agreement(group, base, len(unmerged))
+        # Copies, so that an error below changes nothing.
+        merged, targets = {n: column.clone() for n, column in base.items()}, self.targets.clone()
+        if not any(lengths):
+            return merged | {"targets": targets}
+        mine = _select(self.columns | {"targets": targets}, unmerged) | {"index": unmerged}
+        first, identical = None, min(lengths) >= _MIN_IDENTICAL_ROWS
+        for rows in distributed.gather_tables(mine, lengths, group, self.device):
             first = first or dict(rows)
-            alike = alike and all(torch.equal(rows[name], first[name]) for name in rows)
+            identical = identical and all(torch.equal(rows[name], first[name]) for name in rows)
             index = rows.pop("index")
             theirs, known = rows.pop("targets"), targets.index_select(0, index)
             clash = ((known >= 0) & (theirs >= 0) & (known != theirs)).nonzero()[:, 0]
@@ -331,37 +284,81 @@ class State:
                 values = (int(column[clash[0]]) for column in (index, known, theirs))
                 raise ValueError(deferred_errors.mismatch(*values))
             targets.index_copy_(0, index, torch.where(known < 0, theirs, known))
-            # A sample that no rank before has seen is taken over as it is, bit for bit.
-            before, start = (_select(part, index) for part in (whole, base))
-            again = before["history"] & packed_history.SEEN > 0
+            # The rows of a sample that no earlier rank has seen are copied, bit for bit.
+            before, start = (_select(part, index) for part in (merged, base))
+            seen = before["history"] & packed_history.SEEN > 0
             for name, joined in self._join(before, start, rows).items():
                 column = rows[name]
                 shape = (-1, *(1,) * (column.dim() - 1))
-                whole[name].index_copy_(0, index, torch.where(again.view(shape), joined, column))
-        if alike:
+                merged[name].index_copy_(0, index, torch.where(seen.view(shape), joined, column))
+        if identical:
             warnings.warn(
-                f"Each of {len(of['rows'])} ranks has presented the same samples with the same "
-                f"outcome, and each is counted. Ranks that share their batches should not be in "
-                f"one `group`, nor should each `observe` all of the data; for ranks that should "
-                f"not share them, give the loader a DistributedSampler.",
+                f"All {len(lengths)} ranks presented the same samples with the same outcome, and "
+                f"each of them is counted. If the ranks share their batches, only one of them "
+                f"belongs in `group`; if they do not, give the loader a DistributedSampler. Only "
+                f"one rank should `observe` the whole dataset.",
                 stacklevel=4,
             )
-        return whole | {"targets": targets}
+        return merged | {"targets": targets}
+
+    def _check_agreement(
+        self, group: ProcessGroup | None, base: Columns, num_rows: int
+    ) -> list[int]:
+        """The number of rows of each rank, if the trackers of all ranks agree."""
+        numbers = {
+            "number of columns": len(self.columns),
+            "num_samples": self.num_samples,
+            "statistics": zlib.crc32(",".join(self.statistics).encode()),
+            "the state that they started from": int(base["history"].sum()),
+            "fault": int(self.fault),
+            "alone": int(self.loaded_alone),
+            "rows": num_rows,
+        }
+        table = distributed.gather_numbers(list(numbers.values()), group, self.device)
+        of = dict(zip(numbers, table.T.tolist(), strict=True))
+        self.check(numbers["fault"])
+        for name in (
+            "number of columns",
+            "num_samples",
+            "statistics",
+            "the state that they started from",
+        ):
+            if len(set(of[name])) > 1:
+                found = (
+                    f"this rank's are {_listed(self.statistics)}"
+                    if name == "statistics"
+                    else f"got {of[name]}"
+                )
+                raise ValueError(
+                    f"The trackers of all ranks must agree before `sync`, but they differ in "
+                    f"{name}: {found}. Create equal trackers and load the same state on every rank."
+                )
+        if any(of["alone"]):
+            raise RuntimeError(
+                "A state must be loaded after `init_process_group`, so that the tracker knows what "
+                "all ranks started from. One rank loaded it before; nothing was merged."
+            )
+        if wrong := [rank for rank, fault in enumerate(of["fault"]) if fault != NO_FAULT]:
+            raise ValueError(
+                f"Ranks {wrong} received invalid indices or scores (see the error raised there). "
+                f"Nothing was merged."
+            )
+        return of["rows"]
 
 
 def _plain_tensors() -> AbstractContextManager[Any]:
-    """Not tensors of inference mode, which no later training step could update."""
+    """Create no inference-mode tensors, which a later training step could not update."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
-class _Sent(NamedTuple):
-    """A tensor on its way to a copy of the state."""
+class _Pickled(NamedTuple):
+    """A tensor as it is pickled."""
 
-    values: np.ndarray | Tensor  # as it is, if it has no values
+    values: np.ndarray | Tensor  # a tensor if it is on the meta device
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: Tensor) -> _Sent:
+    def of(cls, tensor: Tensor) -> _Pickled:
         return cls(tensor if tensor.is_meta else tensor.cpu().numpy(), tensor.device)
 
     def tensor(self) -> Tensor:
@@ -369,16 +366,20 @@ class _Sent(NamedTuple):
 
 
 def _replaced(value: Any, kind: type[Any], by: Callable[[Any], Any]) -> Any:
-    """A dict of dicts with all values of a kind replaced."""
+    """A dict of dicts with all values of a class replaced."""
     if isinstance(value, dict):
         return {name: _replaced(part, kind, by) for name, part in value.items()}
     return by(value) if isinstance(value, kind) else value
 
 
-def _settle(columns: Columns) -> None:
-    """From here on every sample's next presentation is the first one since."""
+def _mark_merged(columns: Columns) -> None:
+    """Clear the marks of samples presented since the last merge."""
     columns["history"].bitwise_and_(~(packed_history.SEEN | packed_history.FIRST))
 
 
 def _select(columns: Columns, index: Tensor) -> Columns:
     return {name: column.index_select(0, index) for name, column in columns.items()}
+
+
+def _listed(statistics: tuple[str, ...]) -> str:
+    return ", ".join(statistics) or "the default ones"

@@ -8,56 +8,75 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import floor, isfinite, log10
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from drophot._core import random_state
 from drophot._core.installed_packages import qualified_name, stable_name
-from drophot.pipeline.digests import digest, digest_of, text_of
-from drophot.pipeline.fingerprints import attributes, describe
+from drophot.pipeline.provenance.digests import digest, digest_of, text_of
+from drophot.pipeline.provenance.fingerprints import attributes, describe
 
 _SAMPLES = 32  # of data that is not in memory, which are compared
 # What every module has: its parts and hooks, which are compared by themselves or by their code.
 _PARTS = vars(nn.Module()).keys()
 
 
-def experiment(run: Any, train_set: Any, test_set: Any) -> tuple[dict[str, Any], list[str]]:
-    """What a configuration says of all that is no plain setting.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """What a run is made of besides its settings, as JSON can hold it."""
+
+    description: Mapping[str, Any]
+    """`model`, `optimizer`, `fit`, `train_set` and `test_set`."""
+    unknown: tuple[str, ...]
+    """The parts that two processes cannot compare, each with its argument."""
+
+
+def describe_experiment(
+    factory: Callable[[], nn.Module],
+    optimizer: Callable[[Iterator[nn.Parameter]], Optimizer],
+    fit: Callable[..., object],
+    *,
+    given: tuple[Dataset[Any], Dataset[Any]],
+    prepared: tuple[Dataset[Any], Dataset[Any]],
+    device: torch.device,
+) -> Experiment:
+    """Describe the factories, what they make, the training loop, and the data.
 
     Args:
-        run: Has `factory`, `optimizer`, `fit`, `device`, and the data as it is trained on.
-        train_set: The data as it was given.
-        test_set: Likewise.
-
-    Returns:
-        `model`, `optimizer`, `fit`, `train_set` and `test_set`, as JSON can hold them; what could
-        not be looked into, each with its argument.
+        factory: Makes models.
+        optimizer: Makes optimizers.
+        fit: The training loop.
+        given: The training and the test set as the user gave them.
+        prepared: The same as they are trained on, perhaps in memory.
+        device: Where the run takes place.
     """
-    with random_state.preserved_rng(run.device, seed=0):
-        model, twin = run.factory(), run.factory()
-        made = run.optimizer(model.parameters())
-    with random_state.preserved_rng(run.device, seed=0):
-        again = _summaries(run.factory())
+    with random_state.preserved_rng(device, seed=0):
+        model, twin = factory(), factory()
+        made = optimizer(model.parameters())
+    with random_state.preserved_rng(device, seed=0):
+        again = _summaries(factory())
     unknown: list[str] = []
 
-    def told(name: str, thing: Any) -> Any:
+    def told(name: str, thing: object) -> Any:
         found, lacks = describe(thing)
         unknown.extend(f"{lack} in `{name}`" for lack in lacks)
         return found
 
-    found = {
-        "model": {"factory": told("model", run.factory), **_network(model, twin, again, unknown)},
-        "optimizer": {**_optimizer(made, told), "factory": told("optimizer", run.optimizer)},
-        "fit": told("fit", run.fit),
-        "train_set": _data(train_set, run.train_set),
-        "test_set": _data(test_set, run.test_set),
+    description = {
+        "model": {"factory": told("model", factory), **_network(model, twin, again, unknown)},
+        "optimizer": {**_optimizer(made, told), "factory": told("optimizer", optimizer)},
+        "fit": told("fit", fit),
+        "train_set": _data(given[0], prepared[0]),
+        "test_set": _data(given[1], prepared[1]),
     }
-    return found, unknown
+    return Experiment(description=description, unknown=tuple(unknown))
 
 
 def _network(
@@ -125,7 +144,7 @@ def _summary(tensor: Tensor) -> list[float] | None:
     return [round(mean, digits) + 0.0, spread, largest]  # 0.0: no negative zero
 
 
-def _optimizer(made: Optimizer, told: Any) -> dict[str, Any]:
+def _optimizer(made: Optimizer, told: Callable[[str, object], Any]) -> dict[str, Any]:
     """An optimiser's type, and the settings of its groups."""
     groups = [
         {

@@ -42,8 +42,8 @@ from drophot._core.installed_packages import (
     user_source_file,
     versioned_name,
 )
-from drophot.pipeline import bytecode
-from drophot.pipeline.digests import digest, digest_of, text_of
+from drophot.pipeline.provenance import bytecode
+from drophot.pipeline.provenance.digests import digest, digest_of, text_of
 
 _LONG = 400  # characters of JSON, beyond which a digest stands for a value
 _MANY = 1 << 30  # bytes of an array that is not in memory, beyond which parts of it are hashed

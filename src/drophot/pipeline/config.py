@@ -1,0 +1,114 @@
+"""What a run is asked to do, frozen and checked: settings, factories, data, training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Adam, Optimizer
+from torch.utils.data import Dataset
+
+from drophot._core import progress
+from drophot._core.ratios import num_kept
+from drophot.coreset.selectors import Selector
+from drophot.data.cache import Cache, check_cache
+from drophot.pipeline import modes
+from drophot.pipeline.provenance.experiment import Experiment
+from drophot.pipeline.released_protocol import RunProtocol, check_protocol, protocol_of
+from drophot.settings import SETTINGS, Settings
+from drophot.training import loop
+
+ModelFactory = Callable[[], nn.Module]
+OptimizerFactory = Callable[[Iterator[nn.Parameter]], Optimizer]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments(Settings):
+    """The arguments of :class:`drophot.DropHot`: the settings, and what a run is made of."""
+
+    model: ModelFactory = field(kw_only=False)
+    train_set: Dataset[Any] = field(kw_only=False)
+    test_set: Dataset[Any] = field(kw_only=False)
+    optimizer: OptimizerFactory = field(default=partial(Adam, lr=1e-3))
+    device: torch.device | str | None = None
+    fit: loop.Fit = loop.fit
+    cache: Cache = "auto"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        Settings.__post_init__(self)
+        check_settings(self)
+        check_cache(self.cache)
+        if not isinstance(self.progress, bool):
+            raise TypeError(f"`progress` must be True or False, got {self.progress!r}.")
+        if self.progress:
+            progress.import_tqdm()
+
+    @property
+    def settings(self) -> Settings:
+        """The settings alone."""
+        return Settings(**{name: getattr(self, name) for name in SETTINGS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """Everything that the five steps need and that no step changes."""
+
+    settings: Settings
+    factory: ModelFactory
+    optimizer: OptimizerFactory
+    train_set: Dataset[Any]
+    """Samples `(input, target, index)`, in memory where that is right."""
+    test_set: Dataset[Any]
+    device: torch.device
+    fit: loop.Fit
+    cache: Cache
+    progress: bool
+    num_classes: int
+    """How many classes occur in the training set; 0 if that is not known without reading it."""
+    experiment: Experiment
+
+    @property
+    def protocol(self) -> RunProtocol:
+        return protocol_of(self.settings.protocol)
+
+    @property
+    def selector(self) -> Selector | None:
+        """What step 2 selects by; `None` if the mode chooses while step 3 trains."""
+        mode = self.settings.mode
+        return self.protocol.selector(mode) or modes.selector_of(mode)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.train_set)  # type: ignore[arg-type]
+
+    @property
+    def num_kept(self) -> int:
+        return num_kept(self.num_samples, self.settings.data_ratio)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the coreset is the whole training set, which makes the run a baseline."""
+        return self.num_kept == self.num_samples
+
+    @property
+    def finetune_steps(self) -> int:
+        settings = self.settings
+        return settings.finetune_epochs * ceil(self.num_samples / settings.batch_size)
+
+    def replace(self, **settings: Any) -> RunConfig:
+        """The same with other settings, which are checked alone but not against the model."""
+        changed = replace(self.settings, **settings)
+        check_settings(changed)
+        return replace(self, settings=changed)
+
+
+def check_settings(settings: Settings) -> None:
+    """Check what concerns several settings, and objects that a user defined."""
+    modes.check_mode(settings.mode, settings.data_ratio)
+    check_protocol(settings)

@@ -1,0 +1,54 @@
+"""The identity of the objects that a user passes as settings: selectors, scores, hooks."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from drophot.pipeline.provenance.callables import factory_name
+from drophot.pipeline.provenance.fingerprints import describe
+from drophot.pipeline.released_protocol import RunProtocol
+from drophot.settings import SETTINGS, Settings, is_builtin
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def described(value: object) -> Any:
+    """A setting's value as JSON can hold it.
+
+    The names of the library's own objects say everything about them. Another object is described by
+    its name, code and state.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    name = _name(value)
+    return name if _is_known_by_name(value) else {"name": name, "object": describe(value)[0]}
+
+
+def unknown_parts(settings: Settings) -> list[str]:
+    """The parts of the settings that two processes cannot compare, each with its setting."""
+    return [
+        f"{lack} in `{name}`"
+        for name in SETTINGS
+        if not _is_known_by_name(value := getattr(settings, name))
+        for lack in describe(value)[1]
+    ]
+
+
+def own_objects(settings: Settings) -> list[object]:
+    """The values of the settings that a user defined."""
+    values = [getattr(settings, name) for name in SETTINGS]
+    return [value for value in values if not _is_known_by_name(value)]
+
+
+def _name(value: object) -> str:
+    name = getattr(value, "name", None)
+    return name if isinstance(name, str) else factory_name(value, value)
+
+
+def _is_known_by_name(value: object) -> bool:
+    if isinstance(value, _PLAIN):
+        return True
+    if not is_builtin(value) or isinstance(value, RunProtocol) or not is_dataclass(value):
+        return False
+    return all(_is_known_by_name(getattr(value, one.name)) for one in fields(value))

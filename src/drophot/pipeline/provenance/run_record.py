@@ -1,0 +1,75 @@
+"""The configuration and the record of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from drophot.pipeline.config import RunConfig
+from drophot.pipeline.provenance.callables import factory_name
+from drophot.pipeline.provenance.environment import device_name, versions
+from drophot.pipeline.provenance.own_objects import described
+from drophot.pipeline.provenance.torch_settings import surroundings
+from drophot.pipeline.pruning_steps import FinetunedModel
+from drophot.records import Record, fingerprint
+from drophot.settings import DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
+
+
+def configuration(config: RunConfig) -> dict[str, Any]:
+    """Everything that a record depends on, as JSON can hold it."""
+    settings = {
+        name: described(getattr(config.settings, name))
+        for name, setting in SETTINGS.items()
+        if not (setting.optional and getattr(config.settings, name) == DEFAULTS[name])
+    }
+    return {
+        **config.experiment.description,
+        **settings,
+        "cache": config.cache,
+        "ambient": surroundings(config.device),
+    }
+
+
+def record_of(
+    config: RunConfig,
+    *,
+    indices: Tensor,
+    trained_accuracy: float,
+    pruned_accuracy: float,
+    finetuned: FinetunedModel,
+    seconds: Mapping[str, float],
+) -> Record:
+    """The record of a run whose five steps are done."""
+    whole = json.loads(json.dumps(configuration(config)))  # equal to what is read from a file
+    settings = {name: value for name, value in whole.items() if name != "seed"}
+    asked = config.settings
+    size = config.num_kept if asked.mode in SAMPLING_MODES else len(indices)
+    model = finetuned.model
+    held = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
+    if size == config.num_samples:
+        held["mode"] = "baseline"
+    return Record(
+        **held,
+        model=factory_name(config.factory, model),
+        kept=size,
+        trained_accuracy=trained_accuracy,
+        pruned_accuracy=pruned_accuracy,
+        finetuned_accuracy=finetuned.accuracy,
+        finetune_curve=finetuned.curve,
+        sparsity=finetuned.sparsity,
+        seconds=dict(seconds),
+        device=device_name(config.device),
+        versions=versions(),
+        fingerprint=fingerprint(whole),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        settings=settings,
+        cell=fingerprint(settings),
+        test_samples=len(config.test_set),  # type: ignore[arg-type]
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float | str) else name_of(value)

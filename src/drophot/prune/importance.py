@@ -1,0 +1,141 @@
+"""What weights are ranked by: their magnitudes, or an importance function of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from drophot._core import order_statistics
+
+
+class Importance(Protocol):
+    """A function that gives each weight an importance; the least important weights are removed.
+
+    Pass one to `magnitude_prune` or `Schedule` as `importance=`. Each pruning calls it once for
+    each prunable parameter, before anything is changed, without gradients and autocast. It gets
+    the parameter itself, so that it can read `weight.grad`, and must not change it.
+
+    Importances are compared with their signs, in the dtype that is returned; if dtypes differ
+    between layers, in the one that these promote to. Importances of weights that an earlier
+    pruning removed are ignored, even if they are NaN.
+
+    Args:
+        name: The name of the parameter, as in `model.named_parameters()`.
+        weight: The parameter, of any shape.
+
+    Returns:
+        Finite floats of 16 bits or more, of the weight's shape, on any device. A higher one is
+        kept longer.
+
+    Example:
+        >>> import torch
+        >>> from drophot import magnitude_prune
+        >>> def saliency(name: str, weight: Tensor) -> Tensor:
+        ...     return (weight * weight.grad).abs()
+        >>> model = nn.Linear(3, 1)
+        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, -2.0, 1.0]]))
+        >>> model(torch.tensor([[0.0, 1.0, 1.0]])).sum().backward()
+        >>> magnitude_prune(model, 1 / 3, importance=saliency)["weight"]
+        tensor([[False,  True,  True]])
+    """
+
+    def __call__(self, name: str, weight: nn.Parameter, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """The order in which the weights of a model are removed."""
+
+    values: Mapping[str, Tensor]
+    """By parameter name: the weights themselves, or their importances."""
+    earlier: Mapping[str, Tensor]
+    """The masks of an earlier pruning. What these removed comes first and counts as removed."""
+    signed: bool = False
+    """Whether the values are compared with their signs, instead of by magnitude."""
+
+    def threshold(self, names: Sequence[str], count: int) -> order_statistics.Threshold:
+        """The value below which `count` weights of these layers lie."""
+        tensors, masks = [self.values[n] for n in names], [self.earlier.get(n) for n in names]
+        return order_statistics.magnitude_threshold(tensors, count, masks, signed=self.signed)
+
+    def counts(self, names: Sequence[str], count: int) -> dict[str, int]:
+        """How many weights each layer loses if these layers lose `count` together."""
+        tensors, masks = [self.values[n] for n in names], [self.earlier.get(n) for n in names]
+        found = order_statistics.count_removed(self.threshold(names, count), tensors, masks)
+        return dict(zip(names, found, strict=True))
+
+
+def check_importance(importance: Any) -> None:
+    if importance is not None and not callable(importance):
+        raise TypeError(
+            f"`importance` must be a function of a parameter's name and the parameter, got "
+            f"{importance!r}. To rank by magnitude, leave it out."
+        )
+
+
+def importance_name(importance: Importance | None) -> str:
+    if importance is None:
+        return "magnitude"
+    return getattr(importance, "__qualname__", type(importance).__qualname__)
+
+
+def rank_by(
+    importance: Importance,
+    weights: Mapping[str, nn.Parameter],
+    earlier: Mapping[str, Tensor],
+    *,
+    scope: str,
+) -> Ranking:
+    """Call an importance function for each weight, and check and copy what it returns."""
+    values = {}
+    for name, weight in weights.items():
+        returned = importance(name, weight)
+        rule = f"The importance function `{importance_name(importance)}` must return"
+        _check_returned(returned, rule, name, weight)
+        # A copy, since the function may return the weight itself, or one buffer for all layers.
+        value = torch.empty(weight.shape, dtype=returned.dtype, device=weight.device)
+        value.copy_(returned.detach())
+        if (mask := earlier.get(name)) is not None:
+            value.masked_fill_(~mask, 0)
+        least, most = value.aminmax()
+        if not (least.isfinite() and most.isfinite()):
+            bad = int((~value.isfinite()).count_nonzero())
+            raise ValueError(
+                f"{rule} finite values, got {bad} that are NaN or infinite for `{name}`. Replace "
+                f"them, with torch.nan_to_num for example, or name the layer in `skip`."
+            )
+        if scope == "lamp" and least < 0:
+            raise ValueError(
+                f'{rule} no negative values with scope="lamp", which squares them, got '
+                f"{float(least):g} for `{name}`. Return absolute values, or use another scope."
+            )
+        values[name] = value
+    return Ranking(values=values, earlier=earlier, signed=True)
+
+
+def _check_returned(returned: Any, rule: str, name: str, weight: Tensor) -> None:
+    if not isinstance(returned, Tensor):
+        raise TypeError(
+            f"{rule} a torch.Tensor, got {type(returned).__name__} for `{name}`. Return one value "
+            f"for each weight, such as `weight.abs()`."
+        )
+    if returned.shape != weight.shape:
+        raise ValueError(
+            f"{rule} a tensor of the weight's shape {tuple(weight.shape)}, got shape "
+            f"{tuple(returned.shape)} for `{name}`. To give several weights the same importance, "
+            f"use expand_as(weight)."
+        )
+    if returned.layout != torch.strided or returned.is_meta:
+        raise ValueError(
+            f"{rule} a dense tensor with data, got {returned.layout} on {returned.device} for "
+            f"`{name}`. Call to_dense() on a sparse tensor."
+        )
+    if not returned.is_floating_point() or returned.dtype.itemsize < 2:
+        raise TypeError(
+            f"{rule} floats of 16 bits or more, got {returned.dtype} for `{name}`. Convert it "
+            f"with .float()."
+        )

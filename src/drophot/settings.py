@@ -1,0 +1,474 @@
+"""The settings of a run, each declared once with everything that the library needs to know of it.
+
+A field of :class:`Settings` is the only declaration of a setting. Its metadata, a :class:`Setting`,
+says how a value is checked, which stages of a grid depend on it, how a grid varies it, and where
+records, file names and tables show it. The constructor of :class:`drophot.DropHot`, the cells and
+controls of :class:`drophot.Grid`, the pairing of records in :mod:`drophot.stats` and the columns of
+:mod:`drophot.report` are derived from these fields.
+
+To add a setting, add a field here, describe it in the docstring of `Settings`, and use it in the
+step that it changes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, get_args
+
+from torch import Tensor
+
+from drophot._core import scalars
+from drophot._core.ratios import check_keep_ratio, check_prune_ratio
+
+
+class Named(Protocol):
+    """An object that records, files and tables call by its name."""
+
+    @property
+    def name(self) -> str:
+        """Letters, digits, dots, hyphens and underscores."""
+        ...
+
+
+ScoreMode = Literal["high", "low", "random"]
+FeatureMode = Literal["k_center", "facility_location"]
+SamplingMode = Literal["crest", "fresh_subset", "loss_sampling"]
+ModeName = Literal[ScoreMode, FeatureMode, SamplingMode]
+Mode = ModeName | Named
+Forgetting = Literal["paper", "toneva"]
+Scope = Literal["layer", "global", "erk", "lamp"]
+ScheduleName = Literal["one-shot", "gradual", "iterative"]
+ProtocolName = Literal[
+    "paper", "released", "released-scores", "released-masks", "released-baseline"
+]
+WeightImportance = Callable[[str, Tensor], Tensor]
+StageName = Literal["score", "train", "finetune"]
+
+SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
+"""The modes that choose samples while step 3 trains."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What the library knows of a setting besides its name, type and default."""
+
+    check: Callable[[str, Any], object]
+    """Called with the setting's name and the user's value; returns the plain value or raises."""
+    stage: StageName
+    """The first stage of a grid whose result depends on the setting."""
+    varies: bool = False
+    """Whether the cells of a grid may differ in it."""
+    scoring_only: bool = False
+    """Whether the results of a mode that needs no scoring are independent of it."""
+    record_field: str | None = None
+    """The field of a `Record` that holds it; otherwise only `Record.settings` does."""
+    heading: str | None = None
+    """The heading of its column in tables whose rows differ in it; otherwise its name. Settings
+    with a column in every table need none."""
+    words: Mapping[object, str] = field(default_factory=dict)
+    """How tables write its values."""
+    controls: Mapping[str, object] = field(default_factory=dict)
+    """The controls of a grid that change it, each with the value that it sets."""
+    file_part: Callable[[Any], str] | None = None
+    """The part of a stage's file name for a value; by default name and value, and nothing for the
+    setting's default."""
+    optional: bool = False
+    """Whether a configuration leaves it out at its default, so that runs from before the setting
+    was added keep their identity."""
+
+
+def _declare(**known: Any) -> dict[str, Setting]:
+    return {"setting": Setting(**known)}
+
+
+def _one_of(*choices: str) -> Callable[[str, Any], object]:
+    def check(name: str, value: Any) -> object:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"`{name}` must be one of {_listed(choices)}, got {value!r}.")
+        return value
+
+    return check
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return value
+
+
+def _at_least(least: int) -> Callable[[str, Any], object]:
+    return lambda name, value: scalars.integer(name, value, least=least)
+
+
+def _name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any], object]:
+    """A check for one of some short names, or an object with a name of its own."""
+
+    def check(name: str, value: Any) -> object:
+        if isinstance(value, str) and value in choices:
+            return value
+        called = getattr(value, "name", None)
+        if isinstance(value, str) or not isinstance(called, str):
+            raise ValueError(
+                f"`{name}` must be one of {_listed(choices)}, or {objects}, got {value!r}."
+            )
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", called):
+            raise ValueError(
+                f"`{name}` has the name {called!r}, which file names cannot contain. Use letters, "
+                f"digits, '.', '_' and '-' only."
+            )
+        if called in (*choices, "baseline") and not is_builtin(value):
+            raise ValueError(
+                f"`{name}` has the name {called!r}, which the library uses itself. Give your "
+                f"object another name, so that records tell the two apart."
+            )
+        return value
+
+    return check
+
+
+def _importance(name: str, value: Any) -> object:
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"`{name}` must be a function of a weight's name and the weight, or None for its "
+            f"magnitude, got {value!r}."
+        )
+    return value
+
+
+def is_builtin(value: object) -> bool:
+    """Whether an object is of one of the library's own classes.
+
+    Args:
+        value: Any object.
+
+    Returns:
+        Whether it is.
+    """
+    return type(value).__module__.partition(".")[0] == "drophot"
+
+
+def _listed(choices: tuple[str, ...]) -> str:
+    return ", ".join(f'"{choice}"' for choice in choices)
+
+
+_OBJECT_MODES = "a selector such as Stratified(), Scored() or your own"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of a run. Each value is checked, and numbers become plain Python numbers.
+
+    Args:
+        data_ratio: The share of training samples **kept**, in (0, 1].
+        mode: How these are chosen. `"high"` keeps the samples that are forgotten most, `"low"`
+            those that are forgotten least, and `"random"` a random subset.
+            :class:`drophot.Stratified` covers all scores and :class:`drophot.Scored` uses another
+            score or chooses class by class. `"k_center"` and `"facility_location"` choose by the
+            features of step 1's network. `"crest"`, `"fresh_subset"` and `"loss_sampling"` choose
+            while step 3 trains. Your own :class:`drophot.coreset.Selector` works too. See "How to
+            choose a coreset".
+        prune_ratio: The share of the prunable weights **removed**, in [0, 1): see
+            :func:`drophot.magnitude_prune`. A warning is given if they are not nearly all of the
+            matrix weights.
+        forgetting: When a sample counts as forgotten. `"paper"` evaluates the model after each
+            epoch, and a sample that was never right scores 0. `"toneva"` uses the logits of the
+            training batches, without an extra pass, and a sample that was never right is the
+            hardest.
+        protocol: `"paper"` follows the paper's text and `"released"` its released code, with all
+            its faults. `"released-scores"`, `"released-masks"` and `"released-baseline"` have one
+            fault each. A :class:`drophot.pipeline.RunProtocol` defines your own: see
+            :mod:`drophot.pipeline.released_protocol`.
+        equal_steps: Train on the coreset for as many steps as `train_epochs` epochs of the full
+            training set take.
+        reinitialize: Fine-tune the pruned network from new random weights: what the mask is worth
+            without the weights that it was found with.
+        rewind: Fine-tune the pruned network from the weights that step 3 started with, as in the
+            lottery ticket hypothesis.
+        recalibrate_bn: Recompute the statistics of BatchNorm after pruning.
+        schedule: `"one-shot"` prunes once, in step 4. `"gradual"` and `"iterative"` continue in
+            step 5, with cubic ratios over its first half or in equal rounds: see
+            :mod:`drophot.prune`.
+        prunings: How often a schedule prunes, step 4 included.
+        scope: `"layer"` removes the share from each layer, as the authors did. For the others see
+            :func:`drophot.magnitude_prune`.
+        structured: Remove channels instead of weights: see :mod:`drophot.structured`.
+        importance: A function that gives each weight its importance, for
+            :func:`drophot.magnitude_prune` or, with `structured`, for
+            :func:`drophot.structured.prune_channels`. The least important are removed. `None` is
+            the magnitude.
+        score_epochs: Epochs of step 1, on the full training set.
+        train_epochs: Epochs of step 3, on the coreset.
+        finetune_epochs: Epochs of step 5, on the full training set.
+        batch_size: Samples a step.
+        seed: Of initialization, order and ties; not negative.
+
+    Raises:
+        TypeError: If a value is of the wrong kind.
+        ValueError: If a value is out of range, or two values cannot be combined.
+
+    Example:
+        >>> settings = Settings(data_ratio=0.5, mode="high", prune_ratio=0.8)
+        >>> settings.schedule, settings.seed
+        ('one-shot', 0)
+    """
+
+    mode: Mode = field(
+        metadata=_declare(
+            check=_name_or_object(
+                (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES), _OBJECT_MODES
+            ),
+            stage="train",
+            varies=True,
+            record_field="mode",
+            file_part=lambda mode: name_of(mode),
+        )
+    )
+    data_ratio: float = field(
+        metadata=_declare(
+            check=check_keep_ratio,
+            stage="train",
+            varies=True,
+            record_field="keep_ratio",
+            file_part=lambda ratio: f"keep{ratio}",
+        )
+    )
+    prune_ratio: float = field(
+        metadata=_declare(
+            check=check_prune_ratio,
+            stage="finetune",
+            varies=True,
+            record_field="prune_ratio",
+            file_part=lambda ratio: f"prune{ratio}",
+        )
+    )
+    forgetting: Forgetting = field(
+        default="paper",
+        metadata=_declare(check=_one_of(*get_args(Forgetting)), stage="score", scoring_only=True),
+    )
+    protocol: ProtocolName | Named = field(
+        default="paper",
+        metadata=_declare(
+            check=_name_or_object(get_args(ProtocolName), "a RunProtocol"),
+            stage="score",
+            record_field="protocol",
+            heading="protocol",
+        ),
+    )
+    equal_steps: bool = field(
+        default=False,
+        metadata=_declare(
+            check=_flag,
+            stage="train",
+            varies=True,
+            record_field="equal_steps",
+            heading="steps",
+            words={True: "equal", False: "fewer"},
+            controls={"equal_steps": True},
+            file_part=lambda on: "equal" * on,
+        ),
+    )
+    reinitialize: bool = field(
+        default=False,
+        metadata=_declare(
+            check=_flag,
+            stage="finetune",
+            varies=True,
+            record_field="reinitialized",
+            heading="weights",
+            words={True: "new", False: "trained"},
+            controls={"reinitialize": True},
+            file_part=lambda on: "new" * on,
+        ),
+    )
+    rewind: bool = field(
+        default=False,
+        metadata=_declare(
+            check=_flag,
+            stage="finetune",
+            varies=True,
+            record_field="rewound",
+            heading="start",
+            words={True: "rewound", False: "kept"},
+            controls={"rewind": True},
+            file_part=lambda on: "rewound" * on,
+        ),
+    )
+    recalibrate_bn: bool = field(
+        default=False,
+        metadata=_declare(
+            check=_flag,
+            stage="finetune",
+            varies=True,
+            record_field="recalibrated",
+            heading="BatchNorm",
+            words={True: "recalibrated", False: "as trained"},
+            controls={"recalibrate_bn": True},
+            file_part=lambda on: "bn" * on,
+        ),
+    )
+    schedule: ScheduleName = field(
+        default="one-shot",
+        metadata=_declare(
+            check=_one_of(*get_args(ScheduleName)),
+            stage="finetune",
+            varies=True,
+            record_field="schedule",
+            heading="schedule",
+            controls={"gradual": "gradual", "iterative": "iterative"},
+            file_part=lambda schedule: "" if schedule == "one-shot" else schedule,
+        ),
+    )
+    prunings: int = field(default=5, metadata=_declare(check=_at_least(1), stage="finetune"))
+    scope: Scope = field(
+        default="layer",
+        metadata=_declare(
+            check=_one_of(*get_args(Scope)), stage="finetune", record_field="scope", heading="scope"
+        ),
+    )
+    structured: bool = field(
+        default=False,
+        metadata=_declare(
+            check=_flag,
+            stage="finetune",
+            record_field="structured",
+            heading="removed are",
+            words={True: "channels", False: "weights"},
+        ),
+    )
+    importance: WeightImportance | None = field(
+        default=None, metadata=_declare(check=_importance, stage="finetune", optional=True)
+    )
+    score_epochs: int = field(
+        default=10, metadata=_declare(check=_at_least(1), stage="score", scoring_only=True)
+    )
+    train_epochs: int = field(default=10, metadata=_declare(check=_at_least(0), stage="train"))
+    finetune_epochs: int = field(
+        default=10, metadata=_declare(check=_at_least(0), stage="finetune")
+    )
+    batch_size: int = field(default=64, metadata=_declare(check=_at_least(1), stage="score"))
+    seed: int = field(
+        default=0,
+        metadata=_declare(
+            check=_at_least(0),
+            stage="score",
+            varies=True,
+            record_field="seed",
+            file_part=lambda seed: f"seed{seed}",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        for name, setting in SETTINGS.items():
+            object.__setattr__(self, name, setting.check(name, getattr(self, name)))
+        scheduled = self.schedule != "one-shot"
+        schedule = f"schedule={self.schedule!r}"
+        for name, other, given, why in (
+            ("rewind", "reinitialize=True", self.reinitialize, _START),
+            ("rewind", schedule, scheduled, _MASK),
+            ("reinitialize", schedule, scheduled, _MASK),
+            ("structured", schedule, scheduled, "channels are removed in one shot"),
+            ("structured", "rewind=True", self.rewind, _NO_MASK),
+            ("structured", "reinitialize=True", self.reinitialize, _NO_MASK),
+            ("structured", f"scope={self.scope!r}", self.scope != "layer", "it has its own rule"),
+        ):
+            if getattr(self, name) and given:
+                raise ValueError(
+                    f"`{name}=True` cannot be combined with `{other}`: {why}. Remove one of them."
+                )
+
+
+_START = "fine-tuning starts either from the first weights or from new ones"
+_MASK = "the mask of a schedule is not final when fine-tuning starts"
+_NO_MASK = "removed channels leave no mask to put other weights under"
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType({
+    one.name: one.metadata["setting"] for one in fields(Settings)
+})
+"""Every setting by its name, in the order of their declaration."""
+
+DEFAULTS: Mapping[str, object] = MappingProxyType({
+    one.name: one.default for one in fields(Settings) if one.default is not MISSING
+})
+"""The defaults of the settings that have one."""
+
+STAGES: tuple[StageName, ...] = get_args(StageName)
+"""The stages of a grid, in their order."""
+
+CONTROLS: Mapping[str, tuple[str, object]] = MappingProxyType({
+    control: (name, value)
+    for name, setting in SETTINGS.items()
+    for control, value in setting.controls.items()
+})
+"""The controls of a grid: the setting that each changes, and the value that it sets."""
+
+RECORD_FIELDS: Mapping[str, str] = MappingProxyType({
+    name: setting.record_field for name, setting in SETTINGS.items() if setting.record_field
+})
+"""The fields of a `Record` that hold a setting, by the setting's name."""
+
+SCORING_ONLY: frozenset[str] = frozenset(
+    name for name, setting in SETTINGS.items() if setting.scoring_only
+)
+"""The settings that only step 1 depends on."""
+
+
+def name_of(value: str | Named) -> str:
+    """The name of a mode or a protocol in records, files and tables.
+
+    Args:
+        value: A short name, or an object with a name.
+
+    Returns:
+        The name.
+    """
+    return value if isinstance(value, str) else value.name
+
+
+def varying(stage: StageName = "finetune") -> list[str]:
+    """The settings that cells of a grid may differ in and that results up to a stage depend on.
+
+    Args:
+        stage: The last stage that counts.
+
+    Returns:
+        Their names, by stage, and within a stage in the order of their declaration.
+    """
+    reached = STAGES[: STAGES.index(stage) + 1]
+    return [
+        name
+        for one in reached
+        for name, setting in SETTINGS.items()
+        if setting.varies and setting.stage == one
+    ]
+
+
+def file_part(name: str, value: object) -> str:
+    """The part of a stage's file name that says which value a setting has.
+
+    Args:
+        name: The setting.
+        value: Its value.
+
+    Returns:
+        The part; empty for most defaults.
+    """
+    setting = SETTINGS[name]
+    if setting.file_part is not None:
+        return setting.file_part(value)
+    return "" if name in DEFAULTS and value == DEFAULTS[name] else f"{name}{value}"
+
+
+def with_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the optional settings that a configuration leaves out, at their defaults.
+
+    Args:
+        configuration: Settings by their names.
+
+    Returns:
+        All of them.
+    """
+    added = {name: DEFAULTS[name] for name, setting in SETTINGS.items() if setting.optional}
+    return added | dict(configuration)

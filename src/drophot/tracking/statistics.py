@@ -1,0 +1,308 @@
+"""Scores of single presentations: the `Score` protocol and the built-in statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from drophot.tracking.state import to_device
+from drophot.tracking.validation import describe
+
+HardEnd = Literal["high", "low"]
+Statistic = Literal["forgetting", "aum", "el2n", "confidence", "variability", "loss"]
+
+
+@runtime_checkable
+class Score(Protocol):
+    """A score of a presentation, which :class:`drophot.DynamicsTracker` averages per sample.
+
+    Any object with these three members is a score; it does not inherit from this class. Pass it in
+    `DynamicsTracker(num_samples, statistics=[...])` and read it by `tracker.scores(name)`.
+
+    Attributes:
+        name: A Python identifier that no other statistic or column of the tracker has.
+        hard_end: Which scores hard samples have, `"high"` (a loss) or `"low"` (a margin).
+
+    Example:
+        >>> from drophot import DynamicsTracker
+        >>> class Entropy:
+        ...     name = "entropy"
+        ...     hard_end = "high"
+        ...
+        ...     def __call__(self, logits, targets):
+        ...         return torch.distributions.Categorical(logits=logits).entropy()
+        >>> tracker = DynamicsTracker(num_samples=2, statistics=["aum", Entropy()])
+        >>> tracker.update(torch.arange(2), torch.zeros(2, 4), torch.tensor([0, 3]))
+        >>> tracker.scores("entropy")
+        tensor([1.3863, 1.3863])
+        >>> tracker.statistics["entropy"].hard_end
+        'high'
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def hard_end(self) -> HardEnd: ...
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Score each sample of a batch.
+
+        It is called once per batch without gradients. It must not change its arguments.
+
+        Args:
+            logits: The model's outputs, float32, shape `(B, C)`, on the model's device.
+            targets: The classes, int64 from 0 to `C - 1`, shape `(B,)`, on the same device.
+
+        Returns:
+            Finite floats, shape `(B,)`; they are kept as float32.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The standard deviation of a score over the presentations of a sample (divided by n).
+
+    The built-in `"variability"` is the spread of `"confidence"`. A spread and the mean of the same
+    score share one call per batch: `statistics=[score, Spread(score=score, name="score_spread")]`.
+
+    Args:
+        score: The score whose values vary from one presentation to the next.
+        name: The name of the spread, different from that of the score.
+        hard_end: Which spreads hard (here: ambiguous) samples have.
+
+    Example:
+        >>> from drophot import DynamicsTracker
+        >>> class Top:
+        ...     name = "top"
+        ...     hard_end = "low"
+        ...
+        ...     def __call__(self, logits, targets):
+        ...         return logits.amax(dim=1)
+        >>> tracker = DynamicsTracker(1, statistics=[Spread(score=Top(), name="top_spread")])
+        >>> for largest in (1.0, 3.0):
+        ...     tracker.update(torch.tensor([0]), torch.tensor([[largest, 0.0]]), torch.tensor([0]))
+        >>> tracker.scores("top_spread")
+        tensor([1.])
+    """
+
+    score: Score
+    name: str
+    hard_end: HardEnd = "high"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The values of `score`, whose standard deviation the tracker keeps.
+
+        Args:
+            logits: The model's outputs, shape `(B, C)`.
+            targets: The classes, shape `(B,)`.
+
+        Returns:
+            The values, shape `(B,)`.
+        """
+        return self.score(logits, targets)
+
+
+@dataclass(frozen=True, slots=True)
+class _BuiltIn:
+    """A column of `built_in_values`."""
+
+    name: str
+    hard_end: HardEnd
+    column: int
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return built_in_values(logits.float(), targets[:, None])[:, self.column]
+
+
+AUM = _BuiltIn("aum", "low", 0)
+EL2N = _BuiltIn("el2n", "high", 1)
+CONFIDENCE = _BuiltIn("confidence", "low", 2)
+LOSS = _BuiltIn("loss", "high", 3)
+VARIABILITY = Spread(score=CONFIDENCE, name="variability")
+
+BUILT_IN: Mapping[str, Score] = MappingProxyType({
+    score.name: score for score in (AUM, EL2N, CONFIDENCE, VARIABILITY, LOSS)
+})
+DEFAULT = tuple(BUILT_IN)
+_FUSED = (AUM, EL2N, CONFIDENCE, LOSS)  # the columns of `built_in_values`
+
+# What else `scores` accepts, and the other columns of a tracker's table.
+_RESERVED = {"forgetting", "hardest", "zero", "index", "target", "presentations", "learned"}
+
+
+def built_in_values(logits: Tensor, targets: Tensor) -> Tensor:
+    """Margin, error norm, confidence and loss `(B, 4)` of logits `(B, C)` and targets `(B, 1)`.
+
+    One function computes all four, because they share the exponentials. Logits are float32.
+    """
+    own = logits.gather(1, targets)
+    others = logits.scatter(1, targets, -torch.inf)
+    nearest = others.amax(1, keepdim=True)
+    margin = own - nearest
+    # The largest logit becomes 0, so that nothing overflows; p = exp(logits) / total. An infinite
+    # logit is first replaced by the largest finite number, so that all others get probability 0.
+    most = torch.finfo(torch.float32).max
+    largest = torch.maximum(own, nearest).clamp(max=most)
+    own = own.clamp(max=most) - largest
+    others = (others.clamp(max=most) - largest).exp()
+    rest = others.sum(1, keepdim=True)
+    # total - 1 and 1 - p_y without the 1, which would round away the digits of a confident sample.
+    beyond = rest + own.expm1()
+    total = beyond + 1
+    error = torch.linalg.vector_norm(others, dim=1, keepdim=True).hypot(rest) / total
+    return torch.cat([margin, error, own.exp() / total, beyond.log1p() - own], 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The statistics of a tracker, and the values `(B, M)` from which they are accumulated.
+
+    The `M` values of a presentation are the built-in ones that are needed, in the order of
+    `built_in_values`, followed by those of the user's scores.
+    """
+
+    by_name: Mapping[str, Score]
+    fused: tuple[int, ...]  # the columns of `built_in_values` that are needed
+    own: tuple[Score, ...]  # the user's scores, each once
+
+    @property
+    def num_values(self) -> int:
+        """`M`."""
+        return len(self.fused) + len(self.own)
+
+    @property
+    def own_names(self) -> tuple[str, ...]:
+        """The names of the user's scores, in the order of their values."""
+        return tuple(score.name for score in self.own)
+
+    def column(self, score: Score) -> int:
+        """Which of the `M` values a statistic is taken of."""
+        source = _source(score)
+        if isinstance(source, _BuiltIn):
+            return self.fused.index(source.column)
+        return len(self.fused) + self.own_names.index(source.name)
+
+    def values(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """All values `(B, M)` of float32 logits `(B, C)` and valid classes `(B, 1)`."""
+        if not self.own and len(self.fused) == len(_FUSED):
+            return built_in_values(logits, classes)
+        parts: list[Tensor] = []
+        if self.fused:
+            values = built_in_values(logits, classes)
+            parts += [values[:, column : column + 1] for column in self.fused]
+        logits, targets = logits.detach(), classes[:, 0]
+        parts += [_checked(score, score(logits, targets), logits)[:, None] for score in self.own]
+        return torch.cat(parts, 1)
+
+
+def _checked(score: Score, values: Tensor, logits: Tensor) -> Tensor:
+    """A score's values as float32 on the device of the logits, if there is one for each row."""
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        raise TypeError(
+            f"Score {score.name!r} must return a float tensor, got {describe(values)}. Convert it "
+            f"with `.float()`."
+        )
+    if values.shape != logits.shape[:1]:
+        raise ValueError(
+            f"Score {score.name!r} must return one value per sample, shape ({len(logits)},), got "
+            f"shape {tuple(values.shape)}. Reduce over the classes, not over the batch."
+        )
+    return to_device(values.detach(), logits.device, torch.float32)
+
+
+def _source(score: Score) -> Score:
+    """The score that gives the values."""
+    return score.score if isinstance(score, Spread) else score
+
+
+def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
+    """Check the statistics that a user asks for."""
+    if isinstance(statistics, str) or not isinstance(statistics, Iterable):
+        raise TypeError(
+            f"`statistics` must be a list of names and scores, got {statistics!r}. Pass "
+            f"`statistics=[...]`, even for a single one."
+        )
+    by_name: dict[str, Score] = {}
+    sources: dict[str, Score] = {}
+    for item in statistics:
+        if item == "forgetting":
+            continue  # which every tracker keeps
+        score = _lookup(item) if isinstance(item, str) else _check_score(item)
+        if score.name in by_name:
+            raise ValueError(
+                f"`statistics` must not name a statistic twice, got {score.name!r} twice."
+            )
+        by_name[score.name] = score
+        source = _source(score)
+        if sources.setdefault(source.name, source) != source:
+            raise ValueError(
+                f"`statistics` must have different names for different scores, got two that are "
+                f"named {source.name!r}."
+            )
+    for name, score in by_name.items():
+        if isinstance(score, Spread) and name in sources:
+            raise ValueError(
+                f"`statistics` must name a spread differently from every score, got a spread and a "
+                f"score that are named {name!r}."
+            )
+    if not by_name:
+        raise ValueError(
+            f"`statistics` must have at least one of {', '.join(map(repr, DEFAULT))} or a score, "
+            f"got none. For forgetting events alone, use ForgettingTracker."
+        )
+    by_name = {name: by_name[name] for name in (*DEFAULT, *by_name) if name in by_name}
+    fused = tuple(sorted(s.column for s in sources.values() if isinstance(s, _BuiltIn)))
+    own = tuple(score for score in sources.values() if not isinstance(score, _BuiltIn))
+    return Statistics(by_name, fused, own)
+
+
+def _lookup(name: str) -> Score:
+    if name not in BUILT_IN:
+        raise ValueError(
+            f"`statistics` must name {', '.join(map(repr, DEFAULT))} or hold Score objects, got "
+            f"{name!r}."
+        )
+    return BUILT_IN[name]
+
+
+def _check_score(score: Score) -> Score:
+    """Refuse an object that is not a score, or one whose name is taken."""
+    if isinstance(score, type):
+        raise TypeError(
+            f"`statistics` must hold objects, got the class {score.__name__}. Pass an instance: "
+            f"`{score.__name__}()`."
+        )
+    if not isinstance(score, Score):
+        raise TypeError(
+            f"`statistics` must hold names or objects with `name`, `hard_end` and "
+            f"`__call__(logits, targets)`, got {describe(score)}."
+        )
+    if not isinstance(score.name, str) or not score.name.isidentifier():
+        raise ValueError(
+            f"The `name` of a score must be a Python identifier, got {score.name!r}. Use letters, "
+            f"digits and underscores, such as 'top_two_margin'."
+        )
+    if score == BUILT_IN.get(score.name):
+        return score
+    if score.name in _RESERVED or score.name in BUILT_IN:
+        raise ValueError(
+            f"The `name` of a score must differ from the built-in names, got {score.name!r}. "
+            f"Choose another one."
+        )
+    if score.hard_end not in ("high", "low"):
+        raise ValueError(
+            f'`hard_end` of score {score.name!r} must be "high" or "low": which scores hard '
+            f"samples have. Got {score.hard_end!r}."
+        )
+    if isinstance(score, Spread):
+        if isinstance(score.score, Spread):
+            raise TypeError(f"`score` of the spread {score.name!r} must be a score, got a Spread.")
+        _check_score(score.score)
+    return score
