@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from drophot.settings import RECORD_FIELDS, SAMPLING_MODES, SCORING_ONLY, Mode
+from drophot.settings import RECORD_FIELDS, SAMPLING_MODES, SCORING_ONLY, Mode, with_defaults
 
 __all__ = ["Record", "fingerprint", "from_line", "read", "to_line", "write"]
 
@@ -35,6 +35,8 @@ class Record:
         >>> record.mode, record.kept, record.sparsity
         ('random', 4, 0.5)
         >>> record.finetuned_accuracy == record.finetune_curve[-1]
+        True
+        >>> from_line(to_line(record)) == record
         True
     """
 
@@ -119,7 +121,14 @@ def fingerprint(configuration: Mapping[str, Any]) -> str:
 
 
 def to_line(record: Record) -> str:
-    """Convert a record to a line of JSON, without the newline."""
+    """Convert a record to a line of JSON, without the newline.
+
+    Args:
+        record: The record.
+
+    Returns:
+        The line, for `from_line`.
+    """
     return json.dumps(asdict(record))
 
 
@@ -247,7 +256,8 @@ def other_settings(record: Record) -> dict[str, Any]:
     if not record.settings:
         known = {"finetune_epochs": len(record.finetune_curve), "test_samples": record.test_samples}
         return {name: value for name, value in known.items() if name != "test_samples" or value}
-    renamed = {_IN_RECORDS.get(name, name): value for name, value in record.settings.items()}
+    whole = with_defaults(record.settings)
+    renamed = {_IN_RECORDS.get(name, name): value for name, value in whole.items()}
     if record.mode == "baseline":
         renamed.pop("mode", None)  # all modes keep all samples
     # A field holds only the name of a user's object, which has a code and a state too.

@@ -17,7 +17,7 @@ from helpers.rows import cells, grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drophot import Record, stats
+from drophot import Record, Scored, stats
 from drophot.report import differences, plot_curves, plot_ratios, plot_steps, table
 
 RUNS = [
@@ -277,6 +277,24 @@ def test_columns_only_for_what_is_there() -> None:
     for modes in (("low", "high"), ("baseline",), ("random",)):
         with pytest.raises(ValueError, match="`records`.* only " + ", ".join(modes)):
             head(*modes)
+
+
+def test_differences_to_any_mode() -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    runs = grid()
+    head, _, *rows = cells(differences(runs, against="low"))
+    assert head[3:] == ["high − low", "random − low"]
+    found = stats.compare(runs, against="low")
+    assert len(rows) == len(found) / 2
+    stars = sum(row.p_holm < 0.05 for row in found)
+    assert sum("*" in cell for row in rows for cell in row) == stars, "adjusted for this table"
+    long = read_csv(differences(runs, against=Scored(mode="random"), format="csv"))
+    assert {row["against"] for row in long} == {"random"}
+    assert len(long) == len(stats.compare(runs, against="random"))
+    with pytest.raises(ValueError, match="`against` .*'crest'"):
+        differences(runs, against="crest")
+    with pytest.raises(ValueError, match="`records` .*low.* only low"):
+        differences([r for r in runs if r.mode == "low"], against="low")
 
 
 def test_more_modes_than_the_papers_have_a_row_each() -> None:

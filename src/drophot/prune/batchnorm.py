@@ -213,7 +213,7 @@ def _merged(
     total = torch.zeros_like(packed[0])
     cpu = packed.device
     for columns in distributed.gather_tables({"sums": packed}, [1] * len(table), group, cpu):
-        total += columns["sums"][0]  # in the order of the ranks, so that all get the same bits
+        total += columns["sums"][0]  # in the order of the ranks, so that all get equal bits
     found: dict[str, Sums] = {}
     for (path, width), row in zip(
         zip(layers, widths, strict=True), total.split([2 * w + 2 for w in widths]), strict=True
