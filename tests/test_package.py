@@ -18,7 +18,8 @@ SOURCE = ROOT / "src" / "drophot"
 # Imports go up this list: a package imports from the floors before its own, never sideways.
 FLOORS = [
     {"models", "_core"},
-    {"data", "tracking", "prune", "records", "modes", "cells"},
+    {"settings", "data"},
+    {"tracking", "prune", "records"},
     {"coreset", "structured", "training", "stats", "integrations"},
     {"sampling", "report"},
     {"pipeline"},

@@ -215,15 +215,6 @@ class Settings:
         ('one-shot', 0)
     """
 
-    data_ratio: float = field(
-        metadata=_declare(
-            check=check_keep_ratio,
-            stage="train",
-            varies=True,
-            record_field="keep_ratio",
-            file_part=lambda ratio: f"keep{ratio}",
-        )
-    )
     mode: Mode = field(
         metadata=_declare(
             check=_name_or_object(
@@ -233,6 +224,15 @@ class Settings:
             varies=True,
             record_field="mode",
             file_part=lambda mode: name_of(mode),
+        )
+    )
+    data_ratio: float = field(
+        metadata=_declare(
+            check=check_keep_ratio,
+            stage="train",
+            varies=True,
+            record_field="keep_ratio",
+            file_part=lambda ratio: f"keep{ratio}",
         )
     )
     prune_ratio: float = field(

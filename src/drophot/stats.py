@@ -1,4 +1,4 @@
-"""What a difference between runs is worth: intervals, paired tests, effect sizes, seeds needed."""
+"""Statistics of runs over seeds: confidence intervals, paired tests and sample sizes."""
 
 from __future__ import annotations
 
@@ -10,49 +10,50 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from drophot import cells
 from drophot._core import scalars
-from drophot.records import Record
+from drophot.records import CELL_FIELDS, Record, known_settings, mode_name, pairs
+from drophot.settings import Mode
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean over seeds, and how well it is known."""
+    """A mean over seeds with its confidence interval."""
 
     n: int
     """The number of values."""
     mean: float
-    """Their mean."""
+    """The mean of the values."""
     std: float
-    """Their standard deviation (over n - 1); nan for a single one."""
+    """The sample standard deviation (divided by n - 1); nan for a single value."""
     interval: tuple[float, float]
-    """The t-interval of the mean; nan for a single value, which says nothing of the spread."""
+    """The t-interval of the mean; nan for a single value."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paired:
-    """A difference between two runs of the same seeds."""
+    """The difference between two configurations that were run with the same seeds."""
 
     n: int
     """The number of pairs."""
     difference: float
     """The mean of a - b."""
     interval: tuple[float, float]
-    """Its t-interval; nan for a single pair, and where all differences are equal."""
+    """The t-interval of the mean; nan for a single pair or if all differences are equal."""
     p_value: float
-    """Two-sided, of the paired t-test; nan for a single pair, 1 where all differences are equal."""
+    """The two-sided p-value of the paired t-test; nan for a single pair, 1 if all differences are
+    equal."""
     effect_size: float
-    """Cohen's d_z: the mean difference over the differences' standard deviation; nan where that
-    is not known."""
+    """Cohen's d_z: the mean difference divided by the standard deviation of the differences; nan
+    if that is unknown or 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A cell of the grid against its reference, paired by seed. Accuracies are in [0, 1].
+    """A cell of a grid compared with its reference, paired by seed. Accuracies are in [0, 1].
 
-    `model` to `structured` are what they are in a :class:`drophot.Record` of the cell.
+    The fields from `model` to `structured` have the same meaning as in :class:`drophot.Record`.
     """
 
     model: str
@@ -68,37 +69,38 @@ class Comparison:
     scope: str
     structured: bool
     against: str
-    """The mode that it is compared with."""
+    """The mode of the reference."""
     measure: str
-    """Which accuracy is compared."""
+    """The accuracy that is compared."""
     n: int
-    """The number of seeds that both have an accuracy for; nan, where a run diverged, is none."""
+    """The number of seeds for which both have an accuracy that is not nan."""
     difference: float
-    """The cell minus its reference, mean over seeds; nan without any."""
+    """The mean over seeds of cell minus reference; nan if there are no seeds."""
     interval: tuple[float, float]
-    """Its t-interval."""
+    """The t-interval of the difference."""
     p_value: float
-    """Of the paired t-test, on its own."""
+    """The p-value of the paired t-test, not adjusted."""
     p_holm: float
-    """The same, adjusted for all rows of the table (Holm)."""
+    """The p-value, adjusted for all rows of the call by Holm's method."""
     effect_size: float
     """Cohen's d_z."""
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
-    """The other settings of the cell, as far as they are known."""
+    """The remaining settings of the cell, as far as its records hold them."""
 
 
 def estimate(values: Iterable[float], confidence: float = 0.95) -> Estimate:
-    """The mean of values and its t-interval (Student 1908).
+    """Estimate a mean and its t-interval (Student 1908).
 
     Args:
-        values: One for each seed.
-        confidence: The share of such intervals that hold the true mean, in (0, 1).
+        values: One value for each seed.
+        confidence: The confidence level of the interval, in (0, 1).
 
     Returns:
         The mean, the standard deviation and the interval.
 
     Raises:
-        ValueError: If there is no value, one is not finite, or `confidence` is no share.
+        TypeError: If a value is not a number.
+        ValueError: If there are no values, a value is not finite, or `confidence` is out of range.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -118,28 +120,29 @@ def estimate(values: Iterable[float], confidence: float = 0.95) -> Estimate:
 
 
 def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> Paired:
-    """The difference a - b of runs that share their seeds, by the paired t-test.
+    """Test the difference a - b of runs that share their seeds with the paired t-test.
 
-    Pairs share initial weights and the order of samples, and so most of their luck; what is left is
-    what the test needs to judge.
+    Runs with the same seed share their initial weights and the order of their samples, so pairing
+    removes most of the variation between seeds.
 
-    Differences that are all equal have no spread to judge by. Accuracies are counts of test images,
-    so that two or three seeds often agree by chance: the p-value is then 1, never 0, and the
-    interval and the effect size are nan. :func:`compare` knows the size of the test set, and gives
-    such differences an interval.
+    If all differences are equal, their spread cannot be estimated. Accuracies are counts of test
+    images, so two or three seeds often agree by chance. The p-value is then 1, never 0, and the
+    interval and the effect size are nan. :func:`compare` knows the size of the test set and
+    therefore gives an interval in this case too.
 
     Args:
         a: One value for each seed.
         b: One value for each seed, in the same order.
-        confidence: Of the interval, in (0, 1).
+        confidence: The confidence level of the interval, in (0, 1).
 
     Returns:
         The mean difference, its interval, the p-value and the effect size (Cohen's d_z,
         *Statistical Power Analysis for the Behavioral Sciences*, 1988).
 
     Raises:
-        ValueError: If the lengths differ, there are no values, one is not finite, or `confidence`
-            is no share.
+        TypeError: If a value is not a number.
+        ValueError: If the lengths differ, there are no values, a value is not finite, or
+            `confidence` is out of range.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -151,8 +154,8 @@ def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> 
     left, right = _check("a", a), _check("b", b)
     if len(left) != len(right):
         raise ValueError(
-            f"`a` and `b` should have a value for the same seeds each. Found {len(left)} and "
-            f"{len(right)}."
+            f"`a` and `b` must have one value for each seed, in the same order, got {len(left)} "
+            f"and {len(right)} values."
         )
     return _paired(left, right, confidence, step=0.0)
 
@@ -160,15 +163,15 @@ def paired(a: Iterable[float], b: Iterable[float], confidence: float = 0.95) -> 
 def _paired(
     left: Sequence[float], right: Sequence[float], confidence: float, step: float
 ) -> Paired:
-    """The paired t-test of values that are multiples of `step`; 0 where that is not known."""
+    """The paired t-test of values that are multiples of `step`; 0 if that is unknown."""
     differences = [x - y for x, y in zip(left, right, strict=True)]
     n, mean, spread = len(differences), fmean(differences), 0.0
     if n > 1:
         # 0.9 - 0.8 and 0.8 - 0.7 differ by rounding alone.
         rounding = 8 * math.ulp(max(map(abs, (*left, *right))))
         spread, mean = (x if abs(x) > rounding else 0.0 for x in (stdev(differences), mean))
-        # No seed is known better than to a step: one more, as a spread of its own, keeps equal and
-        # tied counts from being taken for certainty (tests/test_stars.py has how often they are).
+        # No seed is known more precisely than to one step. Adding a step to the spread keeps equal
+        # and tied counts from being taken for certainty (tests/test_stars.py measures how often).
         spread = math.hypot(spread, step)
     if spread == 0:
         unknown = (math.nan, math.nan)
@@ -186,19 +189,21 @@ def _paired(
 
 
 def holm(p_values: Iterable[float]) -> list[float]:
-    """Adjust p-values for their number.
+    """Adjust p-values for multiple testing by Holm's method.
 
-    With the adjusted values below 0.05 called findings, the chance of any false one is 5 %.
+    If adjusted values below 0.05 are reported as findings, the probability of any false finding is
+    at most 5 %.
 
     Args:
-        p_values: In any order; nan, which is no test, stays nan and does not count.
+        p_values: The p-values, in any order. nan stays nan and does not count as a test.
 
     Returns:
-        The adjusted ones, in the same order (Holm, *A simple sequentially rejective multiple test
-        procedure*, 1979).
+        The adjusted p-values in the same order (Holm, *A simple sequentially rejective multiple
+        test procedure*, 1979).
 
     Raises:
-        ValueError: If one is not in [0, 1].
+        TypeError: If a value is not a number.
+        ValueError: If a value is not in [0, 1].
 
     Example:
         >>> holm([0.01, 0.04, 0.03])
@@ -207,7 +212,7 @@ def holm(p_values: Iterable[float]) -> list[float]:
     found = [math.nan if p != p else scalars.real("p_values", p) for p in p_values]
     for p in found:
         if not (math.isnan(p) or 0 <= p <= 1):
-            raise ValueError(f"`p_values` should be in [0, 1]. Found {p}.")
+            raise ValueError(f"`p_values` must be in [0, 1], got {p}.")
     order = sorted((i for i, p in enumerate(found) if not math.isnan(p)), key=found.__getitem__)
     reached = 0.0
     for rank, i in enumerate(order):
@@ -217,21 +222,23 @@ def holm(p_values: Iterable[float]) -> list[float]:
 
 
 def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """How many seeds the paired t-test needs to find a difference.
+    """Compute how many seeds the paired t-test needs to detect a difference.
 
     Args:
         difference: The true mean difference.
-        std: The standard deviation of the differences between pairs: `statistics.stdev` of a
-            pilot's.
-        power: The chance to find it, in (0, 1).
-        alpha: The p-value below which it counts as found, in (0, 1).
+        std: The standard deviation of the paired differences, for example `statistics.stdev` of
+            those of a pilot study.
+        power: The probability of detecting the difference, in (0, 1).
+        alpha: The significance level, in (0, 1).
 
     Returns:
-        The least number of pairs, at least 2, by the noncentral t distribution (Cohen 1988).
+        The smallest sufficient number of pairs, at least 2, by the noncentral t distribution
+        (Cohen 1988).
 
     Raises:
-        ValueError: If `difference` is 0, or next to nothing beside `std`, or a value is out of
-            range.
+        TypeError: If an argument is not a number.
+        ValueError: If `difference` is 0 or negligible compared with `std`, or an argument is out
+            of range.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -242,34 +249,34 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
     difference = scalars.real("difference", difference, "finite and not 0")
     std = scalars.real("std", std, "finite and not negative")
     if not (math.isfinite(difference) and difference != 0):
-        raise ValueError(f"`difference` should be finite and not 0. Found {difference}.")
+        raise ValueError(f"`difference` must be finite and not 0, got {difference}.")
     if not (math.isfinite(std) and std >= 0):
-        raise ValueError(f"`std` should be finite and not negative. Found {std}.")
+        raise ValueError(f"`std` must be finite and not negative, got {std}.")
     if std == 0:
         return 2
-    effect = min(abs(difference) / std, 1e100)  # its square is a float still
+    effect = min(abs(difference) / std, 1e100)  # its square is still a finite float
     if effect < 1e-100:
         raise ValueError(
-            f"`difference` should be at least 1e-100 of `std`. Found {difference} and {std}; no "
-            f"number of seeds finds so little."
+            f"`difference` must be at least 1e-100 of `std`, got {difference} and {std}. No number "
+            f"of seeds detects a difference this small."
         )
     t, nct, chi2 = _distributions().t, _distributions().nct, _distributions().chi2
     normal = NormalDist()
     z = -normal.inv_cdf(alpha / 2)
-    # Below 0 where chance alone finds it so often: the search then ends at 2.
+    # Negative if chance alone detects it this often; the search then ends at 2.
     roughly = (max(0.0, z + normal.inv_cdf(power)) / effect) ** 2
     if roughly > 1e6:
-        # More digits than the search can tell apart. What the t-test needs beyond the normal one
-        # is Guenther's (Sample size formulas for normal theory T tests, 1981), right to 1 / n.
+        # The search cannot resolve this many digits. Guenther's correction for the t-test (Sample
+        # size formulas for normal theory T tests, 1981) is accurate to 1 / n.
         return math.ceil(roughly + z**2 / 2)
 
     def enough(n: int) -> bool:
         shift, critical = effect * math.sqrt(n), t.isf(alpha / 2, n - 1)
         if shift > 1e3:
-            # SciPy's is wrong or nan from about 1e5. The normal part no longer counts here: all
-            # hangs on the estimated spread.
+            # SciPy's noncentral t is wrong or nan from about 1e5. The normal part is negligible
+            # here; only the estimated spread matters.
             return chi2.cdf((n - 1) * (shift / critical) ** 2, n - 1) >= power
-        with np.errstate(divide="ignore", invalid="ignore"):  # SciPy 1.12 warns, and is right
+        with np.errstate(divide="ignore", invalid="ignore"):  # SciPy 1.12 warns, but is correct
             return nct.sf(critical, n - 1, shift) >= power
 
     low, high = 1, 2
@@ -284,39 +291,41 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
 def compare(
     records: Iterable[Record],
     *,
-    against: str = "baseline",
+    against: str | Mode = "baseline",
     measure: Measure = "finetuned_accuracy",
     confidence: float = 0.95,
 ) -> list[Comparison]:
-    """Every cell of a grid against its reference, paired by seed.
+    """Compare every cell of a grid with its reference, paired by seed.
 
-    The reference of a cell was asked for alike in every setting but the mode. A baseline, which was
-    trained on everything, also serves cells of any share and number of steps; and where the
-    reference needs no step 1, those that were scored otherwise. Only seeds that both have count; a
-    cell that shares none with its reference is left out. Of two baselines of one seed, which differ
-    in nothing that matters to it, the first counts. An accuracy that is nan counts for no seed.
+    The reference of a cell has the same settings in everything but the mode. The baseline, which
+    is trained on all samples, is also the reference of cells with any `keep_ratio` and any number
+    of steps. A reference that uses nothing of step 1 also serves cells that were scored with
+    different settings. Only seeds that both have count, and a cell that shares no seed with its
+    reference is left out. If several references of one seed serve a cell, the first counts. An
+    accuracy that is nan counts for no seed.
 
-    Where the size of the test set is known, no difference is taken to be known better than to one
-    test image: that much is added to the spread over seeds, as a variance. Otherwise equal
-    differences are no finding: see :func:`paired`. The p-values are adjusted for the
-    rows of this call; :func:`drophot.report.differences` adjusts for those against the baseline and
-    against random together, as they stand in one table.
+    If the size of the test set is known, no difference is taken to be more precise than one test
+    image: the variance of one image is added to the variance over seeds. Equal differences would
+    otherwise not count as a finding: see :func:`paired`. The p-values are adjusted for the rows of
+    this call. :func:`drophot.report.differences` adjusts for the comparisons with the baseline and
+    with random together, because they are in one table.
 
     Args:
         records: The runs.
-        against: The mode of the reference: any that is in the records, such as `"baseline"`,
-            `"random"`, and for modes that choose while they train `"fresh_subset"`.
-        measure: Which accuracy: `"trained_accuracy"`, `"pruned_accuracy"` or
-            `"finetuned_accuracy"`, each of the last epoch.
-        confidence: Of the intervals, in (0, 1).
+        against: The mode of the reference: `"baseline"`, the name of any other mode in the records,
+            such as `"random"` or `"fresh_subset"`, or the mode itself, such as
+            `Scored(mode="random", balanced=True)` or a selector of your own.
+        measure: The accuracy to compare: `"trained_accuracy"`, `"pruned_accuracy"` or
+            `"finetuned_accuracy"`, each after the last epoch.
+        confidence: The confidence level of the intervals, in (0, 1).
 
     Returns:
-        A row for each cell, in the order of the records; `pandas.DataFrame(rows)` gives a table.
+        One row for each cell, in the order of the records. `pandas.DataFrame(rows)` gives a table.
 
     Raises:
-        TypeError: If a record is none.
-        ValueError: If there are no records, none is of the reference, a cell has two different
-            records of one seed, or there is no such measure.
+        TypeError: If an item of `records` is not a record, or `against` is not a mode.
+        ValueError: If there are no records, none has the mode `against`, two different records
+            have the same cell and seed, or `measure` is unknown.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -335,17 +344,17 @@ def compare(
     """
     if measure not in get_args(Measure):
         raise ValueError(
-            f"`measure` should be one of {', '.join(get_args(Measure))}. Found {measure!r}."
+            f"`measure` must be one of {', '.join(map(repr, get_args(Measure)))}, got {measure!r}."
         )
     confidence = _share("confidence", confidence)
     rows = [
-        (runs[0][0], _of_pairs(runs, measure, confidence)) for runs in cells.pairs(records, against)
+        (runs[0][0], _test_pairs(runs, measure, confidence)) for runs in pairs(records, against)
     ]
     adjusted = holm(found.p_value for _, found in rows)
     return [
         Comparison(
-            **{name: getattr(first, name) for name in cells.FIELDS},
-            against=against,
+            **{name: getattr(first, name) for name in CELL_FIELDS},
+            against=mode_name(against),
             measure=measure,
             n=found.n,
             difference=found.difference,
@@ -353,22 +362,22 @@ def compare(
             p_value=found.p_value,
             p_holm=p_holm,
             effect_size=found.effect_size,
-            settings=cells.known(first),
+            settings=known_settings(first),
         )
         for (first, found), p_holm in zip(rows, adjusted, strict=True)
     ]
 
 
-def _of_pairs(
-    pairs: Sequence[tuple[Record, Record]], measure: Measure, confidence: float
+def _test_pairs(
+    runs: Sequence[tuple[Record, Record]], measure: Measure, confidence: float
 ) -> Paired:
-    """The comparison of runs with their references, of those that have the accuracy."""
-    found = [(getattr(run, measure), getattr(reference, measure)) for run, reference in pairs]
+    """Compare runs with their references, leaving out pairs with an accuracy that is nan."""
+    found = [(getattr(run, measure), getattr(reference, measure)) for run, reference in runs]
     found = [pair for pair in found if all(map(math.isfinite, pair))]
     if not found:
         nan = math.nan
         return Paired(n=0, difference=nan, interval=(nan, nan), p_value=nan, effect_size=nan)
-    sizes = {record.test_samples for pair in pairs for record in pair}
+    sizes = {record.test_samples for pair in runs for record in pair}
     left, right = zip(*found, strict=True)
     return _paired(left, right, confidence, step=1 / min(sizes) if min(sizes) > 0 else 0.0)
 
@@ -376,17 +385,17 @@ def _of_pairs(
 def _check(name: str, values: Iterable[float]) -> Sequence[float]:
     found = [scalars.real(name, value, "finite") for value in values]
     if not found:
-        raise ValueError(f"`{name}` must have at least one value, but it is empty.")
+        raise ValueError(f"`{name}` must have at least one value, got none.")
     for value in found:
         if not math.isfinite(value):
-            raise ValueError(f"`{name}` should be finite. Found {value}.")
+            raise ValueError(f"`{name}` must be finite, got {value}.")
     return found
 
 
 def _share(name: str, value: Any) -> float:
     found = scalars.real(name, value, "in (0, 1)")
     if not 0 < found < 1:
-        raise ValueError(f"`{name}` should be in (0, 1). Found {found}.")
+        raise ValueError(f"`{name}` must be in (0, 1), got {found}.")
     return found
 
 
@@ -394,5 +403,7 @@ def _distributions() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
-        raise ImportError('Statistics come from SciPy: pip install "drophot[stats]"') from error
+        raise ImportError(
+            'Statistics need SciPy, which is not installed: pip install "drophot[stats]"'
+        ) from error
     return stats

@@ -101,7 +101,7 @@ def test_a_validation_split_is_never_kept() -> None:
 @pytest.mark.parametrize(
     ("among", "error", "found"),
     [
-        ([True] * 6, TypeError, "bool; give .*nonzero"),
+        ([True] * 6, TypeError, "bool.*nonzero"),
         (np.array([False] * 5 + [True]), TypeError, "bool"),
         ([1, 1], ValueError, "1 repeated"),
         ([-1], ValueError, "-1"),
@@ -111,7 +111,7 @@ def test_a_validation_split_is_never_kept() -> None:
         ([[0, 1]], ValueError, r"\(1, 2\)"),
         ({0, 1}, TypeError, "set"),
         ("train", TypeError, "U5"),
-        ([0, 1, 3], ValueError, "2 of 3 in `among`, .*position 1"),
+        ([0, 1, 3], ValueError, "2 of 3 in `among`.* 1"),
     ],
 )
 def test_a_wrong_part_is_named(among: Any, error: type[Exception], found: str) -> None:

@@ -208,7 +208,7 @@ def test_one_rounding_rule(size: int, ratio: float, expected: int) -> None:
 
 @pytest.mark.parametrize("ratio", [0, -0.1, 1.0001, 10, float("nan"), float("inf")])
 def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
-    with pytest.raises(ValueError, match=rf"`ratio` .* \(0, 1\]\. Found {ratio}; .* 0\.1"):
+    with pytest.raises(ValueError, match=rf"`ratio` .*\(0, 1\].* {ratio}\."):
         select([1.0], ratio)
 
 
@@ -216,15 +216,15 @@ def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
     ("arguments", "error", "message"),
     [
         (([1.0], None), TypeError, "`ratio` .*NoneType"),
-        (([1.0], "0.5x"), TypeError, "Found str"),
-        (([1.0], 0.5, "hard"), ValueError, "`mode` .* Found 'hard'"),
+        (([1.0], "0.5x"), TypeError, "str"),
+        (([1.0], 0.5, "hard"), ValueError, "`mode` .*'hard'"),
         (([1.0], 0.5, ["high"]), ValueError, "`mode`"),
-        (([], 0.5), ValueError, r"N at least 1. Found \(0,\)"),
-        (([[1.0]], 0.5), ValueError, r"Found \(1, 1\)"),
+        (([], 0.5), ValueError, r"`scores`.* \(0,\)"),
+        (([[1.0]], 0.5), ValueError, r"`scores`.*\(1, 1\)"),
         (
             ([1.0, float("nan"), float("nan")], 0.5),
             ValueError,
-            "`scores`.* Found 2 of 3, .*position 1",
+            "`scores`.* 2 of 3.* 1",
         ),
         ((torch.tensor([1j]), 0.5), TypeError, "complex64"),
     ],
@@ -237,9 +237,9 @@ def test_wrong_input_is_named(
 
 
 def test_wrong_targets_and_seeds_are_named() -> None:
-    with pytest.raises(ValueError, match=r"shape \(2,\)\. Found \(3,\)"):
+    with pytest.raises(ValueError, match=r"`targets`.*\(2,\).*\(3,\)"):
         select([1.0, 2.0], 0.5, targets=[0, 1, 1])
-    with pytest.raises(TypeError, match="`targets` should be integers. Found float64"):
+    with pytest.raises(TypeError, match="`targets` .*float64"):
         select([1.0, 2.0], 0.5, targets=[0.0, 1.0])
     with pytest.raises(TypeError):
         select([1.0, 2.0], 0.5, seed=0.5)  # type: ignore[arg-type]

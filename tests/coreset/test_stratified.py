@@ -122,13 +122,13 @@ def test_the_widest_range_of_floats_has_bins() -> None:
     [
         ({"bins": 0}, ValueError, "`bins` .*0"),
         ({"bins": True}, TypeError, "`bins` .*True"),
-        ({"bins": 10**10}, ValueError, "`bins` .* Found 10,000,000,000"),
-        ({"cutoff": True}, TypeError, "`cutoff` .* Found True"),
+        ({"bins": 10**10}, ValueError, "`bins` .*10,000,000,000"),
+        ({"cutoff": True}, TypeError, "`cutoff` .*True"),
         ({"bins": 2.5}, TypeError, "`bins` .*2.5"),
-        ({"cutoff": 1}, ValueError, r"`cutoff` .* \[0, 1\). Found 1; to leave out 10 % give 0.1"),
-        ({"cutoff": -0.1}, ValueError, "Found -0.1"),
+        ({"cutoff": 1}, ValueError, r"`cutoff` .*\[0, 1\).* 1"),
+        ({"cutoff": -0.1}, ValueError, "`cutoff` .*-0.1"),
         ({"cutoff": "much"}, TypeError, "`cutoff` .*'much'"),
-        ({"hard": "big"}, ValueError, '`hard` should be "high" or "low".* Found \'big\''),
+        ({"hard": "big"}, ValueError, "`hard` .*'big'"),
     ],
 )
 def test_wrong_settings_are_named(
@@ -139,14 +139,14 @@ def test_wrong_settings_are_named(
 
 
 def test_a_cutoff_that_leaves_too_little_is_named_and_one_that_leaves_enough_is_not() -> None:
-    with pytest.raises(ValueError, match="at most 1. Found cutoff=0.6 and ratio=0.5; lower one"):
+    with pytest.raises(ValueError, match="`cutoff`.*cutoff=0.6.*ratio=0.5"):
         select([1.0, 2.0], 0.5, Stratified(cutoff=0.6))
     assert len(select(np.arange(10), 0.7, Stratified(cutoff=0.3))) == 7
     assert len(select(np.arange(3), 0.9, Stratified(cutoff=0.1))) == 3
 
 
 def test_scores_without_a_range_are_named() -> None:
-    with pytest.raises(ValueError, match='finite .* mode="high" or "low"'):
+    with pytest.raises(ValueError, match="`scores`.* infinite"):
         select([1.0, float("inf"), 2.0], 0.5, Stratified())
     # The cutoff comes first, as it may be what takes them away.
     assert select([1.0, float("inf"), 2.0], 2 / 3, Stratified(cutoff=0.33)).tolist() == [0, 2]

@@ -303,7 +303,7 @@ def test_what_another_run_was_faster_with_is_not_computed_again(tmp_path: Path) 
 
 
 def test_an_executor_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"`executor` should have submit.* Found object;"):
+    with pytest.raises(TypeError, match=r"`executor` .*submit.* object"):
         tiny().run(tmp_path / "store", object())
     assert not (tmp_path / "store").exists()
 
@@ -313,7 +313,7 @@ def test_forks_and_several_threads_are_refused_before_any_work(tmp_path: Path) -
     """They would wait for ever."""
     with (
         ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor,
-        pytest.raises(ValueError, match=r"Found fork and threads=2; give .*'spawn'"),
+        pytest.raises(ValueError, match=r"`executor` .*fork and threads=2.*'spawn'"),
     ):
         tiniest(threads=2).run(tmp_path / "store", executor)
     assert not (tmp_path / "store").exists()
@@ -326,7 +326,7 @@ def test_forks_of_a_process_that_uses_cuda_are_refused_before_any_work(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with (
         ProcessPoolExecutor(1, mp_context=get_context("fork")) as executor,
-        pytest.raises(ValueError, match="`executor` .* Found fork and .*CUDA.*'spawn'"),
+        pytest.raises(ValueError, match="`executor` .*fork .*CUDA.*'spawn'"),
     ):
         tiniest().run(tmp_path / "store", executor)
     assert not (tmp_path / "store").exists()
@@ -398,7 +398,7 @@ def test_what_cannot_be_sent_is_refused_before_any_work(name: str, tmp_path: Pat
     grid = tiniest(**{name: thing})
     with (
         spawned() as executor,
-        pytest.raises(TypeError, match=f"`{name}` should be one that can be sent to a worker"),
+        pytest.raises(TypeError, match=f"`{name}` .*worker"),
     ):
         grid.run(tmp_path / "there", executor)
     assert not (tmp_path / "there").exists()

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from drophot import DropHot, Grid, Record, Scored, Stratified, fit, records
 from drophot._core import random_state
 from drophot.grid.plan import Plan
-from drophot.grid.stages import Stage
+from drophot.grid.stages import stage_of
 from drophot.grid.store import Store
 from drophot.models import fcnet
 from drophot.pipeline.provenance import environment
@@ -204,7 +204,10 @@ def test_the_plan_counts_the_stages(
 
 def test_names_of_stages_differ() -> None:
     stages = {
-        Stage(kind="finetune", seed=s, mode=m, data_ratio=r, prune_ratio=p, reinitialize=n)
+        stage_of(
+            {"seed": s, "mode": m, "data_ratio": r, "prune_ratio": p, "reinitialize": n}, settings
+        )
+        for settings in [drop_hot().config.settings]
         for s in (1, 11)
         for m in ("low", "baseline")
         for r in (0.1, 0.11)
@@ -288,7 +291,7 @@ def test_a_record_that_is_lost_at_the_end_is_an_error(
             path.unlink()
 
     monkeypatch.setattr(Store, "tidy", losing)
-    with pytest.raises(ValueError, match="`line` should be a record"):
+    with pytest.raises(ValueError, match="`line`"):
         grid(seeds=[0]).run(tmp_path)
 
 
@@ -325,28 +328,28 @@ def test_the_pipeline_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"data_ratios": []}, ValueError, "`data_ratios` must have at least one value"),
-        ({"modes": []}, ValueError, "`modes` must have at least one value"),
-        ({"prune_ratios": []}, ValueError, "`prune_ratios` must have at least one value"),
-        ({"seeds": []}, ValueError, "`seeds` must have at least one value"),
-        ({"data_ratios": [0.5, 0.2, 0.5]}, ValueError, "`data_ratios` .* once. Found 0.5 twice"),
-        ({"prune_ratios": [0, 0.0]}, ValueError, "`prune_ratios` .* once. Found 0.0 twice"),
-        ({"seeds": [0, 1, 1]}, ValueError, "`seeds` .* once. Found 1 twice"),
-        ({"modes": ["low", "low"]}, ValueError, "`modes` .* once. Found 'low' twice"),
-        ({"data_ratios": [50]}, ValueError, "`data_ratio` .* Found 50"),
-        ({"data_ratios": [0.5, 1.0]}, ValueError, "leave out a sample. Found 1, .* baseline"),
-        ({"data_ratios": [0.5, 0.999]}, ValueError, "Found 0.999, which keeps 120 of 120"),
-        ({"data_ratios": [0.5, 0.501]}, ValueError, "Found 0.5 and 0.501, .* both keep 60 of 120"),
-        ({"data_ratios": [0.01]}, ValueError, "should keep a sample of each class"),
-        ({"data_ratios": 0.5}, TypeError, "`data_ratios` should be a list. Found 0.5"),
-        ({"modes": "low"}, TypeError, "`modes` should be a list. Found 'low'"),
-        ({"modes": ["lowest"]}, ValueError, "`mode` .* Found 'lowest'"),
-        ({"prune_ratios": [0.2, 1.0]}, ValueError, "`prune_ratio` .* Found 1.0"),
+        ({"data_ratios": []}, ValueError, "`data_ratios` .*at least one"),
+        ({"modes": []}, ValueError, "`modes` .*at least one"),
+        ({"prune_ratios": []}, ValueError, "`prune_ratios` .*at least one"),
+        ({"seeds": []}, ValueError, "`seeds` .*at least one"),
+        ({"data_ratios": [0.5, 0.2, 0.5]}, ValueError, "`data_ratios` .* 0.5 twice"),
+        ({"prune_ratios": [0, 0.0]}, ValueError, "`prune_ratios` .* 0.0 twice"),
+        ({"seeds": [0, 1, 1]}, ValueError, "`seeds` .* 1 twice"),
+        ({"modes": ["low", "low"]}, ValueError, "`modes` .* 'low' twice"),
+        ({"data_ratios": [50]}, ValueError, "`data_ratio` .* 50"),
+        ({"data_ratios": [0.5, 1.0]}, ValueError, "`data_ratios` .* 1, .* baseline"),
+        ({"data_ratios": [0.5, 0.999]}, ValueError, "`data_ratios` .* 0.999, .* 120 of 120"),
+        ({"data_ratios": [0.5, 0.501]}, ValueError, "`data_ratios` .* 0.5 and 0.501, .* 60 of 120"),
+        ({"data_ratios": [0.01]}, ValueError, "`data_ratio` .* 0.01"),
+        ({"data_ratios": 0.5}, TypeError, "`data_ratios` .* list, got 0.5"),
+        ({"modes": "low"}, TypeError, "`modes` .* list, got 'low'"),
+        ({"modes": ["lowest"]}, ValueError, "`mode` .* 'lowest'"),
+        ({"prune_ratios": [0.2, 1.0]}, ValueError, "`prune_ratio` .* 1.0"),
         ({"seeds": [-1]}, ValueError, "`seed` .*-1"),
         ({"seeds": [0.5]}, TypeError, "`seed` .*0.5"),
-        ({"controls": ["steps"]}, ValueError, "`controls` .* Found 'steps'"),
+        ({"controls": ["steps"]}, ValueError, "`controls` .* 'steps'"),
         ({"threads": 0}, ValueError, "`threads` .*0"),
-        ({"pipeline": nn.Linear(1, 2)}, TypeError, "`pipeline` should be a DropHot. Found Linear"),
+        ({"pipeline": nn.Linear(1, 2)}, TypeError, "`pipeline` .* Linear"),
     ],
     ids=str,
 )
@@ -359,7 +362,7 @@ def test_wrong_values_are_named(
 
 @pytest.mark.parametrize("name", ["equal_steps", "reinitialize"])
 def test_controls_belong_to_the_grid(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"Found {name}=True; give controls=\['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"`pipeline` .* {name}=True.* controls=\['{name}'\]"):
         grid(drop_hot(**{name: True}))
 
 
@@ -408,7 +411,7 @@ def test_a_store_can_be_extended(tmp_path: Path) -> None:
         ({"model": partial(small, hidden=9)}, "model", "hidden 16 there, 9 here"),
         ({"train_set": points(120, 5)}, "train_set", "inputs"),
         ({"test_set": points(60, 5)}, "test_set", "inputs"),
-        ({"fit": Calls()}, "fit", "drophot.training.fit' there"),
+        ({"fit": Calls()}, "fit", "fit' there, .*Calls"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -417,7 +420,7 @@ def test_another_configuration_is_refused_by_the_field_that_differs(
 ) -> None:
     same = {"score_epochs": 2, "train_epochs": 2, "finetune_epochs": 1}
     found = grid(drop_hot(**same), seeds=[0]).run(tmp_path)
-    with pytest.raises(ValueError, match=f"Found another `{field}` in .*{values}.*another folder"):
+    with pytest.raises(ValueError, match=f"another `{field}` in .*{values}.*another folder"):
         grid(drop_hot(**(same | changes)), seeds=[0]).run(tmp_path)
     with pytest.raises(ValueError, match=f"another `{field}`"):
         grid(drop_hot(**(same | changes)), seeds=[0]).plan(tmp_path)
@@ -472,5 +475,5 @@ def test_each_mode_is_held_against_each_ratio_before_any_work() -> None:
     ],
 )
 def test_one_mode_under_two_names_is_refused(modes: list[Any]) -> None:
-    with pytest.raises(ValueError, match="`modes` should hold each value once"):
+    with pytest.raises(ValueError, match="`modes` .* twice"):
         grid(modes=modes)

@@ -178,11 +178,11 @@ class Watching:
         self.finished: list[str] = []
         self.most = 0
 
-    def submit(self, function: Any, pipeline: Any, store: Any, stage: Any, *others: Any) -> Any:
-        need = stage.needs(pipeline)
-        assert need is None or store.load(need.name) is not None, f"{stage.name} came too early"
+    def submit(self, function: Any, job: Any, stage: Any) -> Any:
+        need = stage.needs
+        assert need is None or job.store.load(need.name) is not None, f"{stage.name} came too early"
         assert stage.name not in self.futures, f"{stage.name} came twice"
-        future = self.executor.submit(function, pipeline, store, stage, *others)
+        future = self.executor.submit(function, job, stage)
         self.futures[stage.name] = future
         future.add_done_callback(lambda _: self.finished.append(stage.name))
         # The class's own `done`: that of Late computes.

@@ -27,9 +27,12 @@ from drophot import (
     training,
 )
 from drophot.grid.stages import Stage
-from drophot.modes import DYNAMIC, OF_FEATURES, name
 from drophot.pipeline import selection_steps
+from drophot.settings import SAMPLING_MODES, FeatureMode
+from drophot.settings import name_of as name
 from drophot.tracking.dynamics import Statistic
+
+FEATURE_MODES = get_args(FeatureMode)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 
@@ -41,7 +44,7 @@ STRATEGIES = [
     Scored("forgetting", "low", balanced=True),
 ]
 BY_CLASS = Scored(mode="random", balanced=True)
-MODES = ["high", "low", "random", BY_CLASS, *OF_FEATURES, *DYNAMIC, *STRATEGIES]
+MODES = ["high", "low", "random", BY_CLASS, *FEATURE_MODES, *SAMPLING_MODES, *STRATEGIES]
 each = pytest.mark.parametrize("mode", MODES, ids=name)
 
 
@@ -52,9 +55,9 @@ def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     assert (record.mode, record.kept, record.keep_ratio) == (name(mode), 60, 0.5)
     assert record.trained_accuracy > 0.3
     assert record.sparsity == pytest.approx(0.6, abs=0.02)
-    assert len(run.indices) == (120 if mode in DYNAMIC else 60)
+    assert len(run.indices) == (120 if mode in SAMPLING_MODES else 60)
     assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
-    assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *DYNAMIC))
+    assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *SAMPLING_MODES))
     json.dumps(run.configuration)
 
 
@@ -109,7 +112,7 @@ def test_stratified_is_handed_on() -> None:
     assert torch.equal(run.select(), select(scores, 0.5, mode))
 
 
-@pytest.mark.parametrize("mode", OF_FEATURES)
+@pytest.mark.parametrize("mode", FEATURE_MODES)
 def test_features_are_those_of_step_1s_network_class_by_class(mode: Any) -> None:
     run = drop_hot(mode=mode)
     with pytest.raises(RuntimeError, match="needs a trained scoring network: call `run.score"):
@@ -131,7 +134,7 @@ class Steps(Adam):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("mode", ["random", *DYNAMIC])
+@pytest.mark.parametrize("mode", ["random", *SAMPLING_MODES])
 @pytest.mark.parametrize("equal_steps", [False, True])
 def test_a_mode_that_chooses_while_it_trains_costs_what_a_coreset_costs(
     mode: Any, equal_steps: bool
@@ -198,21 +201,21 @@ def test_crest_gives_its_own_weighted_batches(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_does_not_go_together_is_named() -> None:
-    with pytest.raises(ValueError, match="one of 'high', 'low', 'random', 'k_center'.*'medium'"):
+    with pytest.raises(ValueError, match="`mode` .*high.*k_center.*'medium'"):
         drop_hot(mode="medium")
-    with pytest.raises(ValueError, match="`mode` should be one of"):
+    with pytest.raises(ValueError, match="`mode` .*<function select"):
         drop_hot(mode=select)
-    with pytest.raises(ValueError, match="at most 1. Found cutoff=0.6 and ratio=0.5"):
+    with pytest.raises(ValueError, match="cutoff=0.6 and ratio=0.5"):
         drop_hot(mode=Stratified(cutoff=0.6))
-    with pytest.raises(ValueError, match="Found cutoff=0.6 and ratio=0.5"):
+    with pytest.raises(ValueError, match="cutoff=0.6 and ratio=0.5"):
         drop_hot(mode=Scored("aum", Stratified(cutoff=0.6)))
-    with pytest.raises(ValueError, match="\"released\"` should choose .* Found 'k_center'"):
+    with pytest.raises(ValueError, match="released.*mode='k_center'"):
         drop_hot(mode="k_center", protocol="released")
-    with pytest.raises(ValueError, match="Found 'el2n-high'"):
+    with pytest.raises(ValueError, match="released.*mode='el2n-high'"):
         drop_hot(mode=Scored("el2n"), protocol="released")
-    with pytest.raises(ValueError, match="`statistic` should be one of .* Found 'el3n'"):
+    with pytest.raises(ValueError, match="`statistic` .*'el3n'"):
         Scored("el3n")
-    with pytest.raises(ValueError, match="`mode` should be"):
+    with pytest.raises(ValueError, match="`mode` .*middle"):
         Scored("el2n", "middle")
 
 
@@ -254,7 +257,7 @@ def own_fit(
 def test_a_users_own_loop_trains_in_every_mode_as_drophots_own(
     mode: Any, equal_steps: bool
 ) -> None:
-    def weights(**fit: Any) -> list[Tensor]:
+    def weights(**fit: Any) -> list[Any]:
         adam = partial(Adam, lr=0.02, fused=True)
         run = drop_hot(
             mode=mode,
@@ -279,7 +282,7 @@ def by_data_loader(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> 
     fit(model, DataLoader(dataset, 16, shuffle=True), epochs, **rest)
 
 
-@pytest.mark.parametrize("mode", DYNAMIC)
+@pytest.mark.parametrize("mode", SAMPLING_MODES)
 @pytest.mark.parametrize("wrong", [by_position, by_data_loader])
 def test_a_loop_that_takes_a_loader_for_a_dataset_is_told(mode: Any, wrong: Any) -> None:
     run = drop_hot(mode=mode, fit=wrong)
@@ -300,7 +303,7 @@ def test_a_loop_that_reports_no_losses_is_refused_where_these_choose() -> None:
 
 def test_options_of_fit_go_with_every_mode_by_partial() -> None:
     loss = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-    for mode in ("high", *DYNAMIC):
+    for mode in ("high", *SAMPLING_MODES):
         found = drop_hot(mode=mode, fit=partial(fit, loss=loss)).run()
         assert found.trained_accuracy > 0.3
         assert found != drop_hot(mode=mode).run()
@@ -314,7 +317,7 @@ def test_a_mode_has_a_name_that_a_file_can_have(mode: Any) -> None:
     assert len({name(mode) for mode in MODES}) == len(MODES)
 
 
-@pytest.mark.parametrize("mode", DYNAMIC)
+@pytest.mark.parametrize("mode", SAMPLING_MODES)
 def test_everything_is_the_baseline_for_what_chooses_while_it_trains_too(mode: Any) -> None:
     found = drop_hot(mode=mode, data_ratio=1.0).run()
     plain = drop_hot(mode="random", data_ratio=1.0).run()
@@ -360,9 +363,9 @@ def test_a_grid_whose_scoring_is_no_baseline_has_its_network_for_the_features(
 
 def test_what_chooses_while_it_trains_waits_for_nothing() -> None:
     pipeline = drop_hot()
-    for mode in ("random", BY_CLASS, *DYNAMIC):
+    for mode in ("random", BY_CLASS, *SAMPLING_MODES):
         assert Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline) is None
-    for mode in ("high", *OF_FEATURES, *STRATEGIES):
+    for mode in ("high", *FEATURE_MODES, *STRATEGIES):
         need = Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline)
         assert need == Stage(kind="score", seed=0)
 
@@ -405,6 +408,6 @@ def test_data_that_is_not_in_memory_can_be_balanced_and_covered() -> None:
     for mode in (Scored("loss", balanced=True), "k_center", "crest", "loss_sampling"):
         run = drop_hot(mode=mode, train_set=Lazy(), score_epochs=1)
         run.run()
-        if mode not in DYNAMIC:
+        if mode not in SAMPLING_MODES:
             counts = TARGETS[run.indices].bincount()
             assert (counts - TARGETS.bincount() / 2).abs().max() < 1

@@ -314,7 +314,7 @@ def test_a_loop_that_does_not_call_back_is_found_out_as_soon_as_it_shows(
     settings: dict[str, Any], lacks: list[str], epochs: int
 ) -> None:
     odd = Odd(*lacks)
-    with pytest.raises(RuntimeError, match="`fit` should call"):
+    with pytest.raises(RuntimeError, match="`fit` .*call"):
         drop_hot(fit=odd, **settings).run()
     assert odd.epochs == epochs
 
@@ -376,7 +376,7 @@ class Scaled(nn.Module):
 def test_what_a_later_step_could_not_do_is_refused_before_the_first(
     changes: dict[str, Any], name: str
 ) -> None:
-    with pytest.raises((ValueError, TypeError), match=f"`{name}` should"):
+    with pytest.raises((ValueError, TypeError), match=f"`{name}` "):
         drop_hot(**changes)
 
 
@@ -397,14 +397,14 @@ def test_steps_out_of_order_say_what_is_missing() -> None:
         with pytest.raises(RuntimeError, match=message):
             step()
     run.scores = torch.zeros(7)
-    with pytest.raises(ValueError, match="each training sample, 120. Found 7"):
+    with pytest.raises(ValueError, match="`scores` .*120.* 7"):
         run.select()
 
 
 def test_a_coreset_without_a_class_is_warned_about() -> None:
     run = drop_hot(data_ratio=0.1)
     run.scores = (TRAIN.tensors[1] == 1).long()
-    with pytest.warns(UserWarning, match=r"leave no sample of classes \[0, 2\]"):
+    with pytest.warns(UserWarning, match=r"`data_ratio=0.1`.*`mode='high'`.* \[0, 2\]"):
         run.select()
 
 
@@ -477,71 +477,75 @@ shared = small()
         ({"prune_ratio": 1}, ValueError, "`prune_ratio` .* 1[.] .*0.8"),
         ({"data_ratio": float("nan")}, ValueError, "`data_ratio` .* nan"),
         ({"data_ratio": "a"}, TypeError, "`data_ratio` .* str"),
-        ({"data_ratio": 0.01}, ValueError, r"`data_ratio` .*keeps 1 of 120 .* at least 0\.025"),
+        ({"data_ratio": 0.01}, ValueError, r"`data_ratio` .*0.01.* 1 of 120 .* 0\.025"),
         ({"prune_ratio": 1}, ValueError, r"`prune_ratio` .*\[0, 1\).* 1"),
         ({"prune_ratio": -0.2}, ValueError, "`prune_ratio` .* -0.2"),
-        ({"mode": "hard"}, ValueError, "`mode` .* Found 'hard'"),
-        ({"scope": "all"}, ValueError, "`scope` .* Found 'all'"),
-        ({"forgetting": "epoch"}, ValueError, "`forgetting` .* Found 'epoch'"),
+        ({"mode": "hard"}, ValueError, "`mode` .* 'hard'"),
+        ({"scope": "all"}, ValueError, "`scope` .* 'all'"),
+        ({"forgetting": "epoch"}, ValueError, "`forgetting` .* 'epoch'"),
         ({"score_epochs": 0}, ValueError, "`score_epochs` .*0"),
         ({"train_epochs": -1}, ValueError, "`train_epochs` .*-1"),
         ({"finetune_epochs": 1.5}, TypeError, "`finetune_epochs` .*1.5"),
         ({"batch_size": 0}, ValueError, "`batch_size` .*0"),
         ({"seed": -1}, ValueError, "`seed` .*-1"),
         ({"seed": "x"}, TypeError, "`seed` .*'x'"),
-        ({"model": shared}, TypeError, "`model` should be a factory"),
-        ({"model": 3}, TypeError, "`model` should be a factory"),
-        ({"model": lambda: 3}, TypeError, "`model` should give an nn.Module. Found int"),
+        ({"model": shared}, TypeError, "`model` .*factory"),
+        ({"model": 3}, TypeError, "`model` .*factory"),
+        ({"model": lambda: 3}, TypeError, "`model` .*Module.* int"),
         ({"model": lambda: shared}, ValueError, "the same object twice"),
-        ({"model": fcnet}, ValueError, r"take inputs \(B, 2\).* Found RuntimeError"),
-        ({"model": partial(fcnet, 2, 4, 1)}, ValueError, r"C at least 2. Found \(2, 1\)"),
-        ({"model": partial(small, num_classes=2)}, ValueError, r"\[0, 2\), .* Found 2"),
+        ({"model": fcnet}, ValueError, r"`model` .*\(B, 2\).* RuntimeError"),
+        ({"model": partial(fcnet, 2, 4, 1)}, ValueError, r"`model` .* \(2, 1\)"),
+        ({"model": partial(small, num_classes=2)}, ValueError, r"`t.*_set` .*\[0, 2\), .* 2"),
         ({"optimizer": SGD(shared.parameters(), lr=1)}, TypeError, "`optimizer` .* factory"),
-        ({"optimizer": list}, TypeError, "`optimizer` should give an Optimizer. Found list"),
+        ({"optimizer": list}, TypeError, "`optimizer` .*Optimizer.* list"),
         (
             {"train_set": TensorDataset(torch.zeros(0, 2), torch.zeros(0))},
             ValueError,
             "`train_set`",
         ),
-        ({"test_set": []}, ValueError, "`test_set` must have at least one sample"),
-        ({"train_set": IndexedDataset(TRAIN)}, ValueError, "`train_set` .* Found 3 .* added here"),
-        ({"test_set": IndexedDataset(TEST)}, ValueError, "`test_set` .* Found 3 parts"),
+        ({"test_set": []}, ValueError, "`test_set` "),
+        (
+            {"train_set": IndexedDataset(TRAIN)},
+            ValueError,
+            "`train_set` .* 3 parts.*Indexed",
+        ),
+        ({"test_set": IndexedDataset(TEST)}, ValueError, "`test_set` .* 3 parts"),
         ({"train_set": Stream()}, TypeError, "`train_set` .* without a length"),
-        ({"test_set": [("x", 0)]}, TypeError, r"`test_set` .* Found \(str, int\)"),
+        ({"test_set": [("x", 0)]}, TypeError, r"`test_set` .*\(str, int\)"),
         (
             {"test_set": TensorDataset(torch.zeros(5, 3), torch.zeros(5).long())},
             ValueError,
-            r"`test_set` .* \(2,\) of torch.float32. Found \(3,\)",
+            r"`test_set` .* \(2,\) of torch.float32.* \(3,\)",
         ),
         (
             {"test_set": TensorDataset(torch.zeros(5, 2).byte(), torch.zeros(5).long())},
             ValueError,
-            "torch.uint8; give both the same transform",
+            "`test_set` .*torch.float32.*torch.uint8",
         ),
         (
             {"train_set": TensorDataset(torch.zeros(9, 2), torch.tensor(8 * [0] + [3]))},
             ValueError,
-            r"`train_set` .* \[0, 3\).* Found 3 at position 8",
+            r"`train_set` .* \[0, 3\).* 3 at position 8",
         ),
         (
             {"test_set": TensorDataset(torch.zeros(9, 2), torch.tensor(8 * [0] + [-1]))},
             ValueError,
-            r"`test_set` .* Found -1 at position 8",
+            r"`test_set` .* -1 at position 8",
         ),
         (
             {"train_set": TensorDataset(torch.zeros(9, 2), torch.zeros(9))},
             ValueError,
-            "`train_set` .* Found .* of torch.float32",
+            "`train_set` .* torch.float32",
         ),
         (
             {"model": Normed, "batch_size": 59},
             ValueError,
-            "`batch_size` .* Found 59, and `data_ratio=0.5` keeps 60 samples",
+            "`batch_size` .* 59.* `data_ratio=0.5` keeps 60",
         ),
         (
             {"model": Normed, "batch_size": 17, "data_ratio": 0.9},
             ValueError,
-            "`batch_size` .* Found 17, and `train_set` has 120 samples",
+            "`batch_size` .* 17.* `train_set` has 120",
         ),
     ],
 )

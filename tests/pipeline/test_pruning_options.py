@@ -126,12 +126,15 @@ def test_a_schedule_is_not_captured_in_a_graph(
 
 
 def test_a_loop_that_takes_too_few_steps_is_told() -> None:
-    run = drop_hot(schedule="iterative", mode="random")
+    def idle(model, dataset, epochs, **how) -> None:
+        for epoch in range(epochs):
+            how["on_epoch"](epoch)
+
+    run = drop_hot(schedule="iterative", mode="random", fit=idle)
     run.select()
     run.train()
     run.prune()
-    run.fit = lambda model, dataset, epochs, **rest: [rest["on_epoch"](e) for e in range(epochs)]
-    with pytest.raises(RuntimeError, match="`fit` should step the optimiser .* Found 0 steps"):
+    with pytest.raises(RuntimeError, match="`fit` .*step.* 0 steps"):
         run.finetune()
 
 
@@ -222,23 +225,23 @@ def test_structured_is_a_smaller_network_that_is_trained_on() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "slow"}, "`schedule` should be .one-shot., .gradual. or .iterative."),
-        ({"rewind": True, "reinitialize": True}, "`rewind` should not be given with reinit"),
-        ({"rewind": True, "schedule": "gradual"}, "`rewind` should not be given with a schedule"),
-        ({"reinitialize": True, "schedule": "gradual"}, "`reinitialize` should not be given with"),
-        ({"structured": True, "schedule": "iterative"}, "`structured` should not be given with a"),
-        ({"structured": True, "rewind": True}, "`structured` should not be given with other weig"),
-        ({"structured": True, "scope": "global"}, "`structured` should not be given with another"),
+        ({"schedule": "slow"}, "`schedule` .*one-shot.*gradual.*iterative.*'slow'"),
+        ({"rewind": True, "reinitialize": True}, "`rewind.*reinitialize"),
+        ({"rewind": True, "schedule": "gradual"}, "`rewind.*schedule='gradual'"),
+        ({"reinitialize": True, "schedule": "gradual"}, "`reinitialize.*schedule='gradual'"),
+        ({"structured": True, "schedule": "iterative"}, "`structured.*schedule='iterative'"),
+        ({"structured": True, "rewind": True}, "`structured.*rewind"),
+        ({"structured": True, "scope": "global"}, "`structured.*scope='global'"),
         (
             {"protocol": "released", "schedule": "gradual"},
-            "`protocol=.released.` cannot be",
+            "`protocol=.released.`.*schedule='gradual'",
         ),
-        ({"protocol": "released", "structured": True}, "`protocol=.released.` cannot be"),
-        ({"schedule": "iterative", "finetune_epochs": 0}, "`prunings` should be at most the steps"),
+        ({"protocol": "released", "structured": True}, "`protocol=.released.`.*structured=True"),
+        ({"schedule": "iterative", "finetune_epochs": 0}, "`prunings` .* 0, got 5"),
         ({"schedule": "iterative", "prunings": 0}, "`prunings` .*0"),
-        ({"recalibrate_bn": True}, "`recalibrate_bn` needs a model with BatchNorm"),
-        ({"scope": "all"}, "`scope` should be one of"),
-        ({"structured": True, "prune_ratio": 0.01}, "`ratio` should remove at least one channel"),
+        ({"recalibrate_bn": True}, "`recalibrate_bn` .*BatchNorm.*Sequential"),
+        ({"scope": "all"}, "`scope` .*'all'"),
+        ({"structured": True, "prune_ratio": 0.01}, "`ratio` .*0.01"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_any_work(settings: dict, message: str) -> None:
@@ -265,14 +268,14 @@ def test_a_loop_too_slow_for_the_schedule_is_found_out_after_an_epoch(schedule: 
     run.train()
     run.prune()
     epochs.clear()
-    with pytest.raises(RuntimeError, match=r"`fit` should step .* Found 1 steps in 1 of 4 epochs"):
+    with pytest.raises(RuntimeError, match=r"`fit` .* 1 steps in 1 of 4 epochs"):
         run.finetune()
     assert epochs == [0]
 
 
 @pytest.mark.parametrize("name", ["rewind", "recalibrate_bn", "structured"])
 def test_flags_are_flags(name: str) -> None:
-    with pytest.raises(TypeError, match=f"`{name}` should be True or False. Found 1"):
+    with pytest.raises(TypeError, match=f"`{name}` .*True or False.* 1"):
         drop_hot(**{name: 1})
 
 
@@ -387,7 +390,7 @@ def test_a_scripted_model_is_refused() -> None:
 
 def test_the_cure_for_a_parametrized_layer_names_it_only_if_it_has_a_name() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="`weight` computed") as caught:
+    with pytest.raises(ValueError, match="`weight`.* computed") as caught:
         magnitude_prune(layer, 0.5)
     assert "skip" not in str(caught.value)
     with pytest.raises(ValueError, match=r"skip=\('1',\)"):

@@ -222,9 +222,9 @@ def test_the_controls_go_with_it() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"protocol": "authors"}, '`protocol` should be "paper" or "released". Found \'authors\''),
-        ({"protocol": "released", "forgetting": "toneva"}, "cannot be combined.*'toneva'"),
-        ({"protocol": "released", "scope": "global"}, "cannot be combined.*scope='global'"),
+        ({"protocol": "authors"}, "`protocol` .*paper.*released.*'authors'"),
+        ({"protocol": "released", "forgetting": "toneva"}, "released.*forgetting='toneva'"),
+        ({"protocol": "released", "scope": "global"}, "released.*scope='global'"),
     ],
     ids=str,
 )
@@ -239,7 +239,7 @@ def test_a_loop_that_does_not_call_back_is_refused() -> None:
     def silent(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> None:
         pass
 
-    with pytest.raises(RuntimeError, match="on_epoch after every epoch, 6 times. Found 0"):
+    with pytest.raises(RuntimeError, match="`fit` .*`on_epoch`.* 6 times.* 0 calls"):
         drop_hot(protocol="released", fit=silent).score()
 
 
@@ -247,8 +247,8 @@ def test_a_loop_that_does_not_call_back_is_refused() -> None:
     ("scores", "ratio", "mode", "words"),
     [
         (torch.zeros(4), 7, "high", "`ratio`"),
-        (torch.zeros(4), 0.5, "random", '`mode` should be "high" or "low". Found \'random\''),
-        (torch.zeros(4), 0.5, "Low", "Found 'Low'"),
+        (torch.zeros(4), 0.5, "random", "`mode` .*'random'"),
+        (torch.zeros(4), 0.5, "Low", "`mode` .*'Low'"),
         (torch.tensor([0.0, float("nan")]), 0.5, "low", "NaN"),
         (torch.zeros(4, 2), 0.5, "low", "`scores`"),
     ],

@@ -87,7 +87,7 @@ def test_runs_that_differ_in_a_setting_are_rows_with_a_column_that_says_so(
     assert len({line["cell"] for line in lines}) == 2
     for plot in (plot_steps, plot_curves):
         assert len(set(labels(plot(runs)))) == 2
-    with pytest.raises(ValueError, match="should have one"):
+    with pytest.raises(ValueError, match="`records`"):
         plot_ratios(runs)
     if heading in ("score_epochs", "network"):
         page = html(runs, tmp_path / "page.html").read_text(encoding="utf-8")

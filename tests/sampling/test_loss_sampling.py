@@ -184,7 +184,7 @@ def test_a_loader_of_other_things_is_named(batch: Any, found: str) -> None:
 
 @pytest.mark.parametrize("kind", [FreshSubset, LossSampling])
 def test_wrong_input_is_named(kind: Any) -> None:
-    with pytest.raises(ValueError, match="`ratio` should be the share"):
+    with pytest.raises(ValueError, match="`ratio` .* 0"):
         kind(10, 0)
     with pytest.raises(ValueError, match="`num_samples` .*0"):
         kind(0, 0.5)
@@ -195,13 +195,13 @@ def test_wrong_input_is_named(kind: Any) -> None:
 
 
 def test_wrong_shapes_are_named() -> None:
-    with pytest.raises(ValueError, match=r'shape \(2,\). Found \(\); compute .* reduction="none"'):
+    with pytest.raises(ValueError, match=r"`losses`.*\(2,\).* \(\)"):
         LossSampling(4, 0.5).loss(torch.tensor([0, 1]), torch.tensor(1.0))
 
 
 def test_losses_without_the_sampler_are_refused_since_all_weights_would_be_0() -> None:
     sampling = LossSampling(4, 0.5)
-    with pytest.raises(RuntimeError, match="needs an epoch of .*sampler=sampling.sampler"):
+    with pytest.raises(RuntimeError, match="`loss` .*sampler"):
         sampling.loss(torch.tensor([0, 1]), torch.tensor([1.0, 2.0]))
 
 
@@ -222,7 +222,7 @@ def test_a_position_out_of_range_is_named_and_changes_nothing(index: list[int]) 
         lambda: sampling.loss(torch.tensor(index), torch.full((len(index),), 7.0)),
         lambda: sampling.weights(torch.tensor(index)),
     ):
-        with pytest.raises(ValueError, match=rf"`index` .*\[0, 10\)\. Found {found}"):
+        with pytest.raises(ValueError, match=rf"`index` .*\[0, 10\).* {found}"):
             do()
     assert (sampling.losses == 1).all()
 
@@ -242,7 +242,7 @@ def test_where_looking_means_waiting_the_next_epoch_names_it(
             assert sampling.losses[[1, 3]].tolist() == [1, 1]
         else:
             assert sampling.weights(torch.tensor([-4, 0])).isnan().tolist() == [True, False]
-    with pytest.raises(ValueError, match=f"`index` .* Found {12 if use == 'update' else -4}"):
+    with pytest.raises(ValueError, match=f"`index` .* {12 if use == 'update' else -4}"):
         sampling.begin()
 
 
@@ -256,9 +256,9 @@ def test_where_looking_means_waiting_the_next_epoch_names_it(
 )
 def test_positions_that_are_none_are_named(index: Any, found: str) -> None:
     sampling = LossSampling(2, 0.5)
-    with pytest.raises(TypeError, match=f"`index` .*Found {found}"):
+    with pytest.raises(TypeError, match=f"`index` .*{found}"):
         sampling.update(index, torch.ones(2))
-    with pytest.raises(TypeError, match=f"`index` .*Found {found}"):
+    with pytest.raises(TypeError, match=f"`index` .*{found}"):
         sampling.weights(index)
 
 

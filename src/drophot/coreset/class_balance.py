@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot._core.arrays import IntArray, as_integers
 from drophot._core.seeded_draw import splitmix64
+
+# Of scores (N,), a size, a seed and the samples' positions: the positions drawn, in any order.
+Draw = Callable[[Tensor, int, int, IntArray | None], IntArray]
 
 
 def check_targets(targets: Tensor | ArrayLike, length: int) -> IntArray:
@@ -53,3 +57,37 @@ def random_proportional_sizes(
     found, remainders = np.divmod(counts * size, total)
     reached = np.cumsum(remainders) + int(generator.integers(total))
     return found + reached // total - (reached - remainders) // total
+
+
+def draw_balanced(
+    draw: Draw,
+    scores: Tensor,
+    size: int,
+    seed: int,
+    classes: IntArray | None,
+    positions: IntArray | None = None,
+) -> Tensor:
+    """Draw `size` samples, within each class its proportional share if `classes` are given.
+
+    Args:
+        draw: Draws from all samples, or from those of one class.
+        scores: Shape `(N,)`.
+        size: How many to draw.
+        seed: Passed to `draw`; breaks ties among the shares.
+        classes: Shape `(N,)`.
+        positions: The samples' positions in the whole dataset, by default `0 … N - 1`.
+
+    Returns:
+        The drawn positions in the whole dataset, int64, ascending, on the CPU.
+    """
+    if classes is None:
+        return torch.from_numpy(np.sort(draw(scores, size, seed, positions)))
+    found = []
+    members = class_members(classes)
+    sizes = proportional_sizes(map(len, members), size, seed).tolist()
+    for group, share in zip(members, sizes, strict=True):
+        if share:
+            own = scores[torch.from_numpy(group).to(scores.device)]
+            places = group if positions is None else positions[group]
+            found.append(draw(own, share, seed, places))
+    return torch.from_numpy(np.sort(np.concatenate(found)))

@@ -1,9 +1,9 @@
-"""Coverage-centric selection: a little of every difficulty."""
+"""Coverage-centric selection: samples from the whole range of difficulty."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -13,39 +13,45 @@ from drophot._core import scalars
 from drophot._core.arrays import IntArray
 from drophot._core.ratios import num_removed
 from drophot._core.seeded_draw import splitmix64
+from drophot.coreset.score_ranking import End, draw_by_score, select_by_score
+from drophot.coreset.selectors import Evidence, check_evidence
 
-_MOST_BINS = 1 << 30
-_STREAM = 2  # which of a bin are taken has nothing to do with how ties fall, nor with "random"
+_MAX_BINS = 1 << 30
+_STREAM = 2  # draws within bins are independent of tie-breaking and of "random"
 
 
 @dataclass(frozen=True, slots=True)
 class Stratified:
-    """Keep a little of every difficulty, not one end: coverage-centric selection (CCS).
+    """Keep samples of all difficulties instead of one end: coverage-centric selection (CCS).
 
-    The `cutoff * N` hardest samples are left out. The range of the other scores is split into
-    `bins` of equal width, and these are visited from the one with the fewest samples to the one
-    with the most: each gives what the budget that is left, divided by the bins that are left,
-    allows, or all that it has, at random. So rare difficulties are kept whole and common ones are
-    thinned out. What is kept is exactly `K`, whatever the scores.
+    The `cutoff * N` hardest samples are left out. The range of the remaining scores is divided into
+    `bins` bins of equal width, which are visited from the least to the most populated. From each
+    bin, as many samples are drawn at random as the remaining budget divided by the number of
+    remaining bins allows, or all of them if there are fewer. Rare difficulties are therefore kept
+    completely and frequent ones are thinned out. The number of kept samples is exactly `K`.
 
-    With `targets` all of this happens within each class.
+    With `targets`, all of this is done within each class.
 
     References:
         Zheng, Liu, Lai and Prakash, Coverage-centric Coreset Selection for High Pruning Rates,
         ICLR 2023, https://openreview.net/forum?id=QwKvL6wC8Yi, algorithm 1.
 
     Args:
-        bins: Into how many bins the range of the scores is split.
-        cutoff: The share of the **full** set that is left out as too hard, in [0, 1); together
-            with the share kept at most 1. What is good depends on the share kept and on how many
-            labels are wrong (Zheng et al.: 0 at 70 % of CIFAR-10 kept, 0.3 at 10 %). Choose it on
-            a validation set; chosen on test data it is an unfair advantage.
-        hard: Which scores are the hard ones: `"high"` for forgetting, EL2N and loss, `"low"` for
-            AUM and confidence.
+        bins: The number of bins.
+        cutoff: The fraction of **all** samples that is left out as too hard, in [0, 1). Together
+            with the ratio it must be at most 1. The best value depends on the ratio and on the
+            fraction of wrong labels (Zheng et al. use 0 for keeping 70 % of CIFAR-10, 0.3 for
+            10 %). Choose it on a validation set; choosing it on the test set is an unfair
+            advantage.
+        hard: Which scores are hard: `"high"` for forgetting, EL2N and loss, `"low"` for AUM and
+            confidence.
+        balanced: Each class keeps its share. :func:`drophot.select` does this whenever it is given
+            `targets`.
 
     Raises:
         TypeError: If `bins` is not an integer or `cutoff` not a number.
-        ValueError: If `bins` is below 1, `cutoff` not in [0, 1) or `hard` another word.
+        ValueError: If `bins` is less than 1, `cutoff` is not in [0, 1) or `hard` is not a valid
+            value.
 
     Example:
         >>> from drophot import select
@@ -55,99 +61,132 @@ class Stratified:
 
     bins: int = 50
     cutoff: float = 0.0
-    hard: Literal["high", "low"] = "high"
+    hard: End = "high"
+    balanced: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bins", scalars.integer("bins", self.bins, least=1))
         cutoff = scalars.real("cutoff", self.cutoff, "a number in [0, 1)")
         object.__setattr__(self, "cutoff", cutoff)
-        if self.bins > _MOST_BINS:
+        if self.bins > _MAX_BINS:
             raise ValueError(
-                f"`bins` should be at most {_MOST_BINS:,}. Found {self.bins:,}; that many leave "
-                f"each score a bin to itself, which a few thousand do too."
+                f"`bins` must be at most {_MAX_BINS:,}, got {self.bins:,}. A few thousand bins "
+                f"separate the scores just as well."
             )
         if not 0 <= self.cutoff < 1:
             raise ValueError(
-                f"`cutoff` should be the share of the full set left out, in [0, 1). Found "
-                f"{self.cutoff:g}; to leave out 10 % give 0.1."
+                f"`cutoff` must be in [0, 1), got {self.cutoff:g}. To leave out 10 %, pass 0.1."
             )
         if self.hard not in ("high", "low"):
-            raise ValueError(
-                f'`hard` should be "high" or "low": which scores are the hard ones. Found '
-                f"{self.hard!r}."
-            )
+            raise ValueError(f'`hard` must be "high" or "low", got {self.hard!r}.')
+
+    @property
+    def name(self) -> str:
+        """The name in records: the settings that differ from the defaults."""
+        parts = ["stratified"]
+        parts += [f"bins{self.bins}"] * (self.bins != 50)
+        parts += [f"cutoff{self.cutoff}"] * (self.cutoff != 0)
+        parts += [self.hard] * (self.hard != "high")
+        return "-".join([*parts, *["balanced"] * self.balanced])
+
+    @property
+    def needs(self) -> Collection[str]:
+        """The scores, and with `balanced` the targets."""
+        return ("scores", "targets") if self.balanced else ("scores",)
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        """Select a fraction of the samples: see :class:`drophot.coreset.Selector`.
+
+        Args:
+            ratio: The fraction kept, in (0, 1].
+            evidence: With `scores`, and with `targets` if `balanced`.
+            seed: Determines every random choice.
+
+        Returns:
+            The indices of the kept samples, int64, ascending, shape `(K,)`.
+
+        Raises:
+            ValueError: If the evidence lacks something, `cutoff` and `ratio` are together more than
+                1, or a score is not finite.
+        """
+        check_evidence(self, evidence)
+        self.check(ratio)
+        assert evidence.scores is not None
+        targets = evidence.targets if self.balanced else None
+        return select_by_score(self.draw, evidence.scores, ratio, targets=targets, seed=seed)
 
     def check(self, ratio: float) -> None:
-        """Refuse a share kept that the cutoff leaves no room for.
+        """Refuse a ratio that is larger than the share that the cutoff leaves.
 
         Args:
             ratio: The share kept.
 
         Raises:
-            ValueError: If both are more than everything.
+            ValueError: If the ratio and the cutoff sum to more than 1.
         """
         if ratio + self.cutoff > 1 + 1e-9:
             raise ValueError(
-                f"`cutoff` should leave what is to be kept: together with the ratio at most 1. "
-                f"Found cutoff={self.cutoff} and ratio={ratio}; lower one of them."
+                f"`cutoff` and the ratio must sum to at most 1, got cutoff={self.cutoff} and "
+                f"ratio={ratio}. Lower one of them."
             )
 
-    def remaining(self, total: int, size: int) -> int:
-        """How many samples the cutoff leaves.
+    def draw(
+        self, scores: Tensor, size: int, seed: int, positions: IntArray | None = None
+    ) -> IntArray:
+        """Draw samples from the strata.
 
         Args:
-            total: How many there are.
-            size: How many are to be kept.
+            scores: Shape `(N,)`.
+            size: The number of samples to draw.
+            seed: Breaks ties.
+            positions: The positions of these samples in the dataset; `None` means 0 to `N - 1`.
 
         Returns:
-            Their number, at least `size`.
+            The positions of the samples drawn, in no particular order.
         """
-        return max(size, total - num_removed(total, self.cutoff))
+        total = len(scores)
+        positions = np.arange(total) if positions is None else positions
+        remaining = max(size, total - num_removed(total, self.cutoff))
+        easier = "low" if self.hard == "high" else "high"
+        left = np.sort(draw_by_score(scores, remaining, easier, seed, positions))
+        inside = torch.from_numpy(np.searchsorted(positions, left))
+        return self._draw_from_bins(scores[inside], left, size, seed)
 
-    def draw(self, scores: Tensor, positions: IntArray, size: int, seed: int) -> IntArray:
-        """Keep `size` of the samples that the cutoff has left.
-
-        Args:
-            scores: Finite numbers, one for each.
-            positions: Where they stand among all samples.
-            size: How many to keep.
-            seed: Draws.
-
-        Returns:
-            The positions kept, unordered.
-        """
-        sizes, place = self._bins(scores)
+    def _draw_from_bins(
+        self, scores: Tensor, positions: IntArray, size: int, seed: int
+    ) -> IntArray:
+        sizes, bins = self._bins(scores)
         budget, order = size, np.argsort(sizes, kind="stable")
         quotas = np.empty_like(sizes)
         for left, number in zip(range(len(sizes), 0, -1), order.tolist(), strict=True):
             quotas[number] = quota = min(int(sizes[number]), budget // left)
             budget -= quota
-        # Bin by bin, and in each by hash: the first ones of a bin are those that it gives.
-        keys = splitmix64(positions, seed, _STREAM)
-        order = np.argsort(keys)
-        order = order[np.argsort(place[order], kind="stable")]
+        # Sorted by bin and then by hash; the first samples of each bin are kept.
+        hashes = splitmix64(positions, seed, _STREAM)
+        order = np.argsort(hashes)
+        order = order[np.argsort(bins[order], kind="stable")]
         rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return positions[order[rank < np.repeat(quotas, sizes)]]
 
     def _bins(self, scores: Tensor) -> tuple[IntArray, IntArray]:
-        """How many samples each bin that has any holds, and in which of these each sample is."""
-        values = scores.double().cpu()  # so that no range overflows, and integers keep their order
+        """The sizes of the bins that are not empty, and in which of these each sample is."""
+        values = scores.double().cpu()  # so that no range overflows and integers keep their order
         low, high = values.amin(), values.amax()
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(
-                "`scores` should be finite to be split into bins. Found an infinite one; drop "
-                'those samples first, or take mode="high" or "low".'
+                "`scores` must be finite to be divided into bins, got an infinite score. Remove "
+                'those samples first, or use mode="high" or "low".'
             )
-        # Halves, as the distance of two large numbers may be none.
+        # Halved, because the difference of two large numbers may overflow.
         width = (high / 2 - low / 2).clamp_(min=torch.finfo(torch.float64).tiny)
-        # Multiplied first, so that whole numbers fall into the bins that they bound.
-        place = (values / 2 - low / 2) * (self.bins / 2**20) / (width / 2**20)
-        place = place.long().clamp_(0, self.bins - 1).numpy()
-        if self.bins > 2 * len(place) + 1024:
-            _, place, sizes = np.unique(place, return_inverse=True, return_counts=True)
-            return sizes, place
-        sizes = np.bincount(place)
+        # Multiplied before it is divided, so that integer scores on a boundary get the right bin.
+        bins = (values / 2 - low / 2) * (self.bins / 2**20) / (width / 2**20)
+        bins = bins.long().clamp_(0, self.bins - 1).numpy()
+        if self.bins > 2 * len(bins) + 1024:
+            _, bins, sizes = np.unique(bins, return_inverse=True, return_counts=True)
+            return sizes, bins
+        sizes = np.bincount(bins)
         number = np.cumsum(sizes > 0) - 1
         sizes = sizes[sizes > 0]
-        # NumPy sorts numbers of up to 16 bits in linear time.
-        return sizes, number.astype(np.min_scalar_type(len(sizes)))[place]
+        # NumPy sorts integers of up to 16 bits in linear time.
+        return sizes, number.astype(np.min_scalar_type(len(sizes)))[bins]

@@ -1,59 +1,62 @@
-"""What a grid would take: time, disk and memory, from a few measured steps."""
+"""The estimated cost of a grid in time, disk space and memory, from a few measured steps."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch.utils.data import Subset
+from torch import nn
+from torch.utils.data import Dataset, Subset
 
 from drophot._core import random_state
 from drophot._core.ratios import num_kept
-from drophot.grid.stages import Stage, limited_threads
-from drophot.pipeline import fit_checks
-from drophot.pipeline.drophot import DropHot
-from drophot.training import loop
+from drophot.grid.compute import limited_threads
+from drophot.grid.stages import Stage
+from drophot.pipeline.config import RunConfig
+from drophot.pipeline.fit_checks import is_library_fit
+from drophot.training.loop import batches, evaluate, in_memory
 from drophot.training.step_memory import step_memory
 
-# What a process takes before it has done anything: Python with torch; a context on a GPU.
-_PROCESS = (400_000_000, 600_000_000)
+# The memory of an idle process: of Python with torch on the CPU, of a context on a GPU.
+_IDLE_PROCESS = {"cpu": 400_000_000, "cuda": 600_000_000}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What is still to be done of a grid, as `str` shows it."""
+    """The part of a grid that is left to compute, with an estimate of its cost."""
 
     cells: int
-    """All cells of the grid, done or not."""
+    """All cells of the grid, computed or not."""
     scorings: int
-    """Trainings on everything that give scores, still to be done."""
+    """The trainings on all samples that give scores and are left to do."""
     trainings: int
-    """Trainings on a coreset, still to be done, and on everything if no scoring is one."""
+    """The trainings on a coreset that are left to do, and on all samples if no scoring is one."""
     finetunings: int
-    """Cells still to be done."""
+    """The cells that are left to do."""
     epochs: float
-    """Passes over the full training set still to be done."""
+    """The passes over the full training set that are left to do."""
     samples: int
     """The size of the full training set."""
     workers: int
-    """Stages side by side, as far as that is known."""
+    """The number of stages that run side by side, as far as that is known."""
     seconds: float | None
-    """An estimate, from a few measured steps on this machine; `None` with a `fit` of your own,
-    which is not called to measure it."""
+    """An estimate from a few steps measured on this machine; `None` with your own `fit`, which is
+    not called to measure it."""
     bytes: int
-    """An estimate of what the store will hold more than it does."""
+    """An estimate of the bytes that the store will grow by."""
     memory: int
-    """An estimate of the bytes that a worker takes at once."""
+    """An estimate of the bytes of memory that each worker needs."""
 
     @property
     def stages(self) -> int:
-        """All stages still to be done."""
+        """The number of stages that are left to do."""
         return self.scorings + self.trainings + self.finetunings
 
     def __str__(self) -> str:
         if self.seconds is None:
-            duration = "time not known, for `fit` is your own,"
+            duration = "time not known with your own `fit`,"
         elif self.seconds > 90:
             duration = f"about {self.seconds / 60:.0f} min"
         else:
@@ -67,68 +70,71 @@ class Plan:
         )
 
 
-def estimate(
-    pipeline: DropHot, stages: Sequence[Stage], threads: int
-) -> tuple[float | None, int, int]:
-    """What stages cost, from a few measured steps.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What some stages cost."""
 
-    A user's `fit` is never called for it: it may log, write checkpoints or count its calls.
+    seconds: float | None
+    """On one worker, if it is known."""
+    bytes: int
+    """In the store."""
+    memory: int
+    """The bytes that each worker needs, without the data."""
 
-    Args:
-        pipeline: Whose stages they are.
-        stages: Those that are still to be done.
-        threads: Of the CPU for each stage.
 
-    Returns:
-        Seconds on one worker, if they are known; bytes in the store; bytes in memory that each
-        worker takes, without the data.
-    """
+def estimate(config: RunConfig, stages: Sequence[Stage], threads: int) -> Cost:
+    """Estimate the cost of stages, without a call of the user's own `fit`."""
     if not stages:
-        return 0.0, 0, 0
-    run = pipeline
-    total, tests = len(run.train_set), len(run.test_set)  # type: ignore[arg-type]
-    few = Subset(run.train_set, range(min(total, 16 * run.batch_size)))
-    measured = fit_checks.is_library_fit(run.fit)
+        return Cost(seconds=0.0, bytes=0, memory=0)
+    total, tests = config.num_samples, len(config.test_set)  # type: ignore[arg-type]
+    batch_size, device = config.settings.batch_size, config.device
+    few = Subset(config.train_set, range(min(total, 16 * batch_size)))
+    # A user's `fit` may log, write checkpoints or count its calls.
+    is_measured = is_library_fit(config.fit)
     training_pass = evaluating = 0.0
-    with limited_threads(threads), random_state.preserved_rng(run.device, seed=0):
-        model = run.factory().to(run.device)
-        first = next(loop.batches(loop.in_memory(few, run.device), run.batch_size, run.device))
-        needed = _PROCESS[run.device.type == "cuda"] + step_memory(model, *first[:2])
-        if measured:
-            optimizer = run.optimizer(model.parameters())
-
-            def train() -> None:
-                run.fit(
-                    model,
-                    few,
-                    1,
-                    optimizer=optimizer,
-                    batch_size=run.batch_size,
-                    seed=0,
-                    on_batch=None,
-                    on_epoch=None,
-                )
-
-            training_pass = _seconds(train) / len(few) * total
-            evaluating = _seconds(lambda: loop.evaluate(model, few)) / len(few)
+    with limited_threads(threads), random_state.preserved_rng(device, seed=0):
+        model = config.factory().to(device)
+        inputs, targets, *_ = next(batches(in_memory(few, device), batch_size, device))
+        needed = _IDLE_PROCESS["cuda" if device.type == "cuda" else "cpu"]
+        needed += step_memory(model, inputs, targets)
+        if is_measured:
+            training_pass = _training_seconds(config, model, few) / len(few) * total
+            evaluating = _seconds(lambda: evaluate(model, few)) / len(few)
     seconds, size = 0.0, 0
     state = sum(getattr(value, "nbytes", 0) for value in model.state_dict().values())
     for stage in stages:
-        epochs = stage.epochs(run)
-        seconds += epochs * training_pass
+        seconds += stage.epochs * training_pass
         if stage.kind == "finetune":
-            seconds += epochs * tests * evaluating
+            seconds += stage.epochs * tests * evaluating
             size += 1000
         elif stage.kind == "train":
-            size += state + 8 * num_kept(total, stage.data_ratio)
+            size += state + 8 * num_kept(total, stage.settings.data_ratio)
         else:
-            seconds += epochs * total * evaluating
+            seconds += stage.epochs * total * evaluating
             size += 28 * total + state
-    return seconds if measured else None, size, needed
+    return Cost(seconds=seconds if is_measured else None, bytes=size, memory=needed)
+
+
+def _training_seconds(config: RunConfig, model: nn.Module, samples: Dataset[Any]) -> float:
+    optimizer = config.optimizer(model.parameters())
+
+    def train() -> None:
+        config.fit(
+            model,
+            samples,
+            1,
+            optimizer=optimizer,
+            batch_size=config.settings.batch_size,
+            seed=0,
+            on_batch=None,
+            on_epoch=None,
+        )
+
+    return _seconds(train)
 
 
 def _seconds(do: Callable[[], object]) -> float:
-    """How long something takes, once it is warm."""
+    """How long a call takes after a first one."""
     do()
     times = 0
     start = time.perf_counter()

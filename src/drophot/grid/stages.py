@@ -1,275 +1,120 @@
-"""The stages of a grid, as a worker computes them: score, train, finetune."""
+"""The stages of a grid: what is computed once, and which stage it continues from."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from math import nan
-from pathlib import Path
-from threading import Lock
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor, nn
-from torch.utils.data import TensorDataset
-
-from drophot._core import random_state
-from drophot.grid.store import Store
-from drophot.grid.untracked_state import put_back, remainder
 from drophot.pipeline import modes
-from drophot.pipeline.drophot import DropHot
-from drophot.pipeline.provenance.torch_settings import surrounded
-from drophot.records import Record, from_line, to_line
-from drophot.settings import name_of
-from drophot.tracking.dynamics import Statistic
-from drophot.training import loop
+from drophot.pipeline.released_protocol import protocol_of
+from drophot.settings import Settings, StageName, file_part, varying
+from drophot.tracking.statistics import Score
 
-# Random state and the number of threads are a process's own: its stages go one after the other.
-_one_at_a_time = Lock()
+Cell = Mapping[str, object]
+"""The settings of a cell in which it may differ from the others, by name."""
+
+BASELINE: Cell = {"mode": "baseline", "data_ratio": 1.0}
+"""What a cell that keeps all samples has in place of a mode and a ratio."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What is computed once, and what it needs.
+    """A scoring, training or fine-tuning that all cells with the same settings up to it share.
 
-    Cells that share it share these values; those that it does not depend on are left out.
+    Stages are equal if their names are.
     """
 
-    kind: Literal["score", "train", "finetune"]
-    seed: int
-    mode: Any = "baseline"
-    data_ratio: float = 1.0
-    equal_steps: bool = False
-    prune_ratio: float = 0.0
-    reinitialize: bool = False
-    rewind: bool = False
-    recalibrate_bn: bool = False
-    schedule: str = "one-shot"
+    name: str
+    """The stage's file in a store."""
+    kind: StageName = field(compare=False)
+    settings: Settings = field(compare=False)
+    """The settings of the run that computes the stage."""
+    needs: Stage | None = field(compare=False, repr=False)
+    """The stage whose result this one continues from."""
+    scores: Sequence[Score] = field(default=(), compare=False, repr=False)
+    """The user's own scores that a scoring follows."""
 
     @property
-    def name(self) -> str:
-        """The stage's file."""
-        parts = [self.kind, f"seed{self.seed}"]
-        if self.kind != "score":
-            parts += [
-                name_of(self.mode),
-                f"keep{self.data_ratio}",
-                *["equal"] * self.equal_steps,
-            ]
-        if self.kind == "finetune":
-            parts += [f"prune{self.prune_ratio}", *["new"] * self.reinitialize]
-            parts += [*["rewound"] * self.rewind, *["bn"] * self.recalibrate_bn]
-            parts += [self.schedule] if self.schedule != "one-shot" else []
-        return "-".join(parts) + (".json" if self.kind == "finetune" else ".pt")
-
-    def needs(self, pipeline: DropHot) -> Stage | None:
-        """The stage whose result this one goes on from.
-
-        Args:
-            pipeline: Whose stage it is.
-
-        Returns:
-            The stage, if there is one.
-        """
-        if self.kind == "score" or (self.kind == "train" and not _needs_scoring(self.mode)):
-            return None
-        scored = Stage(kind="score", seed=self.seed)
-        if self.kind == "train" or (self.mode == "baseline" and score_is_baseline(pipeline)):
-            return scored
-        return Stage(
-            kind="train",
-            seed=self.seed,
-            mode=self.mode,
-            data_ratio=self.data_ratio,
-            equal_steps=self.equal_steps,
-        )
-
-    def epochs(self, pipeline: DropHot) -> float:
-        """The passes over the full training set that it takes.
-
-        Args:
-            pipeline: Whose stage it is.
-
-        Returns:
-            Their number.
-        """
+    def epochs(self) -> float:
+        """The number of passes over the full training set that the stage takes."""
         if self.kind == "score":
-            return pipeline.score_epochs
+            return self.settings.score_epochs
         if self.kind == "finetune":
-            return pipeline.finetune_epochs
-        return pipeline.train_epochs * (1 if self.equal_steps else self.data_ratio)
+            return self.settings.finetune_epochs
+        share = 1 if self.settings.equal_steps else self.settings.data_ratio
+        return self.settings.train_epochs * share
 
 
-def _needs_scoring(mode: Any) -> bool:
-    return mode != "baseline" and modes.needs_scoring(mode)
-
-
-def score_is_baseline(pipeline: DropHot) -> bool:
-    """Whether the network that step 1 trains is the one that training on everything gives.
-
-    Args:
-        pipeline: The run.
-
-    Returns:
-        Whether its epochs are equal; the weights are then equal, bit for bit.
-    """
-    return pipeline.score_epochs == pipeline.train_epochs
-
-
-def compute(
-    pipeline: DropHot, store: Store, stage: Stage, threads: int, data: str
-) -> Record | None:
-    """Compute a stage and keep what it gives, unless another process was faster.
+def stage_of(
+    cell: Cell, settings: Settings, scores: Sequence[Score] = (), kind: StageName = "finetune"
+) -> Stage:
+    """A stage of a cell, with the stages that it needs.
 
     Args:
-        pipeline: The run, whose data in memory may be left at home.
-        store: Where results are.
-        stage: What to compute; what it needs is in the store.
-        threads: How many this process may use.
-        data: The digest of the data that was left at home.
-
-    Returns:
-        The record, of a fine-tuning.
-
-    Raises:
-        RuntimeError: If what the stage needs was damaged meanwhile.
+        cell: The settings of the cell.
+        settings: Those of the pipeline, which hold for what the cell does not name.
+        scores: The user's own scores that the modes of the grid select by.
+        kind: Which stage.
     """
-    ambient = vars(pipeline).get("_ambient")  # None where the switches are set already
-    around = nullcontext() if ambient is None else surrounded(ambient, pipeline.device)
-    with _one_at_a_time, limited_threads(threads), around:
-        found = store.load(stage.name)
-        if found is None:
-            if pipeline.train_set is None or pipeline.test_set is None:
-                found = _data(store.folder / "data.pt", data, pipeline.device)
-                pipeline.config = replace(pipeline.config, **found)
-            store.check_writable()
-            before: dict[str, Any] = {}
-            if (need := stage.needs(pipeline)) is not None:
-                content = store.load(need.name)
-                if content is None:
-                    raise RuntimeError(f"{need.name} was damaged meanwhile: run the grid again.")
-                before = torch.load(io.BytesIO(content), weights_only=True)
-            try:
-                found = _COMPUTE[stage.kind](pipeline, stage, before)
-            finally:
-                if pipeline.device.type == "cuda":
-                    torch.cuda.empty_cache()  # for the other processes
-            store.save(stage.name, found)
-    return from_line(found.decode()) if stage.kind == "finetune" else None
-
-
-def _score(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
-    run = pipeline.replace(seed=stage.seed)
-    found = run.score()
-    scores = {"forgetting": found}
-    if run.tracker is not None:
-        scores = {name: run.statistic(name) for name in get_args(Statistic)}
-    scores = {name: score.cpu() for name, score in scores.items()}
-    assert run.scorer is not None
-    accuracy = nan
-    if score_is_baseline(pipeline):
-        accuracy = loop.evaluate(run.scorer, run.test_set)
-    indices, seconds = torch.arange(len(found)), dict(run.seconds)
-    return _saved({"scores": scores, **_trained(run, run.scorer, indices, accuracy, seconds)})
-
-
-def _train(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
-    run = _run(pipeline, stage)
-    if (statistic := modes.statistic_of(run.mode)) is not None and before:
-        run.scores = before["scores"][statistic]
-    elif before:
-        run.scorer = _network(run, before)
-    run.seconds = before.get("seconds", {})
-    indices = run.select()
-    model = run.train()
-    seconds = dict(run.seconds)
-    return _saved(_trained(run, model, indices, run.trained_accuracy, seconds))
-
-
-def _finetune(pipeline: DropHot, stage: Stage, before: dict[str, Any]) -> bytes:
-    run = _run(pipeline, stage)
-    run.model = _network(run, before)
-    run.indices, run.trained_accuracy = before["indices"], before["accuracy"]
-    run.seconds = before["seconds"]
-    run.prune()
-    return to_line(run.finetune()).encode()
-
-
-_COMPUTE = {"score": _score, "train": _train, "finetune": _finetune}
-
-
-def _run(pipeline: DropHot, stage: Stage) -> DropHot:
-    return pipeline.replace(
-        seed=stage.seed,
-        mode="random" if stage.mode == "baseline" else stage.mode,
-        data_ratio=stage.data_ratio,
-        equal_steps=stage.equal_steps,
-        prune_ratio=stage.prune_ratio,
-        reinitialize=stage.reinitialize,
-        rewind=stage.rewind,
-        recalibrate_bn=stage.recalibrate_bn,
-        schedule=stage.schedule,
+    values = {name: cell.get(name, getattr(settings, name)) for name in varying(kind)}
+    parts = [kind, *(file_part(name, value) for name, value in values.items())]
+    is_baseline = cell.get("mode") == BASELINE["mode"]
+    if kind == "score":
+        parts += [score.name for score in scores]
+    if kind == "score" or is_baseline:
+        values["mode"] = "random"  # a scoring serves all modes, and a baseline keeps all samples
+    own = replace(settings, **values)
+    needed: StageName | None = None
+    if kind == "finetune":
+        needed = "score" if is_baseline and scoring_is_baseline(settings) else "train"
+    elif kind == "train" and not is_baseline and _needs_scoring(own):
+        needed = "score"
+    return Stage(
+        name="-".join(filter(None, parts)) + (".json" if kind == "finetune" else ".pt"),
+        kind=kind,
+        settings=own,
+        needs=None if needed is None else stage_of(cell, settings, scores, needed),
+        scores=tuple(scores) if kind == "score" else (),
     )
 
 
-def _network(run: DropHot, before: dict[str, Any]) -> nn.Module:
-    """A network as it was after its training."""
-    with random_state.preserved_rng(run.device, seed=2 * run.seed):  # as in its training
-        model = run.factory().to(run.device)
-    model.load_state_dict(before["state"])
-    put_back(model, before.get("remainder", {}))
-    return model
+def _needs_scoring(settings: Settings) -> bool:
+    mode = settings.mode
+    selector = protocol_of(settings.protocol).selector(mode) or modes.selector_of(mode)
+    return selector is not None and not {"scores", "model"}.isdisjoint(selector.needs)
 
 
-def _trained(
-    run: DropHot, model: nn.Module, indices: Tensor, accuracy: float, seconds: dict[str, float]
-) -> dict[str, Any]:
-    state = {
-        name: value.cpu() if isinstance(value, Tensor) else value  # or a get_extra_state's
-        for name, value in model.state_dict().items()
-    }
-    rest = remainder(model, _network(run, {"state": state}))
-    return {
-        "state": state,
-        "remainder": rest,
-        "indices": indices,
-        "accuracy": accuracy,
-        "seconds": seconds,
-    }
+def scoring_is_baseline(settings: Settings) -> bool:
+    """Whether the network of step 1 is the one that training on everything gives, to the bit."""
+    return settings.score_epochs == settings.train_epochs
 
 
-def _saved(result: dict[str, Any]) -> bytes:
-    content = io.BytesIO()
-    torch.save(result, content)
-    return content.getvalue()
-
-
-@contextmanager
-def limited_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many threads of the CPU.
+def to_compute(
+    cells: Iterable[Stage], is_stored: Callable[[Stage], bool]
+) -> dict[Stage, Stage | None]:
+    """The stages to compute for the stages of some cells.
 
     Args:
-        threads: Their number.
+        cells: The last stage of each cell.
+        is_stored: Whether the result of a stage is there; asked once for each stage.
 
-    Yields:
-        Nothing.
+    Returns:
+        The stages in an order in which they can be computed, each with the one among them that it
+        has to wait for.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    todo: dict[Stage, Stage | None] = {}
+    stored: set[Stage] = set()
 
+    def is_missing(stage: Stage) -> bool:
+        if stage in todo or stage in stored:
+            return stage in todo
+        if is_stored(stage):
+            stored.add(stage)
+            return False
+        needs = stage.needs
+        todo[stage] = needs if needs is not None and is_missing(needs) else None
+        return True
 
-@lru_cache(maxsize=1)  # for the process's next stage; another digest is other data
-def _data(path: Path, digest: str, device: torch.device) -> dict[str, TensorDataset]:
-    """What was left at home; on a CPU all processes of a machine share its memory."""
-    content = torch.load(path, mmap=True, weights_only=True)
-    return {
-        name: TensorDataset(*(tensor.to(device) for tensor in tensors))
-        for name, tensors in content.items()
-    }
+    for cell in cells:
+        is_missing(cell)
+    return todo

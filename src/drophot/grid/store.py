@@ -1,15 +1,15 @@
-"""The folder of a grid: what is in it is whole and checked, whoever writes and whoever is killed.
+"""The folder of a grid, whose files are complete and checked, whatever process is killed.
 
-    STORE/grid.json       the configuration, to read, and to refuse another one
-    STORE/records.jsonl   a record in each line, as they come
-    STORE/data.pt         the data as tensors, for workers (see `drophot.grid.stages`)
+    STORE/grid.json       the configuration, to read and to compare
+    STORE/records.jsonl   a record in each line, in the order in which they were computed
+    STORE/data.pt         the data as tensors, for workers (see `drophot.grid.worker_data`)
     STORE/stages/         a file for each finished stage
 
-The files in `stages` are what counts; the lines are made from them anew whenever a run starts or
-ends. Each begins with the fingerprint of the configuration and the SHA-256 of its name and of what
-follows, so that a file that was cut, damaged, swapped or made otherwise is as good as none, and its
-stage is computed again.
-Files appear by renaming, whole or not at all, so that any number of processes can share a store.
+The files in `stages` hold the results; `records.jsonl` is rebuilt from them when a run starts and
+when it ends. Each file begins with the fingerprint of the configuration and the SHA-256 of its name
+and content. A file that is incomplete, damaged, swapped or of another configuration therefore does
+not count, and its stage is computed again. Files are created by renaming, so any number of
+processes can share a store.
 """
 
 from __future__ import annotations
@@ -20,51 +20,38 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from drophot.grid.stages import Stage, to_compute
 from drophot.records import Record, fingerprint, from_line, to_line
 
 _NOTHING = "(nothing)"
-# Seconds after which a file that was never renamed belongs to nobody, by the clock of the file
-# system itself: that of another machine may be hours off.
+# The age in seconds at which a file that was never renamed counts as abandoned, by the clock of the
+# file system: the clock of this machine may differ from it by hours.
 _STALE = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """An opened folder.
-
-    Args:
-        folder: Where it is.
-        key: The fingerprint of its configuration.
-    """
+    """An opened folder."""
 
     folder: Path
     key: str
+    """The fingerprint of its configuration."""
 
     def save(self, name: str, content: bytes) -> None:
-        """Keep what a stage gave.
-
-        Args:
-            name: The stage's file.
-            content: What to keep.
-        """
+        """Store the result of a stage under its name."""
         write_whole(self.folder / "stages" / name, self._head(name, content) + b"\n" + content)
 
     def load(self, name: str) -> bytes | None:
-        """What a stage gave.
-
-        Args:
-            name: The stage's file.
-
-        Returns:
-            What was kept, or `None` if it is not there, damaged or of another configuration.
+        """The result of a stage, or `None` if it is missing, damaged or of another configuration.
 
         Raises:
-            ValueError: If there is a folder in its place.
+            ValueError: If there is a folder of that name.
         """
         try:
             content = _read(self.folder / "stages" / name)
@@ -73,43 +60,40 @@ class Store:
         head, line_end, content = content.partition(b"\n")
         return content if line_end and head == self._head(name, content) else None
 
-    def check_writable(self) -> None:
-        """Refuse a folder that cannot be written to, before a stage is computed for it.
+    def missing(self, cells: Iterable[Stage]) -> dict[Stage, Stage | None]:
+        """The stages to compute for some cells: see `to_compute`."""
+        return to_compute(cells, lambda stage: self.load(stage.name) is not None)
 
-        Raises:
-            OSError: If it cannot.
-        """
+    def check_writable(self) -> None:
+        """Raise an `OSError` if the folder cannot be written to, before a stage is computed."""
         path = self.folder / "stages" / f".{uuid.uuid4().hex}.tmp"
         try:
             path.touch(exist_ok=False)
             path.unlink()
         except OSError as error:
-            raise OSError(*_whole(path.parent, error)) from error
+            raise OSError(*_still_intact(path.parent, error)) from error
 
     def append(self, record: Record) -> None:
-        """Add a record's line.
-
-        Args:
-            record: The record.
+        """Append a line to `records.jsonl`.
 
         Raises:
-            OSError: If there is no room; the record itself is safe in `stages`.
+            OSError: If the disk is full. The record is already in `stages`.
         """
         path = self.folder / "records.jsonl"
         try:
             with path.open("ab", buffering=0) as file:
                 file.write(to_line(record).encode() + b"\n")
         except OSError as error:
-            raise OSError(*_whole(path, error)) from error
+            raise OSError(*_still_intact(path, error)) from error
 
     def tidy(self, order: Mapping[str, int]) -> None:
-        """Make the lines anew from the stages, and remove what killed processes left.
+        """Rebuild `records.jsonl` from the stages, and remove the files of killed processes.
 
         Args:
-            order: Where the records of these files come; those of others come last.
+            order: The positions of the records by the names of their stages. Others come last.
 
         Raises:
-            OSError: If the disk is full. A medium that is read-only is left as it is.
+            OSError: If the disk is full. A read-only medium is left unchanged.
         """
         names = [path.name for path in (self.folder / "stages").glob("*.json")]
         lines = []
@@ -124,7 +108,7 @@ class Store:
             try:
                 if now - path.stat().st_mtime > _STALE:
                     path.unlink()
-            except OSError as error:  # another process tidies too
+            except OSError as error:  # another process may do the same
                 if not isinstance(error, FileNotFoundError) and not _is_read_only(error):
                     raise
 
@@ -134,57 +118,60 @@ class Store:
 
 
 def open_store(
-    folder: Path, configuration: Mapping[str, Any], plan: Mapping[str, int] | None
+    folder: Path,
+    configuration: Mapping[str, Any],
+    plan: Mapping[str, int] | None,
+    modes: Mapping[str, Any] = MappingProxyType({}),
 ) -> Store:
-    """Make a folder a store, or find that it is one of this configuration.
+    """Make a folder a store, or check that it is a store of this configuration.
 
     Args:
-        folder: Where it is; made if it is not there.
-        configuration: What all of its results depend on.
-        plan: What is to be said of the grid beside it, for a report; `None` only looks.
-
-    Returns:
-        The store.
+        folder: The folder, which is created if it does not exist.
+        configuration: What all results of the store depend on.
+        plan: The extent of the grid, which reports read from the folder; `None` writes nothing.
+        modes: The user's own modes by name, of which none may have changed.
 
     Raises:
-        ValueError: If the folder holds other things, or another configuration.
+        ValueError: If the folder holds other files, or results of another configuration or mode.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`store` should be a folder. Found the file {folder}; name another one.")
+        raise ValueError(f"`store` must be a folder, got the file {folder}. Name another folder.")
     path, stages = folder / "grid.json", folder / "stages"
-    there = _configuration(path) if path.exists() else None
+    saved = _read_grid(path) if path.exists() else None
     if folder.exists() and not stages.is_dir():
         others = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp"))
-        if others and (there is None or stages.exists()):
+        if others and (saved is None or stages.exists()):
             raise ValueError(
-                f"`store` should be a grid's folder, a new one or an empty one. Found "
-                f"{others[0]!r} and no folder stages in {folder}; name another folder."
+                f"`store` must be the folder of a grid, or a new or empty one, got {folder}, which "
+                f"holds {others[0]!r} and no folder stages. Name another folder."
             )
-    configuration = json.loads(json.dumps(configuration))
+    configuration, modes = json.loads(json.dumps([dict(configuration), dict(modes)]))
     key = fingerprint(configuration)
-    if there is not None and fingerprint(there) != key:
-        raise ValueError(
-            f"`store` should be of this grid's configuration. Found another "
-            f"{_difference(folder, there, configuration)}; name another folder or set it as it was."
-        )
+    if saved is not None:
+        same = {name: mode for name, mode in saved.modes.items() if name in modes}
+        there = {**saved.configuration, **({"modes": same} if same else {})}
+        here = {**configuration, **({"modes": {n: modes[n] for n in same}} if same else {})}
+        if fingerprint(there) != fingerprint(here):
+            raise ValueError(
+                f"`store` must be of the configuration of this grid, got another "
+                f"{_difference(folder, there, here)}. Name another folder, or restore the value."
+            )
+        modes = {**saved.modes, **modes}
     if plan is not None:
         content = {"fingerprint": key, "configuration": configuration, "plan": dict(plan)}
+        content |= {"modes": modes} if modes else {}
         if not stages.is_dir():
-            stages.mkdir(parents=True)  # first: it is what makes a folder a store
+            stages.mkdir(parents=True)  # first, because it makes a folder a store
         _refresh(path, json.dumps(content, indent=1).encode())
     return Store(folder, key)
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all.
-
-    Args:
-        path: The file; replaced if it is there.
-        content: What is to be in it.
+    """Write a file atomically: it appears complete or not at all.
 
     Raises:
-        OSError: If there is no room, or no right to write. What was there is as it was.
-        ValueError: If there is a folder in its place.
+        OSError: If the disk is full or the file is not writable. An existing file is unchanged.
+        ValueError: If there is a folder of that name.
     """
     if path.is_dir():
         raise ValueError(_folder_instead(path))
@@ -200,14 +187,14 @@ def write_whole(path: Path, content: bytes) -> None:
         except BaseException as error:
             part.unlink(missing_ok=True)
             if isinstance(error, FileNotFoundError) and path.parent.is_dir() and attempt < 2:
-                continue  # somebody took it for what a killed process left
+                continue  # another process removed it as abandoned
             if isinstance(error, OSError):
-                raise OSError(*_whole(path, error)) from error
+                raise OSError(*_still_intact(path, error)) from error
             raise
 
 
 def _refresh(path: Path, content: bytes) -> None:
-    """Write what the stages say too, if that is not there yet and the medium can be written to."""
+    """Write a file that can be rebuilt, unless it is up to date or the medium is read-only."""
     try:
         if path.is_file() and path.read_bytes() == content:
             return
@@ -232,28 +219,37 @@ def _read(path: Path) -> bytes:
 
 def _folder_instead(path: Path) -> str:
     return (
-        f"`store` should hold a file {path.name} in {path.parent}. Found a folder of that name; "
-        f"remove it, and run again."
+        f"`store` must hold a file {path.name}, but {path.parent} has a folder of that name. "
+        f"Remove it, and run again."
     )
 
 
-def _whole(path: Path, error: OSError) -> tuple[int | None, str, str]:
-    what = f"{error.strerror}; what the store held before is whole: make room and run again"
+def _still_intact(path: Path, error: OSError) -> tuple[int | None, str, str]:
+    what = f"{error.strerror}. The results in the store are intact; free some space and run again"
     return error.errno, what, str(path)
 
 
-def _configuration(path: Path) -> Any:
-    """What a grid.json says, or nothing if it is damaged: the stages know whose they are."""
+@dataclass(frozen=True, slots=True)
+class _Grid:
+    """The content of a grid.json."""
+
+    configuration: dict[str, Any]
+    modes: dict[str, Any]
+
+
+def _read_grid(path: Path) -> _Grid | None:
+    """A grid.json, or `None` if it is damaged; the stages know their configuration too."""
     try:
         content = json.loads(_read(path))
-        whole = content["fingerprint"] == fingerprint(content["configuration"])
+        configuration, modes = content["configuration"], content.get("modes", {})
+        whole = content["fingerprint"] == fingerprint(configuration) and isinstance(modes, dict)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
-    return content["configuration"] if whole else None
+    return _Grid(configuration, modes) if whole else None
 
 
 def _difference(folder: Path, old: Any, new: Any) -> str:
-    """The first thing that differs, in words: one that can be read, if there is any."""
+    """The first difference in words, preferably one that is readable."""
     found = list(_differences(old, new, ()))
     plain = [
         d for d in found if not any(isinstance(value, str) and _digest(value) for value in d[1:])

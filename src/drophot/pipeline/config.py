@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from drophot._core import progress
 from drophot._core.ratios import num_kept
+from drophot.coreset.selectors import Selector
 from drophot.data.cache import Cache, check_cache
 from drophot.pipeline import modes
 from drophot.pipeline.provenance.experiment import Experiment
@@ -75,6 +76,12 @@ class RunConfig:
     @property
     def protocol(self) -> RunProtocol:
         return protocol_of(self.settings.protocol)
+
+    @property
+    def selector(self) -> Selector | None:
+        """What step 2 selects by; `None` if the mode chooses while step 3 trains."""
+        mode = self.settings.mode
+        return self.protocol.selector(mode) or modes.selector_of(mode)
 
     @property
     def num_samples(self) -> int:

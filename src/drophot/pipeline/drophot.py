@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from drophot.pipeline import preflight, pruning_steps, selection_steps
 from drophot.pipeline.config import Arguments, RunConfig
-from drophot.pipeline.modes import Statistic
 from drophot.pipeline.provenance.run_record import configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
@@ -198,11 +197,12 @@ class DropHot:
         self._took("score", found.seconds)
         return found.scores
 
-    def statistic(self, name: Statistic) -> Tensor:
+    def statistic(self, name: str) -> Tensor:
         """A score of step 1.
 
         Args:
-            name: Which; `"forgetting"` is meant as the setting `forgetting` says.
+            name: Its name in the tracker, such as `"el2n"`; `"forgetting"` is meant as the setting
+                of that name says.
 
         Returns:
             Shape `(N,)`.

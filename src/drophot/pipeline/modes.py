@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor
 
-from drophot.coreset import score_selection
+from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
+from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified
-from drophot.pipeline.temporary_selectors import Evidence, Selector, selector, stratified_name
-from drophot.settings import SAMPLING_MODES, Mode, name_of
-from drophot.tracking.dynamics import Statistic
-
-_NEEDS = {"scores", "model", "targets"}
+from drophot.settings import SAMPLING_MODES, Mode, Named, is_builtin
+from drophot.tracking.statistics import Score, Statistic
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A mode of a run or a grid: by which score, which end of it, and whether class by class.
+    """Select by a score of step 1, from either end of it, and class by class if you like.
 
-    `"high"` is `Scored("forgetting", "high")`.
+    It is a mode of a run or a grid. `"high"` is `Scored("forgetting", "high")`.
 
     Args:
-        statistic: The score: `"forgetting"`, as the run's own setting defines it, or another one of
-            :class:`drophot.DynamicsTracker`, over the same presentations.
-        mode: `"high"`, `"low"` or a :class:`drophot.coreset.Stratified`, as for
-            :func:`drophot.select`; or `"random"`, which with `balanced` is the control of all that
-            are balanced, and needs no score.
-        balanced: Each class keeps its share.
+        statistic: The score: `"forgetting"`, as the run's setting of that name defines it, another
+            one of :class:`drophot.DynamicsTracker`, or your own :class:`drophot.tracking.Score`,
+            which step 1 then follows. All are taken over the same presentations.
+        mode: `"high"` keeps the samples with the largest values and `"low"` those with the
+            smallest, whichever of them are the hard ones (`hard_end` of the score tells).
+            :class:`drophot.Stratified` covers all values, and its `hard` has to equal the
+            `hard_end` of your own score. `"random"` needs no score: with `balanced` it is the
+            control of all balanced modes.
+        balanced: Whether each class keeps its share.
 
     Raises:
-        ValueError: If the statistic or the mode is unknown.
+        TypeError: If the statistic is neither a name nor a score.
+        ValueError: If the statistic or the mode is unknown, or the ends differ.
 
     Example:
         >>> from drophot import Stratified
@@ -45,17 +45,25 @@ class Scored:
         'random-balanced'
     """
 
-    statistic: Statistic = "forgetting"
+    statistic: Statistic | Score = "forgetting"
     mode: Literal["high", "low", "random"] | Stratified = "high"
     balanced: bool = False
 
     def __post_init__(self) -> None:
-        if self.statistic not in get_args(Statistic):
+        check_statistic(self.statistic)
+        mode = self.mode
+        if not isinstance(mode, Stratified):
+            if mode not in ("high", "low", "random"):
+                raise ValueError(
+                    f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
+                )
+            return
+        if not isinstance(self.statistic, str) and mode.hard != self.statistic.hard_end:
             raise ValueError(
-                f"`statistic` must be one of {', '.join(map(repr, get_args(Statistic)))}, got "
-                f"{self.statistic!r}."
+                f"`mode` has hard={mode.hard!r}, but the hard samples of score "
+                f"{self.statistic.name!r} are those with {self.statistic.hard_end} values. Pass "
+                f"Stratified(hard={self.statistic.hard_end!r})."
             )
-        score_selection.check_mode("mode", self.mode)
 
     def __str__(self) -> str:
         return self.name
@@ -63,17 +71,23 @@ class Scored:
     @property
     def name(self) -> str:
         """The mode's name in records, files and tables."""
-        score = "" if self.mode == "random" else f"{self.statistic}-"
-        return f"{score}{stratified_name(self.mode)}" + "-balanced" * self.balanced
+        selector = self._selector
+        if isinstance(selector, Random):
+            return selector.name
+        return f"{self.statistic_name}-{selector.name}"
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What `select` needs."""
-        scores = {"scores"} if self.mode != "random" else set[str]()
-        return frozenset(scores | ({"targets"} if self.balanced else set[str]()))
+    def statistic_name(self) -> str:
+        """The name of the score."""
+        return self.statistic if isinstance(self.statistic, str) else self.statistic.name
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What `select` needs: the scores, and with `balanced` the targets."""
+        return tuple(self._selector.needs)
 
     def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
-        """Keep a share of the samples.
+        """Keep a share of the samples: see :class:`drophot.coreset.Selector`.
 
         Args:
             ratio: The share **kept**, in (0, 1].
@@ -83,61 +97,94 @@ class Scored:
         Returns:
             The positions of the kept samples, int64, shape `(K,)`.
         """
-        scores = evidence.scores
-        if scores is None:
-            scores = torch.zeros(evidence.num_samples, device="cpu")
-        targets = evidence.targets if self.balanced else None
-        return score_selection.select(scores, ratio, self.mode, targets=targets, seed=seed)
+        return self._selector.select(ratio, evidence, seed)
+
+    @property
+    def _selector(self) -> ByScore | Random | Stratified:
+        if isinstance(self.mode, Stratified):
+            return replace(self.mode, balanced=self.balanced or self.mode.balanced)
+        if self.mode == "random":
+            return Random(balanced=self.balanced)
+        return ByScore(self.mode, balanced=self.balanced)
+
+
+def check_statistic(statistic: object) -> None:
+    """Check that a score is one of step 1, or one that step 1 can follow."""
+    if isinstance(statistic, str):
+        if statistic not in get_args(Statistic):
+            raise ValueError(
+                f"`statistic` must be one of {', '.join(map(repr, get_args(Statistic)))}, or an "
+                f"object with `name`, `hard_end` and a call, got {statistic!r}."
+            )
+    elif isinstance(statistic, type) or not isinstance(statistic, Score):
+        raise TypeError(
+            f"`statistic` must be the name of a score, or an object with `name`, `hard_end` and a "
+            f"call, got {statistic!r}. See drophot.tracking.Score."
+        )
 
 
 def selector_of(mode: Mode) -> Selector | None:
     """The selector of a mode; `None` for a mode that chooses while step 3 trains."""
     if isinstance(mode, str):
-        return None if mode in SAMPLING_MODES else selector(mode)
-    for name in ("needs", "select"):
-        if not hasattr(mode, name):
-            raise TypeError(
-                f"`mode` must be a name or a selector, got {mode!r}, which has no `{name}`. See "
-                f"drophot.coreset.Selector for what a selector has."
-            )
-    return mode  # type: ignore[return-value]
+        return None if mode in SAMPLING_MODES else selector_by_name(mode)
+    return _as_selector(mode)
 
 
-def needs_of(mode: Mode) -> Collection[str]:
-    """What a mode needs: any of "scores" and "model", which step 1 gives, and "targets"."""
-    chosen = selector_of(mode)
-    return () if chosen is None else chosen.needs
+def _as_selector(mode: Named) -> Selector:
+    if not is_selector(mode):
+        raise TypeError(
+            f"`mode` must be a name or a selector, an object with `name`, `needs` and `select`, "
+            f"got {mode!r}. See drophot.coreset.Selector."
+        )
+    selector: Selector = mode  # pyright: ignore[reportAssignmentType] # just checked
+    check_selector("mode", selector)
+    return selector
 
 
 def needs_scoring(mode: Mode) -> bool:
-    """Whether a mode needs step 1."""
-    return not {"scores", "model"}.isdisjoint(needs_of(mode))
+    """Whether a mode needs what step 1 gives: scores or the trained network."""
+    selector = selector_of(mode)
+    return selector is not None and not {"scores", "model"}.isdisjoint(selector.needs)
 
 
-def statistic_of(mode: Mode) -> Statistic | None:
-    """The score that a mode selects by, if it needs one: of a selector its `statistic`, if any."""
-    if "scores" not in needs_of(mode):
+def statistic_of(mode: Mode) -> Statistic | Score | None:
+    """The score of step 1 that a mode selects by, if it needs one.
+
+    That is the attribute `statistic` of its selector, and without one the forgetting events.
+    """
+    selector = selector_of(mode)
+    if selector is None or "scores" not in selector.needs:
         return None
-    return getattr(mode, "statistic", "forgetting")
+    statistic: Statistic | Score = getattr(selector, "statistic", "forgetting")
+    return statistic
+
+
+def own_score_of(mode: Mode) -> Score | None:
+    """The score that step 1 has to follow for a mode besides the built-in ones, if any."""
+    statistic = statistic_of(mode)
+    return None if statistic is None or isinstance(statistic, str) else _unless_built_in(statistic)
+
+
+def _unless_built_in(score: Score) -> Score | None:
+    return None if is_builtin(score) and score.name in get_args(Statistic) else score
 
 
 def as_scored(mode: Mode) -> Scored | None:
-    """A mode that goes by a score in its long form; `None` for any other."""
+    """A built-in mode that goes by a score in its long form; `None` for any other."""
     if isinstance(mode, Scored):
         return mode
     if isinstance(mode, Stratified) or mode == "high" or mode == "low":
         return Scored(mode=mode)
+    if isinstance(mode, ByScore):
+        return Scored(mode=mode.end, balanced=mode.balanced)
     return None
 
 
 def check_mode(mode: Mode, ratio: float) -> None:
-    """Check that a mode is a selector, and that it can keep a share of the samples."""
-    chosen = selector_of(mode)
-    if chosen is not None and (unknown := set(chosen.needs) - _NEEDS):
-        raise ValueError(
-            f"`needs` of the selector {name_of(mode)!r} must be of "
-            f"{', '.join(map(repr, sorted(_NEEDS)))}, got {sorted(unknown)[0]!r}."
-        )
+    """Check that a mode has a selector that can keep a share of the samples."""
+    statistic = statistic_of(mode)
+    if statistic is not None:
+        check_statistic(statistic)
     inner = mode.mode if isinstance(mode, Scored) else mode
     if isinstance(inner, Stratified):
-        score_selection.check_mode("mode", inner, ratio)
+        inner.check(ratio)

@@ -126,7 +126,8 @@ def check_model(config: RunConfig) -> None:
                 f"{type(probe).__name__} has none. Remove it."
             )
         if removes_channels:
-            prune_channels(probe, settings.prune_ratio, _sample(config))
+            ratio, importance = settings.prune_ratio, settings.importance
+            prune_channels(probe, ratio, _sample(config), importance=importance)
 
 
 def _pruned(
@@ -135,20 +136,21 @@ def _pruned(
     settings = config.settings
     ratio, times = settings.prune_ratio, settings.prunings
     if settings.structured:
-        channels = prune_channels(model, ratio, _sample(config))
+        channels = prune_channels(model, ratio, _sample(config), importance=settings.importance)
         # No weight that is left was removed, zeros included.
         left = prunable(model, ())
         masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
         return masks, None, channels
+    how: dict[str, Any] = {"scope": settings.scope, "importance": settings.importance}
     with uncovered_warning_silenced():  # the constructor of the run has given it
         if settings.schedule == "one-shot":
-            return magnitude_prune(model, ratio, scope=settings.scope), None, None
+            return magnitude_prune(model, ratio, **how), None, None
         steps = config.finetune_steps
         if settings.schedule == "gradual":
             ratios, every = schedule.cubic(ratio, times), steps // 2 // max(times - 1, 1)
         else:
             ratios, every = schedule.geometric(ratio, times), steps // times
-        pruner = schedule.Schedule(model, ratios, every=max(every, 1), scope=settings.scope)
+        pruner = schedule.Schedule(model, ratios, every=max(every, 1), **how)
         return pruner.masks, pruner, None
 
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from drophot._core import scalars
 from drophot._core.model_contexts import evaluating
 from drophot.coreset import score_selection
+from drophot.coreset.selectors import Evidence, Selector, check_evidence
 from drophot.pipeline import modes
 from drophot.settings import Named, Settings, name_of
 
@@ -95,6 +96,36 @@ class RunProtocol:
         for name in ("holds_masks", "baseline_in_eval_mode"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+
+    def selector(self, mode: str | Named) -> Selector | None:
+        """What selects in place of a mode, if the protocol does.
+
+        Args:
+            mode: The mode of the run.
+
+        Returns:
+            The selector; `None` for the mode's own.
+        """
+        name = name_of(mode)
+        if self.select is not None and (name == "high" or name == "low"):
+            return _HookSelector(self.name, self.select, name)
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _HookSelector:
+    """Selects by the hook of a protocol."""
+
+    name: str
+    hook: Selection
+    end: Literal["high", "low"]
+
+    needs = ("scores",)
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        check_evidence(self, evidence)
+        assert evidence.scores is not None
+        return self.hook(evidence.scores, ratio, self.end)
 
 
 def protocol_of(protocol: str | Named) -> RunProtocol:

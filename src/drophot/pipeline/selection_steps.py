@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import ceil
@@ -15,19 +15,20 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, Subset
 
 from drophot._core import random_state
+from drophot.coreset.builtin_selectors import FacilityLocation, KCenter
+from drophot.coreset.selectors import Evidence, checked_indices
 from drophot.data.batching import batches
 from drophot.data.samples import known_targets, targets_of
 from drophot.pipeline import fit_checks, modes
 from drophot.pipeline.config import RunConfig
-from drophot.pipeline.modes import Statistic
 from drophot.pipeline.released_protocol import always_evaluating
 from drophot.pipeline.step import running
-from drophot.pipeline.temporary_selectors import Evidence, checked_indices
 from drophot.sampling.crest import CrestLoader
 from drophot.sampling.loss_sampling import LossSampling
 from drophot.sampling.random_subset import FreshSubset
 from drophot.settings import Forgetting, name_of
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.tracking.statistics import DEFAULT, Score
 from drophot.training.loaders import BatchLoader
 from drophot.training.loop import evaluate
 
@@ -65,13 +66,20 @@ class TrainedModel:
     seconds: float
 
 
-def score(config: RunConfig) -> Scoring:
-    """Step 1: train on the full training set and follow every sample."""
+def score(config: RunConfig, own_scores: Sequence[Score] = ()) -> Scoring:
+    """Step 1: train on the full training set and follow every sample.
+
+    The tracker follows the score of the run's mode and, besides the built-in ones, `own_scores`.
+    """
     settings, protocol = config.settings, config.protocol
     toneva = settings.forgetting == "toneva"
     with running(config, "score") as step:
         model = config.factory().to(config.device)
-        tracker = DynamicsTracker(config.num_samples, device=config.device)
+        tracker = DynamicsTracker(
+            config.num_samples,
+            device=config.device,
+            statistics=(*DEFAULT, *_distinct(own_scores, modes.own_score_of(settings.mode))),
+        )
         counter = protocol.counter and protocol.counter(config.num_samples, settings.seed)
         observer = tracker if counter is None else counter
 
@@ -94,8 +102,8 @@ def score(config: RunConfig) -> Scoring:
             scores = counter.scores
         else:
             fit_checks.check_presented(tracker)
-            name = modes.statistic_of(settings.mode) or "forgetting"
-            scores = statistic(tracker, name, settings.forgetting)
+            wanted = modes.statistic_of(settings.mode) or "forgetting"
+            scores = statistic(tracker, wanted, settings.forgetting)
     return Scoring(
         model=model,
         tracker=tracker if counter is None else None,
@@ -104,8 +112,14 @@ def score(config: RunConfig) -> Scoring:
     )
 
 
-def statistic(tracker: DynamicsTracker, name: Statistic, forgetting: Forgetting) -> Tensor:
+def _distinct(scores: Sequence[Score], another: Score | None) -> list[Score]:
+    found = {score.name: score for score in scores}
+    return list((found | ({} if another is None else {another.name: another})).values())
+
+
+def statistic(tracker: DynamicsTracker, score: str | Score, forgetting: Forgetting) -> Tensor:
     """A score of step 1, `(N,)`; `"forgetting"` is meant as the setting says."""
+    name = score if isinstance(score, str) else score.name
     if name == "forgetting":
         return tracker.scores("hardest" if forgetting == "toneva" else "zero")
     return tracker.scores(name)
@@ -113,7 +127,8 @@ def statistic(tracker: DynamicsTracker, name: Statistic, forgetting: Forgetting)
 
 def missing(config: RunConfig, *, scores: Tensor | None, scorer: nn.Module | None) -> str | None:
     """What step 1 has to give before `select` can work: "scores", "scorer" or nothing."""
-    needs = () if config.keeps_all else modes.needs_of(config.settings.mode)
+    selector = None if config.keeps_all else config.selector
+    needs = () if selector is None else selector.needs
     if "scores" in needs and scores is None:
         return "scores"
     return "scorer" if "model" in needs and scorer is None else None
@@ -141,26 +156,18 @@ def select(
 
 def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) -> Tensor:
     settings, total = config.settings, config.num_samples
-    selector = modes.selector_of(settings.mode)
+    selector = config.selector
     if selector is None or config.keeps_all:
         return torch.arange(total, device="cpu")
-    ratio, needs, name = settings.data_ratio, selector.needs, name_of(settings.mode)
-    if (
-        config.protocol.select is not None
-        and scores is not None
-        and (name == "high" or name == "low")
-    ):
-        indices = config.protocol.select(scores, ratio, name)
-    else:
-        evidence = Evidence(
-            num_samples=total,
-            scores=scores if "scores" in needs else None,
-            model=scorer if "model" in needs else None,
-            targets=targets_of(config.train_set) if "targets" in needs else None,
-            dataset=config.train_set,
-        )
-        indices = selector.select(ratio, evidence, settings.seed)
-    return checked_indices(indices, total, ratio, name)
+    evidence = Evidence(
+        num_samples=total,
+        scores=scores if "scores" in selector.needs else None,
+        model=scorer if "model" in selector.needs else None,
+        targets=targets_of(config.train_set) if "targets" in selector.needs else None,
+        dataset=config.train_set,
+    )
+    indices = selector.select(settings.data_ratio, evidence, settings.seed)
+    return checked_indices(selector, indices, settings.data_ratio, total)
 
 
 def _warn_of_empty_classes(config: RunConfig, indices: Tensor) -> None:
@@ -190,8 +197,7 @@ def train(config: RunConfig, indices: Tensor) -> TrainedModel:
         if settings.equal_steps:
             whole = epochs * ceil(config.num_samples / settings.batch_size)
             epochs, steps = divmod(whole, ceil(config.num_kept / settings.batch_size))
-        chooses_while_training = modes.selector_of(settings.mode) is None
-        if chooses_while_training and not config.keeps_all:
+        if config.selector is None and not config.keeps_all:
             loader, on_batch = _loader(config, model)
             steps_an_epoch = ceil(config.num_kept / settings.batch_size)
             every = BatchLoader(loader, steps_an_epoch)
@@ -216,19 +222,15 @@ def _baseline_mode(config: RunConfig, model: nn.Module) -> AbstractContextManage
 
 def check_features(config: RunConfig) -> None:
     """Refuse a mode that goes by features which the model does not give."""
-    kind = {"k_center": "penultimate", "facility_location": "error"}.get(
-        name_of(config.settings.mode)
-    )
-    if kind is None or config.keeps_all:
+    selector = config.selector
+    if not isinstance(selector, KCenter | FacilityLocation) or config.keeps_all:
         return
-    from drophot.coreset.feature_extraction import features
-
     with random_state.preserved_rng(config.device, seed=config.settings.seed):
         model = config.factory().to(config.device)
         try:
-            features(model, Subset(config.train_set, [0]), kind)  # type: ignore[arg-type]
+            selector.features(model, Subset(config.train_set, [0]))
         except ValueError as error:
-            error.add_note(f"`mode={config.settings.mode!r}` needs these features of `model`.")
+            error.add_note(f"`mode={selector.name!r}` needs these features of `model`.")
             raise
 
 

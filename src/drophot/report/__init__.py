@@ -1,9 +1,9 @@
-"""Records as tables, figures and a page.
+"""Tables, figures and a page of records.
 
-A row of a table is a cell: runs that differ in nothing but the seed. Every other setting in which
-the runs of two rows differ has a column, and so has the data. A run that is given twice counts
-once; two runs of one cell and seed with different results are an error. Device and versions are not
-settings, so a cell may have seeds from several. Accuracies are those after the last epoch, never
+A row is a cell: the runs that differ only in their seed. Every other setting in which rows differ,
+data and code included, has a column. A run that is given twice counts once, and two runs of one
+cell and seed with different results are refused. The device and the versions are not settings, so
+a cell may have seeds from several devices. Accuracies are those after the last epoch, never after
 the best one.
 
 Example:

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from drophot import cells
-from drophot.grid.store import write_whole
-from drophot.records import Record
+from drophot._core.atomic_write import atomic_write
+from drophot.records import Record, group_by_cell, mode_name
 from drophot.report import html_page, plots, tables
 from drophot.report.plots import Ratio
 from drophot.report.svg_panels import Panels
+from drophot.settings import Mode
 from drophot.stats import Measure
 
 if TYPE_CHECKING:
@@ -21,30 +21,32 @@ Format = Literal["text", "markdown", "csv"]
 
 
 def table(records: Iterable[Record], format: Format = "markdown") -> str:
-    """Accuracies before and after pruning and after fine-tuning, in %, with mean and spread.
+    """Format the accuracies before and after pruning and after fine-tuning, in %.
 
-    A row for each cell: the mean over seeds, with the standard deviation where there are several,
-    and `n`, their number. Every setting in which records differ has a column: the protocol, the
-    steps ("equal" in number to those on everything), the weights ("new" ones after pruning), the
-    epochs, the optimiser and all others. Values too long to read, such as the data's digest, are
-    shown by 8 digits of their fingerprint, those that go together in one column. An accuracy that
-    is nan, of a run that diverged, is "–"; a mean of fewer runs than `n` says of how many.
+    There is a row for each cell, with the mean over seeds, the standard deviation if there are
+    several seeds, and `n`, the number of seeds. Every setting in which the records differ has a
+    column: the protocol, the number of steps ("equal" to that of training on everything), the
+    weights ("new" after pruning), the epochs, the optimizer and all others. Values that are too
+    long to read, such as the digest of the data, are shown by 8 digits of their fingerprint, and
+    long values that differ together share a column. A missing accuracy (nan) is shown as "–", and
+    a mean of fewer than `n` runs says of how many.
 
     Args:
         records: The runs.
-        format: "markdown"; "text", without bars; or "csv", in which every number has a column of
-            its own, unrounded and in [0, 1], and all columns are always there.
+        format: "markdown"; "text", without bars; or "csv", with a column for each number, unrounded
+            and in [0, 1]. The columns of the settings that a record has a field for are always in a
+            CSV table.
 
     Returns:
-        The table, without a line's end after it.
+        The table, without a newline at its end.
 
     Raises:
-        TypeError: If one is no record.
-        ValueError: If there are no records, two different ones of one cell and seed, or no such
-            format.
+        TypeError: If an item of `records` is not a record.
+        ValueError: If there are no records, two different records have the same cell and seed, or
+            `format` is unknown.
     """
     _check("format", format, Format)
-    groups = cells.cells(records)
+    groups = group_by_cell(records)
     if format == "csv":
         return tables.accuracies_csv(groups)
     return tables.accuracies(groups).text(bars=format == "markdown")
@@ -54,95 +56,107 @@ def differences(
     records: Iterable[Record],
     measure: Measure = "finetuned_accuracy",
     format: Format = "markdown",
+    *,
+    against: str | Mode | None = None,
 ) -> str:
-    """What coresets gain or lose, in percentage points: the paper's Table 1, with intervals.
+    """Format the differences in accuracy to a reference, in percentage points.
 
-    A row for each data ratio and prune ratio; columns for each mode less the baseline and for each
-    less random, as far as they are there. Where these are more than the paper's five, each mode has
-    a row of its own. A difference is the mean over `n` seeds, with
-    its 95 % interval in brackets and `*` where p < 0.05 after Holm's correction for all
-    differences in the table (see :func:`drophot.stats.compare`). One seed gives neither.
+    This is the paper's Table 1 with confidence intervals. There is a row for each data ratio and
+    prune ratio, and a column for each mode and reference. If these are more columns than the
+    paper's five, each mode has a row. A difference is the mean over `n` seeds, with its 95 %
+    interval in brackets and `*` if p < 0.05 after Holm's correction for all differences in the
+    table (see :func:`drophot.stats.compare`). A single seed gives neither.
 
     Args:
         records: The runs.
-        measure: Which accuracy.
-        format: "markdown"; "text", without bars; or "csv", in which every difference has a row
-            with all of its numbers, unrounded and in [-1, 1].
+        measure: The accuracy to compare.
+        format: "markdown"; "text", without bars; or "csv", with one row for each difference that
+            holds all of its numbers, unrounded and in [-1, 1].
+        against: The mode of the reference: the name of any mode in the records, or the mode itself.
+            `None` compares with the baseline and with random, as far as the records have them.
 
     Returns:
-        The table, without a line's end after it.
+        The table, without a newline at its end.
 
     Raises:
-        ValueError: If there is nothing to compare, or no such measure or format.
+        TypeError: If an item of `records` is not a record, or `against` is not a mode.
+        ValueError: If there is nothing to compare, no record has the mode `against`, two different
+            records have the same cell and seed, or `measure` or `format` is unknown.
         ImportError: If there are several seeds and SciPy is not installed.
     """
     _check("measure", measure, Measure)
     _check("format", format, Format)
-    runs = [record for group in cells.cells(records) for record in group]
-    found = tables.comparisons(runs, measure)
+    runs = [record for group in group_by_cell(records) for record in group]
+    found = tables.comparisons(runs, measure, against)
     if not found:
-        seeds: dict[str, set[int]] = {}
-        for record in runs:
-            seeds.setdefault(record.mode, set()).add(record.seed)
-        references, coresets = (
-            [mode for mode in sorted(seeds) if (mode in ("baseline", "random")) is reference]
-            for reference in (True, False)
-        )
-        modes = ", ".join(seeds)
-        if references and (coresets or len(references) == 2):
-            found_seeds = "; ".join(
-                f"{mode} with seed {', '.join(map(str, sorted(seeds[mode])))}" for mode in seeds
-            )
-            raise ValueError(
-                f"`records` should hold coresets that share a seed and all settings with a "
-                f"baseline or random subset. Found {found_seeds}; run both with the same seeds "
-                f"and settings."
-            )
-        raise ValueError(
-            f"`records` should hold a baseline or random subsets, and coresets to compare with "
-            f"them. Found {modes}; add the records of the others."
-        )
+        raise ValueError(_nothing_to_compare(runs, against))
     if format == "csv":
         return tables.against_csv(found)
     return tables.against(found).text(bars=format == "markdown")
 
 
-def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
-    """Draw test accuracy over the epochs of fine-tuning: the paper's Figure 1.
+def _nothing_to_compare(runs: Iterable[Record], against: str | Mode | None) -> str:
+    """Why there is no difference to show: modes are missing, or runs that belong together."""
+    seeds: dict[str, set[int]] = {}
+    for record in runs:
+        seeds.setdefault(record.mode, set()).add(record.seed)
+    chosen = ("baseline", "random") if against is None else (mode_name(against),)
+    reference = " or ".join(chosen)
+    references = [mode for mode in seeds if mode in chosen]
+    others = [mode for mode in seeds if mode not in (*chosen, "baseline")]
+    if references and (others or len(references) == 2):
+        listed = "; ".join(
+            f"{mode} with seed {', '.join(map(str, sorted(found)))}"
+            for mode, found in seeds.items()
+        )
+        return (
+            f"`records` must hold coresets that share a seed and all settings with a reference "
+            f"({reference}), got {listed}. Run both with the same seeds and settings."
+        )
+    return (
+        f"`records` must hold a reference ({reference}) and coresets to compare with it, got only "
+        f"{', '.join(seeds)}. Add the records of the others."
+    )
 
-    A line for each cell, the mean over seeds, in a band that is its 95 % interval. Epoch 0 is
-    right after pruning; where fine-tuning began from new weights, the line begins at epoch 1.
+
+def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
+    """Plot test accuracy over the epochs of fine-tuning: the paper's Figure 1.
+
+    Each cell is a line, the mean over seeds, with its 95 % confidence interval as a band. Epoch 0
+    is right after pruning. If fine-tuning started from other weights, the line starts at epoch 1.
 
     Args:
-        records: The runs, of one data ratio and prune ratio or few.
-        ax: Where to draw; `None` makes a new figure.
+        records: The runs, of one or few data ratios and prune ratios.
+        ax: The axes to draw into. `None` creates a new figure.
 
     Returns:
-        The axes, not shown and not saved.
+        The axes, neither shown nor saved.
 
     Raises:
-        ValueError: If there are no records, too many cells to tell apart, or two different
-            records of one cell and seed.
-        ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
+        TypeError: If an item of `records` is not a record.
+        ValueError: If there are no records, more cells than can be told apart, or two different
+            records of the same cell and seed.
+        ImportError: If matplotlib is not installed, or there are several seeds and SciPy is not.
     """
     return plots.curves(records, ax=ax)
 
 
 def plot_steps(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
-    """Draw test accuracy before pruning, after pruning and after fine-tuning: Figure 2.
+    """Plot test accuracy before pruning, after pruning and after fine-tuning: Figure 2.
 
-    A line for each cell: the mean, with the standard deviation as a bar where there are several
-    seeds.
+    Each cell is a line, the mean over seeds, with the standard deviation as bars if there are
+    several seeds.
 
     Args:
         records: The runs.
-        ax: Where to draw; `None` makes a new figure.
+        ax: The axes to draw into. `None` creates a new figure.
 
     Returns:
-        The axes, not shown and not saved.
+        The axes, neither shown nor saved.
 
     Raises:
-        ValueError: If there are no records.
+        TypeError: If an item of `records` is not a record.
+        ValueError: If there are no records, or two different records of the same cell and seed.
         ImportError: If matplotlib is not installed.
     """
     return plots.steps(records, ax=ax)
@@ -155,24 +169,28 @@ def plot_ratios(
     measure: Measure = "finetuned_accuracy",
     ax: Axes | None = None,
 ) -> Axes:
-    """Draw test accuracy against the share of data kept, or of weights removed.
+    """Plot test accuracy against the share of data kept or the share of weights removed.
 
-    A line for each mode, with 95 % intervals over seeds; against the share of data the baseline,
-    which keeps all of it, is a level line in a band. Shares of data from little to much, a factor
-    of 20 and more, are on a logarithmic scale.
+    Each mode is a line with 95 % confidence intervals over seeds. Against the share of data, the
+    baseline, which keeps all of it, is a horizontal line with a band. Shares of data that span a
+    factor of 20 or more are on a logarithmic scale.
 
     Args:
-        records: The runs, of one model and protocol, with one value of the ratio that is not `x`.
+        records: The runs, of one model and protocol, with a single value of the ratio that is not
+            `x`.
         x: "keep_ratio" or "prune_ratio".
-        measure: Which accuracy.
-        ax: Where to draw; `None` makes a new figure.
+        measure: The accuracy to plot.
+        ax: The axes to draw into. `None` creates a new figure.
 
     Returns:
-        The axes, not shown and not saved.
+        The axes, neither shown nor saved.
 
     Raises:
-        ValueError: If there are no records, or they differ in what the figure does not show.
-        ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
+        TypeError: If an item of `records` is not a record.
+        ValueError: If there are no records, two different records have the same cell and seed, the
+            records differ in a setting that the figure does not show, or `x` or `measure` is
+            unknown.
+        ImportError: If matplotlib is not installed, or there are several seeds and SciPy is not.
     """
     _check("x", x, Ratio)
     _check("measure", measure, Measure)
@@ -180,47 +198,48 @@ def plot_ratios(
 
 
 def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
-    """Write a page of everything: differences, figures, accuracies, seconds, and how to read them.
+    """Write an HTML page with the differences, figures, accuracies, seconds and explanations.
 
-    One file with nothing outside it, for screens of any width, light or dark, and for paper. What
-    the records do not allow is left out, and the page says why.
+    The page is a single file that loads nothing else, for screens of any width, light or dark, and
+    for print. Parts that the records do not allow are left out, and the page says why.
 
     Args:
         source: The runs, or the folder of a grid, which may still be running: see
             :meth:`drophot.Grid.run`.
-        path: Where to write the page, whole or not at all; folders are made.
+        path: The file to write, whole or not at all. Missing folders are created.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: If the arguments are swapped, or one of the records is none.
-        ValueError: If there are no records, two different ones of one cell and seed, or `path` is a
-            folder.
-        ImportError: If matplotlib is not installed, or there are several seeds and no SciPy.
+        TypeError: If the arguments are swapped, or an item of `source` is not a record.
+        ValueError: If there are no records, two different records have the same cell and seed, or
+            `path` is a folder.
+        ImportError: If matplotlib is not installed, or there are several seeds and SciPy is not.
     """
     if not isinstance(path, (str, Path)):
         raise TypeError(
-            f"`path` should be the page's file. Found {type(path).__name__}; the records come "
-            f'first: html(records, "report.html").'
+            f"`path` must be the file to write, got {type(path).__name__}. The records come first: "
+            f'html(records, "report.html").'
         )
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"`path` should be a file. Found the folder {path}; add the page's name.")
-    plots.axes(None)  # without matplotlib nothing is begun
+        raise ValueError(f"`path` must be a file, got the folder {path}. Add a file name to it.")
+    plots.axes(None)  # raises before any work if matplotlib is missing
     found = html_page.load(source)
     compared = tables.comparisons(found.records, "finetuned_accuracy")
     page = html_page.page(
         found,
-        accuracies=tables.accuracies(cells.cells(found.records)),
+        accuracies=tables.accuracies(group_by_cell(found.records)),
         differences=tables.against(compared) if compared else None,
         panels=Panels(record.mode for record in found.records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, page.encode())
+    with atomic_write(path) as file:
+        file.write(page.encode())
     return path
 
 
 def _check(name: str, value: object, kind: Any) -> None:
     if value not in (known := get_args(kind)):
-        raise ValueError(f"`{name}` should be {' or '.join(map(repr, known))}. Found {value!r}.")
+        raise ValueError(f"`{name}` must be {' or '.join(map(repr, known))}, got {value!r}.")

@@ -1,7 +1,4 @@
-"""The page of a grid: one file with everything in it.
-
-It is given the tables and what draws the figures; it knows the order, the words and the style.
-"""
+"""The HTML page of a grid: its order, words and style around given tables and figures."""
 
 from __future__ import annotations
 
@@ -14,31 +11,41 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from drophot import cells
-from drophot.records import Record, from_line
-from drophot.report.setting_columns import EXTRAS, columns, order
+from drophot.records import (
+    CELL_FIELDS,
+    Record,
+    cell_of,
+    check_records,
+    free_settings,
+    from_line,
+    group_by_cell,
+    shared_settings,
+)
+from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot.report.tables import Table, percent
+from drophot.settings import SCORING_ONLY
 
 _HOW = {
-    "n": "Seeds. Each is a run of everything: initial weights, order and random coresets.",
+    "n": "The number of seeds. Each seed has its own initial weights, order and random coresets.",
     "Share, removed, zeros held": "The share of the training samples that was kept, the share of "
-    "the prunable weights that was removed, and the share of them that is zero in the end.",
-    "Low, high": "Coresets of the samples that were forgotten least and most often while a network "
-    "was trained on everything. Other modes have the name of their score or of their method.",
-    "Baseline": "All samples kept, and the rest the same: trained, pruned and fine-tuned. It takes "
-    "more steps than a coreset does, unless steps are said to be equal.",
-    "Random": "A coreset of the same size drawn at random. What another mode gains over it is due "
-    "to how that mode chose; what random gains over the baseline is due to the size alone.",
-    "[ ]": "A 95 % interval of Student's t. For a difference it is that of the differences within "
-    "each seed. With few seeds it is wide, as it should be.",
-    "–": "No accuracy: the run diverged, or it was never measured. Means are of the others, and "
-    "(n = ...) says of how many.",
-    "*": "p < 0.05 in the paired t-test after Holm's correction for all differences of the table: "
-    "if none of them were real, any star in it would have a chance of 5 % at most. No star is no "
-    "proof that two are equal.",
-    "Last epoch": "Every accuracy is the one on the test set after the last epoch. The best epoch "
-    "is never picked, since that would be to choose by the test set.",
+    "the prunable weights that was removed, and the share of them that is zero at the end.",
+    "Low, high": "Coresets of the samples that were forgotten least often and most often while a "
+    "network was trained on all samples. Other modes are named after their score or method.",
+    "Baseline": "All samples are kept; the rest is the same. Training takes more steps than on a "
+    "coreset, unless a column says that they are equal.",
+    "Random": "A coreset of the same size, drawn at random. A difference between another mode and "
+    "random is due to how that mode chooses samples. A difference between random and the baseline "
+    "is due to the size alone.",
+    "[ ]": "The 95 % confidence interval by Student's t. That of a difference is the interval of "
+    "the differences within each seed. With few seeds it is wide.",
+    "–": "There is no accuracy: the run diverged, or the accuracy was not measured. Means are of "
+    "the other runs, and (n = ...) says of how many.",
+    "*": "p < 0.05 in the paired t-test after Holm's correction for all differences of the table. "
+    "If no difference were real, the probability of any star in the table would be at most 5 %. A "
+    "difference without a star is not proof that two modes are equal.",
+    "Last epoch": "Every accuracy is measured on the test set after the last epoch. The best epoch "
+    "is never picked, because that would be a choice by the test set.",
 }
 _CSS = """
 :root { color-scheme: light dark; --ink: #1c1f23; --soft: #5d6570; --rule: #d9dde2;
@@ -103,38 +110,26 @@ dd { margin: .1rem 0 0; font-size: .92rem }
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What a page is made of."""
+    """The content of a page."""
 
     records: list[Record]
-    """One for each cell, the baseline first, then by data ratio, prune ratio, mode and seed."""
+    """The baseline first, then by data ratio, prune ratio, mode and seed."""
     cells: int
-    """The number of them once the grid is finished."""
+    """The number of records once the grid is finished."""
     configuration: Mapping[str, Any]
 
 
 def load(source: Iterable[Record] | Path | str) -> Source:
-    """Read what a page is to be made of.
-
-    Args:
-        source: Records, or a grid's folder, in which a line may just be being written.
-
-    Returns:
-        The records, each cell once, and what is known of the grid.
-
-    Raises:
-        TypeError: If one is no record.
-        ValueError: If there are none, a line is no record, or one of two of a cell and seed found
-            something else.
-    """
+    """Read records, or the folder of a grid, in which a line may be incomplete."""
     grid: dict[str, Any] = {}
     if isinstance(source, (Path, str)):
         grid, lines = _read(Path(source))
-        # A stage that two processes computed, or one again, has two lines: the last counts.
-        source = {(cells.identity(line), line.seed): line for line in lines}.values()
-    source = cells.checked(source, "source")
+        # A stage that was computed twice, for example by two processes, has two lines.
+        source = {(cell_of(line), line.seed): line for line in lines}.values()
+    source = check_records(source, "source")
     if not source:
-        raise ValueError("`source` must hold at least one record, but has none so far.")
-    found = cells.cells(source, "source")
+        raise ValueError("`source` must hold at least one record, got none so far.")
+    found = group_by_cell(source, "source")
     more = order([runs[0] for runs in found])
     keys = [((*more(runs[0]), *_order(run)), run) for runs in found for run in runs]
     records = [run for _, run in sorted(keys, key=lambda pair: pair[0])]
@@ -143,23 +138,15 @@ def load(source: Iterable[Record] | Path | str) -> Source:
 
 
 def page(source: Source, *, accuracies: Table, differences: Table | None, panels: Panels) -> str:
-    """Put the page together.
-
-    Args:
-        source: The records.
-        accuracies: The table of all of them.
-        differences: The table of their differences, if there is something to compare.
-        panels: What draws the figures.
-
-    Returns:
-        The page.
-    """
+    """The HTML of the page; `differences` is `None` if there is nothing to compare."""
     parts_of = _figures(source.records)
 
     def drawn(draw: Callable[[list[Record]], str]) -> str:
         if len(parts_of) == 1:
             return draw(parts_of[0][1])
-        names: dict[str, list[str]] = {}  # where all is left out, the reason is the same text
+        names: dict[
+            str, list[str]
+        ] = {}  # parts that are left out for one reason have the same text
         for name, runs in parts_of:
             names.setdefault(draw(runs), []).append(name)
         if len(names) == 1:
@@ -192,48 +179,50 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     path = folder / "records.jsonl"
     if not path.is_file():
         raise ValueError(
-            f"`source` should be records or a grid's folder. There is no records.jsonl in "
-            f"{folder}: pass the folder that was passed to Grid.run."
+            f"`source` must be records or the folder of a grid, got {folder}, which has no "
+            f"records.jsonl. Pass the folder that was passed to Grid.run."
         )
-    whole, _, _ = path.read_bytes().rpartition(b"\n")  # after it, a line that is being written
+    whole, _, _ = path.read_bytes().rpartition(b"\n")  # the rest is a line that is being written
     records = []
     for number, line in enumerate(whole.decode().split("\n") if whole else [], start=1):
         try:
             records.append(from_line(line))
         except ValueError as error:
-            raise ValueError(f"{path} should hold records. Line {number}: {error}") from error
+            raise ValueError(
+                f"{path} must hold records, but line {number} does not: {error}"
+            ) from error
     grid = folder / "grid.json"
     return json.loads(grid.read_bytes()) if grid.is_file() else {}, records
 
 
 def _order(record: Record) -> tuple[Any, ...]:
     coreset = record.mode != "baseline"
-    setting = (*(str(getattr(record, name)) for name in reversed(EXTRAS)), coreset)
+    setting = (*(str(getattr(record, name)) for name in reversed(FIELDS)), coreset)
     mode = list(NAMES).index(record.mode) if record.mode in NAMES else len(NAMES)
     return (*setting, record.keep_ratio, record.prune_ratio, mode, record.seed)
 
 
 def _figures(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Records that one figure can show, each with the baseline that serves it."""
-    inside = {"mode", "keep_ratio", "prune_ratio"}  # what differs within a figure
-    loose = inside | cells.independent_of("baseline")
+    """The records of each figure with their baseline, and a label."""
+    inside = {"mode", "keep_ratio", "prune_ratio"}  # these differ within a figure
+    loose = inside | free_settings("baseline")
     groups: dict[tuple[object, ...], list[Record]] = {}
     baselines: dict[object, list[Record]] = {}
     only = all(record.mode == "baseline" for record in records)
-    for runs in cells.cells(records):
+    for runs in group_by_cell(records):
         if runs[0].mode == "baseline" and not only:
-            for free in (loose, loose - cells.STEP_1):
-                key = (len(free), cells.key(runs[0], free))
+            for free in (loose, loose - SCORING_ONLY):
+                key = (len(free), shared_settings(runs[0], free))
                 baselines.setdefault(key, []).extend(runs)
         else:
-            groups.setdefault(cells.key(runs[0], inside), []).extend(runs)
+            groups.setdefault(shared_settings(runs[0], inside), []).extend(runs)
     extras = columns([runs[0] for runs in groups.values()])
     found = []
     for number, runs in enumerate(groups.values()):
         label = ", ".join(f"{column.heading}: {column.words[number]}" for column in extras)
-        # The baselines that were scored alike, or if there are none, those that were not.
-        frees = (loose - cells.STEP_1, loose)
-        served = [baselines.get((len(free), cells.key(runs[0], free)), []) for free in frees]
+        # Baselines that were scored alike take precedence.
+        frees = (loose - SCORING_ONLY, loose)
+        served = [baselines.get((len(free), shared_settings(runs[0], free)), []) for free in frees]
         found.append((label, runs + (served[0] or served[1])))
     return found
 
@@ -241,8 +230,8 @@ def _figures(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
 def _differences(source: Source, differences: Table | None) -> str:
     if differences is None:
         return note(
-            "Left out: there is nothing to compare. It takes coresets, and a baseline or random "
-            "coresets beside them."
+            "Left out: there is nothing to compare. Differences need coresets, and a baseline or "
+            "random coresets to compare them with."
         )
     modes = {record.mode for record in source.records}
     text = "Percentage points of test accuracy, the mean over n seeds"
@@ -290,11 +279,11 @@ def _summary(source: Source) -> str:
 
 
 def _seconds(records: Sequence[Record]) -> str:
-    # What cells share has the same seconds in each of them.
+    # A stage that cells share has the same seconds in each of them.
     found: dict[str, dict[tuple[object, ...], float]] = {}
-    for runs in cells.cells(records):
-        # What the cells of one grid have in common.
-        grid = cells.key(runs[0], set(cells.FIELDS) - {"model", "protocol", "structured"})
+    for runs in group_by_cell(records):
+        # The settings that all cells of a grid share.
+        grid = shared_settings(runs[0], set(CELL_FIELDS) - {"model", "protocol", "structured"})
         for run in runs:
             for step, seconds in run.seconds.items():
                 found.setdefault(step, {})[grid, run.seed, seconds] = seconds
@@ -303,10 +292,10 @@ def _seconds(records: Sequence[Record]) -> str:
         for step, times in ((step, found[step]) for step in found)
     ]
     if not rows:
-        return note("Left out: none were recorded.")
+        return note("Left out: no seconds were recorded.")
     total = sum(sum(times.values()) for times in found.values())
     rows.append(["all", "", "", f"{total:,.1f}"])
-    text = "Wall-clock seconds of each step; what several cells share counts once."
+    text = "Wall-clock seconds of each step. A step that several cells share counts once."
     return note(text) + _table(Table(["step", "times", "mean", "sum"], rows, 1))
 
 
@@ -338,7 +327,7 @@ def _table(table: Table) -> str:
         return f"<{name}{' class=w' * (column < table.left)}>{content}</{name}>"
 
     head = "".join(tag("th", column, escape(name)) for column, name in enumerate(table.head))
-    # A thin rule where the data ratio changes, or the network, the protocol or a control.
+    # A thin rule marks where the data ratio, the network, the protocol or a control changes.
     block = [
         column
         for column, name in enumerate(table.head)
@@ -346,9 +335,9 @@ def _table(table: Table) -> str:
     ]
     before, lines = None, []
     for row in table.rows:
-        cells = "".join(tag("td", column, _cell(cell)) for column, cell in enumerate(row))
+        tags = "".join(tag("td", column, _cell(cell)) for column, cell in enumerate(row))
         key = [row[column] for column in block]
-        lines.append(f"<tr{' class=first' * (key != before and bool(lines))}>{cells}</tr>")
+        lines.append(f"<tr{' class=first' * (key != before and bool(lines))}>{tags}</tr>")
         before = key
     body = "".join(lines)
     head = f"<thead><tr>{head}</tr></thead>"
@@ -356,7 +345,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    """A cell with what follows its number set softer, and a mark always at the same place."""
+    """A cell with its interval or spread in a softer color, and its star at a fixed place."""
     text = escape(text)
     if found := re.fullmatch(r"(\S+) (\[.*\]) ( |\*)", text):
         number, interval, mark = found.groups()
@@ -366,5 +355,5 @@ def _cell(text: str) -> str:
 
 
 def _span(numbers: Sequence[int]) -> str:
-    """The first and the last of sorted numbers."""
+    """The first and the last of sorted numbers as text."""
     return " to ".join(dict.fromkeys(f"{number:,}" for number in (*numbers[:1], *numbers[-1:])))

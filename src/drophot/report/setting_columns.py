@@ -1,4 +1,4 @@
-"""What tells rows apart: a column for every setting in which they differ, short enough to read."""
+"""The columns that tell rows apart: one for every setting in which they differ, in short words."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drophot import cells
-from drophot.records import Record, fingerprint
+from drophot.records import CELL_FIELDS, Record, fingerprint, known_settings
+from drophot.settings import RECORD_FIELDS, SETTINGS
 from drophot.stats import Comparison
 
-# Columns with a heading and words of their own: the heading, and what a flag reads as.
-EXTRAS: dict[str, tuple[str, Mapping[object, str]]] = {
-    "model": ("model", {}),
-    "protocol": ("protocol", {}),
-    "equal_steps": ("steps", {True: "equal", False: "fewer"}),
-    "reinitialized": ("weights", {True: "new", False: "trained"}),
-    "rewound": ("start", {True: "rewound", False: "kept"}),
-    "recalibrated": ("BatchNorm", {True: "anew", False: "as trained"}),
-    "schedule": ("schedule", {}),
-    "scope": ("scope", {}),
-    "structured": ("removed are", {True: "channels", False: "weights"}),
-}
+_OF_FIELDS = {field: SETTINGS[name] for name, field in RECORD_FIELDS.items()}
+
+FIELDS = (
+    "model",
+    *(name for name in CELL_FIELDS if name in _OF_FIELDS and _OF_FIELDS[name].heading),
+)
+"""The fields of a record that have a column only if rows differ in them."""
 
 _LONGEST = 50  # characters of a word
-_NONE = "–"  # where a row does not say
+_NONE = "–"  # for rows that do not hold the setting
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One thing in which rows differ: the name of a setting, a heading, and a word for each row."""
+    """A setting in which rows differ: its name, a heading, and a word for each row."""
 
     name: str
     heading: str
@@ -39,60 +34,82 @@ class Column:
 
 
 def columns(rows: Sequence[Record | Comparison]) -> list[Column]:
-    """What rows differ in beside the columns that a table always has."""
+    """The settings in which rows differ, without those that have a column in every table."""
     found = [
-        Column(name, EXTRAS[name][0], [word(row, name) for row in rows])
-        for name in EXTRAS
+        Column(name, _heading(name), [word(row, name) for row in rows])
+        for name in FIELDS
         if len({getattr(row, name) for row in rows}) > 1
     ]
     long: dict[tuple[int, ...], list[str]] = {}
     for name, values in differing(rows).items():
-        words = _words(values)
-        if words is None:  # those that divide the rows alike share a column
+        words = _words([_in_words(name, value) for value in values])
+        if words is None:  # settings that divide the rows alike share a column
             texts = [_json(value) for value in values]
             long.setdefault(tuple(map(texts.index, texts)), []).append(name)
         else:
-            found.append(Column(name, name, words))
+            found.append(Column(name, _heading(name), words))
     for names in long.values():
         parts = [[settings(row).get(name) for name in names] for row in rows]
         words = [fingerprint({"": p})[:8] if p != [None] * len(p) else _NONE for p in parts]
-        found.append(Column(names[0], ", ".join(names), words))
+        found.append(Column(names[0], ", ".join(map(_heading, names)), words))
     alike: dict[tuple[object, ...], set[str]] = {}
     texts = [_json(settings(row)) for row in rows]
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
         shown = (row.mode, row.keep_ratio, row.prune_ratio, *(c.words[number] for c in found))
         alike.setdefault(shown, set()).add(text)
-    if any(len(set_) > 1 for set_ in alike.values()):  # some say nothing where others differ
+    if any(len(set_) > 1 for set_ in alike.values()):  # some rows lack what others differ in
         found.append(Column("settings", "settings", [fingerprint({"": t})[:8] for t in texts]))
     return found
 
 
 def differing(rows: Sequence[Record | Comparison]) -> dict[str, list[Any]]:
-    """The settings beside `EXTRAS` in which rows differ, with each row's value or `None`."""
+    """The settings without a field in which rows differ, with the value of each row or `None`."""
     known = [settings(row) for row in rows]
     found = {}
     for name in dict.fromkeys(name for values in known for name in values):
         values = [values.get(name) for values in known]
-        if len({_json(value) for value in values if value is not None}) > 1:
+        distinct = {_json(value) for value in values if value is not None}
+        if len(distinct) > 1 and not _shown_by_field(rows, name, values):
             found[name] = values
     return found
 
 
+def _shown_by_field(rows: Sequence[Record | Comparison], name: str, values: Sequence[Any]) -> bool:
+    """Whether the field of a record tells rows with different values apart, as names of objects."""
+    if name not in CELL_FIELDS:
+        return False
+    shown = [getattr(row, name) for row in rows]
+    return len(set(zip(shown, map(_json, values), strict=True))) == len(set(shown))
+
+
 def settings(row: Record | Comparison) -> dict[str, Any]:
-    """The settings of a row beside `EXTRAS`, and what else is known of what was asked for."""
-    return cells.known(row) if isinstance(row, Record) else row.settings
+    """The settings of a row that have no field of their own."""
+    return known_settings(row) if isinstance(row, Record) else row.settings
 
 
 def word(row: Record | Comparison, name: str) -> str:
-    """What a row says of one of `EXTRAS`."""
+    """The word for the value of a field in a row."""
     if name == "equal_steps" and row.mode == "baseline":
         return "all"
     value = getattr(row, name)
-    return EXTRAS[name][1].get(value, str(value))
+    return _OF_FIELDS[name].words.get(value, str(value)) if name in _OF_FIELDS else str(value)
+
+
+def _heading(name: str) -> str:
+    """The heading of a column: that of the setting, or its name."""
+    setting = _OF_FIELDS.get(name) or SETTINGS.get(name)
+    return setting.heading or name if setting is not None else name
+
+
+def _in_words(name: str, value: Any) -> Any:
+    """A value, or the word for it if its setting has one."""
+    if name not in SETTINGS or not isinstance(value, (bool, int, float, str)):
+        return value
+    return SETTINGS[name].words.get(value, value)
 
 
 def order(rows: Sequence[Record]) -> Callable[[Record], tuple[Any, ...]]:
-    """A key to sort records by the settings in which they differ, numbers by their size."""
+    """A key that sorts records by the settings in which they differ, and numbers by size."""
     names = list(differing(rows))
 
     def key(row: Record) -> tuple[Any, ...]:
@@ -108,8 +125,8 @@ def _natural(value: Any) -> tuple[bool, float, str]:
 
 
 def _words(values: Sequence[Any]) -> list[str] | None:
-    """The values of one setting in short words that tell them apart, if there are such."""
-    # Of nested settings the numbers in which they differ, and texts where these do not suffice.
+    """Short words that tell the values of a setting apart, or `None` if there are none."""
+    # Of nested settings, show the numbers in which they differ, and texts only if needed.
     leaves = [_leaves(value) for value in values]
     names = dict.fromkeys(name for leaf in leaves for name in leaf)
     apart = [name for name in names if len({_json(leaf.get(name)) for leaf in leaves}) > 1]
@@ -129,7 +146,7 @@ def _words(values: Sequence[Any]) -> list[str] | None:
 
 
 def _leaves(value: Any, before: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names; a plain one by none."""
+    """Nested settings by dotted names; a plain value has the empty name."""
     if not isinstance(value, Mapping):
         return {before: value}
     found = {}
@@ -139,7 +156,7 @@ def _leaves(value: Any, before: str = "") -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A value as people read it: `SGD(lr=0.1)` for `torch.optim.sgd.SGD(lr=0.1)`."""
+    """A value in readable form: `SGD(lr=0.1)` for `torch.optim.sgd.SGD(lr=0.1)`."""
     if value is None:
         return _NONE
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Small figures beside one another, as a page shows them."""
+"""Panels of small figures as inline SVG."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from drophot.cells import cells
-from drophot.records import Record
+from drophot.records import Record, group_by_cell
 from drophot.report import plots
 from drophot.report.tables import finite, percent
 
@@ -25,7 +24,7 @@ NAMES = {
     "random": "random",
     "baseline": "baseline: all data",
 }
-ONE_SEED = "There is one seed, and so there are no intervals."
+ONE_SEED = "There is only one seed, so there are no intervals."
 
 _SIZE = (2.15, 1.75)  # inches
 _ALONE = (3.6, 2.3)
@@ -52,25 +51,14 @@ _STYLE: Any = {
 
 
 class Panels:
-    """The figures of one page, in which a mode looks the same everywhere.
-
-    Args:
-        modes: The names of all modes on the page.
-    """
+    """The figures of a page, in which each mode has the same style everywhere."""
 
     def __init__(self, modes: Iterable[str]) -> None:
-        self._looks = plots.looks_of(modes)
+        self._styles = plots.styles_of(modes)
         self._numbers = itertools.count(1)
 
     def ratios(self, runs: Sequence[Record]) -> str:
-        """Accuracy against the share of data, and against the share of weights.
-
-        Args:
-            runs: Of one model, protocol and control, and their baseline.
-
-        Returns:
-            HTML: the figures, or why there are none.
-        """
+        """Accuracy against the share of data, and against the share of weights."""
         shares, ratios = values(runs, "keep_ratio"), values(runs, "prune_ratio")
         text = ""
         if len(shares) > 1:
@@ -78,25 +66,20 @@ class Panels:
             panels = {
                 f"{percent(r)} removed": [x for x in runs if x.prune_ratio == r] for r in ratios
             }
-            text += self._figure(panels, partial(plots.ratios, looks=self._looks))
+            text += self._figure(panels, partial(plots.ratios, styles=self._styles))
         if len(ratios) > 1:
             text += note("Against the share of weights removed, for each share of data kept:")
             panels = {f"{percent(share)} kept": _at(runs, share) for share in shares}
-            text += self._figure(panels, partial(plots.ratios, x="prune_ratio", looks=self._looks))
+            text += self._figure(
+                panels, partial(plots.ratios, x="prune_ratio", styles=self._styles)
+            )
         if not text:
             return note("Left out: there is one data ratio and one prune ratio only.")
         bars = "Bars and bands are 95 % intervals over seeds." if several(runs) else ONE_SEED
         return note(f"Test accuracy in % after fine-tuning. {bars}") + text
 
     def curves(self, runs: Sequence[Record]) -> str:
-        """Accuracy over the epochs of fine-tuning, for each data ratio and prune ratio.
-
-        Args:
-            runs: Of one model, protocol and control, and their baseline.
-
-        Returns:
-            HTML: the figure, or why there is none.
-        """
+        """Accuracy over the epochs of fine-tuning, for each data ratio and prune ratio."""
         if not any(record.finetune_curve for record in runs):
             return note("Left out: there are no epochs of fine-tuning.")
         ratios = values(runs, "prune_ratio")
@@ -105,7 +88,7 @@ class Panels:
             for share in values(runs, "keep_ratio")
             for ratio in ratios
         }
-        most = max(len(cells(found)) for found in panels.values() if found)
+        most = max(len(group_by_cell(found)) for found in panels.values() if found)
         if most > plots.MOST:
             return note(f"Left out: {most} lines in one figure; {plots.MOST} can be told apart.")
         if not finite(accuracy for record in runs for accuracy in record.finetune_curve):
@@ -118,12 +101,12 @@ class Panels:
         text += f"own scale. Epoch 0 is right after pruning {start}."
 
         def draw(found: Sequence[Record], ax: Axes) -> None:
-            plots.curves(found, ax=ax, looks=self._looks).set_xlabel("")
+            plots.curves(found, ax=ax, styles=self._styles).set_xlabel("")
             later = finite(100 * a for record in found for a in record.finetune_curve)
             if not later:
                 return
             low, high = min(later), max(later)
-            # Where pruning took most of the accuracy, a frame down to there would show no more.
+            # If pruning removed most of the accuracy, a frame that includes it would hide the rest.
             start = min(finite(100 * record.pruned_accuracy for record in found), default=low)
             if not (found[0].reinitialized or found[0].rewound) and start > 2 * low - high:
                 low = min(low, start)
@@ -133,14 +116,7 @@ class Panels:
         return note(text) + self._figure(panels, draw, columns=len(ratios))
 
     def steps(self, runs: Sequence[Record]) -> str:
-        """Accuracy before and after pruning and after fine-tuning, at the smallest data ratio.
-
-        Args:
-            runs: Of one model, protocol and control, and their baseline.
-
-        Returns:
-            HTML: the figure, or why there is none.
-        """
+        """Accuracy before and after pruning and after fine-tuning, at the smallest data ratio."""
         share, *larger = values(runs, "keep_ratio")
         ratios = values(runs, "prune_ratio")
         if ratios == [0] and not any(record.finetune_curve for record in runs):
@@ -150,7 +126,7 @@ class Panels:
         text += "bars are standard deviations over seeds." if several(runs) else "one seed."
 
         def draw(found: Sequence[Record], ax: Axes) -> None:
-            plots.steps(found, ax=ax, looks=self._looks)
+            plots.steps(found, ax=ax, styles=self._styles)
             labels = [label.get_text().replace(" ", "\n", 1) for label in ax.get_xticklabels()]
             ax.set_xticks(ax.get_xticks(), labels)
             ax.set_xlim(-0.45, 2.45)
@@ -165,7 +141,7 @@ class Panels:
         draw: Callable[..., object],
         columns: int | None = None,
     ) -> str:
-        """One legend and the panels, with one scale for all, or where there are columns in each."""
+        """A legend and the panels, which share one scale, or one for each column."""
         import matplotlib as mpl
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
@@ -174,7 +150,7 @@ class Panels:
 
         modes = {record.mode for found in panels.values() for record in found}
         with mpl.rc_context():
-            mpl.rcdefaults()  # a page looks the same wherever it is made
+            mpl.rcdefaults()  # independent of the settings of the caller
             mpl.rcParams.update(_STYLE)
             drawn: list[Axes | None] = []
             for title, found in panels.items():
@@ -183,7 +159,7 @@ class Panels:
                     ax = Figure(figsize=size, layout="constrained").subplots()
                     draw(found, ax=ax)
                     if (legend := ax.get_legend()) is not None:
-                        legend.remove()  # there is one for all of them
+                        legend.remove()  # all panels share one
                     ax.set(title=title, ylabel="")
                 drawn.append(ax)
             for first in range(columns or 1):
@@ -193,9 +169,9 @@ class Panels:
                 for ax in column:
                     ax.set_ylim(min(ends), max(ends))
             legend = ""
-            for mode, (marker, style, colour) in self._looks.items():
+            for mode, (marker, style, color) in self._styles.items():
                 if mode in modes:
-                    look = {"marker": marker, "linestyle": style, "color": colour}
+                    look = {"marker": marker, "linestyle": style, "color": color}
                     figure = Figure(figsize=(0.4, 0.16))
                     figure.add_artist(Line2D([0, 0.5, 1], [0.5] * 3, markevery=[1], **look))
                     legend += f"<span>{self._svg(figure)}{escape(NAMES.get(mode, mode))}</span>"
@@ -215,52 +191,30 @@ class Panels:
         text = text[text.index("<svg") :]
         text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
         text = re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", text, count=5)
-        # Each drawing names its parts alike; in one page their names have to differ.
+        # All drawings use the same ids, which must be unique within a page.
         text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>f{next(self._numbers)}-", text)
         said = f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true"'
         return text.replace("<svg", f"<svg {said}", 1).strip()
 
 
 def note(text: str) -> str:
-    """A paragraph in a softer colour.
-
-    Args:
-        text: Its words.
-
-    Returns:
-        HTML.
-    """
+    """An HTML paragraph in a softer color."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def values(runs: Sequence[Record], name: str) -> list[float]:
-    """The values of a ratio, of the coresets if there are any.
-
-    Args:
-        runs: The records.
-        name: The ratio's name.
-
-    Returns:
-        The values, from the smallest.
-    """
+    """The sorted values of a ratio among the coresets, or among all runs if there are none."""
     coresets = [record for record in runs if record.mode != "baseline"] or runs
     return sorted({getattr(record, name) for record in coresets})
 
 
 def several(runs: Sequence[Record]) -> bool:
-    """Whether a cell has several seeds.
-
-    Args:
-        runs: The records.
-
-    Returns:
-        Whether there is one that has.
-    """
-    return any(len(found) > 1 for found in cells(runs))
+    """Whether a cell has several seeds."""
+    return any(len(found) > 1 for found in group_by_cell(runs))
 
 
 def _at(runs: Sequence[Record], share: float, ratio: float | None = None) -> list[Record]:
-    """Runs of one data ratio, with the baseline, and of one prune ratio."""
+    """The runs of a data ratio, the baseline included, and of a prune ratio if one is given."""
     return [
         record
         for record in runs

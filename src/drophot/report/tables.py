@@ -1,4 +1,4 @@
-"""Rows of records and of differences, and how rows become text."""
+"""Tables of accuracies and of differences, as text and as CSV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import Any
 from drophot import stats
 from drophot.records import Record
 from drophot.report import setting_columns
-from drophot.report.setting_columns import EXTRAS
+from drophot.report.setting_columns import FIELDS
+from drophot.settings import Mode
 
 STEPS = {
     "trained_accuracy": "before pruning",
@@ -22,28 +23,21 @@ STEPS = {
     "finetuned_accuracy": "after fine-tuning",
 }
 
-MISSING = "–"  # an accuracy that is nan
-_FIRST = ("low", "high", "random")  # in a table; other modes follow as they come
+MISSING = "–"  # for an accuracy that is nan
+_FIRST = ("low", "high", "random")  # in this order; other modes follow in the order of the records
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Cells to be read by people."""
+    """A table of text."""
 
     head: list[str]
     rows: list[list[str]]
     left: int
-    """The number of columns of words, which come first; the others are numbers."""
+    """The number of leading columns that hold words; the others hold numbers."""
 
     def text(self, *, bars: bool) -> str:
-        """The table in lines, its columns aligned.
-
-        Args:
-            bars: Whether it is Markdown.
-
-        Returns:
-            The lines.
-        """
+        """The table in lines with aligned columns; with bars it is Markdown."""
         escaped = [[_line(cell, bars) for cell in row] for row in (self.head, *self.rows)]
         widths = [max(3, *map(len, column)) for column in zip(*escaped, strict=True)]
         rule = ["-" * width for width in widths]
@@ -60,14 +54,7 @@ class Table:
 
 
 def accuracies(found: Sequence[Sequence[Record]]) -> Table:
-    """A row for each cell, with the mean and the standard deviation of each accuracy in %.
-
-    Args:
-        found: The cells, each with its runs.
-
-    Returns:
-        The table.
-    """
+    """A row for each cell with the mean and the standard deviation of each accuracy, in %."""
     firsts = [runs[0] for runs in found]
     extras = [column for column in setting_columns.columns(firsts) if column.name != "model"]
     words = ["model", *(column.heading for column in extras), "kept"]
@@ -89,20 +76,23 @@ def accuracies(found: Sequence[Sequence[Record]]) -> Table:
     return Table(words + numbers, rows, len(words))
 
 
-def comparisons(records: Sequence[Record], measure: stats.Measure) -> list[stats.Comparison]:
-    """All differences of one table, their p-values adjusted for all of them together.
+def comparisons(
+    records: Sequence[Record], measure: stats.Measure, against: str | Mode | None = None
+) -> list[stats.Comparison]:
+    """All differences of a table, with p-values that are adjusted for all of them together.
 
-    Args:
-        records: The runs.
-        measure: Which accuracy.
-
-    Returns:
-        The differences; none if there is no baseline and no random subset to compare with.
+    Without `against`, cells are compared with the baseline and with random, as far as the records
+    have them.
     """
+    references: list[str | Mode] = ["baseline", "random"]
+    if against is None:
+        present = {record.mode for record in records}
+        references = [mode for mode in references if mode in present]
+    else:
+        references = [against]
     found = [
         comparison
-        for reference in ("baseline", "random")
-        if any(record.mode == reference for record in records)
+        for reference in references
         for comparison in stats.compare(records, against=reference, measure=measure)
     ]
     adjusted = stats.holm(comparison.p_value for comparison in found)
@@ -112,19 +102,13 @@ def comparisons(records: Sequence[Record], measure: stats.Measure) -> list[stats
 def against(found: Sequence[stats.Comparison]) -> Table:
     """A row for each data ratio and prune ratio, with the differences in percentage points.
 
-    More columns than the paper's do not fit on a screen: then each mode has a row.
-
-    Args:
-        found: The differences.
-
-    Returns:
-        The table.
+    More columns than the paper's would not fit on a screen; each mode then has its own row.
     """
     extras = setting_columns.columns(found)
     place = {id(one): number for number, one in enumerate(found)}
     lines: dict[tuple[Any, ...], dict[tuple[str, str], stats.Comparison]] = {}
     for one in found:
-        names = (*EXTRAS, "keep_ratio", "prune_ratio")
+        names = (*FIELDS, "keep_ratio", "prune_ratio")
         key = (*(getattr(one, n) for n in names), json.dumps(one.settings, sort_keys=True))
         lines.setdefault(key, {})[one.mode, one.against] = one
     met = list(dict.fromkeys(pair for line in lines.values() for pair in line))
@@ -150,11 +134,11 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     rows = []
     for _, line in sorted(lines.items()):
         for pairs in parts:
-            cells = [line[pair] for pair in pairs if pair in line]
-            if not cells:
+            present = [line[pair] for pair in pairs if pair in line]
+            if not present:
                 continue
-            first = cells[0]
-            seeds = sorted({one.n for one in cells})
+            first = present[0]
+            seeds = sorted({one.n for one in present})
             rows.append([
                 *(column.words[place[id(first)]] for column in extras),
                 *[first.mode] * long,
@@ -167,16 +151,9 @@ def against(found: Sequence[stats.Comparison]) -> Table:
 
 
 def accuracies_csv(found: Sequence[Sequence[Record]]) -> str:
-    """A row for each cell, with a column for each number, unrounded.
-
-    Args:
-        found: The cells, each with its runs.
-
-    Returns:
-        The lines.
-    """
+    """A row for each cell, with a column for each number, unrounded."""
     rows = []
-    names = (*EXTRAS, "mode", "keep_ratio", "kept", "prune_ratio")
+    names = (*FIELDS, "mode", "keep_ratio", "kept", "prune_ratio")
     more = setting_columns.differing([runs[0] for runs in found])
     for number, runs in enumerate(found):
         row: dict[str, object] = {name: getattr(runs[0], name) for name in names}
@@ -191,15 +168,8 @@ def accuracies_csv(found: Sequence[Sequence[Record]]) -> str:
 
 
 def against_csv(found: Sequence[stats.Comparison]) -> str:
-    """A row for each difference, with all of its numbers, unrounded.
-
-    Args:
-        found: The differences.
-
-    Returns:
-        The lines.
-    """
-    names, more = (*EXTRAS, "keep_ratio", "prune_ratio"), setting_columns.differing(found)
+    """A row for each difference, with all of its numbers, unrounded."""
+    names, more = (*FIELDS, "keep_ratio", "prune_ratio"), setting_columns.differing(found)
     middle = ("mode", "against", "measure", "n", "difference")
     after = ("p_value", "p_holm", "effect_size")
     return _csv(
@@ -213,29 +183,22 @@ def against_csv(found: Sequence[stats.Comparison]) -> str:
 
 
 def finite(values: Iterable[float]) -> list[float]:
-    """The accuracies that are there: nan is that of a run that diverged, or was never taken."""
+    """The values that are not nan, which is the accuracy of a diverged or an unmeasured step."""
     return [value for value in values if math.isfinite(value)]
 
 
 def average(values: Iterable[float]) -> float:
-    """The mean of those that are there; nan of none."""
+    """The mean of the values that are not nan; nan if there are none."""
     return mean(found) if (found := finite(values)) else math.nan
 
 
 def deviation(values: Iterable[float]) -> float:
-    """The standard deviation of those that are there; nan of fewer than two."""
+    """The standard deviation of the values that are not nan; nan if there are fewer than two."""
     return stdev(found) if len(found := finite(values)) > 1 else math.nan
 
 
 def percent(ratio: float) -> str:
-    """A share as people read it: 0.1 is 10%, and 0.125 is 12.5%.
-
-    Args:
-        ratio: The share.
-
-    Returns:
-        The text.
-    """
+    """A share in percent: 0.1 is 10%, and 0.125 is 12.5%."""
     return f"{100 * ratio:.4g}%"
 
 
@@ -251,12 +214,12 @@ def _difference(one: stats.Comparison) -> str:
 
 
 def _points(difference: float) -> str:
-    """In percentage points, with a sign, and no minus zero."""
+    """A difference in percentage points, with a sign but never a negative zero."""
     return f"{100 * difference:+z.2f}".replace("-", "−")
 
 
 def _spread(values: Sequence[float]) -> str:
-    """The mean of the accuracies that are there, and of how many it is if not of all."""
+    """Mean and standard deviation without nan, and the number of values if some are nan."""
     if not (found := finite(values)):
         return MISSING
     text = f"{mean(found):.2f}"
@@ -271,13 +234,13 @@ def _zeros(runs: Sequence[Record]) -> str:
 
 
 def _value(value: Any) -> object:
-    """A setting as CSV holds it: plain where it can be, JSON otherwise."""
+    """A setting as CSV holds it: plain if possible, else as JSON."""
     plain = value is None or isinstance(value, (str, int, float))
     return value if plain else json.dumps(value, sort_keys=True)
 
 
 def _line(cell: str, bars: bool) -> str:
-    """A cell in one line, and in Markdown in one cell."""
+    """The text of a cell in one line, escaped for Markdown."""
     cell = " ".join(cell.splitlines())
     return cell.replace("|", r"\|") if bars else cell
 

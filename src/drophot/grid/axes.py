@@ -1,0 +1,172 @@
+"""The values that a grid combines, checked, and the cells that they make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from drophot._core.ratios import num_kept
+from drophot.grid.stages import BASELINE, Cell
+from drophot.pipeline import modes as pipeline_modes
+from drophot.pipeline.drophot import DropHot
+from drophot.settings import CONTROLS, SETTINGS, Mode, name_of
+from drophot.tracking.statistics import Score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axes:
+    """The values of each setting that a grid varies."""
+
+    data_ratios: list[float]
+    modes: list[Mode]
+    prune_ratios: list[float]
+    seeds: list[int]
+    controls: list[str]
+
+    @property
+    def training_changes(self) -> list[Cell]:
+        """The settings of the controls that change scoring or training, and of no control."""
+        return [{}, *self._changes(of_training=True)]
+
+    @property
+    def pruning_changes(self) -> list[Cell]:
+        """The settings of the controls that change what follows training, and of no control."""
+        return [{}, *self._changes(of_training=False)]
+
+    def _changes(self, *, of_training: bool) -> list[Cell]:
+        changes = [CONTROLS[control] for control in self.controls]
+        return [
+            {name: value}
+            for name, value in changes
+            if (SETTINGS[name].stage != "finetune") == of_training
+        ]
+
+    @property
+    def own_scores(self) -> list[Score]:
+        """The user's own scores that the modes select by, which one scoring follows together."""
+        scores = [pipeline_modes.own_score_of(mode) for mode in self.modes]
+        return list({score.name: score for score in scores if score is not None}.values())
+
+    def cells(self) -> Iterator[Cell]:
+        """The cells by seed, the baseline first, then by data ratio, mode and prune ratio."""
+        coresets = [
+            BASELINE,
+            *(
+                {"mode": mode, "data_ratio": ratio, **change}
+                for ratio, mode, change in product(
+                    self.data_ratios, self.modes, self.training_changes
+                )
+            ),
+        ]
+        dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
+        for seed, coreset in product(self.seeds, coresets):
+            for ratio in (dense if coreset is BASELINE else []) + self.prune_ratios:
+                for change in self.pruning_changes if ratio > 0 else [{}]:
+                    yield {"seed": seed, **coreset, "prune_ratio": ratio, **change}
+
+
+def checked_axes(
+    pipeline: DropHot,
+    *,
+    data_ratios: Iterable[float],
+    modes: Iterable[Mode],
+    prune_ratios: Iterable[float],
+    seeds: Iterable[int],
+    controls: Iterable[str],
+) -> Axes:
+    """Check the values of each axis, and that a run can combine them.
+
+    Raises:
+        TypeError: If a list is not one, or a value is of the wrong kind.
+        ValueError: If a list is empty, holds a value twice or one that is out of range, or two
+            values cannot be combined.
+    """
+    for control, (name, value) in CONTROLS.items():
+        if getattr(pipeline, name) == value:
+            raise ValueError(
+                f"`pipeline` must leave its controls to the grid, got {name}={value!r}. Pass "
+                f"controls=[{control!r}] to the grid, which compares it with the run without."
+            )
+    # Each value is tried with others that go with everything; combinations are tried below.
+    neutral = pipeline.replace(mode="random", data_ratio=1.0)
+    ratios = _checked("data_ratios", data_ratios, neutral)
+    axes = Axes(
+        data_ratios=ratios,
+        modes=_checked("modes", modes, neutral.replace(data_ratio=min(ratios))),
+        prune_ratios=_checked("prune_ratios", prune_ratios, pipeline),
+        seeds=_checked("seeds", seeds, pipeline),
+        controls=list(controls),
+    )
+    for control in axes.controls:
+        if control not in CONTROLS:
+            choices = ", ".join(f'"{name}"' for name in CONTROLS)
+            raise ValueError(f"`controls` must be of {choices}, got {control!r}.")
+    _check_scores(axes.modes)
+    _check_sizes(axes.data_ratios, pipeline.config.num_samples)
+    for ratio, mode, change in product(axes.data_ratios, axes.modes, axes.training_changes):
+        pipeline.replace(mode=mode, data_ratio=ratio, **change)
+    for ratio, control in product(axes.prune_ratios, axes.controls):
+        name, value = CONTROLS[control]
+        pipeline.replace(prune_ratio=ratio, **{name: value})
+    return axes
+
+
+def _checked(name: str, values: Iterable[Any], pipeline: DropHot) -> list[Any]:
+    """The values of one axis as the pipeline takes them."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"`{name}` must be a list, got {values!r}. Pass [{values!r}].")
+    found = list(values)
+    if not found:
+        raise ValueError(f"`{name}` must have at least one value, got none.")
+    setting = name.removesuffix("s")
+    for position, value in enumerate(found):
+        try:  # the pipeline makes plain numbers of numbers
+            value = found[position] = getattr(pipeline.replace(**{setting: value}), setting)
+        except (ValueError, TypeError) as error:
+            error.add_note(f"The value is in `{name}`.")
+            raise
+        if any(_same(name, value, earlier) for earlier in found[:position]):
+            raise ValueError(f"`{name}` must hold each value once, got {value!r} twice.")
+    return found
+
+
+def _same(name: str, value: Any, other: Any) -> bool:
+    """Whether two values of an axis are the same, modes by their name or by their meaning."""
+    if name != "modes":
+        return value == other
+    long = pipeline_modes.as_scored(value)
+    same = long is not None and long == pipeline_modes.as_scored(other)
+    return same or name_of(value) == name_of(other)
+
+
+def _check_scores(modes: Iterable[Mode]) -> None:
+    """Refuse two scores of one name, which one scoring could not follow together."""
+    scores: dict[str, Score] = {}
+    for mode in modes:
+        score = pipeline_modes.own_score_of(mode)
+        if score is not None and scores.setdefault(score.name, score) != score:
+            raise ValueError(
+                f"`modes` must not select by two scores of one name, got two of {score.name!r}. "
+                f"Rename one, or pass the same object to both modes."
+            )
+
+
+def _check_sizes(data_ratios: Sequence[float], total: int) -> None:
+    """Refuse a ratio that keeps all samples, and two ratios that keep the same number."""
+    ratios: dict[int, float] = {}
+    for ratio in data_ratios:
+        size = num_kept(total, ratio)
+        if size == total:
+            raise ValueError(
+                f"`data_ratios` must each leave out a sample, got {ratio:g}, which keeps {size} of "
+                f"{total}. That is the baseline, which is always computed. Remove {ratio:g}."
+            )
+        if size in ratios:
+            raise ValueError(
+                f"`data_ratios` must each keep a different number of samples, got "
+                f"{ratios[size]:g} and {ratio:g}, which both keep {size} of {total}. Remove one "
+                f"of them."
+            )
+        ratios[size] = ratio

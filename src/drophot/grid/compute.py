@@ -1,0 +1,158 @@
+"""The computation of a stage, in a worker or in the process of the grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from math import nan
+from threading import Lock
+from typing import Any, get_args
+
+import torch
+
+from drophot.grid.saved_model import SavedModel, saved_model
+from drophot.grid.stages import Stage, scoring_is_baseline
+from drophot.grid.store import Store
+from drophot.grid.worker_data import load_data
+from drophot.pipeline import modes, pruning_steps, selection_steps
+from drophot.pipeline.config import RunConfig
+from drophot.pipeline.provenance.run_record import record_of
+from drophot.pipeline.provenance.torch_settings import surrounded
+from drophot.records import Record, from_line, to_line
+from drophot.tracking.statistics import Score, Statistic
+from drophot.training.loop import evaluate
+
+# Random state and the number of threads belong to the process: its stages take turns.
+_one_at_a_time = Lock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What all stages of a call of `Grid.run` are computed with."""
+
+    config: RunConfig
+    """The grid's pipeline, on the way to a worker without its data."""
+    store: Store
+    threads: int
+    """CPU threads for each stage."""
+    switches: Mapping[str, Any] | None = None
+    """The global switches of torch to set in a worker; `None` leaves them alone."""
+
+
+def compute(job: Job, stage: Stage) -> Record | None:
+    """Compute a stage and store its result, unless another process was faster.
+
+    Args:
+        job: What it is computed with.
+        stage: The stage, whose needed stage is in the store.
+
+    Returns:
+        The record, if the stage is a fine-tuning.
+
+    Raises:
+        RuntimeError: If the result of the needed stage was damaged in the meantime.
+    """
+    store, device = job.store, job.config.device
+    around = nullcontext() if job.switches is None else surrounded(job.switches, device)
+    with _one_at_a_time, limited_threads(job.threads), around:
+        found = store.load(stage.name)
+        if found is None:
+            config = replace(load_data(job.config), settings=stage.settings)
+            store.check_writable()
+            needed = _needed(store, stage)
+            try:
+                found = _result(config, stage, needed)
+            finally:
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # for the other processes
+            store.save(stage.name, found)
+    return from_line(found.decode()) if stage.kind == "finetune" else None
+
+
+def _needed(store: Store, stage: Stage) -> SavedModel | None:
+    if stage.needs is None:
+        return None
+    content = store.load(stage.needs.name)
+    if content is None:
+        raise RuntimeError(
+            f"{stage.needs.name} in {store.folder} was damaged in the meantime. Run the grid again."
+        )
+    return SavedModel.from_bytes(content)
+
+
+def _result(config: RunConfig, stage: Stage, needed: SavedModel | None) -> bytes:
+    """The content of a stage's file."""
+    if stage.kind == "score":
+        return _score(config, stage.scores).to_bytes()
+    if stage.kind == "train":
+        return _train(config, needed).to_bytes()
+    assert needed is not None
+    return to_line(_finetune(config, needed)).encode()
+
+
+def _score(config: RunConfig, own_scores: Sequence[Score]) -> SavedModel:
+    found = selection_steps.score(config, own_scores)
+    scores = {"forgetting": found.scores}
+    if found.tracker is not None:
+        forgetting = config.settings.forgetting
+        scores = {
+            name: selection_steps.statistic(found.tracker, name, forgetting)
+            for name in (*get_args(Statistic), *(score.name for score in own_scores))
+        }
+    accuracy = nan
+    if scoring_is_baseline(config.settings):
+        accuracy = evaluate(found.model, config.test_set)
+    return saved_model(
+        config,
+        found.model,
+        indices=torch.arange(config.num_samples),
+        accuracy=accuracy,
+        seconds={"score": found.seconds},
+        scores={name: values.cpu() for name, values in scores.items()},
+    )
+
+
+def _train(config: RunConfig, scoring: SavedModel | None) -> SavedModel:
+    mode, scores, scorer, seconds = config.settings.mode, None, None, dict[str, float]()
+    if scoring is not None:
+        seconds = scoring.seconds
+        needs = () if config.selector is None else config.selector.needs
+        if "scores" in needs:
+            statistic = modes.statistic_of(mode) or "forgetting"
+            scores = scoring.scores[statistic if isinstance(statistic, str) else statistic.name]
+        if "model" in needs:
+            scorer = scoring.model(config)
+    selected = selection_steps.select(config, scores=scores, scorer=scorer)
+    trained = selection_steps.train(config, selected.indices)
+    return saved_model(
+        config,
+        trained.model,
+        indices=selected.indices,
+        accuracy=trained.accuracy,
+        seconds={**seconds, "select": selected.seconds, "train": trained.seconds},
+    )
+
+
+def _finetune(config: RunConfig, trained: SavedModel) -> Record:
+    pruned = pruning_steps.prune(config, trained.model(config))
+    finetuned = pruning_steps.finetune(config, pruned)
+    return record_of(
+        config,
+        indices=trained.indices,
+        trained_accuracy=trained.accuracy,
+        pruned_accuracy=pruned.accuracy,
+        finetuned=finetuned,
+        seconds={**trained.seconds, "prune": pruned.seconds, "finetune": finetuned.seconds},
+    )
+
+
+@contextmanager
+def limited_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads of the CPU within a block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

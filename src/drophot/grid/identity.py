@@ -1,0 +1,67 @@
+"""The configuration that a store belongs to: what its results depend on besides their cell."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from drophot._core.installed_packages import minor_version
+from drophot.pipeline.config import RunConfig
+from drophot.pipeline.provenance import environment
+from drophot.pipeline.provenance.fingerprints import unseen
+from drophot.pipeline.provenance.own_objects import described, own_objects, unknown_parts
+from drophot.pipeline.provenance.run_record import configuration
+from drophot.records import fingerprint
+from drophot.settings import Mode, name_of, varying
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """The configuration of a store, as JSON can hold it."""
+
+    configuration: dict[str, Any]
+    modes: dict[str, Any]
+    """The user's own modes by name. A store may be extended by modes, but none may change."""
+    data: str
+    """The digest of the two datasets."""
+
+
+def identify(config: RunConfig, modes: Iterable[Mode], threads: int) -> Identity:
+    """The identity of a grid's results.
+
+    Raises:
+        TypeError: If a part of the run cannot be compared between processes.
+    """
+    runs = [replace(config.settings, mode=mode) for mode in modes]
+    unknown = [*config.experiment.unknown, *(part for run in runs for part in unknown_parts(run))]
+    if unknown:
+        raise TypeError(
+            f"A store must know which experiment it is of, but no other process can compare "
+            f"{unknown[0]}. Create it where it is used, or give its owner a `__getstate__` that "
+            f"leaves it out."
+        )
+    own = [thing for run in runs for thing in own_objects(run)]
+    if blind := unseen([config.factory, config.optimizer, config.fit, *own]):
+        warnings.warn(
+            f"A store cannot tell whether these have changed: {', '.join(blind)}. Use another "
+            f"store after a change.",
+            stacklevel=4,
+        )
+    versions = environment.versions()
+    found: dict[str, Any] = {
+        "versions": {name: minor_version(versions[name]) for name in ("drophot", "torch", "python")}
+    }
+    found |= configuration(config)
+    for name in varying():
+        found.pop(name, None)
+    found["threads"] = threads
+    found["device"] = environment.device_name(config.device)
+    data = fingerprint({name: found[name] for name in ("train_set", "test_set")})
+    described_modes = {name_of(run.mode): described(run.mode) for run in runs}
+    return Identity(
+        configuration=found,
+        modes={name: it for name, it in described_modes.items() if it != name},
+        data=data,
+    )
