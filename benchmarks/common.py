@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: where, with what and how they were measured."""
+"""Write the results of a benchmark with the device, the versions and the command line."""
 
 import json
 import os

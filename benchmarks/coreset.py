@@ -1,12 +1,13 @@
-"""What choosing costs.
+"""Time and memory of selection methods.
 
-    select    `select` beside `torch.topk` alone, on the same scores, in turn
-    parts     `select` on 10⁹ scores: time, and memory beside the scores
-    greedy    k_center and facility_location beside apricot (pip install apricot-select) and NumPy
-    growth    the two as the number of samples grows, to 10⁶
-    crest     CrestLoader's overhead on a training step
+    select    `select`, compared with `torch.topk` alone on the same scores, alternately
+    parts     `select` on 10⁹ scores: time, and extra memory
+    greedy    k_center and facility_location, compared with apricot (pip install apricot-select)
+              and NumPy
+    growth    the same two methods with a growing number of samples, up to 10⁶
+    crest     the overhead of CrestLoader on a training step
 
-Each at most in a process of its own where memory is measured.
+Parts that measure memory run in a separate process.
 """
 
 import json
@@ -32,8 +33,10 @@ from drophot.models import fcnet, lenet
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("what", nargs="?", default="select", choices=list(WHAT))
-    parser.add_argument("--samples", type=int, nargs="+", help="N; by default as in the README")
-    parser.add_argument("--features", type=int, default=512, help="D, of greedy and growth")
+    parser.add_argument(
+        "--samples", type=int, nargs="+", help="N; the default is that of the README"
+    )
+    parser.add_argument("--features", type=int, default=512, help="D, for greedy and growth")
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -104,7 +107,7 @@ def _parts(kind: str, mode: Any, samples: int, ratio: float, device: str) -> dic
 
 
 def clusters(samples: int, features: int) -> Tensor:
-    """A hundred clusters in a space whose variances fall, as a network's features do."""
+    """Draw a hundred clusters whose variances decay over the dimensions, like those of features."""
     draws = torch.Generator().manual_seed(0)
     scale = torch.arange(1, features + 1).float().rsqrt()
     centres = 3 * torch.randn(100, features, generator=draws) * scale
@@ -126,7 +129,7 @@ def _greedy(peer: str, samples: int, features: int, ratio: float) -> dict[str, A
     values = clusters(samples, features)
     size = int(ratio * samples)
     try:
-        PEERS[peer](values[:200], 20)  # what is compiled is compiled
+        PEERS[peer](values[:200], 20)  # compiles what has to be compiled
     except ImportError as error:
         return {"error": str(error)}
     before, start = peak(), perf_counter()
@@ -148,7 +151,7 @@ def _greedy(peer: str, samples: int, features: int, ratio: float) -> dict[str, A
 
 
 def nearest(values: Tensor, kept: Tensor) -> Tensor:
-    """How far each sample is from the nearest kept one."""
+    """The distance of each sample to the nearest kept one."""
     return torch.cat([torch.cdist(part, values[kept]).amin(1) for part in values.split(4096)])
 
 
@@ -163,18 +166,18 @@ def ours(selector: Any) -> Callable[[Tensor, int], Ranked]:
 
 
 def numpy_k_center(values: Tensor, size: int) -> Ranked:
-    """As one writes it: the distances to the newest centre, their minimum, the largest of it."""
+    """Direct implementation: distances to the newest centre, their minimum, its argmax."""
     x = values.numpy()
     away = np.full(len(x), np.inf, dtype=np.float32)
     ranking, start = [0], perf_counter()
-    while len(ranking) < size and perf_counter() - start < 60:  # each choice takes as long
+    while len(ranking) < size and perf_counter() - start < 60:  # each selection takes equally long
         away = np.minimum(away, np.linalg.norm(x - x[ranking[-1]], axis=1))
         ranking.append(int(away.argmax()))
     return ranking, (perf_counter() - start) / len(ranking)
 
 
 def numpy_facility(values: Tensor, size: int) -> Ranked:
-    """As one writes it: all distances once, then each candidate's gain for each choice."""
+    """Direct implementation: all distances once, then the gain of each candidate at each step."""
     x = values.numpy()
     if 4 * len(x) ** 2 > 11e9:
         raise MemoryError(f"all distances take {4 * len(x) ** 2 / 1e9:.0f} GB, and as much again")
@@ -189,7 +192,7 @@ def numpy_facility(values: Tensor, size: int) -> Ranked:
 
 
 def apricot(values: Tensor, size: int) -> Ranked:
-    """Its lazy greedy on the same similarities, the largest distance less the distance."""
+    """Lazy greedy of apricot on the same similarities: the largest distance minus the distance."""
     from sklearn.metrics import pairwise_distances
 
     if 12 * len(values) ** 2 > 20e9:
@@ -220,7 +223,7 @@ GREEDY = {
 
 
 def growth(options: Namespace) -> Any:
-    """A tenth kept, 5,000 at most. Facility location's time grows by the square.
+    """Keep a tenth, at most 5,000. The time of facility location grows quadratically.
 
     So a million is done class by class: a hundred classes, and as many features, softmax − one-hot.
     """
@@ -250,7 +253,7 @@ def _growth(name: str, samples: int, features: int, size: int) -> dict[str, Any]
 
 
 def crest(options: Namespace) -> Any:
-    """Milliseconds of a step on random batches, and of one with CREST, in turn, on one core."""
+    """Milliseconds of a step with random batches and with CREST, alternately, on one core."""
     torch.set_num_threads(1)
     device = torch.device(options.device)
     makers = {"fcnet": fcnet, "lenet": lenet}
@@ -290,7 +293,7 @@ def crest(options: Namespace) -> Any:
 
 
 class Batches:
-    """Random batches, read as CREST reads its own."""
+    """Random batches, read in the same way as those of CREST."""
 
     def __init__(self, data: Any, steps: int, device: torch.device) -> None:
         self.data, self.steps, self.device = batching.in_memory(data, device), steps, device
@@ -306,7 +309,7 @@ def peak() -> int:
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """In a process of its own, whose memory is its own."""
+    """Run in a separate process, to measure its memory."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 

@@ -1,13 +1,14 @@
-"""The paper's grid, by drophot and as its released code goes about it (`benchmarks/naive.py`).
+"""The paper's grid, with drophot and with the method of the released code (`benchmarks/naive.py`).
 
-The same cells of the released protocol on the same machine in one run, both sides free to use all
-of it: drophot with a process for each core and a thread for each process; the other with whichever
-numbers of threads and of loader workers are fastest in a trial here, and beside that with torch's
-own number of threads and a worker for each core, as one writes it.
+Both sides compute the same cells of the released protocol on one machine in one run, with all of
+its cores. drophot uses one process per core and one thread per process. The released code runs
+twice: with the numbers of threads and loader workers that are fastest in a trial here, and with
+torch's default number of threads and one worker per core.
 
-The whole grid (five data ratios, low and high, five prune ratios, 10 epochs) takes 590 epochs by
-drophot, and 910 by the released code, which trains a coreset anew for each prune ratio. It is
-extrapolated from these cells by counting epochs alone; with --whole drophot runs all of it.
+The whole grid (five data ratios, low and high, five prune ratios, 10 epochs) takes 590 epochs with
+drophot, and 910 with the released code, which trains a coreset again for each prune ratio. Times
+for the whole grid are extrapolated from these cells by the number of epochs. With --whole, drophot
+runs all of it.
 """
 
 import json
@@ -36,12 +37,14 @@ RELEASED, SHARED = 910, 590  # epochs of the whole grid
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data-root", default="data", help="with MNIST/raw, or train and test")
+    parser.add_argument("--data-root", default="data", help="contains MNIST/raw, or train and test")
     parser.add_argument("--model", default="fcnet", choices=list(MODELS))
     parser.add_argument("--epochs", type=int, default=1, help="epochs of each training")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="drophot's processes")
-    parser.add_argument("--whole", action="store_true", help="drophot's whole grid, as it is")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="number of processes of drophot"
+    )
+    parser.add_argument("--whole", action="store_true", help="run the whole grid with drophot")
     options = parser.parse_args()
     device = torch.device(options.device)
     train_set, test_set = data(options.data_root, options.model)
@@ -125,7 +128,7 @@ def released(
 def run(
     pipeline: DropHot, data_ratios: list[float], prune_ratios: list[float], jobs: int
 ) -> tuple[list[Record], float, float]:
-    """A grid's records, its epochs and the seconds it took in fresh processes and a fresh store."""
+    """The records of a grid, its epochs and its seconds, with new processes and a new store."""
     grid = Grid(
         pipeline,
         data_ratios=data_ratios,
@@ -137,7 +140,9 @@ def run(
         TemporaryDirectory() as store,
         ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
     ):
-        list(pool.map(warm_up, [pipeline.device.type] * 2 * jobs))  # neither side's imports count
+        list(
+            pool.map(warm_up, [pipeline.device.type] * 2 * jobs)
+        )  # the time of imports is not measured on either side
         epochs = grid.plan(executor=pool).epochs
         started = perf_counter()
         records = grid.run(store, pool)
@@ -155,7 +160,7 @@ def data(root: str, model: str) -> tuple[Dataset[Any], Dataset[Any]]:
 def fastest(
     make: Any, train_set: Dataset[Any], device: torch.device, cores: int
 ) -> dict[tuple[int, int], float]:
-    """Seconds that an epoch would take by the released way, by threads and workers."""
+    """Estimated seconds per epoch of the released code, by threads and workers."""
     few = Subset(train_set, range(12_800))
     before, found = torch.get_num_threads(), {}
     for threads in sorted({1, before}):

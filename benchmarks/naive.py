@@ -1,9 +1,9 @@
-"""The paper's grid as its released code goes about it: the peer of `benchmarks/grid.py`.
+"""The paper's grid with the method of the released code, for comparison in `benchmarks/grid.py`.
 
-A loader whose workers read and transform each sample anew, the loss read back after each step,
-every cell's network trained from scratch, one thing at a time. Scores are made once a seed, by
-walking a shuffled loader; weights are pruned layer by layer by torch.nn.utils.prune, and the mask
-is dropped before fine-tuning.
+A loader whose workers read and transform each sample again in each epoch, the loss read back after
+each step, and the network of every cell trained from scratch, one after the other. Scores are
+computed once per seed over a shuffled loader. Weights are pruned layer by layer with
+torch.nn.utils.prune, and the mask is dropped before fine-tuning.
 """
 
 from collections.abc import Callable, Iterable, Iterator

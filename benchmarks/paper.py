@@ -1,7 +1,7 @@
-"""The tables of docs/results.md, from the records in benchmarks/results.
+"""Generate the tables of docs/results.md from the records in benchmarks/results.
 
-    python benchmarks/paper.py            prints them
-    python benchmarks/paper.py --write    puts them into docs/results.md, between their marks, and
+    python benchmarks/paper.py            prints the tables
+    python benchmarks/paper.py --write    writes them to docs/results.md, between their markers, and
                                           draws docs/_static/little_data.svg
 
 The records come from examples/paper_grid.py and benchmarks/selection.py; docs/results.md has the
@@ -24,7 +24,7 @@ FIGURE = ROOT / "docs" / "_static" / "little_data.svg"
 
 MODES = ("baseline", "low", "high", "random")
 
-# An accuracy, and the prune ratios that it is taken over; one training serves all of them.
+# An accuracy, and the prune ratios that it is averaged over.
 STEPS: list[tuple[str, stats.Measure, list[float]]] = [
     ("before pruning", "trained_accuracy", [0]),
     ("after pruning by 20 to 60 %", "pruned_accuracy", [0.2, 0.4, 0.6]),
@@ -32,8 +32,8 @@ STEPS: list[tuple[str, stats.Measure, list[float]]] = [
     ("after fine-tuning, 20 to 80 % removed", "finetuned_accuracy", [0.2, 0.4, 0.6, 0.8]),
 ]
 
-# What the paper's authors published beside their code for LeNet on MNIST, one run each, in %: by
-# share kept and share removed, the accuracies after pruning and after fine-tuning.
+# Accuracies of LeNet on MNIST that the authors published with their code, one run each, in %, after
+# pruning and after fine-tuning, by share kept and share removed.
 PUBLISHED = {
     ("baseline", 1.0, 0.6): (93.18, 98.83),
     ("baseline", 1.0, 0.8): (43.24, 99.06),
@@ -50,7 +50,7 @@ PUBLISHED = {
 
 def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="into docs/results.md")
+    parser.add_argument("--write", action="store_true", help="write the tables to docs/results.md")
     options = parser.parse_args()
     found = tables()
     if options.write:
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def tables() -> dict[str, str]:
-    """All tables, by the names of their marks."""
+    """All tables, by the names of their markers."""
     fcnet, lenet = read("fcnet"), read("lenet")
     slow = {"fcnet": read("fcnet_plain"), "lenet": read("lenet_plain")}
     released, more = read("lenet_released"), read("lenet_released_pruned")
@@ -108,7 +108,7 @@ def tables() -> dict[str, str]:
 
 
 def selected() -> dict[str, str]:
-    """Ways of choosing, from benchmarks/selection.py, and why plain top-k falls."""
+    """The tables of selection methods, from benchmarks/selection.py."""
     parts = {name: read(f"fcnet_{name}") for name in PARTS}
     clean, noisy = parts["once"] + parts["dynamic"], parts["once_noisy"] + parts["dynamic_noisy"]
     return {
@@ -121,7 +121,7 @@ def selected() -> dict[str, str]:
 
 
 def draw() -> None:
-    """Test error against the share kept, with right labels and with wrong ones."""
+    """Draw test error against the share kept, with correct and with wrong labels."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -160,7 +160,7 @@ def draw() -> None:
             axis.set_ticks([], minor=True)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("test error, % (less is better)")
-    handles = {  # each once, whichever panel has it
+    handles = {  # each once, from either panel
         label: handle
         for ax in axes
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
@@ -171,7 +171,7 @@ def draw() -> None:
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
-# Okabe and Ito's colours, markers and line styles: to be read in grey, and with any colour vision.
+# Okabe and Ito's colours, with markers and line styles that also work without colour.
 DRAWN = {
     "random": ("random", "#009E73", "^", ":"),
     "fresh_subset": ("random, new each epoch", "#56B4E9", "v", "-"),
@@ -186,7 +186,7 @@ SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
 
 
 def by_share(runs: list[Record], *, equal_steps: bool) -> str:
-    """A row for each mode, a column for each share: the mean, and half of its 95 % interval."""
+    """Mean and half of the 95 % interval, with a row for each mode and a column for each share."""
     modes = [mode for mode in dict.fromkeys(r.mode for r in runs) if mode != "baseline"]
     full = {r.seed: 100 * r.trained_accuracy for r in runs if r.mode == "baseline"}
     lines = [
@@ -214,7 +214,7 @@ def centred(values: list[float]) -> str:
 
 
 def less_random(runs: list[Record]) -> str:
-    """Each mode less a random subset of the same size, paired by seed, equal epochs."""
+    """Each mode minus a random subset of the same size, paired by seed, with equal epochs."""
     lines = [
         f"| kept | {' | '.join(f'{share:.0%}' for share in SHARES)} |",
         f"| --- |{' ---: |' * len(SHARES)}",
@@ -229,7 +229,7 @@ def less_random(runs: list[Record]) -> str:
 def difference(
     runs: list[Record], mode: str, others: list[Record], share: float, *, equal_steps: bool
 ) -> str:
-    """A mode less random, with its interval."""
+    """A mode minus random, with its interval."""
 
     def of(records: list[Record], name: str) -> dict[int, float]:
         return {
@@ -246,7 +246,7 @@ def difference(
 
 
 def ablation(parts: dict[str, list[Record]]) -> str:
-    """Most forgotten less random: by epochs of scoring, class balance and equal epochs or steps."""
+    """Most forgotten minus random, by scoring epochs, class balance, and equal epochs or steps."""
     lines = [
         f"| scored for | by class | trained for | {' | '.join(f'{s:.0%}' for s in SHARES)} |",
         f"| ---: | --- | --- |{' ---: |' * len(SHARES)}",
@@ -263,7 +263,7 @@ def ablation(parts: dict[str, list[Record]]) -> str:
 
 
 def recovery(runs: list[Record]) -> str:
-    """How soon the pruned baseline, in one shot and layer by layer, comes back."""
+    """Accuracy of the pruned baseline by epoch of fine-tuning (one shot, layer by layer)."""
     epochs = (1, 2, 3, 5, 10)
     lines = [
         f"| model | removed | n | after pruning | {' | '.join(f'epoch {e}' for e in epochs)} |",
@@ -282,10 +282,10 @@ def recovery(runs: list[Record]) -> str:
 
 
 def recalibrated() -> str:
-    """What BatchNorm's statistics anew are worth right after pruning."""
+    """Accuracy right after pruning, before and after recalibrating BatchNorm."""
     figures = json.loads((RESULTS / "recalibrate.json").read_text())["figures"]
     lines = [
-        "| removed | trained on | after pruning | and with BatchNorm anew |",
+        "| removed | trained on | after pruning | BatchNorm recalibrated |",
         "| ---: | --- | ---: | ---: |",
     ]
     for row in sorted(figures, key=lambda row: row["prune_ratio"]):
@@ -297,7 +297,7 @@ def recalibrated() -> str:
 
 
 def latency() -> str:
-    """How long the networks of the paper take, dense and with half of their channels."""
+    """Time of a forward pass of the paper's networks, dense and with channels removed."""
     figures = json.loads((RESULTS / "prune_structured.json").read_text())["figures"]
     lines = [
         "| network | channels removed | parameters | input | batch | dense, ms | pruned, ms "
@@ -317,7 +317,7 @@ def latency() -> str:
 
 
 def findings(runs: list[Record], steps: list[tuple[str, stats.Measure, list[float]]]) -> str:
-    """Each difference over the grid: a seed's mean over its cells, then paired over seeds."""
+    """Differences over the grid: the mean of each seed over its cells, paired by seed."""
     rows: list[tuple[str, str, stats.Paired]] = []
     for step, measure, prune_ratios in steps:
         cells = [r for r in runs if r.prune_ratio in prune_ratios]
@@ -359,7 +359,7 @@ def compared_table(rows: list[tuple[str, str, stats.Paired]]) -> str:
 
 
 def published(released: list[Record], paper: list[Record]) -> str:
-    """LeNet's accuracies as published, by the released protocol, and by the paper's text."""
+    """Accuracies of LeNet: published, with the released protocol, and with the paper's text."""
     lines = [
         "| kept | share | removed | step | published | released protocol | lowest | highest | n "
         "| sd away | paper's text | n |",
@@ -388,7 +388,7 @@ def published(released: list[Record], paper: list[Record]) -> str:
 
 
 def agreement(slow: dict[str, list[Record]], fast: dict[str, list[Record]]) -> str:
-    """The same cells by the plain loop and by the fast one: a seed's mean, then paired by seed."""
+    """The same cells with the plain loop and with `fit`: the mean of each seed, paired by seed."""
     lines = [
         "| model | accuracy | cells | n | plain loop | fast − plain | 95 % interval | p "
         "| sd of seeds |",
@@ -434,7 +434,7 @@ def uncontrolled(record: Record) -> bool:
 
 
 def read(name: str) -> list[Record]:
-    """A grid's records in the order of its cells; a store has them in the order they ended in."""
+    """The records of a grid in the order of its cells, not in that in which they finished."""
     found = records.read(RESULTS / f"grid_{name}.jsonl")
     modes = [*MODES, *(r.mode for r in found)]
     return sorted(found, key=lambda r: (modes.index(r.mode), r.keep_ratio, r.prune_ratio, r.seed))
@@ -449,7 +449,7 @@ def chance(p: float) -> str:
 
 
 def filled(text: str, found: dict[str, str]) -> str:
-    """The page with each table between its marks."""
+    """The page with each table between its markers."""
     for name, table in found.items():
         marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         if not re.search(marks, text, re.S):

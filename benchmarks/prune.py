@@ -1,23 +1,23 @@
-"""What pruning costs and what it gives, beside torch.nn.utils.prune and Torch-Pruning.
+"""Cost and benefit of pruning, compared with torch.nn.utils.prune and Torch-Pruning.
 
-`unstructured`: seconds and extra memory of magnitude pruning. Each measurement is a process of its
-own on a fresh model (`--scope erk` and `lamp` with `--only drophot`): seconds for the one call, and
-extra memory as the peak of the resident set during the call less what it was before. Two processes
-take turns, drophot and torch, and the medians over rounds are compared. CPU, Linux.
+`unstructured`: seconds and extra memory of magnitude pruning. Each measurement runs in a separate
+process on a new model. Seconds are those of one call. Extra memory is the peak resident set during
+the call minus the resident set before it. Processes of drophot and torch alternate, and medians
+over rounds are compared (`--scope erk` and `lamp` require `--only drophot`). CPU, Linux.
 
-`masks`: an AdamW step of ResNet-18 with masks held and without, in turn.
+`masks`: an AdamW step of ResNet-18 with and without held masks, alternately.
 
-`structured`: channels of the paper's networks removed: parameters, operations and latency, beside
-Torch-Pruning's own high-level pruner (`pip install torch-pruning==1.6.1`). The three networks are
-run in turn.
+`structured`: channels removed from the paper's networks: parameters, operations and latency,
+compared with the high-level pruner of Torch-Pruning (`pip install torch-pruning==1.6.1`). The three
+networks run alternately.
 
-`families`: one of each of torchvision's kinds of network, at two ratios, by both, each for two
-minutes at most.
+`families`: one network of each family of torchvision, at two ratios, with both libraries, for at
+most two minutes each.
 
-`depth`: stacks of 10 to 80 blocks of attention, a reshape to a width that each block keeps and a
-residual connection, half of the channels: seconds of the CPU, and how often the network is run.
+`depth`: half of the channels of stacks of 10 to 80 blocks with attention, a reshape to a width that
+each block keeps, and a residual connection: processor time and the number of forward passes.
 
-`compressed`: the size of a pruned network's file, by `save_compressed` and by `torch.save`.
+`compressed`: the file size of a pruned network with `save_compressed` and with `torch.save`.
 """
 
 import gc
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--scope", default="global", choices=["global", "layer", "erk", "lamp"])
     parser.add_argument("--ratio", type=float, default=0.8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["drophot", "torch"], help="the other one cannot do it")
+    parser.add_argument("--only", choices=["drophot", "torch"], help="measure one side only")
     parser.add_argument("--measure", nargs=2, help="MODEL drophot|torch: one measurement, as JSON")
     options = parser.parse_args()
     if options.measure:
@@ -132,12 +132,12 @@ def measure(name: str, side: str, ratio: float, scope: str) -> dict[str, float]:
         (model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in weights
     ]
     size = sum(p.nbytes for p in model.parameters())
-    # The first call of each loads code and starts threads; that is not what is measured.
+    # The first call of each side loads code and starts threads, which is not measured.
     small = nn.Linear(100, 100)
     magnitude_prune(small, 0.5, scope=cast("Any", scope))
     peer.global_unstructured([(small, "weight")], peer.L1Unstructured, amount=0.5)
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
     start = perf_counter()
     if side == "drophot":
@@ -187,9 +187,9 @@ def masks(options: Namespace) -> dict[str, Any]:
     for _ in range(12 * options.rounds):
         plain.append(step())
         with held.hold(optimizer):
-            step()  # makes the masks' copies
+            step()  # makes the copies of the masks
             masked.append(step())
-            start = perf_counter()  # what holding adds to a step, alone
+            start = perf_counter()  # only the additional work of a held step
             for weight in weights:
                 gradient: Any = weight.grad
                 for mask in list((weight._backward_hooks or {}).values()):
@@ -210,7 +210,7 @@ def masks(options: Namespace) -> dict[str, Any]:
 
 
 def theirs(model: nn.Module, ratio: float, inputs: torch.Tensor) -> None:
-    tp: Any = import_module("torch_pruning")  # the peer, which nothing else needs
+    tp: Any = import_module("torch_pruning")  # needed nowhere else
 
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
     tp.pruner.MagnitudePruner(

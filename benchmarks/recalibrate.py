@@ -1,10 +1,10 @@
-"""What BatchNorm statistics anew are worth right after pruning: ResNet-18 on CIFAR-10.
+"""The effect of recalibrating BatchNorm right after pruning: ResNet-18 on CIFAR-10.
 
 The setting is that of the paper's released code, whose pruned networks collapse: ten epochs of
-Adam, then each layer's least weights removed. One network is trained on everything and one on each
-coreset of half of the data; each is pruned to each ratio, and tested before and after
-`recalibrate_bn` on some of the training set. Nothing is fine-tuned. Networks are kept in a folder,
-so that the same command goes on where it was.
+Adam, then the smallest weights of each layer are removed. One network is trained on everything, and
+one on each coreset of half of the data. Each is pruned to each ratio and tested before and after
+`recalibrate_bn` on a part of the training set. There is no fine-tuning. Networks are kept in a
+folder, so the same command resumes after being stopped.
 """
 
 import json
@@ -30,11 +30,15 @@ def main() -> None:
     parser.add_argument("--data-root", default="data")
     parser.add_argument("--download", action="store_true")
     parser.add_argument("--prune-ratios", type=float, nargs="+", default=[0, 0.2, 0.4, 0.6, 0.8])
-    parser.add_argument("--samples", type=int, default=10_000, help="to recalibrate on")
+    parser.add_argument(
+        "--samples", type=int, default=10_000, help="number of samples to recalibrate on"
+    )
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--store", type=Path, default=Path("recalibrate"), help="for networks")
+    parser.add_argument(
+        "--store", type=Path, default=Path("recalibrate"), help="folder for the networks"
+    )
     options = parser.parse_args()
     scale = transforms.Compose([transforms.ToTensor(), transforms.Normalize(0.5, 0.5)])
     root = Path(options.data_root)
@@ -74,7 +78,7 @@ def main() -> None:
 
 
 def trained(run: DropHot, store: Path) -> dict[str, torch.nn.Module]:
-    """The network of everything, and those of the coresets, from the store or trained now."""
+    """The networks of everything and of the coresets, loaded from the store or trained."""
     found = {}
     for name in ("everything", "low", "high", "random"):
         path = store / f"{name}.pt"

@@ -1,15 +1,16 @@
-"""How well each way of choosing a coreset does when little is kept, on MNIST.
+"""Selection methods with little data kept, on MNIST.
 
-    once        what chooses once: random, forgetting, EL2N, AUM, k-center, facility location
-    dynamic     what chooses while it trains: CREST, a fresh subset, loss sampling
+    once        methods that select once: random, forgetting, EL2N, AUM, k-center, facility location
+    dynamic     methods that reselect during training: CREST, a fresh subset, loss sampling
     length3     forgetting scored over 3 epochs, with and without class balance
     length40    the same over 40 epochs
 
-each but the last two also with 20 % of the training labels flipped (`once_noisy`, `dynamic_noisy`).
-Adam, 1e-3, batches of 64, 10 epochs, test accuracy of the last one; the coresets of `once` and
-`length` also for as many steps as the full set takes. Nothing was tuned; `once_noisy` has a cutoff
-of 0.2 beside 0, since 20 % were flipped. Stopped or killed, the same command goes on where it was.
-Records: benchmarks/results/grid_MODEL_PART.jsonl; `python benchmarks/paper.py` makes the tables.
+The first two also run with 20 % of the training labels flipped (`once_noisy`, `dynamic_noisy`).
+Adam, learning rate 1e-3, batches of 64, 10 epochs, test accuracy of the last epoch. The coresets of
+`once` and `length` are also trained for as many steps as the full set takes. Nothing was tuned;
+`once_noisy` has a cutoff of 0.2 as well as 0, since 20 % were flipped. After being stopped or
+killed, the same command resumes. The records are in benchmarks/results/grid_MODEL_PART.jsonl, and
+`python benchmarks/paper.py` generates the tables.
 """
 
 import shutil
@@ -57,12 +58,12 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
     parser.add_argument("--model", default="fcnet", choices=list(MODELS))
-    parser.add_argument("--data-root", default="data", help="where MNIST/raw is")
+    parser.add_argument("--data-root", default="data", help="folder that contains MNIST/raw")
     ratios = [0.01, 0.05, 0.1, 0.2, 0.3, 0.5]
     parser.add_argument("--data-ratios", type=float, nargs="+", default=ratios)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, a thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--store", type=Path, default=Path("selection"), help="folder of results")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -73,7 +74,7 @@ def main() -> None:
             MODELS[options.model],
             read(options.data_root, noise, train=True),
             read(options.data_root, 0.0, train=False),
-            data_ratio=0.5,  # this, the mode and the seed are the grid's to set
+            data_ratio=0.5,  # the grid sets this, the mode and the seed
             mode="high",
             prune_ratio=0,
             score_epochs=epochs,
@@ -103,7 +104,7 @@ def read(root: str, noise: float, *, train: bool) -> TensorDataset:
     targets, draws = mnist.targets.clone(), torch.Generator().manual_seed(0)
     flipped = torch.rand(len(targets), generator=draws) < noise
     others = torch.randint(1, 10, (int(flipped.sum()),), generator=draws)
-    targets[flipped] = (targets[flipped] + others) % 10  # any class but the right one
+    targets[flipped] = (targets[flipped] + others) % 10  # any class except the correct one
     return TensorDataset(mnist.data[:, None].float() / 127.5 - 1, targets)
 
 

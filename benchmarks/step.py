@@ -1,9 +1,10 @@
-"""A training step against its floor, what each optimisation gives, and cost against size.
+"""A training step compared with its lower bound, and the effect of each optimization and of size.
 
 - The floor: the step's operations over the rate of this machine's matrix product, and the bytes
   that its operators read and write over the bandwidth of a copy; then where the time goes.
-- The parts: batches of 64 through drophot's step as it is, without one of its parts, and without
-  any (plain eager PyTorch), in turn in one run, each time in a process of its own.
+- The parts: batches of 64 through drophot's step with all of its parts (`onednn_linear`, which is
+  off by default, among them), without one of them, and without any (plain eager PyTorch), in turn
+  in one run, each time in a process of its own. "without oneDNN for large layers" is the default.
 - The sizes: seconds a sample and the peak memory of a process that trains for an epoch, for N
   samples in memory and models from FCNet to ResNet-50.
 """
@@ -30,7 +31,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from drophot import fit
 from drophot.models import fcnet, lenet, resnet18, resnet50
-from drophot.training.step import fast_step, takes_channels_last
+from drophot.training import onednn_linear
+from drophot.training.memory_format import takes_channels_last
+from drophot.training.step import fast_step
 
 BATCH = 64
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -40,7 +43,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "resnet50": (resnet50, (3, 32, 32)),
 }
 PARTS = ("fused optimiser", "channels last", "oneDNN for large layers")
-# The beginning of an operator's name, and what it does.
+# Prefixes of operator names, and the category of the operator.
 KINDS = {
     "aten::mkldnn_convolution": "convolutions, forward",
     "aten::convolution_backward": "convolutions, backward",
@@ -65,7 +68,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "N"), help="used by this script itself")
-    parser.add_argument("--part", nargs=2, metavar=("MODEL", "KIND"), help="likewise")
+    parser.add_argument(
+        "--part", nargs=2, metavar=("MODEL", "KIND"), help="used by this script itself"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.set_num_threads(1)
@@ -90,7 +95,7 @@ def main() -> None:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """10⁹ operations a second, of the fastest product that PyTorch has for a matrix of 1024²."""
+    """10⁹ operations per second of PyTorch's fastest product of two 1024² matrices."""
     a = torch.randn(1024, 1024, device=device)
     products = [lambda: a @ a]
     if device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -99,14 +104,14 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """10⁹ bytes a second, read and written, of a copy that no cache holds."""
+    """10⁹ bytes per second, read and written, of a copy larger than the caches."""
     a = torch.randn(2**26, device=device)
     b = torch.empty_like(a)
     return round(2 * a.nbytes / seconds(lambda: b.copy_(a), 5, device) / 1e9, 1)
 
 
 class Bytes(TorchDispatchMode):
-    """Adds up what operators read and write, views aside."""
+    """Sums the bytes that operators read and write, without views."""
 
     total = 0
 
@@ -161,7 +166,7 @@ def floor(name: str, device: torch.device, rates: dict[str, float]) -> dict[str,
 
 
 def parts(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step, and of one without a part, each in processes of its own, in turn."""
+    """Milliseconds of a step with and without each part, in separate processes, alternately."""
     kinds = ["all", *(f"without {part}" for part in PARTS), "plain"]
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
@@ -177,7 +182,7 @@ def parts(name: str, device: torch.device, rounds: int) -> dict[str, Any]:
 
 
 def part(name: str, kind: str, *, device: torch.device) -> float:
-    """Seconds of a step, in a process where no other kind has left its memory."""
+    """Seconds of a step, in a process that ran no other kind of step."""
     without = PARTS if kind == "plain" else (kind.removeprefix("without "),)
     with ready(name, device, without) as step:
         for _ in range(3):
@@ -194,7 +199,7 @@ def process(*arguments: str, device: torch.device) -> Any:
 def ready(
     name: str, device: torch.device, without: tuple[str, ...] = ()
 ) -> Iterator[Callable[[], Any]]:
-    """A step of drophot's, without some of its parts."""
+    """The step of drophot without some of its parts."""
     make, shape = MODELS[name]
     torch.manual_seed(0)
     model = make().to(device)
@@ -205,15 +210,13 @@ def ready(
         inputs = inputs.to(memory_format=torch.channels_last)
     replaced = {
         "fused optimiser": ("drophot.training.step._fused", lambda *_: nullcontext()),
-        "oneDNN for large layers": (
-            "drophot.training.step.fast_linear",
-            lambda model, device: model,
-        ),
     }
     with ExitStack() as stack:
         for part in without:
             if part in replaced:
                 stack.enter_context(patch(*replaced[part]))
+        if "oneDNN for large layers" not in without:
+            stack.enter_context(onednn_linear())
         step = stack.enter_context(fast_step(model, optimizer, device))
         yield lambda: step(inputs, targets)
 
@@ -249,7 +252,7 @@ def one_epoch(name: str, size: int, device: torch.device) -> dict[str, float]:
 
 
 def seconds(work: Callable[[], Any], times: int, device: torch.device) -> float:
-    """Of one call, the median of five rounds."""
+    """Seconds of one call: the median of five rounds."""
     found = []
     for _ in range(5):
         started = perf_counter()

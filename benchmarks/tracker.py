@@ -1,15 +1,16 @@
-"""What tracking costs: in a training step, beside its peers, and as the data set grows.
+"""The cost of tracking: in a training step, compared with other trackers, and by dataset size.
 
-All in one run, in turn, medians of many rounds, batches of 128 of 50,000 samples in 10 classes:
+Everything is measured alternately in one run, with medians of many rounds and batches of 128 of
+50,000 samples in 10 classes:
 
 - the training step of ResNet-18 at 32x32, plain and tracked;
-- `update` of both trackers, beside aum 1.0.2 (`pip install aum==1.0.2`), and beside Python loops
-  over the samples: one that does what Toneva et al. do (loss, correctness and margin of each sample
-  appended to its lists), and the leanest we could write (two numbers a sample); twenty in a row,
-  as benchmarks are run, and one after other work, when nothing is in the processor's caches, as in
-  a training;
-- `update` for data sets of 5e4 to 1e8 samples, and the memory of the state, to 1e9 by arithmetic;
-- the memory that Python's objects take in the peers, a sample, once each was presented ten times.
+- `update` of both trackers, compared with aum 1.0.2 (`pip install aum==1.0.2`) and with two Python
+  loops over the samples. The first does what Toneva et al. do: it appends the loss, correctness and
+  margin of each sample to lists. The second is minimal, with two numbers per sample. Each runs
+  twenty times in a row, as in most benchmarks, and once after other work, with cold caches, as in
+  training;
+- `update` for datasets of 5e4 to 1e8 samples, and the memory of the state, calculated up to 1e9;
+- the memory per sample of the Python objects of the other trackers, after ten presentations.
 """
 
 import json
@@ -38,10 +39,14 @@ Lists = dict[int, tuple[list[float], ...]]
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--steps", type=int, default=120, help="training steps of each kind")
-    parser.add_argument("--rounds", type=int, default=600, help="updates of each kind")
-    parser.add_argument("--most", type=float, default=1e8, help="samples of the largest data set")
-    parser.add_argument("--peers-memory", action="store_true", help="the last of these alone")
+    parser.add_argument(
+        "--steps", type=int, default=120, help="number of training steps of each kind"
+    )
+    parser.add_argument("--rounds", type=int, default=600, help="number of updates of each kind")
+    parser.add_argument("--most", type=float, default=1e8, help="samples of the largest dataset")
+    parser.add_argument(
+        "--peers-memory", action="store_true", help="measure only the last of these"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
@@ -89,7 +94,7 @@ def training_steps(device: torch.device, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         f"{name}_ms": round(1e3 * statistics.median(t), 2) for name, t in times.items()
     }
-    for name in TRACKERS:  # of steps side by side, as a machine may change its pace meanwhile
+    for name in TRACKERS:  # ratios of neighbouring steps, since the speed of the machine may drift
         ratios = [t / plain for t, plain in zip(times[name], times["plain"], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         found[f"{name}_over_plain"] = round(middle, 4)
@@ -165,7 +170,7 @@ def toneva_loop(found: Lists, index: Tensor, logits: Tensor, targets: Tensor) ->
 
 
 def peers_memory(samples: int = SAMPLES, presentations: int = 10) -> dict[str, int]:
-    """What Python allocated for their state; the trackers' is in `sizes`."""
+    """Memory that Python allocates for the other trackers; `sizes` has that of drophot."""
     updates: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {}
     lists: Lists = {}
     updates["toneva_loop"] = lambda *batch: toneva_loop(lists, *batch)
@@ -187,7 +192,7 @@ def peers_memory(samples: int = SAMPLES, presentations: int = 10) -> dict[str, i
 
 
 def sizes(device: torch.device, rounds: int, most: int) -> dict[str, Any]:
-    """Of a state of so many samples: what a tensor of each column's shape and dtype takes."""
+    """Bytes of the state for a number of samples, from the shapes and dtypes of its columns."""
     logits = torch.randn(BATCH, CLASSES, device=device)
     found: dict[str, Any] = {}
     for name, kind in TRACKERS.items():
@@ -223,7 +228,7 @@ def medians(*args: Any) -> dict[str, float]:
 def measured(
     makes: dict[str, Callable[[], Work]], rounds: int, device: torch.device, row: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds; each in turn, so that a slower machine slows all, and so often in a row."""
+    """Seconds of each, alternately, so that a slowdown of the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in makes}
     for _ in range(rounds):
         for name, make in makes.items():

@@ -1,9 +1,9 @@
-"""Track samples on several processes, by `torchrun --nproc-per-node=2 examples/ddp.py`.
+"""Track samples in several processes: `torchrun --nproc-per-node=2 examples/ddp.py`.
 
-Trains a small network under DistributedDataParallel on scikit-learn's digits (1,797 real images, no
-download). Each process follows the samples that it is shown; `sync`, once an epoch, makes every
-process know what one would that had seen everything, the samples included that DistributedSampler
-repeats to fill its last batch. Without torchrun it runs in one process.
+Trains a small network with DistributedDataParallel on scikit-learn's digits (1,797 real images, no
+download). Each process tracks the samples that it sees. `sync`, called once per epoch, gives every
+process the state of a single process that saw all samples, including those that DistributedSampler
+repeats to fill its last batch. Without torchrun the script runs in one process.
 """
 
 import os
@@ -21,7 +21,9 @@ from drophot import DynamicsTracker, IndexedDataset, select  # +
 
 parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
 parser.add_argument("--epochs", type=int, default=10)
-parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: a GPU each")
+parser.add_argument(
+    "--device", default="cpu", choices=["cpu", "cuda"], help="cuda: one GPU for each process"
+)
 options = parser.parse_args()
 
 ranks, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -49,24 +51,24 @@ loader = DataLoader(train_set, batch_size=32, sampler=sampler)
 tracker.attach(model)  # +
 for epoch in range(options.epochs):
     sampler.set_epoch(epoch)
-    for inputs, labels in tracker.watch(loader):  # + the index comes off here
+    for inputs, labels in tracker.watch(loader):  # + removes the index from the batch
         inputs, labels = inputs.to(device), labels.to(device)
         loss = nn.functional.cross_entropy(model(inputs), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    tracker.sync()  # + one gather an epoch
+    tracker.sync()  # + one gather per epoch
 
 presented = tracker.presentations
-assert presented.min() >= options.epochs, "every sample was shown in every epoch"
-indices = select(tracker.scores("el2n"), 0.3)  # + the same ones on every rank
+assert presented.min() >= options.epochs, "every sample is presented in every epoch"
+indices = select(tracker.scores("el2n"), 0.3)  # + the same samples on every rank
 mine = torch.tensor(
     [int(indices.sum()), int(presented.sum()), int(tracker.counts.sum())], device=device
 )
 if ranks > 1:
     everybody = [torch.zeros_like(mine) for _ in range(ranks)]
     dist.all_gather(everybody, mine)
-    assert all(torch.equal(mine, other) for other in everybody), "all ranks know the same"
+    assert all(torch.equal(mine, other) for other in everybody), "all ranks have the same state"
 if rank == 0:
     print(
         f"{ranks} processes, {options.epochs} epochs of {len(train_set):,} samples: "

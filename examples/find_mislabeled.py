@@ -1,9 +1,10 @@
-"""Find wrong labels: flip a tenth of MNIST's, train once for a few epochs, rank by dynamics.
+"""Find wrong labels in MNIST by training dynamics.
 
-The network sees the flipped labels only. While it trains, a tracker follows each sample's logits;
-afterwards every score is asked how well it tells flipped samples from right ones (AUROC: the
-chance that a flipped one ranks above a right one; 0.5 is guessing), and the most suspect digits are
-drawn with the label that they were given.
+A tenth of the labels is flipped, and a network is trained on them for a few epochs while a tracker
+computes scores from the logits of each sample. Afterwards, each score is evaluated by how well it
+separates flipped samples from correct ones. The AUROC is the probability that a flipped sample
+ranks above a correct one; 0.5 is chance. The most suspicious digits are drawn with their given
+labels.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -23,8 +24,8 @@ MODELS = {"fcnet": fcnet, "lenet": lenet}
 SECONDS = {"fcnet": 4.0, "lenet": 12.0}  # an epoch of 60,000 images, tracked, on one core
 
 parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-parser.add_argument("--data-root", default="data", help="where MNIST/raw is")
-parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
+parser.add_argument("--data-root", default="data", help="folder that contains MNIST/raw")
+parser.add_argument("--download", action="store_true", help="download MNIST if it is missing")
 parser.add_argument("--model", default="fcnet", choices=list(MODELS))
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--noise", type=float, default=0.1, help="share of labels flipped")
@@ -35,7 +36,9 @@ options = parser.parse_args()
 try:
     mnist = MNIST(options.data_root, download=options.download)
 except RuntimeError as error:
-    parser.error(f"no MNIST in {options.data_root} ({error}); give --download")
+    parser.error(
+        f"found no MNIST in {options.data_root} ({error}). To download it, add --download."
+    )
 print(
     f"{options.model}, {options.epochs} epochs of {len(mnist):,} images: "
     f"about {SECONDS[options.model] * options.epochs:.0f} seconds on one core of a CPU."
@@ -47,7 +50,7 @@ torch.set_num_threads(1)
 targets = mnist.targets.clone()
 flipped = torch.rand(len(mnist)) < options.noise
 others = torch.randint(1, 10, (int(flipped.sum()),))
-targets[flipped] = (targets[flipped] + others) % 10  # any class but the right one
+targets[flipped] = (targets[flipped] + others) % 10  # any class except the correct one
 
 images = mnist.data[:, None].float() / 127.5 - 1
 train_set = IndexedDataset(TensorDataset(images, targets))
@@ -63,7 +66,7 @@ fit(
     on_batch=tracker.update,
 )
 
-suspicion = {  # larger is more suspect
+suspicion = {  # larger is more suspicious
     "aum": -tracker.scores("aum"),
     "el2n": tracker.scores("el2n"),
     "confidence": -tracker.scores("confidence"),
@@ -79,10 +82,10 @@ for name, scores in suspicion.items():
 share = float(flipped.float().mean())
 suspects = select(suspicion["aum"], share)
 found = float(flipped[suspects].float().mean())
-print(f"\nOf the {len(suspects):,} samples with the lowest AUM, {found:.1%} are flipped ones.")
+print(f"\nOf the {len(suspects):,} samples with the lowest AUM, {found:.1%} are flipped.")
 
 drawing = Figure(figsize=(10, 3.4), layout="constrained")
-drawing.suptitle("The twenty most suspect digits, by AUM, and the label that each was given")
+drawing.suptitle("The twenty most suspicious digits by AUM, with the labels that they were given")
 worst = suspicion["aum"].cpu().argsort(descending=True)[:20]
 for ax, sample in zip(drawing.subplots(2, 10).flat, worst.tolist(), strict=True):
     ax.imshow(mnist.data[sample], cmap="gray_r")

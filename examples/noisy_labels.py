@@ -1,17 +1,17 @@
-"""Wrong labels through pruning and fine-tuning: is it worth dropping the hardest samples first?
+"""Train with wrong labels: does it help to drop the samples with the lowest AUM first?
 
-A share of MNIST's training labels is flipped. One training follows every sample, and AUM ranks
-them; then five pipelines are trained, pruned and fine-tuned, each with its own samples:
+A share of MNIST's training labels is flipped. The samples are ranked by AUM over one training on
+all of them. Then five networks are trained, pruned and fine-tuned with different samples:
 
-    everything                   all samples, wrong labels and all
-    lowest AUM dropped           never again the share with the lowest AUM
-    dropped in training only     that share left out of the first training, but not of fine-tuning,
-                                 as the paper's step 5 has it: a mode of DropHot
-    random share dropped         the control: as many samples less, at random
-    right labels only            what nobody knows: every flipped sample dropped
+    everything                   all samples, including those with wrong labels
+    lowest AUM dropped           without the share of samples with the lowest AUM
+    dropped in training only     without that share in the first training, but with it in
+                                 fine-tuning, as in step 5 of the paper: a mode of DropHot
+    random share dropped         the control: without a random share of the same size
+    right labels only            the upper bound: without all flipped samples
 
-The share dropped is --drop, by default the share flipped; who does not know that should choose it
-on a validation set. Test labels are right, the test accuracy is that of the last epoch.
+The share dropped is --drop, which is the share flipped by default. In practice, choose it on a
+validation set. Test labels are correct, and test accuracies are those of the last epoch.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -31,12 +31,12 @@ MODELS = {"fcnet": fcnet, "lenet": lenet}
 SECONDS = {"fcnet": 0.9, "lenet": 3.5}  # an epoch of 60,000 images on one core
 
 parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-parser.add_argument("--data-root", default="data", help="where MNIST/raw is")
-parser.add_argument("--download", action="store_true", help="fetch MNIST if it is not there")
+parser.add_argument("--data-root", default="data", help="folder that contains MNIST/raw")
+parser.add_argument("--download", action="store_true", help="download MNIST if it is missing")
 parser.add_argument("--model", default="fcnet", choices=list(MODELS))
-parser.add_argument("--epochs", type=int, default=5, help="of each training")
+parser.add_argument("--epochs", type=int, default=5, help="epochs of each training")
 parser.add_argument("--noise", type=float, default=0.2, help="share of labels flipped")
-parser.add_argument("--drop", type=float, help="share dropped")
+parser.add_argument("--drop", type=float, help="share dropped; the share flipped by default")
 parser.add_argument("--prune-ratio", type=float, default=0.8)
 parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -47,7 +47,7 @@ def images(mnist: MNIST, targets: Tensor) -> TensorDataset:
 
 
 def flip(targets: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Give a share of the samples any class but the right one."""
+    """Give a share of the samples a random wrong class."""
     draws = torch.Generator().manual_seed(seed)
     flipped = torch.rand(len(targets), generator=draws) < share
     others = torch.randint(1, 10, targets.shape, generator=draws)
@@ -62,7 +62,9 @@ def main() -> None:
             for part in (True, False)
         )
     except RuntimeError as error:
-        parser.error(f"no MNIST in {options.data_root} ({error}); give --download")
+        parser.error(
+            f"found no MNIST in {options.data_root} ({error}). To download it, add --download."
+        )
     drop = options.noise if options.drop is None else options.drop
     trainings = len(options.seeds) * 12 * options.epochs
     minutes = trainings * SECONDS[options.model] / 60
@@ -75,7 +77,7 @@ def main() -> None:
         targets, flipped = flip(train.targets, options.noise, seed)
         noisy = images(train, targets)
         aum = follow(noisy, options, seed)
-        clean = select(aum, 1 - drop, "high", seed=seed)  # who is left: the highest AUM
+        clean = select(aum, 1 - drop, "high", seed=seed)  # the samples with the highest AUM
         caught = 1 - float(flipped[clean].sum() / flipped.sum())
         print(f"seed {seed}: {caught:.1%} of the flipped samples are among those dropped")
         every = {"data_ratio": 1.0, "mode": "random"}
@@ -112,7 +114,7 @@ def main() -> None:
 
 
 def follow(noisy: TensorDataset, options: Any, seed: int) -> Tensor:
-    """The AUM of every sample, from one training on all of them."""
+    """Compute the AUM of every sample in one training on all of them."""
     samples = IndexedDataset(noisy)
     tracker = DynamicsTracker(len(samples))
     torch.manual_seed(seed)

@@ -3,12 +3,13 @@
 FCNet and LeNet learn MNIST; ResNet-18 and ResNet-50 learn CIFAR-10, CIFAR-100 or a folder of images
 of one size, train/CLASS/*.jpg and test/CLASS/*.jpg (or .png).
 
-For each seed one network is trained on all images, which gives the forgetting scores and is the
-baseline; then one on the least forgotten samples, on the most forgotten and on a random subset, for
-each data ratio; each of these is pruned layer by layer to each prune ratio and fine-tuned on all
-images with the removed weights held at zero; with --structured it loses channels instead. Adam,
-learning rate 1e-3, batches of 64, inputs in [-1, 1], no augmentation, test accuracy of the last
-epoch. Stopped or killed, the same command goes on where it was.
+For each seed, one network is trained on all images. It gives the forgetting scores and is the
+baseline. For each data ratio, a network is trained on the least forgotten samples, on the most
+forgotten samples and on a random subset. Each network is pruned layer by layer to each prune ratio
+and fine-tuned on all images with the removed weights held at zero; --structured removes channels
+instead. The optimizer is Adam with a learning rate of 1e-3 and batches of 64. There is no
+augmentation, and inputs are in [-1, 1]. Test accuracies are those of the last epoch. After being
+stopped or killed, the same command resumes.
 """
 
 import os
@@ -35,8 +36,8 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", default="fcnet", choices=[*GREY, *COLOURED])
     parser.add_argument("--data", default="mnist", choices=[*DATA, "folder"])
-    parser.add_argument("--data-root", default="data", help="where MNIST/raw or the like is")
-    parser.add_argument("--download", action="store_true", help="fetch the data if it is not there")
+    parser.add_argument("--data-root", default="data", help="where MNIST/raw or similar is")
+    parser.add_argument("--download", action="store_true", help="download missing data")
     parser.add_argument("--protocol", default="paper", choices=["paper", "released"])
     parser.add_argument("--data-ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
     parser.add_argument("--modes", nargs="+", default=["low", "high", "random"])
@@ -46,19 +47,21 @@ def main() -> None:
     parser.add_argument("--scope", default="layer", choices=["layer", "global", "erk", "lamp"])
     parser.add_argument("--structured", action="store_true", help="remove channels, not weights")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of each training")
-    parser.add_argument("--finetune-epochs", type=int, help="where they differ from --epochs")
+    parser.add_argument("--finetune-epochs", type=int, help="if different from --epochs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, a thread each")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes, one thread each"
+    )
     parser.add_argument("--store", type=Path, default=Path("paper_grid"), help="folder of results")
-    parser.add_argument("--plan", action="store_true", help="say what it would take, and stop")
+    parser.add_argument("--plan", action="store_true", help="print an estimate and stop")
     options = parser.parse_args()
     if (options.model in GREY) != (options.data == "mnist"):
-        parser.error(f"{options.model} does not take the images of --data {options.data}")
+        parser.error(f"--model {options.model} cannot be trained on --data {options.data}")
     try:
         train_set, test_set = read(options)
     except (FileNotFoundError, RuntimeError) as error:
-        cure = "give another --data-root" if options.data == "folder" else "give --download"
-        parser.error(f"no {options.data} in {options.data_root} ({error}); {cure}")
+        fix = "Choose another --data-root." if options.data == "folder" else "Add --download."
+        parser.error(f"found no {options.data} in {options.data_root} ({error}). {fix}")
 
     model = GREY.get(options.model)
     if model is None:
@@ -68,7 +71,7 @@ def main() -> None:
         model,
         train_set,
         test_set,
-        data_ratio=0.5,  # this, the mode, the prune ratio and the seed are the grid's to set
+        data_ratio=0.5,  # the grid sets this, the mode, the prune ratio and the seed
         mode="high",
         prune_ratio=0.5,
         protocol=options.protocol,

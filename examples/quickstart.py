@@ -1,9 +1,9 @@
 """The five steps on scikit-learn's digits: 1,797 real images of 8x8 pixels, no download.
 
-For each seed one model is trained on all samples and its forgetting events are counted. Then three
-coresets of the same size are compared, the most forgotten samples, the least forgotten and a random
-subset, with training on everything beside them: each trains a new model, which is pruned layer by
-layer and fine-tuned on the full training set with the removed weights held at zero.
+For each seed, one model is trained on all samples while its forgetting events are counted. Then
+three coresets of the same size are compared with training on everything: the most forgotten
+samples, the least forgotten ones and a random subset. Each trains a new model, which is pruned
+layer by layer and fine-tuned on the full training set with the removed weights held at zero.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -29,11 +29,11 @@ def main() -> None:
     parser.add_argument("--data-ratio", type=float, default=0.2, help="share of samples kept")
     parser.add_argument("--prune-ratio", type=float, default=0.8, help="share of weights removed")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of each training")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of each kind")
+    parser.add_argument("--seeds", type=int, default=5, help="number of runs for each cell")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; cpu is faster here")
-    parser.add_argument("--figure", type=Path, default=Path("quickstart.png"), help="saved here")
+    parser.add_argument("--figure", type=Path, default=Path("quickstart.png"), help="file to write")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # the network is so small that threads would wait for each other
+    torch.set_num_threads(1)  # for so small a network, several threads are slower
 
     images, targets = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32) / 8 - 1  # 0 … 16 to [-1, 1]
@@ -72,7 +72,7 @@ def main() -> None:
                 if scores is None:
                     scores = run.score()
                     forgotten.append(float((scores > 0).float().mean()))
-                run.scores = scores  # the seed's other runs need not count again
+                run.scores = scores  # the other runs of this seed use the same scores
                 records.append(run.run())
                 bar.update()
 

@@ -1,8 +1,8 @@
-"""A training loop of your own, and the lines that drophot adds to it, marked with #+.
+"""Your own training loop. The lines that drophot adds are marked with #+.
 
-It trains on scikit-learn's digits (1,797 real images, no download), finds the samples that matter
-while it does, trains a new network on a third of them, removes 80 % of its weights and fine-tunes
-what is left on everything.
+It trains on scikit-learn's digits (1,797 real images, no download) and counts forgetting events
+meanwhile. Then it trains a new network on the third of the samples that was forgotten most, removes
+80 % of its weights and fine-tunes the remaining weights on all samples.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from drophot import ForgettingTracker, IndexedDataset, evaluate, magnitude_prune, select  # +
 
 parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-parser.add_argument("--epochs", type=int, default=20, help="epochs of each of three trainings")
+parser.add_argument("--epochs", type=int, default=20, help="epochs of each of the three trainings")
 parser.add_argument("--device", default="cpu", help="cpu or cuda; cpu is faster here")
 options = parser.parse_args()
 print(
@@ -64,7 +64,7 @@ print(f"trained on {len(coreset)} of them: {100 * evaluate(model, test_set):.2f}
 
 masks = magnitude_prune(model, 0.8)  # +
 print(f"pruned: {100 * evaluate(model, test_set):.2f} %. {masks}")
-with masks.hold(optimizer):  # + zeros stay zeros, although the optimiser has its momentum
+with masks.hold(optimizer):  # + zeros stay zero, whatever the momentum
     train(model, train_set, optimizer)
 print(f"fine-tuned: {100 * evaluate(model, test_set):.2f} %, zeros {masks.sparsity:.2f}")
 assert all((model.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())

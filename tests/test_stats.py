@@ -1,7 +1,7 @@
 """Statistics, against SciPy's own tests and the definitions."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from helpers.record import one
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from drophot import Record
+from drophot import Record, Scored
 from drophot.records import fingerprint
 from drophot.stats import Comparison, compare, estimate, holm, paired, seeds_needed
 
@@ -443,6 +443,41 @@ def test_against_any_mode_that_is_there() -> None:
     crest = [replace(r, mode="crest") for r in CELLS if r.mode == "high"]
     (row,) = compare([*CELLS[:3], *fresh, *crest], against="fresh_subset")
     assert (row.mode, row.n) == ("crest", 3)
+
+
+@dataclass(frozen=True)
+class Own:
+    """As much of a user's selector as a comparison needs."""
+
+    needs: tuple[str, ...] = ()
+    name: str = "own"
+
+
+def test_against_a_mode_itself() -> None:
+    own = [replace(r, mode="own") if r.mode == "random" else r for r in CELLS]
+    for mode in ("own", Own(), Own(needs=("scores",))):
+        rows = compare(own, against=mode)
+        assert [(row.mode, row.against) for row in rows] == [("low", "own"), ("high", "own")]
+        assert rows[0].difference == compare(CELLS, against="random")[0].difference
+    balanced = [replace(r, mode="random-balanced") if r.mode == "random" else r for r in CELLS]
+    assert len(compare(balanced, against=Scored(mode="random", balanced=True))) == 2
+    with pytest.raises(ValueError, match="`against` .*'other'"):
+        compare(own, against=Own(name="other"))
+    with pytest.raises(TypeError, match="`against` .*3"):
+        compare(own, against=3)
+
+
+def test_a_mode_of_ones_own_serves_all_ways_of_scoring_if_it_needs_none() -> None:
+    runs = [replace(r, mode="own") if r.mode == "random" else r for r in CELLS]
+    longer = [replace(r, mode="other") for r in runs if r.mode == "high"]
+    runs = with_settings(runs) + with_settings(longer, score_epochs=40)
+    for mode, modes in (
+        (Own(), ["low", "high", "other"]),
+        (Own(needs=("targets",)), ["low", "high", "other"]),
+        (Own(needs=("scores",)), ["low", "high"]),
+        (Own(needs=("model",)), ["low", "high"]),
+    ):
+        assert [row.mode for row in compare(runs, against=mode)] == modes
 
 
 def with_settings(records: list[Record], **settings: Any) -> list[Record]:

@@ -1,11 +1,11 @@
 """
-Where 90 % of the weights go
-============================
+Which layers lose 90 % of the weights
+=====================================
 
 :func:`~drophot.prune.magnitude_prune` removes exactly the share asked for. Its ``scope`` says how
 that share is divided among the layers: by one ranking of all weights, equally, by layer shapes
-(ERK, Evci et al. 2020), or by a ranking of all weights that does not look at a layer's scale (LAMP,
-Lee et al. 2021).
+(ERK, Evci et al. 2020), or by a ranking that is independent of the scale of each layer (LAMP, Lee
+et al. 2021).
 """
 
 import copy
@@ -32,7 +32,7 @@ model = nn.Sequential(*convolutions, nn.Flatten(), *linear)
 fit(model, train_set, 5, optimizer=torch.optim.Adam(model.parameters(), lr=3e-3))
 
 # %%
-# Each scope prunes a copy. The legend has the test accuracy right after, without any fine-tuning.
+# Each scope prunes a copy. The legend has the test accuracy without fine-tuning.
 
 scopes = {"global": ("#0072B2", ""), "layer": ("#E69F00", "//")}
 scopes |= {"erk": ("#009E73", ".."), "lamp": ("#F0E442", "xx")}
@@ -62,8 +62,8 @@ ax.legend(frameon=False, loc="upper center")
 plt.show()
 
 # %%
-# Equal shares take as large a part of 72 weights as of 16,384. The others spare the small first and
-# last layers, and cost less accuracy for it.
+# With equal shares, a layer of 72 weights loses the same share as one of 16,384. The other scopes
+# keep more of the small first and last layers, and lose less accuracy.
 
 assert all(abs(share - 10) < 0.5 for share in kept.pop("layer"))
 assert all(small > 50 and large < 10 for small, _, large, _ in kept.values())

@@ -1,11 +1,11 @@
 """
-What each way of choosing keeps
+Which samples each method keeps
 ===============================
 
-Three classes in the plane, one of them spread out, and six ways of keeping 5 % of 1,200 samples.
-The scores are EL2N (Paul et al. 2021), the mean error over the training of a small network.
-K-center and facility location go by the places of the samples alone. Grey samples are not kept; the
-markers are the classes.
+The data are three classes in the plane, one of them more spread out than the others. Six methods
+keep 5 % of 1,200 samples. The scores are EL2N (Paul et al. 2021), the mean error over the training
+of a small network. K-center and facility location use only the positions of the samples. Grey
+samples are not kept, and the markers show the classes.
 """
 
 import matplotlib.pyplot as plt
@@ -38,7 +38,7 @@ fit(model, dataset, 10, optimizer=optimizer, on_batch=tracker.update)
 scores = tracker.scores("el2n")
 
 # %%
-# Each gives positions, ascending, and as many as the others. ``ratio`` is the share kept.
+# Each method returns the same number of positions, in ascending order. ``ratio`` is the share kept.
 
 ratio = 0.05
 coresets = {
@@ -46,7 +46,7 @@ coresets = {
     "high: the hardest": select(scores, ratio, "high"),
     "low: the easiest": select(scores, ratio, "low"),
     "Stratified: every difficulty": select(scores, ratio, Stratified()),
-    "k_center: none is far off": k_center(points, ratio).indices,
+    "k_center: none is far away": k_center(points, ratio).indices,
     "facility_location: medoids": facility_location(points, ratio).indices,
 }
 looks = [("o", "#0072B2"), ("^", "#D55E00"), ("s", "#009E73")]
@@ -60,8 +60,9 @@ for ax, (name, kept) in zip(axes.flat, coresets.items(), strict=True):
 plt.show()
 
 # %%
-# How far is a sample from the kept one nearest to it? The two that choose by place are best at what
-# each of them is for: k-center at the largest distance, facility location at the mean.
+# How far is a sample from the nearest sample that was kept? The two methods that use positions are
+# the best at their own objective: k-center has the smallest maximum distance, facility location the
+# smallest mean.
 
 near = {name: torch.cdist(points, points[kept]).amin(1) for name, kept in coresets.items()}
 assert all(len(kept) == 60 for kept in coresets.values())

@@ -2,9 +2,9 @@
 Which digits are forgotten
 ==========================
 
-A sample is :doc:`forgotten </forgetting>` when the network was right on it the last time and is
-wrong now. Here one small network is trained on scikit-learn's 1,797 digits, and a tracker counts
-how often that happens to each of them, from the logits that training computes anyway.
+A sample is :doc:`forgotten </forgetting>` if the network classified it correctly the last time and
+is wrong now. Here a small network is trained on scikit-learn's 1,797 digits, and a tracker counts
+how often each digit is forgotten, using the logits that training computes anyway.
 """
 
 import matplotlib.pyplot as plt
@@ -26,8 +26,8 @@ optimizer = torch.optim.Adam(model.parameters())
 fit(model, dataset, 20, optimizer=optimizer, on_batch=tracker.update)
 
 # %%
-# ``counts`` are the events alone; ``scores()`` puts samples that were never right, and so could not
-# be forgotten, above all others. Most digits are learned once and for all.
+# ``counts`` has only the events. ``scores()`` ranks samples that were never right, and so could not
+# be forgotten, above all others. Most digits are learned and never forgotten.
 
 counts = tracker.counts
 often = select(counts, 10 / len(dataset))  # the share kept: ten samples
@@ -51,7 +51,7 @@ for rows, chosen, title in (
 plt.show()
 
 # %%
-# The forgotten ones look less like others of their class: they lie farther from its mean image.
+# Forgotten digits look less like the others of their class: they are farther from its mean image.
 
 means = torch.stack([images[targets == digit].mean(0) for digit in range(10)])
 distances = (images - means[targets]).norm(dim=1)

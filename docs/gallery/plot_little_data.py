@@ -2,10 +2,10 @@
 Training on little data
 =======================
 
-How much accuracy is left when a share of the training samples is kept? Random samples are the
-control that a score has to beat. ``"high"`` keeps the samples forgotten most often; the third way
-spreads its choice over all margins (AUM) with :class:`~drophot.coreset.Stratified`. A grid trains
-all of them, five seeds each, and its records are drawn with 95 % intervals.
+How accurate is a network that was trained on a share of the samples? Random samples are the control
+that a score has to beat. ``"high"`` keeps the samples that were forgotten most often. The third
+mode spreads the selection over all margins (AUM) with :class:`~drophot.coreset.Stratified`. A grid
+trains all of them with five seeds each, and its records are drawn with 95 % intervals.
 """
 
 from functools import partial
@@ -31,10 +31,10 @@ run = DropHot(
     partial(fcnet, in_features=64, hidden=64),
     train_set=TensorDataset(images[:1000], targets[:1000]),
     test_set=TensorDataset(images[1000:], targets[1000:]),
-    data_ratio=0.1,  # of one run; the grid's take their place
+    data_ratio=0.1,  # replaced by the ratios of the grid
     mode="high",
     prune_ratio=0.5,
-    finetune_epochs=0,  # this is about training only
+    finetune_epochs=0,  # only training matters here
     forgetting="toneva",
     optimizer=partial(torch.optim.Adam, lr=3e-3),
     batch_size=32,
@@ -50,8 +50,8 @@ plot_ratios(records, measure="trained_accuracy", ax=ax)
 plt.show()
 
 # %%
-# With 10 % kept, the samples forgotten most often teach less than random ones. With 40 % kept the
-# differences are small, and go the other way.
+# With 10 % kept, the network is less accurate with the samples forgotten most often than with
+# random ones. With 40 % kept the differences are small, and the order is reversed.
 
 
 def accuracy(mode, share):

@@ -1,10 +1,10 @@
 """
-Pruning, and zeros that stay
-============================
+Keeping pruned weights at zero
+==============================
 
-Pruned weights are zero right after pruning. An optimiser's next step brings them back, unless the
-masks are held. One network is trained on half of the digits and pruned to several ratios; each is
-fine-tuned twice, with its masks held and without.
+Pruned weights are zero right after pruning. The next step of the optimizer changes them, unless the
+masks are held. One network is trained on half of the digits and pruned to several ratios. Each
+pruned network is fine-tuned twice, with and without holding its masks.
 """
 
 import copy
@@ -33,7 +33,7 @@ trained = fcnet(in_features=64)
 fit(trained, train_set, 5, optimizer=adam(trained))
 
 # %%
-# ``ratio`` is the share removed. At 0 none are, and the network trains on as it is.
+# ``ratio`` is the share removed. At 0 nothing is removed, and the dense network is trained further.
 
 ratios = [0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95]
 pruned, finetuned, held, free = [], [], [], []
@@ -43,7 +43,7 @@ for ratio in ratios:
     loose = copy.deepcopy(model)
     pruned.append(100 * evaluate(model, test_set))
     optimizer = adam(model)
-    with masks.hold(optimizer):  # after each step what was removed is zero again
+    with masks.hold(optimizer):  # keeps removed weights at zero after each step
         fit(model, train_set, 5, optimizer=optimizer)
     finetuned.append(100 * evaluate(model, test_set))
     held.append(100 * Masks.from_zeros(model).sparsity)
@@ -65,7 +65,7 @@ for ax in (left, right):
 plt.show()
 
 # %%
-# Fine-tuning brings back what pruning took, and the zeros are still there if they were held.
+# Fine-tuning recovers the accuracy that pruning cost, and held weights are still zero afterwards.
 
 assert all(abs(zeros - removed) < 0.01 for zeros, removed in zip(held, x, strict=True))
 assert max(free) < 20

@@ -2,10 +2,10 @@
 Wrong labels have the lowest margins
 ====================================
 
-A tenth of the digits' labels is flipped, and the network is trained on what it is given. The area
-under the margin, AUM (Pleiss et al. 2020), is the mean over training of the logit of the given
-label minus the largest other logit. A wrong label has to be learned against all its look-alikes, so
-that its margin stays low.
+A tenth of the labels is flipped, and a network is trained on the resulting data. The area under the
+margin, AUM (Pleiss et al. 2020), is the logit of the given label minus the largest other logit,
+averaged over training. A wrong label contradicts the labels of similar samples, so its margin stays
+low.
 """
 
 import matplotlib.pyplot as plt
@@ -23,7 +23,7 @@ images, right = torch.tensor(images, dtype=torch.float32) / 8 - 1, torch.tensor(
 draws = torch.Generator().manual_seed(0)
 flipped = torch.rand(len(right), generator=draws) < 0.1
 others = torch.randint(1, 10, right.shape, generator=draws)
-given = torch.where(flipped, (right + others) % 10, right)  # any class but the right one
+given = torch.where(flipped, (right + others) % 10, right)  # any class except the correct one
 
 dataset = IndexedDataset(TensorDataset(images, given))
 tracker = DynamicsTracker(len(dataset))
@@ -33,11 +33,11 @@ optimizer = torch.optim.Adam(model.parameters())
 fit(model, dataset, 10, optimizer=optimizer, on_batch=tracker.update)
 
 # %%
-# AUROC is the chance that a flipped sample has a lower AUM than one with its right label.
+# AUROC is the probability that a flipped sample has a lower AUM than a correctly labelled one.
 
 aum, flipped = tracker.scores("aum").numpy(), flipped.numpy()
 auroc = roc_auc_score(flipped, -aum)
-worst = aum.argsort()[:12]  # a lower margin is more suspect
+worst = aum.argsort()[:12]  # a lower margin is more suspicious
 
 figure = plt.figure(figsize=(8, 3.8), layout="constrained")
 left, side = figure.subfigures(1, 2, width_ratios=[1.4, 1])
@@ -56,9 +56,9 @@ for ax, sample in zip(side.subplots(3, 4).flat, worst, strict=True):
 plt.show()
 
 # %%
-# Forgetting counts do not find them: a sample that is never right is never forgotten.
+# Forgetting counts do not find wrong labels: a sample that is never right is never forgotten.
 
-suspects = select(aum, flipped.mean(), "low")  # as many as were flipped
+suspects = select(aum, flipped.mean(), "low")  # the same number as were flipped
 assert auroc > 0.98
 assert flipped[suspects].mean() > 0.9
 assert flipped[worst].all()

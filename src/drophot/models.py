@@ -1,25 +1,27 @@
 """The paper's four networks.
 
-They are plain modules with torch's default initialisation. Each function is a model factory for
-:class:`drophot.DropHot`; use `functools.partial` for other sizes.
+Plain modules with torch's default initialization. Each function is a model factory for
+:class:`drophot.DropHot`; for other sizes, wrap it in `functools.partial`.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 def fcnet(in_features: int = 784, hidden: int = 256, num_classes: int = 10) -> nn.Module:
-    """The paper's FCNet: one hidden layer, ReLU.
+    """Return the paper's FCNet: a fully connected network with one hidden layer and ReLU.
 
     Args:
-        in_features: Numbers in an input, of any shape: 28 · 28 for MNIST.
+        in_features: Numbers per input, whatever its shape: 28 · 28 for MNIST.
         hidden: Width of the hidden layer.
-        num_classes: `C`.
+        num_classes: Number of classes `C`.
 
     Returns:
-        Takes inputs `(B, …)`, gives logits `(B, C)`.
+        A module that maps inputs `(B, …)` to logits `(B, C)`.
 
     Example:
         >>> sum(p.numel() for p in fcnet().parameters())
@@ -31,10 +33,10 @@ def fcnet(in_features: int = 784, hidden: int = 256, num_classes: int = 10) -> n
 
 
 class LeNet(nn.Module):
-    """The paper's LeNet: see `lenet`.
+    """The class of the network that `lenet` returns.
 
     Args:
-        num_classes: `C`.
+        num_classes: Number of classes `C`.
     """
 
     def __init__(self, num_classes: int = 10) -> None:
@@ -46,13 +48,13 @@ class LeNet(nn.Module):
         self.fc3 = nn.Linear(84, num_classes)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Classify.
+        """Return the logits of images.
 
         Args:
-            inputs: Images, `(B, 1, 28, 28)`.
+            inputs: Images, shape `(B, 1, 28, 28)`.
 
         Returns:
-            Logits, `(B, C)`.
+            Logits, shape `(B, C)`.
         """
         x = F.max_pool2d(F.relu(self.conv1(inputs)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
@@ -61,16 +63,16 @@ class LeNet(nn.Module):
 
 
 def lenet(num_classes: int = 10) -> nn.Module:
-    """The paper's LeNet: ReLU, 2×2 max-pooling, without padding, 44,426 parameters.
+    """Return the paper's LeNet: ReLU, 2×2 max pooling, no padding, 44,426 parameters.
 
     After LeCun et al., Gradient-Based Learning Applied to Document Recognition, 1998,
-    https://doi.org/10.1109/5.726791. Parameter names are those of the authors' published weights.
+    https://doi.org/10.1109/5.726791. Parameter names are those of the paper's published weights.
 
     Args:
-        num_classes: `C`.
+        num_classes: Number of classes `C`.
 
     Returns:
-        Takes inputs `(B, 1, 28, 28)`, gives logits `(B, C)`.
+        A module that maps inputs `(B, 1, 28, 28)` to logits `(B, C)`.
 
     Example:
         >>> sum(p.numel() for p in lenet().parameters())
@@ -80,41 +82,42 @@ def lenet(num_classes: int = 10) -> nn.Module:
 
 
 def resnet18(num_classes: int = 10) -> nn.Module:
-    """The paper's ResNet-18: torchvision's ImageNet model with a last layer of its own.
+    """Return the paper's ResNet-18: torchvision's model with `num_classes` outputs.
 
-    The 7×7 stem of stride 2 stays, at 32×32 inputs too, as in the paper's experiments. After He et
-    al., Deep Residual Learning for Image Recognition, 2016, https://arxiv.org/abs/1512.03385.
+    The stem is the 7×7 convolution of stride 2, also for 32×32 inputs, as in the paper's
+    experiments. After He et al., Deep Residual Learning for Image Recognition, 2016,
+    https://arxiv.org/abs/1512.03385.
 
     Args:
-        num_classes: `C`.
+        num_classes: Number of classes `C`.
 
     Returns:
-        Takes inputs `(B, 3, H, W)`, gives logits `(B, C)`.
+        A module that maps inputs `(B, 3, H, W)` to logits `(B, C)`.
 
     Raises:
         ImportError: If torchvision is not installed.
     """
-    return _torchvision().resnet18(num_classes=num_classes)
+    return _torchvision_models().resnet18(num_classes=num_classes)
 
 
 def resnet50(num_classes: int = 10) -> nn.Module:
-    """The paper's ResNet-50: as `resnet18`, with 50 layers.
+    """Return the paper's ResNet-50: as `resnet18`, with 50 layers.
 
     Args:
-        num_classes: `C`.
+        num_classes: Number of classes `C`.
 
     Returns:
-        Takes inputs `(B, 3, H, W)`, gives logits `(B, C)`.
+        A module that maps inputs `(B, 3, H, W)` to logits `(B, C)`.
 
     Raises:
         ImportError: If torchvision is not installed.
     """
-    return _torchvision().resnet50(num_classes=num_classes)
+    return _torchvision_models().resnet50(num_classes=num_classes)
 
 
-def _torchvision():
+def _torchvision_models() -> ModuleType:
     try:
         from torchvision import models
     except ImportError as error:
-        raise ImportError('ResNets come from torchvision: pip install "drophot[vision]"') from error
+        raise ImportError('The ResNets need torchvision: pip install "drophot[vision]"') from error
     return models

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from drophot.settings import RECORD_FIELDS, SAMPLING_MODES, SCORING_ONLY, Mode
+from drophot.settings import RECORD_FIELDS, SAMPLING_MODES, SCORING_ONLY, Mode, with_defaults
 
 __all__ = ["Record", "fingerprint", "from_line", "read", "to_line", "write"]
 
@@ -247,7 +247,8 @@ def other_settings(record: Record) -> dict[str, Any]:
     if not record.settings:
         known = {"finetune_epochs": len(record.finetune_curve), "test_samples": record.test_samples}
         return {name: value for name, value in known.items() if name != "test_samples" or value}
-    renamed = {_IN_RECORDS.get(name, name): value for name, value in record.settings.items()}
+    whole = with_defaults(record.settings)
+    renamed = {_IN_RECORDS.get(name, name): value for name, value in whole.items()}
     if record.mode == "baseline":
         renamed.pop("mode", None)  # all modes keep all samples
     # A field holds only the name of a user's object, which has a code and a state too.

@@ -44,7 +44,7 @@ def test_each_centre_is_the_farthest_sample_whatever_the_candidates(
     size = num_kept(len(points), ratio)
     start = data.draw(st.lists(st.integers(0, len(points) - 1), unique=True, max_size=size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy_k_center, "_CANDIDATES", candidates)
+        patch.setattr(greedy_k_center, "_MAX_CANDIDATES", candidates)
         found = k_center(points, ratio, start=start, seed=seed)
     chosen = list(start)
     ranking, gains = found.ranking.tolist(), found.gains.tolist()
@@ -67,7 +67,7 @@ def test_equal_distances_go_to_the_sample_that_stands_first() -> None:
     corners = torch.tensor([[2.0, 2.0], [-2.0, 2.0], [2.0, -2.0], [-2.0, -2.0]])
     for candidates in (1, 2, 4):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(greedy_k_center, "_CANDIDATES", candidates)
+            patch.setattr(greedy_k_center, "_MAX_CANDIDATES", candidates)
             found = k_center(torch.cat([torch.zeros(1, 2), corners]), 1, start=[0])
         assert found.ranking.tolist() == [1, 2, 3, 4]
 
@@ -110,7 +110,7 @@ def test_exact_distances_that_are_equal_go_to_the_first(
     start = draws.choice(len(points), count, replace=False).tolist()
     rows = torch.from_numpy(points + offset).to(dtype) * scale
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy_k_center, "_CANDIDATES", candidates)
+        patch.setattr(greedy_k_center, "_MAX_CANDIDATES", candidates)
         found = k_center(rows, size / len(points), start=start)
     assert found.ranking.tolist() == in_order(points, size, start)
 
@@ -133,7 +133,7 @@ def test_each_medoid_lowers_the_sum_most_whatever_pairs_are_kept(
     size = num_kept(len(points), ratio)
     start = data.draw(st.lists(st.integers(0, len(points) - 1), unique=True, max_size=size))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(greedy_facility_location, "_PAIRS", pairs)
+        patch.setattr(greedy_facility_location, "_MAX_PAIRS", pairs)
         patch.setattr(greedy_facility_location, "_ROWS", 3)
         found = facility_location(points, ratio, start=start)
     check_medoids(points, start, found)
@@ -164,7 +164,7 @@ def test_a_larger_cloud_with_pairs_kept_at_once_later_and_never(
     pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = cloud(300)
-    monkeypatch.setattr(greedy_facility_location, "_PAIRS", pairs)
+    monkeypatch.setattr(greedy_facility_location, "_MAX_PAIRS", pairs)
     real, kept_after = greedy_facility_location._pairs, []
 
     def spy(state: Any, most: int) -> Any:
@@ -342,7 +342,7 @@ def test_memory_is_said_and_refused_before_the_start(
     assert "10 of 100 samples, 5 features" in caplog.text
     assert "GB of memory" in caplog.text
     monkeypatch.setattr("drophot._core.memory.available", lambda device: 1e5)
-    for name in ("_Medoids", "_catch_up"):
+    for name in ("_Medoids", "_update_all"):
         module = greedy_facility_location if name == "_Medoids" else greedy_k_center
         monkeypatch.setattr(module, name, None)  # nothing is begun
     with pytest.raises(MemoryError, match=r"`features`.*\(100, 5\).* GB.*`targets`"):
@@ -358,11 +358,11 @@ def test_what_is_held_is_what_was_said(
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
-    monkeypatch.setattr(greedy_facility_location, "_PAIRS", 16 * size)
+    monkeypatch.setattr(greedy_facility_location, "_MAX_PAIRS", 16 * size)
     monkeypatch.setattr(greedy_facility_location, "_strip", lambda total: 16)
-    monkeypatch.setattr(greedy_k_center, "_CANDIDATES", 16)
-    monkeypatch.setattr(greedy_facility_location, "rows", lambda total, width: _blocks(total))
-    monkeypatch.setattr(greedy_k_center, "rows", lambda total, width: _blocks(total))
+    monkeypatch.setattr(greedy_k_center, "_MAX_CANDIDATES", 16)
+    monkeypatch.setattr(greedy_facility_location, "row_blocks", lambda total, width: _blocks(total))
+    monkeypatch.setattr(greedy_k_center, "row_blocks", lambda total, width: _blocks(total))
     largest = 0
 
     class Watch(TorchDispatchMode):

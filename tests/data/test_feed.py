@@ -4,6 +4,7 @@ import os
 import random
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, run
 from helpers.loops import Augmented, Listed, model_of
+from helpers.transforms import Added, Broken, Drawn, Marked, Named
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,10 +24,11 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 
 from drophot import IndexedDataset, fit
 from drophot._core import random_state
-from drophot.data import batching
+from drophot.data import workers
 from drophot.data.batching import batches
 from drophot.data.cache import in_memory
 from drophot.data.samples import targets_of
+from drophot.data.workers import Workers
 
 CPU = torch.device("cpu")
 GLOBAL = ["torch", "numpy", "python"]
@@ -40,8 +44,11 @@ def images(size: int, channels: int = 3) -> TensorDataset:
 
 def read(data: Dataset[Any], seed: int = 0, epochs: int = 1) -> list[list[Tensor]]:
     """Each epoch's batches of two samples, inputs only, of a dataset as it is."""
-    order = generator(seed)
-    return [[inputs for inputs, *_ in batches(data, 2, CPU, shuffle=order)] for _ in range(epochs)]
+    order, workers = generator(seed), Workers(min_seconds=0)
+    return [
+        [inputs for inputs, *_ in batches(data, 2, CPU, shuffle=order, workers=workers)]
+        for _ in range(epochs)
+    ]
 
 
 def equal(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -94,7 +101,7 @@ def test_random_augmentation_is_never_frozen(source: str, caplog: pytest.LogCapt
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     with caplog.at_level(logging.INFO, logger="drophot"):
         assert in_memory(data, "cpu") is data
-    assert "read anew each epoch" in caplog.text
+    assert "not kept in memory" in caplog.text
     assert random.getstate() == states[0]
     assert torch.equal(torch.get_rng_state(), states[1])
     assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
@@ -154,7 +161,7 @@ def test_a_warning_says_how_much_did_not_fit(
 
     with caplog.at_level(logging.WARNING, logger="drophot"):
         in_memory(Large(3400), "cpu")
-    assert "3400 samples of together 3.4 GB do not fit in memory (cpu)" in caplog.text
+    assert "3400 samples of 3.4 GB in total do not fit in memory (cpu)" in caplog.text
 
 
 def test_tensors_are_not_read_sample_by_sample_nor_copied(no_memory: None) -> None:
@@ -188,8 +195,8 @@ def test_tensors_too_large_for_the_device_stay_where_they_are_and_are_read_in_ba
     monkeypatch.setattr("drophot._core.memory.available", lambda device: 2 * 10 * (3 * 4 + 8) - 1)
     assert in_memory(far, "cpu") is far
     reads = []
-    plain = batching.read
-    monkeypatch.setattr(batching, "read", lambda data, at: reads.append(len(at)) or plain(data, at))
+    plain = workers.read
+    monkeypatch.setattr(workers, "read", lambda data, at: reads.append(len(at)) or plain(data, at))
     near = TensorDataset(inputs, torch.arange(10))
     with monkeypatch.context() as patch:
         patch.setattr(TensorDataset, "__getitem__", lambda *_: pytest.fail("one by one"))
@@ -270,13 +277,6 @@ def test_images_come_with_their_channels_where_they_are_wanted(
     assert sizes == [4, 4, 2]
 
 
-class Marked:
-    """A transform of targets: the process that read the sample."""
-
-    def __call__(self, target: Any) -> int:
-        return os.getpid()
-
-
 def torchvisions(size: int, transform: Any = None, target_transform: Any = None) -> Any:
     """One of torchvision's own data sets, which workers may read."""
     datasets = pytest.importorskip("torchvision.datasets")
@@ -289,52 +289,139 @@ def torchvisions(size: int, transform: Any = None, target_transform: Any = None)
     return data
 
 
-def processes(size: int) -> Any:
-    return torchvisions(size, target_transform=Marked())
-
-
-def readers_of(data: Any) -> set[int]:
-    return {int(pid) for batch in batches(data, 2, CPU) for pid in batch[1]}
+def readers_of(data: Any, marked: Marked, **options: Any) -> set[int]:
+    """The processes that read a dataset, this one always among them: it compares some samples."""
+    for _ in batches(data, 2, CPU, workers=Workers(**{"min_seconds": 0, **options})):
+        pass
+    return marked.readers()
 
 
 def test_what_does_not_fit_is_read_by_workers_in_the_same_order(
-    no_memory: None, two_threads: None
+    no_memory: None, two_threads: None, tmp_path: Path
 ) -> None:
-    data = processes(63)
+    marked = Marked(tmp_path)
+    data = torchvisions(63, target_transform=marked)
     assert in_memory(data, "cpu") is data
     inputs = torch.stack([data[place][0] for place in range(63)])
-    near = TensorDataset(inputs, torch.zeros(63))
-    readers = []
-    for one, other in zip(
-        batches(IndexedDataset(data), 2, CPU, shuffle=generator()),
-        batches(near, 2, CPU, shuffle=generator()),
-        strict=True,
-    ):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[0], inputs[one[2]])
-        assert (one[1] == one[1][0]).all(), "a batch is read by one process"
-        readers.append(int(one[1][0]))
-    assert len(readers) == 32
-    assert len(set(readers)) == 2
-    assert os.getpid() not in readers
+    near = TensorDataset(inputs, torch.arange(63))
+    shared = Workers(min_seconds=0)
+    for seed in (0, 1):
+        for one, other in zip(
+            batches(IndexedDataset(data), 2, CPU, shuffle=generator(seed), workers=shared),
+            batches(near, 2, CPU, shuffle=generator(seed)),
+            strict=True,
+        ):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[1], other[1])
+            assert torch.equal(one[0], inputs[one[2]])
+        assert len(marked.readers() - {os.getpid()}) == 2, "a second epoch has the same workers"
 
 
-def test_few_batches_are_read_here(two_threads: None) -> None:
-    assert readers_of(processes(14)) == {os.getpid()}
+def test_workers_are_no_forks_of_this_process(two_threads: None, tmp_path: Path) -> None:
+    """A fork would have its modules, and the user's script, which is not run again either."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    (tmp_path / "readers").mkdir()
+    assert run(script, ROOT / "src", ROOT / "tests", folder=tmp_path).split() == [
+        "run",
+        "once",
+        "2",
+        "0",
+    ]
 
 
-def test_a_daemon_has_no_workers(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batching, "current_process", lambda: SimpleNamespace(daemon=True))
-    assert readers_of(processes(64)) == {os.getpid()}
+SCRIPT = """
+import os, sys, threading
+from pathlib import Path
+import torch
+from torchvision import datasets, transforms
+sys.path[:0] = sys.argv[1:]
+from drophot.data.batching import batches
+from drophot.data.workers import Workers
+from helpers.transforms import Marked
+
+print("run once")  # without `if __name__ == "__main__":`
+torch.set_num_threads(2)
+torch.mm(torch.rand(500, 500), torch.rand(500, 500))  # starts threads
+marked = Marked(Path("readers"))
+data = datasets.MNIST.__new__(datasets.MNIST)
+data.data = torch.randint(0, 255, (64, 3, 3), dtype=torch.uint8)
+data.targets = torch.arange(64)
+data.transform, data.target_transform = transforms.ToTensor(), marked
+workers = Workers(min_seconds=0)
+for _ in batches(data, 2, torch.device("cpu"), workers=workers):
+    pass
+others = marked.readers() - {os.getpid()}
+parents = {Path(f"/proc/{one}/stat").read_text().split()[3] for one in others}
+print(len(others), int(str(os.getpid()) in parents))
+"""
 
 
-def test_a_thread_beside_the_main_one_forks_nothing(two_threads: None) -> None:
-    """A fork has one thread, and what the others had locked stays so."""
-    readers: set[int] = set()
-    thread = threading.Thread(target=lambda: readers.update(readers_of(processes(64))))
+def test_workers_read_a_dataset_as_it_is_now(two_threads: None) -> None:
+    added = Added()
+    data, shared = torchvisions(64, added), Workers(min_seconds=0)
+
+    def smallest() -> float:
+        found = [x for x, *_ in batches(data, 2, CPU, workers=shared)]
+        return float(torch.cat(found).min())
+
+    before = smallest()
+    added.number = 5
+    assert smallest() == before + 5
+
+
+def test_workers_end_with_their_owner(two_threads: None, tmp_path: Path) -> None:
+    marked = Marked(tmp_path)
+    readers = readers_of(torchvisions(64, target_transform=marked), marked) - {os.getpid()}
+    assert len(readers) == 2
+    for _ in range(600):
+        if not any(Path(f"/proc/{one}").exists() for one in readers):
+            return
+        time.sleep(0.1)
+    pytest.fail("a worker is still running")
+
+
+def test_what_workers_would_read_otherwise_is_read_here(two_threads: None, tmp_path: Path) -> None:
+    marked = Named(tmp_path)
+    data = torchvisions(64, target_transform=marked)
+    found = [y for _, y in batches(data, 2, CPU, workers=Workers(min_seconds=0))]
+    assert set(torch.cat(found).tolist()) == {os.getpid()}
+
+
+def test_what_cannot_be_pickled_is_read_here(two_threads: None, tmp_path: Path) -> None:
+    marked = Marked(tmp_path)
+    data = torchvisions(64, lambda inputs: inputs, marked)
+    assert readers_of(data, marked) == {os.getpid()}
+
+
+def test_a_quick_pass_is_read_here(two_threads: None, tmp_path: Path) -> None:
+    marked = Marked(tmp_path)
+    data = torchvisions(64, target_transform=marked)
+    assert readers_of(data, marked, min_seconds=10.0) == {os.getpid()}
+
+
+def test_few_batches_are_read_here(two_threads: None, tmp_path: Path) -> None:
+    marked = Marked(tmp_path)
+    assert readers_of(torchvisions(14, target_transform=marked), marked) == {os.getpid()}
+
+
+def test_a_daemon_has_no_workers(
+    two_threads: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "current_process", lambda: SimpleNamespace(daemon=True))
+    marked = Marked(tmp_path)
+    assert readers_of(torchvisions(64, target_transform=marked), marked) == {os.getpid()}
+
+
+def test_a_thread_other_than_the_main_one_starts_no_workers(
+    two_threads: None, tmp_path: Path
+) -> None:
+    marked = Marked(tmp_path)
+    data = torchvisions(64, target_transform=marked)
+    thread = threading.Thread(target=lambda: readers_of(data, marked))
     thread.start()
     thread.join()
-    assert readers == {os.getpid()}
+    assert marked.readers() == {os.getpid()}
 
 
 class Filed(Dataset[Any]):
@@ -427,9 +514,10 @@ class CountsForAll(Counts):
 
 @pytest.mark.parametrize("kind", [Opened, Counts, CountsInTensor, CountsForAll])
 def test_what_a_copy_would_share_or_lose_is_read_in_this_process(
-    kind: Any, two_threads: None
+    kind: Any, two_threads: None, tmp_path: Path
 ) -> None:
-    assert readers_of(torchvisions(64, kind(), Marked())) == {os.getpid()}
+    marked = Marked(tmp_path)
+    assert readers_of(torchvisions(64, kind(), marked), marked) == {os.getpid()}
 
 
 def test_a_data_set_of_ones_own_is_read_in_this_process(two_threads: None) -> None:
@@ -438,21 +526,9 @@ def test_a_data_set_of_ones_own_is_read_in_this_process(two_threads: None) -> No
             return super().__getitem__(i)[0], os.getpid()
 
     data = Counting(64)
-    assert readers_of(data) == {os.getpid()}
+    found = [y for _, y in batches(data, 2, CPU, workers=Workers(min_seconds=0))]
+    assert set(torch.cat(found).tolist()) == {os.getpid()}
     assert data.readings >= 64
-
-
-class Drawn:
-    """A transform that adds what it draws."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        if self.source == "torch":
-            return inputs + torch.rand(())
-        drawn = np.random.rand() if self.source == "numpy" else random.random()  # noqa: NPY002
-        return inputs + drawn
 
 
 @pytest.mark.parametrize("source", GLOBAL)
@@ -460,8 +536,8 @@ def test_augmentation_is_the_same_whoever_reads(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    for workers in (0, 1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda workers=workers: workers)
+    for threads in (0, 1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         found.append(read(torchvisions(64, Drawn(source)), epochs=2))
     for epoch in (0, 1):
         assert equal(found[0][epoch], found[1][epoch])
@@ -498,9 +574,8 @@ def test_a_dataset_with_its_own_generator_is_read_in_this_process(two_threads: N
         def __getitem__(self, i: int) -> tuple[Tensor, int]:
             return super().__getitem__(i)[0], os.getpid()
 
-    assert {int(pid) for _, pids in batches(Own("its own"), 2, CPU) for pid in pids} == {
-        os.getpid()
-    }
+    found = batches(Own("its own"), 2, CPU, workers=Workers(min_seconds=0))
+    assert {int(pid) for _, pids in found for pid in pids} == {os.getpid()}
 
 
 @pytest.mark.parametrize("threads", [0, 2])
@@ -510,19 +585,17 @@ def test_reading_leaves_the_callers_random_state_alone(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     before = random_state.state()
-    for _ in batches(torchvisions(64, Drawn(source)), 2, CPU, shuffle=generator()):
+    shared = Workers(min_seconds=0)
+    data = torchvisions(64, Drawn(source))
+    for _ in batches(data, 2, CPU, shuffle=generator(), workers=shared):
         assert random_state.state() == before
     assert random_state.state() == before
 
 
 def test_what_a_worker_raises_reaches_the_caller(two_threads: None) -> None:
-    def broken(target: Any) -> int:
-        if target == 13:
-            raise ValueError("sample 13 is broken")
-        return int(target)
-
+    data, shared = torchvisions(64, None, Broken(13)), Workers(min_seconds=0)
     with pytest.raises(ValueError, match=r"worker process[\s\S]*sample 13 is broken"):
-        list(batches(torchvisions(64, None, broken), 2, CPU))
+        list(batches(data, 2, CPU, workers=shared))
 
 
 class Relabelled(Dataset[Any]):

@@ -411,7 +411,7 @@ def test_a_store_can_be_extended(tmp_path: Path) -> None:
         ({"model": partial(small, hidden=9)}, "model", "hidden 16 there, 9 here"),
         ({"train_set": points(120, 5)}, "train_set", "inputs"),
         ({"test_set": points(60, 5)}, "test_set", "inputs"),
-        ({"fit": Calls()}, "fit", "drophot.training.fit' there"),
+        ({"fit": Calls()}, "fit", "fit' there, .*Calls"),
     ],
     ids=lambda value: str(value)[:30],
 )

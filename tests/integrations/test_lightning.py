@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_training_set_is_refused(tmp_path: Path) -> None
     callback = TrackerCallback(DynamicsTracker(SIZE))
     trainer(tmp_path, callback, epochs=1, **kept(tmp_path)).fit(Classifier(), loader())
     other = trainer(tmp_path, TrackerCallback(DynamicsTracker(SIZE + 1)), **kept(tmp_path))
-    with pytest.raises(ValueError, match="should hold 41 samples"):
+    with pytest.raises(ValueError, match="`state_dict`.*41 samples"):
         other.fit(Classifier(), loader(), ckpt_path=str(tmp_path / "kept" / "last.ckpt"))
 
 
@@ -136,7 +136,7 @@ def test_a_step_without_logits_is_an_error_that_says_what_to_return(
     tmp_path: Path, answer: Any, found: str
 ) -> None:
     callback = TrackerCallback(ForgettingTracker(SIZE))
-    with pytest.raises(TypeError, match=f"{found}.*`training_step` return"):
+    with pytest.raises(TypeError, match=f"{found}.*`training_step`"):
         trainer(tmp_path, callback).fit(Classifier(answer), loader())
 
 
@@ -169,14 +169,14 @@ def test_a_loader_without_indices_is_an_error(tmp_path: Path) -> None:
         "loss": module.model(batch[0]).sum(),
         "logits": module.model(batch[0]),
     }
-    with pytest.raises(TypeError, match="wrap the dataset in IndexedDataset"):
+    with pytest.raises(TypeError, match="index.*IndexedDataset"):
         trainer(tmp_path, TrackerCallback(ForgettingTracker(SIZE))).fit(
             module, DataLoader(data(), batch_size=7)
         )
 
 
 def test_wants_a_tracker() -> None:
-    with pytest.raises(TypeError, match="Found int"):
+    with pytest.raises(TypeError, match="`tracker`.*int"):
         TrackerCallback(40)
 
 

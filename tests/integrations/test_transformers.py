@@ -193,14 +193,14 @@ def test_a_run_that_is_resumed_has_the_same_scores(tmp_path: Path) -> None:
 def test_a_checkpoint_without_the_tracker_is_refused(tmp_path: Path) -> None:
     plain = trainer(tmp_path, Recorder, texts(), save_strategy="epoch", num_train_epochs=1)
     plain.train()
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-6 should have .* no tracker\.pt"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-6.*tracker\.pt"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_of_another_training_set_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, save_strategy="epoch", num_train_epochs=1).train()
     other = IndexedDataset(texts().select(range(20)))
-    with pytest.raises(ValueError, match="should hold 20 samples"):
+    with pytest.raises(ValueError, match="`state_dict`.*20 samples"):
         trainer(tmp_path, data=other, tracker=DynamicsTracker(20)).train(True)
 
 
@@ -440,11 +440,11 @@ def test_a_part_keeps_the_numbers_of_the_whole(tmp_path: Path, name: str) -> Non
 def test_a_column_of_other_numbers_is_refused(tmp_path: Path) -> None:
     once = numbered(texts())
     twice, part = datasets.concatenate_datasets([once, once]), part_of(texts())
-    with pytest.raises(ValueError, match="`index`.*Found 0 2 times"):
+    with pytest.raises(ValueError, match="`index`.*0 2 times"):
         trainer(tmp_path, data=twice, tracker=ForgettingTracker(2 * SIZE))
-    with pytest.raises(ValueError, match=r"`index`.*\[0, 12\).*Found 21"):
+    with pytest.raises(ValueError, match=r"`index`.*\[0, 12\).*21"):
         trainer(tmp_path, data=once.select(range(10, SIZE)), tracker=ForgettingTracker(12))
-    with pytest.raises(ValueError, match="22 samples. Found one of 11"):
+    with pytest.raises(ValueError, match="`tracker`.*22 samples.*11"):
         trainer(tmp_path, data=part, tracker=ForgettingTracker(len(part)))
 
 
@@ -540,7 +540,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "run", tmp_path / name)
         kill(tmp_path / name / "checkpoint-8")
         again = trainer(tmp_path / name, **options)
-        with pytest.warns(UserWarning, match="checkpoint-12 is not; .*checkpoint-4"):
+        with pytest.warns(UserWarning, match="checkpoint-12.*checkpoint-4"):
             again.train(resume_from_checkpoint=True)
         assert len(again.shown) == 12 - 4, name
         assert_same(again.tracker.state_dict(), whole.tracker.state_dict(), 0.0)
@@ -621,9 +621,9 @@ def test_ranks_that_share_batches_need_a_group(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="22 samples. Found one of 20"):
+    with pytest.raises(ValueError, match="`tracker`.*22 samples.*20"):
         trainer(tmp_path, tracker=ForgettingTracker(20))
-    with pytest.raises(TypeError, match="Found NoneType"):
+    with pytest.raises(TypeError, match="`tracker`.*NoneType"):
         trainer(tmp_path, tracker=None)
     with pytest.raises(TypeError, match="`index` and `labels`.*IndexedDataset"):
         trainer(tmp_path, data=texts()).train()

@@ -257,7 +257,7 @@ def own_fit(
 def test_a_users_own_loop_trains_in_every_mode_as_drophots_own(
     mode: Any, equal_steps: bool
 ) -> None:
-    def weights(**fit: Any) -> list[Tensor]:
+    def weights(**fit: Any) -> list[Any]:
         adam = partial(Adam, lr=0.02, fused=True)
         run = drop_hot(
             mode=mode,

@@ -198,7 +198,7 @@ def test_the_cure_for_a_copy_is_one() -> None:
     model, masks, _ = two()
     twin = copy.deepcopy(model)
     optimizer = SGD(twin.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"`optimizer` .*Masks\.from_zeros\(copy\)"):
+    with pytest.raises(ValueError, match=r"`optimizer`.*masks\.hold\(optimizer, model=copy\)"):
         masks.hold(optimizer)
     zeros = Masks.from_zeros(twin)
     zeros.apply()  # its head was emptied

@@ -153,8 +153,8 @@ def with_fewer_channels() -> nn.Module:
 
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "another": (lambda: nn.Linear(4, 4), r"Found no parameter `0\.weight` in Linear"),
-    "other shapes": (with_fewer_channels, r"`0\.weight` of shape \(16, 16\)"),
+    "another": (lambda: nn.Linear(4, 4), r"Linear.*`0\.weight`"),
+    "other shapes": (with_fewer_channels, r"`0\.weight`.*\(16, 16\)"),
     "pruned by torch": (
         lambda: nn.Sequential(prune.identity(nn.Linear(16, 32), "weight"), *list(network())[1:]),
         r"no parameter `0\.weight`",
@@ -348,11 +348,13 @@ def test_saved_masks_fit_a_model_that_is_wrapped_or_not(
     old, new = wrap(saved), loaded
     if wrapped == "loaded":
         old, new = saved, wrap(loaded)
-    with pytest.warns(UserWarning, match="nothing but zeros"):  # so that it joins late
+    with pytest.warns(UserWarning, match="all weights of"):  # so that it joins late
         schedule = Schedule(old, [0.25, 0.5], every=1)
     again = Schedule(new, [0.25, 0.5], every=1)
     again.load_state_dict(schedule.state_dict())
     assert again.masks.keys() == Masks.from_zeros(new).keys()
-    assert again.state_dict()["late"] == [name for name in again.masks if "3.weight" in name]
+    assert again.state_dict()["formerly_zero"] == [
+        name for name in again.masks if "3.weight" in name
+    ]
     for layer, mask in zip((loaded[0], loaded[3]), schedule.masks.values(), strict=True):
         assert not layer.weight[~mask].any()

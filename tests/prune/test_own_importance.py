@@ -34,17 +34,13 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: w.detach().clone() for name, w in model.named_parameters() if w.dim() > 1}
 
 
-def drawn(
-    model: nn.Module, seed: int, *, signed: bool = True, levels: int = 0
-) -> dict[str, Tensor]:
-    """Random importances by name; with `levels`, of so many values, so that many are equal."""
+def drawn(model: nn.Module, seed: int, *, signed: bool = True) -> dict[str, Tensor]:
+    """Random importances by name, float64."""
     generator = torch.Generator().manual_seed(seed)
     values = {
         name: torch.randn(w.shape, generator=generator, dtype=torch.float64)
         for name, w in weights_of(model).items()
     }
-    if levels:
-        values = {name: (value * levels).round() for name, value in values.items()}
     return values if signed else {name: value.abs() for name, value in values.items()}
 
 
@@ -61,9 +57,7 @@ def quietly(function: Callable[..., Masks], *args: Any, **settings: Any) -> Mask
         return function(*args, **settings)
 
 
-@given(
-    dtype=st.sampled_from(DTYPES), seed=st.integers(0, 100), ratio=ratios, signed=st.booleans()
-)
+@given(dtype=st.sampled_from(DTYPES), seed=st.integers(0, 100), ratio=ratios, signed=st.booleans())
 def test_the_lowest_of_all_importances_are_removed(
     dtype: torch.dtype, seed: int, ratio: float, signed: bool
 ) -> None:
@@ -92,13 +86,11 @@ def test_equal_importances_are_removed_evenly_from_all_layers(seed: int, ratio: 
     kept = torch.cat([mask.flatten() for mask in masks.values()])
     removed = (~kept).nonzero()[:, 0]
     assert len(removed) == remove
-    assert {int(b - a) for a, b in pairwise(removed)} <= {
-        total // max(remove, 1) + d for d in (0, 1)
-    }
+    distances = {int(after - before) for before, after in pairwise(removed)}
+    assert distances <= {total // max(remove, 1), total // max(remove, 1) + 1}
 
 
-@pytest.mark.parametrize("scope", ["layer", "erk"])
-@given(seed=st.integers(0, 100), ratio=ratios)
+@given(scope=st.sampled_from(["layer", "erk"]), seed=st.integers(0, 100), ratio=ratios)
 def test_a_layer_loses_as_many_as_by_magnitude_and_its_lowest(
     scope: Any, seed: int, ratio: float
 ) -> None:
@@ -215,14 +207,14 @@ def test_the_function_sees_each_parameter_once_with_its_gradient() -> None:
     model(torch.ones(3, 8)).sum().backward()
     calls = []
 
-    def saliency(name: str, weight: Tensor) -> Tensor:
+    def checked(name: str, weight: nn.Parameter) -> Tensor:
         assert weight is model.get_parameter(name)
         assert not torch.is_grad_enabled()
         calls.append(name)
-        return (weight * weight.grad).abs()
+        return saliency(name, weight)
 
-    expected = {name: (p * p.grad).abs().detach() for name, p in model.named_parameters()}
-    masks = magnitude_prune(model, 0.5, importance=saliency)
+    expected = {name: saliency(name, p).detach() for name, p in model.named_parameters()}
+    masks = magnitude_prune(model, 0.5, importance=checked)
     assert calls == list(masks) == ["0.weight", "2.weight", "3.weight"]
     removed = torch.cat([expected[name][~mask] for name, mask in masks.items()])
     kept = torch.cat([expected[name][mask] for name, mask in masks.items()])
@@ -304,7 +296,7 @@ def test_a_layer_that_is_not_important_at_all_is_removed_first() -> None:
     assert masks.sparsity == 0.5
 
 
-# --- in a schedule, and held -----------------------------------------------------------------------
+# --- in a schedule, and held ---------------------------------------------------------------------
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
@@ -378,7 +370,7 @@ def test_masks_by_an_importance_hold() -> None:
     assert Masks.from_zeros(model) == masks
 
 
-# --- what is refused -------------------------------------------------------------------------------
+# --- what is refused -----------------------------------------------------------------------------
 
 
 class Constant:
@@ -418,9 +410,7 @@ def test_what_the_function_must_not_return(
 ) -> None:
     model = network()
     before = deepcopy(model.state_dict())
-    with pytest.raises(
-        error, match=rf"`Constant`.*{match}.*`2\.weight`|`Constant`.*`2\.weight`.*{match}"
-    ):
+    with pytest.raises(error, match=rf"`Constant`.*{match}.*`2\.weight`"):
         magnitude_prune(model, 0.5, importance=Constant(value), **options)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 

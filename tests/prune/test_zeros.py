@@ -55,9 +55,7 @@ def test_a_ranking_leaves_out_a_layer_of_zeros(scope: Any, settings: dict[str, f
 @pytest.mark.parametrize("scope", ALL)
 def test_at_ratio_0_nothing_is_masked(scope: Any) -> None:
     model = blank(0, 3)
-    with pytest.warns(
-        UserWarning, match=r"Found 220 more zeros in `0.weight`, `3.weight`: .*zeros"
-    ):
+    with pytest.warns(UserWarning, match=r"`ratio=0`.*220 .*`0.weight`, `3.weight`"):
         masks = magnitude_prune(model, 0, scope=scope)
     assert masks.sparsity == 0
 
@@ -66,9 +64,9 @@ def test_at_ratio_0_nothing_is_masked(scope: Any) -> None:
 def test_what_the_others_cannot_give_is_refused(scope: Any) -> None:
     model = blank(0)
     before = state(model)
-    with pytest.raises(ValueError, match="`ratio` .* removes 160 weights, and 120 .*`0.weight`"):
+    with pytest.raises(ValueError, match="`ratio`.*160 .*120 .*`0.weight`"):
         magnitude_prune(model, 0.5, scope=scope)
-    with pytest.raises(ValueError, match="`ratio` .* removes 112 weights, and min_kept=0.1.*`0.we"):
+    with pytest.raises(ValueError, match="`ratio`.*112 .*min_kept=0.1.*`0.we"):
         magnitude_prune(model, 0.35, scope=scope, min_kept=0.1)
     assert equal(before, state(model))
 
@@ -122,7 +120,7 @@ def test_zeros_are_masked_up_to_the_number_asked_for(zeros: int, ratio: float, s
     assert torch.equal(elsewhere["weight"], mask), "the choice does not depend on chance"
     messages = {str(warning.message) for warning in seen}
     assert len(messages) == (zeros > asked)
-    assert all(f"Found {zeros - asked} more zeros" in text for text in messages)
+    assert all(f" {zeros - asked} weights" in text for text in messages)
     assert all("Masks.from_zeros" in text for text in messages)
     assert int((~Masks.from_zeros(model)["weight"]).sum()) == max(zeros, asked)
 
@@ -132,7 +130,7 @@ def test_zeros_that_are_masked_are_spread_evenly(scope: Any) -> None:
     model = nn.Linear(100, 100)
     with torch.no_grad():
         model.weight[:50] = 0
-    with pytest.warns(UserWarning, match="Found 3,750 more zeros"):
+    with pytest.warns(UserWarning, match="3,750 "):
         masks = magnitude_prune(model, 0.125, scope=scope)
     assert masks["weight"][:50].sum(1).tolist() == [75] * 50
 
@@ -159,7 +157,7 @@ def test_less_than_an_earlier_pruning_removed_is_said() -> None:
     model = network()
     first = magnitude_prune(model, 0.75)
     before = state(model)
-    with pytest.warns(UserWarning, match="`ratio=0.25` .* removes 80 weights. Found 240 that") as w:
+    with pytest.warns(UserWarning, match="`ratio=0.25` .*80 .*240 ") as w:
         second = magnitude_prune(model, 0.25)
     assert [warning.filename for warning in w] == [__file__]
     assert equal(dict(first), dict(second))
@@ -186,7 +184,7 @@ def test_layer_by_layer_after_a_ranking_says_what_is_over() -> None:
     sizes = {"0.weight": 200, "2.weight": 100, "3.weight": 20}
     expected = {name: max(size // 2, before[name]) for name, size in sizes.items()}
     total = sum(expected.values())
-    with pytest.warns(UserWarning, match=f"scope='layer' removes 160 weights. Found {total}"):
+    with pytest.warns(UserWarning, match=f"scope='layer'.*160 .*{total} "):
         assert removed(magnitude_prune(model, 0.5, scope="layer")) == expected
 
 
@@ -202,7 +200,7 @@ def test_other_weights_have_no_older_masks() -> None:
 
 
 def hold(model: nn.Module, masks: Masks) -> None:
-    with pytest.warns(UserWarning, match="`3.weight` at zero"):
+    with pytest.warns(UserWarning, match="`3.weight`.* zero"):
         masks.hold(torch.optim.SGD(model.parameters(), lr=0.1))
 
 

@@ -213,11 +213,9 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`source`.*at least one record"):
         html(str(tmp_path), tmp_path / "page.html")
     (tmp_path / "records.jsonl").write_text(to_line(one()) + "\nx\n")
-    with pytest.raises(
-        ValueError, match=r"records.jsonl.* line 2.*`line`"
-    ):
+    with pytest.raises(ValueError, match=r"records.jsonl.* line 2.*`line`"):
         html(tmp_path, tmp_path / "page.html")
-    with pytest.raises(ValueError, match="`path`.* folder "):
+    with pytest.raises(ValueError, match="`path`.*folder "):
         html([one()], tmp_path)
     assert not (tmp_path / "page.html").exists()
 

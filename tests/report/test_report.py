@@ -17,7 +17,7 @@ from helpers.rows import cells, grid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drophot import Record, stats
+from drophot import Record, Scored, stats
 from drophot.report import differences, plot_curves, plot_ratios, plot_steps, table
 
 RUNS = [
@@ -279,6 +279,24 @@ def test_columns_only_for_what_is_there() -> None:
             head(*modes)
 
 
+def test_differences_to_any_mode() -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    runs = grid()
+    head, _, *rows = cells(differences(runs, against="low"))
+    assert head[3:] == ["high − low", "random − low"]
+    found = stats.compare(runs, against="low")
+    assert len(rows) == len(found) / 2
+    stars = sum(row.p_holm < 0.05 for row in found)
+    assert sum("*" in cell for row in rows for cell in row) == stars, "adjusted for this table"
+    long = read_csv(differences(runs, against=Scored(mode="random"), format="csv"))
+    assert {row["against"] for row in long} == {"random"}
+    assert len(long) == len(stats.compare(runs, against="random"))
+    with pytest.raises(ValueError, match="`against` .*'crest'"):
+        differences(runs, against="crest")
+    with pytest.raises(ValueError, match="`records` .*low.* only low"):
+        differences([r for r in runs if r.mode == "low"], against="low")
+
+
 def test_more_modes_than_the_papers_have_a_row_each() -> None:
     pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = grid()
@@ -402,9 +420,7 @@ def test_curves_refuse_too_many_groups_and_draw_unequal_lengths_apart() -> None:
     pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     runs = grid()
     plot_curves([r for r in runs if r.prune_ratio == 0 or r.mode == "baseline"])
-    with pytest.raises(
-        ValueError, match="`records`.* 16 .* 28"
-    ):
+    with pytest.raises(ValueError, match="`records`.* 16 .* 28"):
         plot_curves([*runs, *(replace(r, prune_ratio=r.prune_ratio + 0.1) for r in runs)])
     lines = plot_curves([one(), one(seed=1, finetune_curve=(0.5,))]).lines
     assert [len(line.get_xdata()) for line in lines] == [3, 2]

@@ -57,8 +57,8 @@ class Spy(CrestLoader):
         self.subsets.append(super()._subset())
         return self.subsets[-1]
 
-    def _sides(self, like: Tensor) -> Tensor:
-        self.draws.append(super()._sides(like))
+    def _random_signs(self, like: Tensor) -> Tensor:
+        self.draws.append(super()._random_signs(like))
         return self.draws[-1]
 
 
@@ -153,8 +153,8 @@ def test_crest_is_its_definition_step_by_step(lr: float, seed: int) -> None:
             since += 1
             assert (loader.selections, loader.checks) == (selections, checks)
             assert loader.check_every == plain.every
-            torch.testing.assert_close(loader._slope, plain.slope, rtol=1e-3, atol=1e-5)
-            torch.testing.assert_close(loader._bend, plain.bend, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(loader._gradient, plain.slope, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(loader._curvature, plain.bend, rtol=1e-3, atol=1e-4)
             index = batch[2].tolist()
             number = [sorted(b) for b in plain.batches].index(sorted(index))
             expected = dict(zip(plain.batches[number], plain.weights[number], strict=True))
@@ -171,7 +171,7 @@ def test_every_set_and_interval_follows_the_curvature(monkeypatch: pytest.Monkey
     loader = CrestLoader(data(), model, batch_size=8, subset=0.2, interval=2.0)
     norms = iter([4.0, 4.0, 1.0, 100.0, 1e-9, 0.0])
     scale = [0.0]
-    monkeypatch.setattr(loader, "_has_moved_on", lambda: True)
+    monkeypatch.setattr(loader, "_is_outdated", lambda: True)
     real = loader._model_loss
 
     def bent(device: torch.device) -> None:
@@ -205,13 +205,13 @@ def test_the_gradient_is_counted_once_and_nobodys_gradient_is_touched() -> None:
     for parameter, value in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.grad, value)
     inputs, targets = given.tensors
-    total = torch.zeros_like(loader._slope)
+    total = torch.zeros_like(loader._gradient)
     for places, weights in zip(loader._batches, loader._weights, strict=True):
         model.zero_grad()
         losses = F.cross_entropy(model(inputs[places]), targets[places], reduction="none")
         (losses * weights).mean().backward()
         total += flat([p.grad for p in model.parameters()]) / len(loader._batches)
-    torch.testing.assert_close(loader._slope, total)
+    torch.testing.assert_close(loader._gradient, total)
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99), st.data())
@@ -225,7 +225,8 @@ def test_medoids_of_many_groups_are_those_of_each(
     groups = [[torch.tensor(chance.random((n, 3))) for n in lengths] for _ in range(subsets)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "drophot.sampling.batched_medoids._DISTANCES", draw.draw(st.sampled_from([1, 1 << 24]))
+            "drophot.sampling.batched_medoids._MAX_DISTANCES",
+            draw.draw(st.sampled_from([1, 1 << 24])),
         )
         chosen, weights = medoids(groups, wanted)
     assert len(chosen) == len(weights) == subsets
@@ -322,7 +323,7 @@ def test_attention_has_the_second_derivatives() -> None:
     loader = CrestLoader(data(60), Attends(), batch_size=8, subset=0.5)
     next(iter(loader))
     assert loader.selections == 1
-    assert loader._bend.norm() > 0
+    assert loader._curvature.norm() > 0
 
 
 def test_a_model_without_second_derivatives_is_named() -> None:

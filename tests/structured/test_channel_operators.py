@@ -278,7 +278,7 @@ def test_an_operator_that_nobody_knows_is_tried(dim: int, left: int) -> None:
     assert pruned.layers["a.weight"] == (16, left)
     assert ("a.weight" in pruned.whole) == (left == 16)
     if left == 16:
-        assert pruned.whole["a.weight"] == "`reversed_sum` in `op` needs all of them"
+        assert "`reversed_sum` in `op`" in pruned.whole["a.weight"]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

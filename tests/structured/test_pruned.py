@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import l1_unstructured
 
-from drophot import structured
 from drophot.structured import prune_channels, rebuild
+from drophot.structured.rewriter import Rewriter
 
 
 def net(middle: nn.Module) -> nn.Module:
@@ -50,11 +50,11 @@ class Raises(nn.Module):
 @pytest.mark.parametrize(
     ("middle", "reason"),
     [
-        (Sorted(), "`sort` in `1` needs all of them"),
-        (Literal(), "a reshape in `1` is of a fixed size"),
-        (Scaled(), "a quotient in `1`: a number follows from the number of channels, 16"),
-        (Raises(), "the code of .* fails with fewer channels .KeyError"),
-        (Halved(), "the code of .* goes another way with fewer channels"),
+        (Sorted(), "`sort` in `1`"),
+        (Literal(), "a reshape in `1` has a fixed size"),
+        (Scaled(), "a quotient in `1`.*16"),
+        (Raises(), "the code of .*KeyError"),
+        (Halved(), "the code of .*`sigmoid`"),
     ],
 )
 def test_a_reason_names_a_module_and_what_is_done_there(middle: nn.Module, reason: str) -> None:
@@ -86,7 +86,7 @@ def test_the_result_is_short_however_deep_the_network_is() -> None:
     pruned = prune_channels(model, 0.5, X)
     assert len(pruned.whole) == 31
     lines = str(pruned).splitlines()
-    assert "       240  a reshape in `1`, `2` and 28 more is of a fixed size" in lines
+    assert "       240  a reshape in `1`, `2` and 28 more has a fixed size" in lines
     assert len(lines) < 12
 
 
@@ -172,7 +172,7 @@ def test_an_error_of_drophots_own_is_said_to_be_one(monkeypatch: pytest.MonkeyPa
     def breaks(*_: object, **__: object) -> None:
         raise KeyError("inside")
 
-    monkeypatch.setattr(structured.Shrink, "kept", breaks)
+    monkeypatch.setattr(Rewriter, "kept_channels", breaks)
     with pytest.raises(RuntimeError, match="bug in drophot.*`skip="):
         prune_channels(model, 0.5, X)
     assert model[0].weight is weight
@@ -270,7 +270,7 @@ def test_code_that_fails_keeps_what_it_was_about_to_use_and_no_more() -> None:
     torch.manual_seed(0)
     model = Stream(Fixed)
     pruned = prune_channels(model, 0.5, torch.randn(2, 4))
-    assert "fails with fewer channels (AssertionError)" in pruned.whole["into.weight"]
+    assert "AssertionError" in pruned.whole["into.weight"]
     assert pruned.whole.keys() == {"into.weight", "out.weight"}
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from drophot import structured, summary
+from drophot import summary
 from drophot.models import fcnet, lenet
-from drophot.structured import Change, prune_channels, rebuild, rewriter
+from drophot.structured import Change, channel_pruning, prune_channels, rebuild
 
 models = pytest.importorskip("torchvision.models", reason="the extra `vision` is not installed")
 from torchvision.models import VisionTransformer  # noqa: E402 - only where it is there
@@ -265,7 +265,7 @@ def test_exactly_the_share_goes_and_one_stays(ratio: float, widths: list[int], s
     remove = [min(int(ratio * width + 0.5), width - 1) for width in widths]
     if ratio and not any(remove):
         state = deepcopy(model.state_dict())
-        with pytest.raises(ValueError, match="`ratio` should remove at least one channel"):
+        with pytest.raises(ValueError, match=r"`ratio`.* removes none"):
             prune_channels(model, ratio, torch.ones(1, 4))
         assert all(torch.equal(a, state[name]) for name, a in model.state_dict().items())
         return
@@ -414,7 +414,7 @@ def test_what_is_skipped_keeps_its_shape() -> None:
     assert model.layer2[0].conv1.out_channels == 64
     assert model.layer2[1].conv2.out_channels == 128  # what layer3 is given
     assert pruned.whole["layer3.0.conv1.weight"].startswith("`skip` names layer3")
-    with pytest.raises(ValueError, match="Found 'layer9'"):
+    with pytest.raises(ValueError, match="layer9"):
         prune_channels(model, 0.5, IMAGES, skip=["layer9"])
 
 
@@ -547,15 +547,15 @@ def infinite() -> nn.Module:
 @pytest.mark.parametrize(
     ("factory", "settings", "error", "message"),
     [
-        (lenet, {"ratio": 1.0}, ValueError, "`ratio` .*1.0"),
-        (lenet, {"ratio": "half"}, TypeError, "`ratio` .*half"),
-        (lenet, {"inputs": torch.ones(1, 3)}, ValueError, "`example_inputs` should be what"),
-        (lenet, {"skip": "conv1"}, TypeError, "`skip` should be a collection"),
-        (lazy, {}, ValueError, "Found `0.weight` without data"),
-        (parametrised, {}, ValueError, "Found `0.weight` computed by a parametrization"),
-        (infinite, {}, ValueError, "Found 1 that are NaN or infinite in `0.weight`"),
-        (partial(nn.Linear, 4, 2), {}, ValueError, "removes none .weight: an output"),
-        (nn.ReLU, {}, ValueError, "ReLU has none"),
+        (lenet, {"ratio": 1.0}, ValueError, r"`ratio`.*1\.0"),
+        (lenet, {"ratio": "half"}, TypeError, "`ratio`.*half"),
+        (lenet, {"inputs": torch.ones(1, 3)}, ValueError, "`example_inputs`"),
+        (lenet, {"skip": "conv1"}, TypeError, "`skip`.*conv1"),
+        (lazy, {}, ValueError, "`0.weight`"),
+        (parametrised, {}, ValueError, "`0.weight`.*parametrization"),
+        (infinite, {}, ValueError, "`0.weight`"),
+        (partial(nn.Linear, 4, 2), {}, ValueError, r"0\.5 removes none .weight: an output"),
+        (nn.ReLU, {}, ValueError, "ReLU"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_and_left_as_it_was(
@@ -584,26 +584,25 @@ def test_an_unused_part_stays_and_is_named(skip: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_failure_half_way_leaves_the_model_as_it_was(
-    at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_half_way_leaves_the_model_as_it_was(at: int) -> None:
     model = tiny_vit()
     state, attributes = (
         dict(model.state_dict()),
         {n: dict(vars(m)) for n, m in model.named_modules()},
     )
-    look, calls = rewriter.look, 0
+    calls = 0
 
-    def breaks(*arguments: object, **settings: object) -> object:
+    def breaks(*_: object) -> None:
+        """Raise in one of the passes in which the first layer is smaller already."""
         nonlocal calls
-        calls += 1
+        calls += model.conv_proj.weight.shape != state["conv_proj.weight"].shape
         if calls == at:
             raise KeyboardInterrupt
-        return look(*arguments, **settings)
 
-    monkeypatch.setattr(rewriter, "look", breaks)
+    handle = model.register_forward_pre_hook(breaks)
     with pytest.raises(KeyboardInterrupt):
         prune_channels(model, 0.3, IMAGES)
+    handle.remove()
     for name, tensor in model.state_dict().items():
         assert tensor.data_ptr() == state[name].data_ptr()
     for name, module in model.named_modules():
@@ -623,7 +622,7 @@ def test_a_failure_after_the_last_check_leaves_it_so_too(monkeypatch: pytest.Mon
             raise MemoryError
         return summary(*arguments, **settings)
 
-    monkeypatch.setattr(structured, "summary", fails)
+    monkeypatch.setattr(channel_pruning, "summary", fails)
     with pytest.raises(MemoryError):
         prune_channels(model, 0.5, DIGITS)
     assert all(t.data_ptr() == state[name].data_ptr() for name, t in model.state_dict().items())
@@ -633,7 +632,7 @@ def test_a_failure_after_the_last_check_leaves_it_so_too(monkeypatch: pytest.Mon
 def test_a_network_that_does_something_else_each_time_is_refused() -> None:
     model = Capricious()
     weight = model.a.weight
-    with pytest.raises(ValueError, match="should do the same each time"):
+    with pytest.raises(ValueError, match="`model`.*`relu`|`model`.*a matrix product"):
         prune_channels(model, 0.5, torch.ones(2, 4))
     assert model.a.weight is weight
 
@@ -653,7 +652,7 @@ def test_a_description_of_another_network_is_refused(change: dict) -> None:
     model = lenet()
     description = {"shapes": {"fc1.weight": [60, 256]}, "attributes": {}}
     description = {key: value | change.get(key, {}) for key, value in description.items()}
-    with pytest.raises(ValueError, match="`model` should"):
+    with pytest.raises(ValueError, match="`model`.*`(conv|fc)"):
         rebuild(model, description)
     assert model.fc1.weight.shape == (120, 256)
 

@@ -118,7 +118,7 @@ def test_indices_that_do_not_follow_their_samples_are_caught() -> None:
     tracker.update(torch.arange(100), torch.zeros(100, 10), targets)
     order = torch.randperm(100, generator=torch.Generator().manual_seed(0))
     before = tracker.state_dict()
-    with pytest.raises(ValueError, match="do not follow their samples"):
+    with pytest.raises(ValueError, match="`targets`.*sample.*IndexedDataset"):
         tracker.update(torch.arange(100), torch.zeros(100, 10), targets[order])
     after = tracker.state_dict()
     assert torch.equal(before["history"], after["history"]), "a refused batch leaves no trace"
@@ -175,7 +175,7 @@ def test_never_learned_is_the_hardest_however_often_samples_were_presented() -> 
 @pytest.mark.parametrize("kind", [ForgettingTracker, DynamicsTracker])
 def test_scores_of_samples_that_were_never_presented(kind: Any) -> None:
     tracker, train = kind(10), torch.tensor([1, 2, 4, 5, 9])
-    with pytest.raises(ValueError, match="10 of 10 .*`tracker.watch.*`tracker.attach"):
+    with pytest.raises(ValueError, match="`scores`.*10 of 10.*`tracker.attach.*`tracker.watch"):
         tracker.scores()
     for _ in range(2):
         tracker.update(train, torch.eye(2)[train % 2], torch.zeros_like(train))
@@ -184,7 +184,7 @@ def test_scores_of_samples_that_were_never_presented(kind: Any) -> None:
     scores = tracker.scores(missing="nan")
     assert scores.isnan().nonzero()[:, 0].tolist() == [0, 3, 6, 7, 8]
     assert scores[train].tolist() == [2, 0, 0, 2, 2]
-    with pytest.raises(ValueError, match="`missing` .* 'zero'"):
+    with pytest.raises(ValueError, match="`missing`.*'zero'"):
         tracker.scores(missing="zero")
     tracker.update(torch.arange(10), torch.eye(2)[torch.arange(10) % 2], torch.zeros(10).long())
     assert tracker.scores().dtype == torch.int64
@@ -280,9 +280,9 @@ def test_observe_moves_no_generator_of_the_loaders(options: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (lambda m, d, b: (m, d), "`loader` .* Found IndexedDataset; .*DataLoader"),
-        (lambda m, d, b: (m, d.dataset), "`loader` .* Found TensorDataset; .*DataLoader"),
-        (lambda m, d, b: (b, m), "`model` .* Found DataLoader; .*first"),
+        (lambda m, d, b: (m, d), "`loader`.*IndexedDataset.*DataLoader"),
+        (lambda m, d, b: (m, d.dataset), "`loader`.*TensorDataset.*DataLoader"),
+        (lambda m, d, b: (b, m), "`model`.*DataLoader.*first"),
         (lambda m, d, b: (m, [([0, 1], torch.zeros(2), torch.arange(2))]), "inputs .* a list of 2"),
     ],
 )
@@ -293,18 +293,18 @@ def test_arguments_of_observe_that_are_something_else(arguments: Any, message: s
 
 
 def test_a_tracker_in_the_place_of_something_else() -> None:
-    with pytest.raises(TypeError, match=r"`num_samples` .* Found TensorDataset; give len\(dataset"):
+    with pytest.raises(TypeError, match=r"`num_samples`.*TensorDataset.*`len\(dataset"):
         ForgettingTracker(indexed_data().dataset)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"Found .* DynamicsTracker.*; give its `.?scores\(\)`"):
+    with pytest.raises(TypeError, match=r"DynamicsTracker.*`.?scores\(\)`"):
         select(DynamicsTracker(3), 0.5)  # type: ignore[arg-type]
 
 
 def test_observe_puts_the_mode_back_after_an_error() -> None:
     model = small_network().train()
-    with pytest.raises(TypeError, match=r"\(inputs, targets, index\)\. Found a list of 2"):
+    with pytest.raises(TypeError, match=r"`loader`.*\(inputs, targets, index\).*list of 2"):
         ForgettingTracker(40).observe(model, DataLoader(indexed_data().dataset, batch_size=8))
     assert model.training
-    with pytest.raises(ValueError, match="at least one batch"):
+    with pytest.raises(ValueError, match="`loader`"):
         ForgettingTracker(40).observe(model, [])
 
 
@@ -348,14 +348,14 @@ def test_a_target_that_is_no_class_is_refused_by_both(kind: Any, target: int, la
     if later:
         tracker.update(index, logits, good)
         unchecked.update(index, logits, good)
-    with pytest.raises(ValueError, match=rf"`targets` .* Found {shown} for sample 3.*keep"):
+    with pytest.raises(ValueError, match=rf"`targets`.*{shown}.*sample 3.*keep"):
         tracker.update(index, logits, bad)
     assert tracker.presentations.sum() == 2 * later
     tracker.update(index, logits, good)
     update = torch.compile(unchecked.update, fullgraph=True, backend="eager")
     update(index, logits, bad)
     update(index, logits, good)
-    with pytest.raises(ValueError, match=rf"`targets` .* Found {shown} for sample 3"):
+    with pytest.raises(ValueError, match=rf"`targets`.*{shown}.*sample 3"):
         unchecked.sync()
     keep = bad.clamp(0, 2) == bad
     kind(4).update(index[keep], logits[keep], bad[keep])
@@ -395,10 +395,10 @@ def test_reset_is_as_new() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "Found version 2"),
+        ({"version": 2}, "version 2"),
         (
             {"history": torch.zeros(3, dtype=torch.int64)},
-            r"2 samples, history of shape \(2,\). Found \(3,\)",
+            r"2 samples.*history.*\(2,\).*\(3,\)",
         ),
         ({"history": torch.zeros(2)}, "torch.float32"),
         ({"targets": None}, "NoneType"),
@@ -458,10 +458,10 @@ def test_more_presentations_than_fit_are_an_error_not_a_number() -> None:
     for times in (1, 1 << 18, 1 << 19, 1 << 20, (1 << 20) - (1 << 18) - 1, 1):  # past 2 ** 21
         for part in torch.arange(times).split(1 << 18):
             tracker.update_correct(batch[: len(part)], flips[: len(part)])
-        with pytest.raises(ValueError, match="at most 1048575 times"):
+        with pytest.raises(ValueError, match="1048575 times"):
             _ = tracker.counts
     huge = torch.zeros(1 << 21, dtype=torch.int64)
-    with pytest.raises(ValueError, match="at most 1048575 rows. Found 2097152"):
+    with pytest.raises(ValueError, match="1048575 rows.*2097152"):
         ForgettingTracker(2).update_correct(huge, huge > 0)
 
 
@@ -487,7 +487,11 @@ def test_a_compiled_step_has_no_graph_break() -> None:
 
 def test_what_a_compiled_step_could_not_raise_is_raised_on_reading() -> None:
     """The way of the GPU: the step does not look, the readers do."""
-    for bad, message in ((9, r"\[0, 4\)\. Found 9"), (-2, "Found -2"), (1, "do not follow")):
+    for bad, message in (
+        (9, r"`index`.*\[0, 4\).*9"),
+        (-2, "`index`.*-2"),
+        (1, "`targets`.*sample 1"),
+    ):
         tracker = ForgettingTracker(4)
         update = torch.compile(
             lambda i, x, y, t=tracker: t.update(i, x, y), fullgraph=True, backend="eager"
@@ -595,21 +599,21 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"index": torch.tensor([0, 5])}, ValueError, r"`index` should be in \[0, 5\)\. Found 5"),
-        ({"index": torch.tensor([-1, 1])}, ValueError, r"`index` .* Found -1"),
-        ({"index": torch.tensor([0.0, 1.0])}, TypeError, "`index` .* Found torch.float32"),
-        ({"index": torch.tensor([True, False])}, TypeError, "`index` .* Found torch.bool"),
-        ({"index": [0, 1]}, TypeError, "`index` .* Found a list of 2"),
-        ({"index": torch.tensor([0])}, ValueError, "each row of `logits`, 2. Found 1"),
-        ({"index": torch.tensor([[0], [1]])}, ValueError, r"`index` .* Found \(2, 1\)"),
-        ({"index": torch.tensor(0)}, ValueError, r"`index` should have shape \(B,\)"),
-        ({"logits": torch.zeros(2)}, ValueError, r"`logits` should have shape \(B, C\)"),
-        ({"logits": torch.zeros(2, 1)}, ValueError, r"Found \(2, 1\).*`update_correct`"),
+        ({"index": torch.tensor([0, 5])}, ValueError, r"`index`.*\[0, 5\).*5"),
+        ({"index": torch.tensor([-1, 1])}, ValueError, r"`index`.*-1"),
+        ({"index": torch.tensor([0.0, 1.0])}, TypeError, "`index`.*torch.float32"),
+        ({"index": torch.tensor([True, False])}, TypeError, "`index`.*torch.bool"),
+        ({"index": [0, 1]}, TypeError, "`index`.*a list of 2"),
+        ({"index": torch.tensor([0])}, ValueError, "`index`.*2 rows of `logits`.*1"),
+        ({"index": torch.tensor([[0], [1]])}, ValueError, r"`index`.*\(2, 1\)"),
+        ({"index": torch.tensor(0)}, ValueError, r"`index`.*\(B,\).*\(\)"),
+        ({"logits": torch.zeros(2)}, ValueError, r"`logits`.*\(B, C\).*\(2,\)"),
+        ({"logits": torch.zeros(2, 1)}, ValueError, r"`logits`.*\(2, 1\).*`update_correct`"),
         ({"logits": torch.zeros(2, 3, 4, 4)}, ValueError, "`update_correct`"),
         ({"logits": torch.zeros(2, 3, dtype=torch.int64)}, TypeError, "`logits` .*torch.int64"),
-        ({"logits": {"logits": 0}}, TypeError, "`logits` .* Found a dict"),
-        ({"targets": torch.tensor([0])}, ValueError, "`targets` .* 2. Found 1"),
-        ({"targets": torch.zeros(2)}, TypeError, "`targets` .* Found torch.float32"),
+        ({"logits": {"logits": 0}}, TypeError, "`logits`.*a dict"),
+        ({"targets": torch.tensor([0])}, ValueError, "`targets`.*2 rows.*1"),
+        ({"targets": torch.zeros(2)}, TypeError, "`targets`.*torch.float32"),
         ({"targets": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"`targets` .*\(2, 3\)"),
     ],
 )
@@ -625,11 +629,11 @@ def test_wrong_use_names_the_argument_and_leaves_no_trace(
 @pytest.mark.parametrize(
     ("index", "correct", "error", "message"),
     [
-        (torch.tensor([0]), torch.tensor([1.0]), TypeError, "`correct` should be a bool tensor"),
-        (torch.tensor([0]), [True], TypeError, "Found a list of 1"),
+        (torch.tensor([0]), torch.tensor([1.0]), TypeError, "`correct`.*bool.*torch.float32"),
+        (torch.tensor([0]), [True], TypeError, "`correct`.*list of 1"),
         (torch.tensor([0]), torch.tensor([[True]]), ValueError, r"shape \(B,\)"),
-        (torch.tensor([0, 1]), torch.tensor([True]), ValueError, "each row of `correct`, 1"),
-        (torch.tensor([7]), torch.tensor([True]), ValueError, r"\[0, 5\)\. Found 7"),
+        (torch.tensor([0, 1]), torch.tensor([True]), ValueError, "`index`.*1 rows of `correct`.*2"),
+        (torch.tensor([7]), torch.tensor([True]), ValueError, r"`index`.*\[0, 5\).*7"),
     ],
 )
 def test_wrong_use_of_update_correct(
@@ -640,10 +644,10 @@ def test_wrong_use_of_update_correct(
 
 
 def test_wrong_sizes_and_words() -> None:
-    with pytest.raises(ValueError, match="at least 1. Found 0"):
+    with pytest.raises(ValueError, match="`num_samples`.*0"):
         ForgettingTracker(0)
     with pytest.raises(TypeError):
         ForgettingTracker(2.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Found 'easiest'"):
+    with pytest.raises(ValueError, match="`never_learned`.*'easiest'"):
         ForgettingTracker(2).scores("easiest")  # type: ignore[arg-type]
     assert repr(ForgettingTracker(2)) == "ForgettingTracker(2, device='cpu')"

@@ -396,7 +396,7 @@ def test_batches_that_are_shown_again_are_not_silently_uncounted() -> None:
         batches = itertools.cycle(tracker.watch(loader()))
         for _ in range(3):
             model(next(batches)[0])
-        with pytest.warns(UserWarning, match=r"3 batches .* `itertools\.cycle`"):
+        with pytest.warns(UserWarning, match=r"3 batches.*`itertools\.cycle`"):
             drive(itertools.islice(batches, 6), model)
 
 

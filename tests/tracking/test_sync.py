@@ -104,7 +104,9 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(found: Any) -> None:
         errors = rank["errors"]
         assert re.search("RuntimeError.*`sync`.* 1 samples", errors["unsynced"])
         assert errors["scores"] == str([int(i == number) for i in range(10)]), "its own view"
-        assert re.search("`targets`.*sample 4 with target 1.* 0 .*IndexedDataset", errors["targets"])
+        assert re.search(
+            "`targets`.*sample 4 with target 1.* 0 .*IndexedDataset", errors["targets"]
+        )
         assert errors["targets left"] == str([0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
         assert re.search(r"num_samples.*\[10, 11", errors["sizes"])
         assert re.search(r"columns.*\[4, 1", errors["kinds"])

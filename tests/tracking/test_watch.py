@@ -352,7 +352,7 @@ def test_nothing_is_counted_without_a_handle() -> None:
     for x, y in loader:
         training.step(x, y)
     handle.remove()
-    with pytest.warns(UserWarning, match="No batch of this pass was counted"):
+    with pytest.warns(UserWarning, match="[Nn]o batch of this pass"):
         drive(loader, training.model)
     assert tracker.presentations.unique().tolist() == [1]
 
@@ -399,14 +399,14 @@ def test_copies_and_pickles_of_a_model_are_not_tracked() -> None:
 @pytest.mark.parametrize(
     ("batch", "message"),
     [
-        (torch.zeros(2), "Found a tensor of torch.float32; wrap the dataset in IndexedDataset"),
-        ([torch.zeros(2)], "Found a list of 1"),
+        (torch.zeros(2), "a tensor of torch.float32.*IndexedDataset"),
+        ([torch.zeros(2)], "a list of 1.*IndexedDataset"),
         ({"inputs": torch.zeros(2)}, "a dict with the keys inputs"),
-        ([torch.zeros(2), torch.zeros(2)], "integers. Found a tensor of torch.float32"),
-        ([torch.zeros(2), [0, 1]], "integers. Found a list of 2"),
-        ([torch.zeros(2), torch.tensor([0, 1])], "pair .* Found a list of 1; say where"),
-        ([0, 0, 0, torch.tensor([0, 1])], "Found a list of 3; say where the targets are"),
-        ({"x": 0, "index": torch.tensor([0])}, "the keys x; say where"),
+        ([torch.zeros(2), torch.zeros(2)], "index.*integers.*a tensor of torch.float32"),
+        ([torch.zeros(2), [0, 1]], "index.*integers.*a list of 2"),
+        ([torch.zeros(2), torch.tensor([0, 1])], "pair.*a list of 1.*`targets=lambda"),
+        ([0, 0, 0, torch.tensor([0, 1])], "a list of 3.*`targets=lambda"),
+        ({"x": 0, "index": torch.tensor([0])}, "the keys x.*`targets=lambda"),
         ({"label": 0, "target": 0, "index": torch.tensor([0])}, "the keys label, target; say"),
     ],
 )
@@ -426,12 +426,12 @@ def test_part_of_a_batch_is_an_error_not_a_guess() -> None:
 def test_a_wrong_index_is_an_error_in_the_forward_on_a_cpu() -> None:
     model, tracker = network(), ForgettingTracker(9)
     loader = DataLoader(IndexedDataset(tuples()), batch_size=10)
-    with tracker.attach(model), pytest.raises(ValueError, match=r"\[0, 9\)\. Found 9"):
+    with tracker.attach(model), pytest.raises(ValueError, match=r"`index`.*\[0, 9\).*9"):
         drive(tracker.watch(loader), model)
 
 
 def test_attach_wants_a_module() -> None:
-    with pytest.raises(TypeError, match=r"torch\.nn\.Module. Found function"):
+    with pytest.raises(TypeError, match=r"`model`.*torch\.nn\.Module.*function"):
         ForgettingTracker(3).attach(lambda x: x)
 
 

@@ -126,6 +126,22 @@ def test_options_give_the_weights_of_a_plain_loop_in_mixed_precision() -> None:
     assert_equal(found, expected)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("optimizer", [fused_sgd, fused_adam, OwnAdam])
+def test_options_give_nearly_the_weights_of_a_plain_loop_on_a_gpu(
+    loss: str, schedule: str, hook: str, optimizer: Any
+) -> None:
+    model, data = mlp().cuda(), samples(62, 6)
+    make, interval = SCHEDULERS[schedule]
+    options = {**LOSSES[loss], **HOOKS[hook], "scheduler_interval": interval}
+    found = train(with_scheduler(fit, make), model, data, optimizer, **options)
+    expected = train(with_scheduler(plain_fit, make), model, data, optimizer, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 def test_masks_hold_with_a_hook_in_captured_steps(graphs: list[Graph]) -> None:
     def loop(way: Any, model: nn.Module, *rest: Any, **options: Any) -> None:
         with magnitude_prune(model, 0.5).hold(options["optimizer"]):

@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from drophot import fit
 from drophot._core import random_state
 from drophot.models import LeNet, fcnet
-from drophot.training.step import fast_step, takes_channels_last
+from drophot.training.memory_format import takes_channels_last
+from drophot.training.step import fast_step
 
 CPU = torch.device("cpu")
 

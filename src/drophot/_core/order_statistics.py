@@ -184,7 +184,7 @@ def _histogram(source: Keys, shift: int, prefix: int | None) -> Tensor:
 def _keys(
     weight: Tensor, dtype: torch.dtype, earlier: Tensor | None, signed: bool = False
 ) -> Iterator[Tensor]:
-    """Integers in the order of the magnitudes (or values) of a weight in a dtype, block by block."""
+    """Integers in the order of the magnitudes or signed values in a dtype, block by block."""
     key = _ordered if signed else _magnitude
     if earlier is None:
         return (key(block.to(dtype)) for block in _blocks(weight))

@@ -1,4 +1,4 @@
-"""What a model makes of each sample: the vectors that k-center and facility location choose by."""
+"""Feature vectors of samples, computed by a trained model, for k-center and facility location."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from drophot.data.cache import Cache, Kept
 
 Kind = Literal["penultimate", "error"]
 
-_CHUNK = 512
+_BATCH = 512
 
 
 def features(
@@ -26,9 +26,10 @@ def features(
     *,
     cache: Cache = "auto",
 ) -> Tensor:
-    r"""One vector for each sample, from one pass of a trained classifier in evaluation mode.
+    r"""Compute one feature vector per sample in one pass of a trained classifier.
 
-    The model comes back as it was, mode and random state included.
+    The model is in evaluation mode during the pass; afterwards its mode and all random states are
+    as before.
 
     References:
         `"penultimate"`: Sener and Savarese, Active Learning for Convolutional Neural Networks: A
@@ -36,23 +37,24 @@ def features(
         Created Equal, ICML 2018, https://arxiv.org/abs/1803.00942, and CRAIG.
 
     Args:
-        model: Called as `model(inputs)`, gives logits `(B, C)`.
+        model: Called as `model(inputs)`, returns logits `(B, C)`.
         dataset: Samples `(input, target)` or `(input, target, index)`.
-        kind: `"penultimate"`, the inputs of the model's last linear layer, or `"error"`,
-            :math:`\mathrm{softmax}(z) - \mathrm{onehot}(y)`, the gradient of the loss by the
-            logits, whose distances bound those of the samples' gradients.
-        cache: `True` decodes all samples first; the others read them batch by batch, as the pass
-            is the only one.
+        kind: `"penultimate"` for the inputs of the model's last linear layer, or `"error"` for
+            :math:`\mathrm{softmax}(z) - \mathrm{onehot}(y)`, the gradient of the loss with respect
+            to the logits. Distances between these bound the distances between the samples'
+            gradients.
+        cache: `True` decodes all samples before the pass. Otherwise they are decoded batch by
+            batch, since there is only one pass.
 
     Returns:
-        Shape `(N, D)`, float32, in the dataset's order, on the model's device: `D` is the last
-        layer's number of inputs, or `C`.
+        Shape `(N, D)`, float32, in the order of the dataset, on the model's device. `D` is the
+        number of inputs of the last layer, or `C`.
 
     Raises:
-        ValueError: If `kind` is another word, the dataset is empty, its samples differ in shape, or
-            for `"penultimate"` the model's outputs are not those of a linear layer.
-        TypeError: If the samples are no tuples of tensors and numbers, or the model, the dataset or
-            what the model gives is of the wrong kind.
+        ValueError: If `kind` is not one of the two, the dataset is empty, its samples differ in
+            shape, or, for `"penultimate"`, the model does not end in a linear layer.
+        TypeError: If the samples are not tuples of tensors and numbers, or `model`, `dataset` or
+            the model's output has the wrong type.
 
     Example:
         >>> import torch
@@ -63,64 +65,55 @@ def features(
         (torch.Size([10, 8]), torch.Size([10, 3]))
     """
     if kind not in get_args(Kind):
-        raise ValueError(f'`kind` should be "penultimate" or "error". Found {kind!r}.')
+        raise ValueError(f'`kind` must be "penultimate" or "error", got {kind!r}.')
     check_model(model)
-    found: Tensor | None = None
+    vectors: Tensor | None = None
     done = 0
     with evaluating(model) as device:
         data = Kept(dataset, device, cache, readings=1).data
-        look = _penultimate(model) if kind == "penultimate" else _error(model)
-        for inputs, targets, *_ in batches(data, _CHUNK, device):
-            rows = look(inputs, targets)
-            if found is None:
-                found = rows.new_empty(len(data), *rows.shape[1:])
-            found[done : done + len(rows)] = rows
+        compute = _penultimate(model) if kind == "penultimate" else _error(model)
+        for inputs, targets, *_ in batches(data, _BATCH, device):
+            rows = compute(inputs, targets)
+            if vectors is None:
+                vectors = rows.new_empty(len(data), *rows.shape[1:])
+            vectors[done : done + len(rows)] = rows
             done += len(rows)
-    assert found is not None  # in_memory refuses what is empty
-    return found
+    assert vectors is not None  # Kept raises an error for an empty dataset
+    return vectors
 
 
-def errors(logits: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of each sample's cross-entropy by its logits.
-
-    Args:
-        logits: Shape `(B, C)`.
-        targets: Classes, shape `(B,)`.
-
-    Returns:
-        softmax − one-hot, float32, shape `(B, C)`.
-
-    Raises:
-        ValueError: If the targets are no classes.
-    """
+def error_vectors(logits: Tensor, targets: Tensor) -> Tensor:
+    """Softmax − one-hot, the gradients of the cross-entropy by the logits, float32 `(B, C)`."""
     if targets.dim() != 1 or targets.is_floating_point():
         raise ValueError(
-            f"`targets` should be classes, integers of shape (B,). Found {targets.dtype} of shape "
-            f"{tuple(targets.shape)}; take argmax(1) of one-hot ones."
+            f"`targets` must be classes, integers of shape (B,), got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}. Use argmax(1) to convert one-hot targets."
         )
     return logits.float().softmax(1) - F.one_hot(targets.long(), logits.shape[1])
 
 
 def _error(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    def look(inputs: Tensor, targets: Tensor) -> Tensor:
+    def compute(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = logits_of(model, model, inputs)
         if logits.dim() != 2:
-            raise ValueError(f"`model` should give logits (B, C). Found {tuple(logits.shape)}.")
-        return errors(logits, targets)
+            raise ValueError(
+                f"`model` must return logits of shape (B, C), got shape {tuple(logits.shape)}."
+            )
+        return error_vectors(logits, targets)
 
-    return look
+    return compute
 
 
 def _penultimate(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
 
-    def look(inputs: Tensor, _: Tensor) -> Tensor:
+    def compute(inputs: Tensor, _: Tensor) -> Tensor:
         last: list[Any] = [None, None]
 
-        def keep(module: nn.Module, given: Any, named: Any, output: Tensor) -> None:
-            last[:] = given[0] if given else named["input"], output
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            last[:] = args[0] if args else kwargs["input"], output
 
-        handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in layers]
+        handles = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
         try:
             logits = logits_of(model, model, inputs)
         finally:
@@ -129,15 +122,16 @@ def _penultimate(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         before, output = last
         if output is not logits:
             raise ValueError(
-                f"`model` should end in a linear layer, whose inputs are the features. Found "
-                f"{type(model).__name__}, whose outputs are not those of one; take "
-                f'kind="error", or give features of your own to the selector.'
+                f"`model` must end in a linear layer, whose inputs are the features, but the "
+                f"outputs of {type(model).__name__} are not those of a linear layer. Use "
+                f'kind="error", or compute the features yourself and pass them to the selector.'
             )
         if before.dim() != 2:
             raise ValueError(
-                f"`model` should give logits (B, C) of one vector for each sample. Found "
-                f"{tuple(logits.shape)} of {tuple(before.shape)}; wrap the model in one that does."
+                f"`model` must return logits (B, C) from one vector per sample, got logits of "
+                f"shape {tuple(logits.shape)} from inputs of shape {tuple(before.shape)}. Wrap the "
+                f"model in one that does."
             )
         return before.float()
 
-    return look
+    return compute

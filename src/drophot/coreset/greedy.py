@@ -1,4 +1,4 @@
-"""What the greedy selectors have in common: their input, classes, a start, and their result."""
+"""The parts that greedy selectors share: input checks, classes, start samples and the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("drophot")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Coreset:
-    """What a selector kept, and in which order.
+    """The result of a greedy selector: the kept samples, and the order of their selection.
 
     All tensors are on the CPU.
 
@@ -38,84 +38,80 @@ class Coreset:
     """
 
     indices: Tensor
-    """The kept samples' positions `(K,)`: int64, ascending, unique, as `select` gives them."""
+    """The indices of the kept samples `(K,)`: int64, ascending, unique, as for `select`."""
     weights: Tensor | None
-    """How many samples each of them stands for, itself included `(K,)`: float32, together `N`, or
-    the samples of the classes that keep any."""
+    """How many samples each kept sample represents, itself included `(K,)`: float32. They sum to
+    `N`, or to the size of the classes that keep any samples."""
     ranking: Tensor
-    """The samples in the order in which they were chosen, a start excepted; with `targets` one
-    class after the other."""
+    """The kept samples in the order of their selection, without the start samples; with `targets`,
+    class after class."""
     gains: Tensor
-    """What each of the ranking gained when it was chosen, float32 of its shape."""
+    """The gain of each sample in the ranking when it was selected, float32 of the same shape."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
 
-# Of one group's features (n, D), how many to keep, the places of a start and a seed: the places
-# chosen, their gains, and for each sample which of start and chosen stands for it, if known.
-Greedy = Callable[[Tensor, int, Tensor, int], tuple[Tensor, Tensor, Tensor | None]]
+# Of the features (n, D) of one group, the number to keep, the positions of the start samples and a
+# seed: the positions selected, their gains, and for each sample which of start and selected samples
+# represents it, if known.
+Algorithm = Callable[[Tensor, int, Tensor, int], tuple[Tensor, Tensor, Tensor | None]]
+
+# The bytes needed for a group: of n samples, D features, the number kept and the bytes per number.
+MemoryNeeded = Callable[[int, int, int, int], int]
 
 
 @exact(products=True)
 def greedy(
-    algorithm: Greedy,
-    needs: Callable[[int, int, int, int], int],
+    algorithm: Algorithm,
+    memory_needed: MemoryNeeded,
     features: Tensor | ArrayLike,
     ratio: float,
     targets: Tensor | ArrayLike | None,
     start: Tensor | ArrayLike | None,
     seed: int,
 ) -> Coreset:
-    """Check the input, say what memory it takes, and choose, class by class if these are given.
+    """Check the input and the available memory, then select, within classes if there are targets.
 
     Args:
-        algorithm: Chooses in one group.
-        needs: Bytes for a group of n samples, D features, so many kept and bytes a number.
+        algorithm: Selects in one group.
+        memory_needed: How much memory that takes.
         features: Shape `(N, D)`.
-        ratio: The share kept.
+        ratio: The fraction kept.
         targets: The classes.
-        start: What is kept already.
+        start: The indices of samples that are already kept.
         seed: Any integer.
-
-    Returns:
-        The coreset.
-
-    Raises:
-        TypeError: If an argument is of the wrong kind.
-        ValueError: If one is out of range or of another shape.
-        MemoryError: If there is not enough memory.
     """
     ratio = check_keep_ratio("ratio", ratio)
     seed = scalars.integer("seed", seed)
     values = _check_features(features)
     total = len(values)
     size = num_kept(total, ratio)
-    before = _check_start(start, total, size)
+    started = _check_start(start, total, size)
     groups = [np.arange(total)] if targets is None else class_members(check_targets(targets, total))
     sizes = proportional_sizes(map(len, groups), size, seed).tolist()
-    begun = _begun(groups, sizes, before, of_classes=targets is not None)
+    starts = _starts_in_groups(groups, sizes, started, of_classes=targets is not None)
     largest = max((len(g), s) for g, s in zip(groups, sizes, strict=True))
-    _check_memory(values, needs, largest, in_parts=targets is not None)
-    values, scale = _centred(values)
+    _check_memory(values, memory_needed, largest, in_parts=targets is not None)
+    values, scale = _centered(values)
 
     ranking, gains = [], []
     weights = np.zeros(total, dtype=np.float32)
     known = True
-    for group, share, place in zip(groups, sizes, begun, strict=True):
+    for group, share, positions in zip(groups, sizes, starts, strict=True):
         if not share:
             continue
         part = values if targets is None else values[torch.from_numpy(group).to(values.device)]
-        chosen, gained, owner = algorithm(part, share, torch.from_numpy(place), seed)
+        chosen, gained, owner = algorithm(part, share, torch.from_numpy(positions), seed)
         ranking.append(group[chosen.numpy()])
         gains.append((gained.cpu().double() * scale).float())
         if owner is None:
             known = False
         else:
-            who = group[np.concatenate([place, chosen.numpy()])]
-            weights[who] = np.bincount(owner.cpu().numpy(), minlength=len(who))
+            owners = group[np.concatenate([positions, chosen.numpy()])]
+            weights[owners] = np.bincount(owner.cpu().numpy(), minlength=len(owners))
     order = np.concatenate(ranking)
-    indices = np.sort(np.concatenate([before, order]))
+    indices = np.sort(np.concatenate([started, order]))
     return Coreset(
         indices=torch.from_numpy(indices),
         weights=torch.from_numpy(weights[indices]) if known else None,
@@ -129,58 +125,62 @@ def _check_features(features: Tensor | ArrayLike) -> Tensor:
         wide = "float32" in str(features.dtype) or "float64" in str(features.dtype)
         if not wide:  # they are copied as float32 before anything else
             device = features.device if isinstance(features, Tensor) else torch.device("cpu")
-            _check_free(tuple(features.shape), device, 4 * prod(features.shape))
+            _check_free_memory(tuple(features.shape), device, 4 * prod(features.shape))
     values = as_real_tensor("features", features)
     if values.dim() != 2 or 0 in values.shape:
         raise ValueError(
-            f"`features` should have shape (N, D), both at least 1. Found {tuple(values.shape)}; "
-            f"flatten(1) makes rows of images."
+            f"`features` must have shape (N, D), both at least 1, got {tuple(values.shape)}. Use "
+            f"flatten(1) to convert images."
         )
     if not values.is_floating_point():
         values = values.float()
-    wrong = torch.cat([~part.isfinite().all(1) for part in _parts(values)])
+    wrong = torch.cat([~part.isfinite().all(1) for part in _row_blocks_of(values)])
     if wrong.any():
         raise ValueError(
-            f"`features` should be finite. Found {int(wrong.sum())} samples that are not, the "
-            f"first at position {int(wrong.nonzero()[0, 0])}; drop those first."
+            f"`features` must be finite, but those of {int(wrong.sum())} samples are not, the "
+            f"first at index {int(wrong.nonzero()[0, 0])}. Remove these samples first."
         )
     return values
 
 
-def _centred(values: Tensor) -> tuple[Tensor, float]:
-    """A copy around 0 and of a size that squares well, by a power of two that is given too."""
-    largest = max(float(part.abs().amax()) for part in _parts(values))
+def _centered(values: Tensor) -> tuple[Tensor, float]:
+    """A copy that is centered and scaled so that squares do not overflow, and the scale.
+
+    The scale is a power of two, so that scaling is exact.
+    """
+    largest = max(float(part.abs().amax()) for part in _row_blocks_of(values))
     power = frexp(largest)[1]
-    # In two steps, as the power of the largest numbers is none itself.
+    # In two steps, because the power for the largest numbers is not a finite number.
     found = (values / 2.0 ** (power // 2)).div_(2.0 ** (power - power // 2))
-    return found.sub_(_middle(found)), 2.0**power
+    return found.sub_(_center(found)), 2.0**power
 
 
-def _middle(values: Tensor) -> Tensor:
-    """Of each column the number nearest to its mean."""
-    # The mean itself has more digits than the features: less it, equal distances would differ.
+def _center(values: Tensor) -> Tensor:
+    """Of each column the value that is nearest to its mean."""
+    # The mean has more digits than the features, so after subtracting it equal distances would
+    # differ.
     mean = values.mean(0)
     found = values[0].clone()
-    for part in _parts(values):
+    for part in _row_blocks_of(values):
         nearest = part.gather(0, (part - mean).abs_().argmin(0, keepdim=True))[0]
         found = torch.where((nearest - mean).abs() < (found - mean).abs(), nearest, found)
     return found
 
 
-def _parts(values: Tensor) -> Iterator[Tensor]:
-    return (values[block] for block in rows(len(values), values.shape[1]))
+def row_blocks(total: int, width: int) -> Iterator[slice]:
+    """Blocks of `total` rows, small enough that a block of `width` columns fits in the cache."""
+    step = max(64, (1 << 19) // max(width, 1))
+    for begin in range(0, total, step):
+        yield slice(begin, min(begin + step, total))
 
 
-def square_norms(values: Tensor) -> Tensor:
-    """Of each row, with no second copy of all.
+def _row_blocks_of(values: Tensor) -> Iterator[Tensor]:
+    return (values[block] for block in row_blocks(len(values), values.shape[1]))
 
-    Args:
-        values: Shape `(N, D)`.
 
-    Returns:
-        Shape `(N,)`.
-    """
-    return torch.cat([part.square().sum(1) for part in _parts(values)])
+def squared_norms(values: Tensor) -> Tensor:
+    """The squared norms `(N,)` of rows `(N, D)`, computed without a copy of all rows."""
+    return torch.cat([part.square().sum(1) for part in _row_blocks_of(values)])
 
 
 def _check_start(start: Any, total: int, size: int) -> IntArray:
@@ -189,23 +189,24 @@ def _check_start(start: Any, total: int, size: int) -> IntArray:
     found = as_indices("start", start, total)
     if len(found) > size:
         raise ValueError(
-            f"`start` counts among the {size} samples kept. Found {len(found)}; raise the ratio."
+            f"`start` has {len(found)} samples, which count among the {size} samples kept. "
+            f"Increase the ratio or leave some out."
         )
     return found
 
 
-def _begun(
-    groups: list[IntArray], sizes: list[int], before: IntArray, *, of_classes: bool
+def _starts_in_groups(
+    groups: list[IntArray], sizes: list[int], started: IntArray, *, of_classes: bool
 ) -> list[IntArray]:
-    """The start's places within each group."""
+    """The positions of the start samples within each group."""
     found = []
     for number, (group, size) in enumerate(zip(groups, sizes, strict=True)):
-        inside = before[np.isin(before, group)] if of_classes else before
+        inside = started[np.isin(started, group)] if of_classes else started
         if len(inside) > size:
             raise ValueError(
-                f"`start` should have no more samples of a class than its share. Found "
-                f"{len(inside)} of the {number + 1}-th class, which keeps {size}; leave some out, "
-                f"or leave out `targets`."
+                f"`start` must not have more samples of a class than the class keeps, got "
+                f"{len(inside)} samples of class number {number + 1}, which keeps {size}. Leave "
+                f"some out, or do not pass `targets`."
             )
         found.append(np.searchsorted(group, inside))
     return found
@@ -213,45 +214,30 @@ def _begun(
 
 def _check_memory(
     values: Tensor,
-    needs: Callable[[int, int, int, int], int],
+    memory_needed: MemoryNeeded,
     largest: tuple[int, int],
     *,
     in_parts: bool,
 ) -> None:
-    """Say what will be taken, before anything is: a copy of all, and what the largest part does."""
+    """Log and check the memory for a copy of the features and for the largest group."""
     total, size = largest
-    amount = needs(total, values.shape[1], size, values.dtype.itemsize) + values.nbytes
+    amount = memory_needed(total, values.shape[1], size, values.dtype.itemsize) + values.nbytes
     if in_parts:
         amount += values.dtype.itemsize * total * values.shape[1]
     logger.info(
-        "%d of %d samples, %d features: %.2f GB of memory beside the features",
+        "%d of %d samples, %d features: needs %.2f GB of memory besides the features",
         size,
         total,
         values.shape[1],
         amount / 1e9,
     )
-    _check_free(tuple(values.shape), values.device, amount)
+    _check_free_memory(tuple(values.shape), values.device, amount)
 
 
-def _check_free(shape: tuple[int, ...], device: torch.device, amount: int) -> None:
+def _check_free_memory(shape: tuple[int, ...], device: torch.device, amount: int) -> None:
     if amount > (free := memory.available(device)):
         raise MemoryError(
-            f"`features` of {shape} need {amount / 1e9:.1f} GB more. Found "
-            f"{free / 1e9:.1f} GB free on {device}; give `targets`, which takes one class "
-            f"at a time, fewer features or another device."
+            f"`features` of shape {shape} need {amount / 1e9:.1f} GB more, but only "
+            f"{free / 1e9:.1f} GB are free on {device}. Pass `targets` to process one class at a "
+            f"time, or use fewer features or another device."
         )
-
-
-def rows(total: int, width: int) -> Iterator[slice]:
-    """Blocks of rows small enough that a block times `width` stays in a cache.
-
-    Args:
-        total: How many rows there are.
-        width: How many numbers a row of the result has.
-
-    Yields:
-        The blocks, in order.
-    """
-    step = max(64, (1 << 19) // max(width, 1))
-    for begin in range(0, total, step):
-        yield slice(begin, min(begin + step, total))

@@ -1,4 +1,4 @@
-"""Medoids that stand for all samples: greedy facility location."""
+"""Greedy facility location: medoids that represent all samples."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drophot._core.onednn_linear import product
 from drophot._core.seeded_draw import BLOCK
-from drophot.coreset.greedy import Coreset, greedy, rows, square_norms
+from drophot.coreset.greedy import Coreset, greedy, row_blocks, squared_norms
 
-_PAIRS = 1 << 24  # distances that are kept, at most
-_ROWS = 512  # samples whose distances are computed at once
+_MAX_PAIRS = 1 << 24  # distances that are stored at most
+_ROWS = 512  # samples whose distances are computed at a time
 
 
 def facility_location(
@@ -25,22 +24,23 @@ def facility_location(
     start: Tensor | ArrayLike | None = None,
     seed: int = 0,
 ) -> Coreset:
-    r"""Keep a share `ratio` of the samples that stand for the rest: medoids, with weights.
+    r"""Keep the fraction `ratio` of the samples that represent the others best: weighted medoids.
 
-    `ratio` is the share **kept**, `K = max(1, floor(ratio * N + 0.5))` samples. They are to make
-    :math:`\sum_i \min_{j \in S} \lVert x_i - x_j \rVert` small, the distance of each sample to the
-    kept one nearest to it, which is the weighted coreset's error in the mean feature; on features
-    softmax − one-hot, in the mean gradient. Each choice is the sample that lowers the sum most: the
-    greedy algorithm, exactly. A choice changes the gains only by the samples that it is nearest to,
-    so that only these are looked at.
+    `ratio` is the fraction **kept**, `K = max(1, floor(ratio * N + 0.5))` samples. The objective is
+    to make :math:`\sum_i \min_{j \in S} \lVert x_i - x_j \rVert` small, the sum of the distances of
+    the samples to their nearest kept sample. It bounds the error of the weighted coreset in the
+    mean feature and, for features softmax − one-hot, in the mean gradient. Each step of the greedy
+    algorithm selects the sample that reduces the sum most. The result is exact. A step changes the
+    gains only through the samples that are nearest to the new medoid, so only these are processed.
 
-    Without `targets` a smaller ratio's ranking is the beginning of a larger one's. Runs on the
-    features' device, in their precision, at least float32 (distances that are a thousandth of the
-    largest are rough in it, and exact in float64), and takes time in proportion to `N²` (with
-    `targets`, to the sum of the classes' squares). The distances of all pairs of a large set are
-    never held: beside a copy of the features memory is some numbers a sample and at most 2²⁴ pairs
-    that are nearer to each other than to any medoid, 0.8 GB while they are sorted. It is logged
-    (`logging.getLogger("drophot")`) and refused before the start if it is not there.
+    Without `targets`, the ranking for a smaller ratio is the beginning of that for a larger one.
+    The computation runs on the device of the features and in their precision, at least float32.
+    Distances below a thousandth of the largest are inaccurate in float32; pass float64 features to
+    resolve them. The time is proportional to `N²` (with `targets`, to the sum of the squared class
+    sizes). The distances of all pairs of a large dataset are never held: besides a copy of the
+    features, the algorithm needs memory for a few numbers per sample and for at most 2²⁴ pairs that
+    are closer to each other than to any medoid, 0.8 GB while they are sorted. The amount is logged
+    (`logging.getLogger("drophot")`) and checked in advance.
 
     References:
         Mirzasoleiman, Bilmes and Leskovec, Coresets for Data-efficient Training of Machine Learning
@@ -49,23 +49,24 @@ def facility_location(
         https://doi.org/10.1007/BFb0006528.
 
     Args:
-        features: One row for each sample, shape `(N, D)`: see :func:`drophot.coreset`.
-        ratio: The share kept, in (0, 1].
-        targets: The samples' classes, integers, shape `(N,)`. Given, each class keeps its share of
-            `K` (largest remainders), by its own medoids.
-        start: Positions of samples that are kept already. They count in `K`, stand for what is near
-            them, and are not in the ranking.
-        seed: Breaks ties among the classes' shares.
+        features: One row per sample, shape `(N, D)`; see :func:`drophot.features`.
+        ratio: The fraction kept, in (0, 1].
+        targets: The samples' classes, integers, shape `(N,)`. If they are given, each class keeps
+            its share of `K` (largest remainders) and is represented by its own medoids.
+        start: The indices of samples that are already kept. They count towards `K`, represent the
+            samples near them, and are not in the ranking.
+        seed: Breaks ties among the shares of the classes.
 
     Returns:
-        The coreset. Its weights are the numbers of samples that each stands for; its gains, by how
-        much each choice lowered the sum, falling, in the features' unit. The first is counted from
-        every sample lying as far off as the two samples that are farthest apart.
+        The coreset. Its weights are the numbers of samples that each medoid represents. Its gains
+        are the reductions of the sum, non-increasing, in the unit of the features; the first one
+        assumes that before it every sample is as far away as the two most distant samples are from
+        each other.
 
     Raises:
-        TypeError: If an argument is of the wrong kind.
-        ValueError: If `ratio` is not in (0, 1], `features` is not finite or not of two dimensions,
-            or `targets` or `start` do not fit them.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `ratio` is not in (0, 1], `features` is not finite or not two-dimensional, or
+            `targets` or `start` do not match it.
         MemoryError: If there is not enough memory.
 
     Example:
@@ -75,16 +76,16 @@ def facility_location(
         >>> found.indices, found.weights
         (tensor([2, 4]), tensor([3., 3.]))
     """
-    return greedy(_choose, _needs, features, ratio, targets, start, seed)
+    return greedy(_choose, _memory_needed, features, ratio, targets, start, seed)
 
 
-def _needs(total: int, width: int, size: int, item: int) -> int:
-    held = min(_PAIRS, total * total) * 48 + total * _strip(total) * 12
+def _memory_needed(total: int, width: int, size: int, item: int) -> int:
+    held = min(_MAX_PAIRS, total * total) * 48 + total * _strip(total) * 12
     return item * total * 8 + held + 24 * total + 32 * (1 << 20)
 
 
 def _strip(total: int) -> int:
-    """How many samples' distances to all are looked at in one go."""
+    """The number of samples whose distances to all samples are computed at a time."""
     return min(max((1 << 24) // total, 64), _ROWS)
 
 
@@ -94,7 +95,7 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
     while len(chosen) < size - len(start):
         place = int(state.gains.argmax())
         gain = max(float(state.gains[place]), 0.0)
-        gains.append(min(gain, *gains[-1:]) if gains else gain)  # rounding makes no gain rise
+        gains.append(min(gain, *gains[-1:]) if gains else gain)  # despite rounding errors
         chosen.append(place)
         state.take(place)
     return (
@@ -105,26 +106,26 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
 
 
 class _Medoids:
-    """What each sample is away from the nearest medoid, and what each candidate gains, exactly.
+    """The distance of each sample to its nearest medoid, and the exact gain of each candidate.
 
-    A new medoid changes the distances of the samples that are nearest to it, and the gains by these
-    alone. While medoids are few, the distances of those samples to all candidates are computed
-    anew. Only pairs that are nearer to each other than to a medoid matter to any gain, though, and
-    as soon as there are few enough of them they are kept, and no distance is computed any more.
+    A new medoid changes the distances of the samples that are nearest to it, and the gains only
+    through these. While there are few medoids, the distances of those samples to all candidates are
+    recomputed. A gain depends only on pairs that are closer to each other than to a medoid. Once
+    there are few enough of them they are stored, and no more distances are computed.
     """
 
     def __init__(self, values: Tensor, start: Tensor) -> None:
         self.values = values
-        self.norms = square_norms(values)
-        self.everybody = torch.arange(len(values), device=values.device)
-        self.owner = torch.zeros_like(self.everybody)
+        self.norms = squared_norms(values)
+        self.all = torch.arange(len(values), device=values.device)
+        self.owner = torch.zeros_like(self.all)
         self.count = len(start)
         self.pairs: _Pairs | None = None
         if len(start):
             self.nearest = torch.full_like(self.norms, torch.inf)
-            for block in rows(len(values), len(start)):
+            for block in row_blocks(len(values), len(start)):
                 self.nearest[block], self.owner[block] = self.distances(start, block).min(0)
-            self.nearest[start], self.owner[start] = 0, self.everybody[: len(start)]
+            self.nearest[start], self.owner[start] = 0, self.all[: len(start)]
             self.gains = self._all_gains()
             self.gains[start] = -torch.inf
         else:
@@ -134,11 +135,11 @@ class _Medoids:
         self._keep_pairs()
 
     def take(self, place: int) -> None:
-        """A candidate becomes a medoid."""
+        """Add a candidate to the medoids."""
         if self.pairs is None:
-            away = self.distances(self.everybody[place : place + 1], slice(None))[0]
-            away[place] = 0  # in products a sample is a little away from itself
-            near = self.everybody
+            away = self.distances(self.all[place : place + 1], slice(None))[0]
+            away[place] = 0  # by rounding, a sample has a small distance to itself
+            near = self.all
         else:
             near, away = self.pairs.of(place)
         closer = away < self.nearest[near]
@@ -159,20 +160,20 @@ class _Medoids:
             self._keep_pairs()
 
     def _lower(self, changed: Tensor, before: Tensor, after: Tensor) -> None:
-        """What all candidates gain less, since these samples were so far and are nearer now."""
+        """Lower the gains of all candidates: `changed` samples have smaller distances now."""
         parts = (tensor.split(_ROWS) for tensor in (changed, before, after))
         for part, far, near in zip(*parts, strict=True):
-            for block in rows(len(self.values), len(part)):
+            for block in row_blocks(len(self.values), len(part)):
                 away = torch.maximum(self.distances(part, block), near[:, None])
                 self.gains[block] -= torch.sub(far[:, None], away, out=away).clamp_(min=0).sum(0)
 
     def _keep_pairs(self) -> None:
-        """Keep the pairs that still matter to a gain, if they are few enough."""
+        """Store the pairs that a gain still depends on, if they are few enough."""
         total = len(self.values)
-        most = min(_PAIRS, total * total // 4 + 4096)
-        some = self.everybody[:: max(1, total // 256)]
+        most = min(_MAX_PAIRS, total * total // 4 + 4096)
+        some = self.all[:: max(1, total // 256)]
         few = 0
-        for block in rows(total, len(some)):
+        for block in row_blocks(total, len(some)):
             few += int((self.distances(some, block) < self.nearest[some][:, None]).sum())
         if few * total <= 0.8 * most * len(some):
             self.pairs = _pairs(self, most)
@@ -199,28 +200,28 @@ class _Medoids:
         return found, float(largest)
 
     def _halves(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The distances of all pairs of samples, block by block, each pair once."""
-        blocks = list(rows(len(self.values), _ROWS))
+        """The distances of all pairs of samples in blocks, each pair once."""
+        blocks = list(row_blocks(len(self.values), _ROWS))
         for number, one in enumerate(blocks):
             for other in blocks[number:]:
-                yield one, other, self.distances(self.everybody[one], other)
+                yield one, other, self.distances(self.all[one], other)
 
     def distances(self, candidates: Tensor, block: slice) -> Tensor:
-        """From candidates to a block of samples, of the shape of both."""
-        # torch's sqrt goes to a library that is ten times slower on some CPUs; the bits are equal.
+        """The distances from candidates to a block of samples."""
+        # On some CPUs torch.sqrt is ten times slower than pow_; the bits are equal.
         return self.squares(candidates, block).pow_(0.5)
 
     def squares(self, candidates: Tensor, block: slice) -> Tensor:
-        """Their squares."""
-        found = product(-2 * self.values[candidates], self.values[block], self.norms[block])
+        """The squared distances from candidates to a block of samples."""
+        found = torch.addmm(self.norms[block], -2 * self.values[candidates], self.values[block].T)
         return found.add_(self.norms[candidates][:, None]).clamp_(min=0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """The pairs of a sample and a candidate that matter, sample by sample and the other way."""
+    """The stored pairs of a sample and a candidate, ordered by sample and by candidate."""
 
-    lengths: Tensor  # how many candidates each sample has, and where they begin
+    lengths: Tensor  # how many candidates each sample has, and where its candidates begin
     begins: Tensor
     candidates: Tensor
     away: Tensor
@@ -229,12 +230,12 @@ class _Pairs:
     away_from: Tensor
 
     def of(self, candidate: int) -> tuple[Tensor, Tensor]:
-        """The samples of a candidate, and how far it is from them."""
+        """The samples paired with a candidate, and their distances."""
         span = slice(self.edges[candidate], self.edges[candidate + 1])
         return self.samples[span].long(), self.away_from[span]
 
     def gains(self, nearest: Tensor) -> Tensor:
-        """What each candidate gains."""
+        """The gain of each candidate."""
         found = torch.zeros_like(nearest, dtype=torch.float64)
         worth = nearest.repeat_interleave(self.lengths).sub_(self.away)
         for part, inside in zip(self.candidates.split(BLOCK), worth.split(BLOCK), strict=True):
@@ -242,7 +243,7 @@ class _Pairs:
         return found
 
     def lower(self, gains: Tensor, changed: Tensor, before: Tensor, after: Tensor) -> None:
-        """What candidates gain less, since these samples were so far and are nearer now."""
+        """Lower the gains of the candidates: `changed` samples have smaller distances now."""
         lengths = self.lengths[changed]
         ends = lengths.cumsum(0)
         total = int(ends[-1]) if len(ends) else 0
@@ -254,12 +255,12 @@ class _Pairs:
 
 
 def _pairs(state: _Medoids, most: int) -> _Pairs | None:
-    """All pairs that are nearer to each other than to a medoid, or nothing if they are too many."""
+    """All pairs that are closer to each other than to a medoid; None if there are too many."""
     total, number = len(state.values), 0
     lengths, candidates, away = [], [], []
-    for some in state.everybody.split(_strip(total)):
+    for some in state.all.split(_strip(total)):
         strip = state.squares(some, slice(None))
-        strip[some - some[0], some] = 0  # in products a sample is a little away from itself
+        strip[some - some[0], some] = 0  # by rounding, a sample has a small distance to itself
         inside = strip < state.nearest[some].square()[:, None]
         where = inside.nonzero()
         lengths.append(where[:, 0].bincount(minlength=len(some)))
@@ -277,6 +278,6 @@ def _pairs(state: _Medoids, most: int) -> _Pairs | None:
         candidates=of,
         away=far,
         edges=[0, *ends],
-        samples=state.everybody.int().repeat_interleave(each)[order],
+        samples=state.all.int().repeat_interleave(each)[order],
         away_from=far[order],
     )

@@ -1,4 +1,4 @@
-"""Centres that leave no sample far away: greedy k-center."""
+"""Greedy k-center: centers such that no sample is far from one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drophot._core.onednn_linear import product
 from drophot._core.seeded_draw import draw
-from drophot.coreset.greedy import Coreset, greedy, rows, square_norms
+from drophot.coreset.greedy import Coreset, greedy, row_blocks, squared_norms
 
-_CANDIDATES = 2048
+_MAX_CANDIDATES = 2048
 
 
 def k_center(
@@ -22,19 +21,21 @@ def k_center(
     start: Tensor | ArrayLike | None = None,
     seed: int = 0,
 ) -> Coreset:
-    r"""Keep a share `ratio` of the samples so that none is far from one that is kept.
+    r"""Keep the fraction `ratio` of the samples such that no sample is far from a kept one.
 
-    `ratio` is the share **kept**, `K = max(1, floor(ratio * N + 0.5))` samples. Each choice is the
-    sample that is farthest, in Euclidean distance, from all chosen before: the greedy algorithm,
-    exactly, whose largest distance is at most twice the least possible. It seeks out the edges of
-    the data, and so its outliers: wrong labels that look odd are kept.
+    `ratio` is the fraction **kept**, `K = max(1, floor(ratio * N + 0.5))` samples. Each step of the
+    greedy algorithm selects the sample that has the largest Euclidean distance to all samples
+    selected before. The result is exact, and its largest distance is at most twice the smallest
+    possible one. Since the algorithm prefers the boundary of the data, it keeps outliers, including
+    atypical samples with wrong labels.
 
-    Without `targets` a smaller ratio's ranking is the beginning of a larger one's. Runs on the
-    features' device, in their precision, at least float32: distances that are a thousandth of the
-    largest are rough in it, and exact in float64. Most choices look at a few thousand far samples
-    only; all others catch up in blocks, by matrix products. Memory beside the features is a copy of
-    them, some numbers a sample and 2,048 candidates: it is logged (`logging.getLogger("drophot")`)
-    and refused before the start if it is not there.
+    Without `targets`, the ranking for a smaller ratio is the beginning of that for a larger one.
+    The computation runs on the device of the features and in their precision, at least float32.
+    Distances below a thousandth of the largest are inaccurate in float32; pass float64 features to
+    resolve them. Most steps look at a few thousand distant samples only, and the others are updated
+    in blocks by matrix products. Besides the features, the algorithm needs memory for a copy of
+    them, a few numbers per sample and 2,048 candidates. The amount is logged
+    (`logging.getLogger("drophot")`) and checked in advance.
 
     References:
         Gonzalez, Clustering to minimize the maximum intercluster distance, 1985,
@@ -43,24 +44,24 @@ def k_center(
         https://openreview.net/forum?id=H1aIuk-RW.
 
     Args:
-        features: One row for each sample, shape `(N, D)`: see :func:`drophot.coreset`.
-        ratio: The share kept, in (0, 1].
-        targets: The samples' classes, integers, shape `(N,)`. Given, each class keeps its share of
-            `K` (largest remainders) and is covered by itself.
-        start: Positions of samples that are kept already. They count in `K`, cover what is near
-            them, and are not in the ranking.
-        seed: Draws the first sample where there is no start, and breaks ties among the classes'
-            shares. Equal distances go to the first of the samples, as far as the features'
-            precision holds the squares of their differences: for whole numbers of few digits.
+        features: One row per sample, shape `(N, D)`; see :func:`drophot.features`.
+        ratio: The fraction kept, in (0, 1].
+        targets: The samples' classes, integers, shape `(N,)`. If they are given, each class keeps
+            its share of `K` (largest remainders) and is covered separately.
+        start: The indices of samples that are already kept. They count towards `K`, cover the
+            samples near them, and are not in the ranking.
+        seed: Draws the first sample if there is no start, and breaks ties among the shares of the
+            classes. Among equal distances the first sample is selected, provided that the squared
+            differences are exact in the precision of the features, as for small integers.
 
     Returns:
-        The coreset. Its gains are the distances at which the samples were chosen, falling, in the
-        features' unit; infinity for a first sample. It has no weights.
+        The coreset, without weights. Its gains are the distances at which the samples were
+        selected, non-increasing, in the unit of the features; infinity for a first sample.
 
     Raises:
-        TypeError: If an argument is of the wrong kind.
-        ValueError: If `ratio` is not in (0, 1], `features` is not finite or not of two dimensions,
-            or `targets` or `start` do not fit them.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `ratio` is not in (0, 1], `features` is not finite or not two-dimensional, or
+            `targets` or `start` do not match it.
         MemoryError: If there is not enough memory.
 
     Example:
@@ -68,65 +69,66 @@ def k_center(
         >>> found.indices, found.gains
         (tensor([0, 3]), tensor([11.]))
     """
-    return greedy(_choose, _needs, features, ratio, targets, start, seed)
+    return greedy(_choose, _memory_needed, features, ratio, targets, start, seed)
 
 
-def _needs(total: int, width: int, size: int, item: int) -> int:
-    few = min(total, _CANDIDATES)
+def _memory_needed(total: int, width: int, size: int, item: int) -> int:
+    few = min(total, _MAX_CANDIDATES)
     return item * (total * 5 + few * (2 * width + 8) + 3 * size * (width + 1) + (1 << 21))
 
 
 def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor, Tensor, None]:
     total, device = len(values), values.device
-    norms = square_norms(values)
-    centres = values.new_empty(size, values.shape[1])
+    norms = squared_norms(values)
+    centers = values.new_empty(size, values.shape[1])
     chosen, gains = [], []
-    # Squared distances to the nearest centre among those that all have been held against; the
-    # distances to all centres are at most these. -1 is a centre itself.
+    # The squared distance of each sample to the nearest of the first `done` centers, which is an
+    # upper bound of the distance to all `count` centers. Centers themselves have -1.
     nearest = values.new_full((total,), torch.inf)
     nearest[start.to(device)] = -1
-    centres[: len(start)] = values[start.to(device)]
+    centers[: len(start)] = values[start.to(device)]
     done, count = 0, len(start)
     if not count:
         first = int(draw(lambda: [np.arange(total)], total, 1, seed, stream=1)[0])
         chosen, gains, count = [first], [torch.inf], 1
-        centres[0], nearest[first] = values[first], -1
+        centers[0], nearest[first] = values[first], -1
     while count < size:
-        _catch_up(nearest, values, norms, centres[done:count])
+        _update_all(nearest, values, norms, centers[done:count])
         done = count
-        few = _farthest(nearest, min(_CANDIDATES, total))
+        candidates = _farthest(nearest, min(_MAX_CANDIDATES, total))
         rest = nearest.clone()
-        rest[few] = -1
-        edge = float(rest.amax())  # nobody else is farther than this
-        near, own, squares = nearest[few], values[few], norms[few]
+        rest[candidates] = -1
+        bound = float(rest.amax())  # no other sample is farther than this
+        near, own, squares = nearest[candidates], values[candidates], norms[candidates]
         while count < size:
             place = int((near == near.amax()).nonzero()[0, 0])
-            far = float(near[place])
-            if count > done and far <= edge:
+            distance = float(near[place])
+            if count > done and distance <= bound:
                 break
-            # Of equal ones the first of all is taken, which only who knows all can say.
-            tied = count == done and far == edge
-            chosen.append(int((nearest == far).nonzero()[0, 0] if tied else few[place]))
+            # Of equal distances the first sample is selected. It may not be among the candidates,
+            # and only directly after an update is it known where it is.
+            tied = count == done and distance == bound
+            chosen.append(int((nearest == distance).nonzero()[0, 0] if tied else candidates[place]))
             nearest[chosen[-1]] = -1
-            near[few == chosen[-1]] = -1
-            gains.append(max(far, 0.0) ** 0.5)
-            centre = centres[count] = values[chosen[-1]]
+            near[candidates == chosen[-1]] = -1
+            gains.append(max(distance, 0.0) ** 0.5)
+            center = centers[count] = values[chosen[-1]]
             count += 1
-            _take(near, own, squares, centre[None])
+            _update(near, own, squares, center[None])
     return torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64), None
 
 
-def _farthest(nearest: Tensor, few: int) -> Tensor:
-    return nearest.topk(few).indices.sort().values
+def _farthest(nearest: Tensor, count: int) -> Tensor:
+    return nearest.topk(count).indices.sort().values
 
 
-def _catch_up(nearest: Tensor, values: Tensor, norms: Tensor, centres: Tensor) -> None:
-    for block in rows(len(values), len(centres)):
-        _take(nearest[block], values[block], norms[block], centres)
+def _update_all(nearest: Tensor, values: Tensor, norms: Tensor, centers: Tensor) -> None:
+    for block in row_blocks(len(values), len(centers)):
+        _update(nearest[block], values[block], norms[block], centers)
 
 
-def _take(nearest: Tensor, values: Tensor, norms: Tensor, centres: Tensor) -> None:
-    """Lower the squared distances to those of the centres, in place; what is -1 stays."""
-    squares = centres.square().sum(1)
-    products = product(values, -2 * centres, squares).amin(1)
+def _update(nearest: Tensor, values: Tensor, norms: Tensor, centers: Tensor) -> None:
+    """Lower the squared distances in place to those of new centers; -1 stays."""
+    squares = centers.square().sum(1)
+    products = torch.addmm(squares, values, (-2 * centers).T).amin(1)
     torch.minimum(nearest, products.add_(norms).clamp_(min=0), out=nearest)

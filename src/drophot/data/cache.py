@@ -1,4 +1,4 @@
-"""A data set kept in memory, where that is right."""
+"""Datasets that are decoded once and kept in memory, if that does not change their samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from drophot._core import memory, random_state
-from drophot.data.determinism import Own, is_pure
+from drophot.data.determinism import OwnRandomness, is_pure
 from drophot.data.indexing import IndexedDataset
 from drophot.data.process_state import holds_its_samples, values_of
 from drophot.data.samples import (
@@ -24,63 +24,56 @@ from drophot.data.samples import (
     stacked,
     tensors_of,
 )
+from drophot.data.workers import Workers
 
 logger = logging.getLogger("drophot")
 
 Cache = bool | Literal["auto"]
 
-_CHUNK = 1024  # samples decoded in one go
-_PLACES = 16  # samples that are read again before each epoch
+_CHUNK_SIZE = 1024  # samples decoded at a time
+_NUM_REREAD = 16  # samples that are read again before each epoch
 _warned: WeakSet[Any] = WeakSet()
 
 
 def check_cache(cache: Any) -> None:
-    """Refuse what is no setting of the cache.
-
-    Args:
-        cache: The setting.
-
-    Raises:
-        TypeError: If it is something else.
-    """
     if not (isinstance(cache, bool) or (isinstance(cache, str) and cache == "auto")):
-        raise TypeError(f'`cache` should be True, False or "auto". Found {cache!r}.')
+        raise TypeError(f'`cache` must be True, False or "auto", got {cache!r}.')
 
 
 def in_memory(
     dataset: Dataset[Any], device: torch.device | str, *, cache: Cache = "auto"
 ) -> Dataset[Any]:
-    """Decode a dataset once, to tensors on a device, where that changes nothing.
+    """Decode a dataset once, to tensors on a device, if that does not change its samples.
 
-    A dataset whose samples change from one reading to the next (random augmentation, a curriculum)
-    must not be frozen. With `cache="auto"` the decoded samples are kept if
+    A dataset whose samples change between readings (random augmentation, a curriculum) must not be
+    cached. With `cache="auto"` the decoded samples are kept if
 
-    - the dataset is known to give the same ones each time: tensors, a list, or one of torchvision's
-      own with transforms that draw nothing; or
-    - it has no `set_epoch`, and two readings of all samples, one forwards and one backwards, are
-      equal and move no random generator: not Python's, NumPy's and torch's, and none that the
-      dataset, its transforms or their code hold.
+    - the dataset is known to give the same samples each time: tensors, a list, or a dataset of
+      torchvision with deterministic transforms; or
+    - it has no `set_epoch`, two readings of all samples, one forwards and one backwards, are
+      equal, and reading advances no random generator: neither those of Python, NumPy and torch, nor
+      any that the dataset, its transforms or their code hold.
 
-    What escapes this is a change that comes less often than once in as many samples as there are,
-    by random numbers from where nobody sees them; `cache=False` is for that. What was chosen for
-    data that is not made of tensors is logged with its reason (INFO, logger `drophot`). Random
-    state is left as it was.
+    This misses changes that are rarer than once per reading of the dataset and draw from an unknown
+    source of random numbers. Pass `cache=False` for such a dataset. If the dataset is not made of
+    tensors, the decision and its reason are logged (INFO, logger `drophot`). The random state is
+    restored.
 
-    Images have their channels last in memory, as convolutions like them; shapes are as before.
+    Images are stored with their channels last, which convolutions prefer; shapes do not change.
 
     Args:
         dataset: Samples `(input, target)` or `(input, target, index)`, inputs of one shape.
-        device: Where the tensors are wanted.
-        cache: `"auto"` decides as above, and returns a dataset as it is that takes more than half
-            of the device's free memory. `True` keeps the samples as they are read now, whatever
-            they do. `False` returns the dataset as it is.
+        device: The device of the tensors.
+        cache: `"auto"` decides as above, and does not cache a dataset that takes more than half of
+            the device's free memory. `True` caches the samples as they are read now, in any case.
+            `False` returns the dataset as it is.
 
     Returns:
         A `TensorDataset`, or `dataset` itself.
 
     Raises:
         ValueError: If the dataset is empty or its samples differ in shape.
-        TypeError: If the dataset is no map-style dataset, the samples are no tuples of tensors and
+        TypeError: If the dataset is not map-style, its samples are not tuples of tensors and
             numbers, or `cache` is something else.
 
     Example:
@@ -93,14 +86,14 @@ def in_memory(
 
 
 class Kept:
-    """A data set as `in_memory` gives it, for as long as its samples stay the same.
+    """A dataset that is cached as by `in_memory` while its samples stay the same.
 
     Args:
-        dataset: The data set.
-        device: Where the tensors are wanted.
+        dataset: The dataset.
+        device: The device of the tensors.
         cache: As in `in_memory`.
-        name: What the caller calls the data set.
-        readings: How often it will be read. What is read once is not decoded before.
+        name: The name of the caller's argument, for errors.
+        readings: The number of epochs. A dataset that is read once is not decoded in advance.
     """
 
     def __init__(
@@ -116,44 +109,45 @@ class Kept:
         self.source: Any = dataset
         self._name, self._device, self._cache, self._readings = name, device, cache, readings
         self.data: Any = dataset
-        self._epoch, self._said, self._copied = 0, "", [False]
+        self.workers = Workers(readings=readings)  # for what is not cached
+        self._epoch, self._logged, self._copied = 0, "", [False]
         with random_state.preserved_rng():
             self._decide()
 
     def again(self) -> Dataset[Any]:
-        """What to read in the next epoch: as before, unless the samples have changed meanwhile."""
+        """The dataset to read in the next epoch, decoded again if its samples have changed."""
         self._epoch += 1
         if self._cache == "auto" and self.data is not self.source:
-            if (tensors := tensors_of(self.source)) is not None and self._take(tensors):
+            if (tensors := tensors_of(self.source)) is not None and self._copy_from(tensors):
                 return self.data
             cheap = tensors is not None or holds_its_samples(self.source)
             if not cheap and not self._has_changed():
                 return self.data
             if cheap or is_pure(self.source):
-                self.data = self.source  # its memory is free for what is read now
+                self.data = self.source  # frees the memory of the old samples
                 with random_state.preserved_rng():
                     self._decide()
             else:
-                self._let_go("they changed between two epochs")
+                self._do_not_keep("they changed between two epochs")
         return self.data
 
-    def _take(self, tensors: Sequence[Tensor]) -> bool:
-        """Take over what tensors hold now, if they are like those before."""
+    def _copy_from(self, tensors: Sequence[Tensor]) -> bool:
+        """Copy the current values of tensors, if their shapes and dtypes are those of before."""
         mine = self.data.tensors
-        alike = len(mine) == len(tensors) and all(
+        matches = len(mine) == len(tensors) and all(
             a.shape == b.shape and a.dtype == b.dtype for a, b in zip(mine, tensors, strict=True)
         )
-        if alike and all(self._copied):
+        if matches and all(self._copied):
             for own, tensor in zip(mine, tensors, strict=True):
                 own.copy_(tensor.detach())
-        return alike and all(self._copied)
+        return matches and all(self._copied)
 
     def _decide(self) -> None:
         dataset, name = self.source, self._name
         first = stacked([first_sample(name, dataset)])
         tensors = tensors_of(dataset)
         if self._cache is False:
-            self._let_go("cache=False")
+            self._do_not_keep("cache=False")
             return
         if tensors is None and self._cache == "auto" and self._readings <= 1:
             logger.info("`%s`: samples are not kept in memory: they are read once", name)
@@ -164,7 +158,7 @@ class Kept:
             self._do_not_fit(size)
             return
         if tensors is not None:
-            self.data = _on(self._device, tensors)  # there was nothing to choose
+            self.data = _on(self._device, tensors)  # no decision to log
             pairs = zip(self.data.tensors, tensors, strict=True)
             self._copied = [own.data_ptr() != tensor.data_ptr() for own, tensor in pairs]
             return
@@ -178,33 +172,33 @@ class Kept:
             return
         self.data = _on(self._device, tensors)
         self._values = values_of(dataset)
-        if self._said != why:
+        if self._logged != why:
             logger.info("`%s`: %d samples are kept in memory: %s", name, len(dataset), why)
-        self._said = why
+        self._logged = why
 
     def _decoded(self, first: Sequence[Tensor]) -> tuple[Tensor, ...]:
         size = len(self.source)
         tensors = tuple(torch.empty((size, *t.shape[1:]), dtype=t.dtype) for t in first)
-        for places in _chunks(size):
-            self._fill(tensors, places)
+        for positions in _chunks(size):
+            self._fill(tensors, positions)
         return tensors
 
-    def _fill(self, tensors: Sequence[Tensor], places: range) -> None:
-        columns = read(self.source, places, self._name)
+    def _fill(self, tensors: Sequence[Tensor], positions: range) -> None:
+        columns = read(self.source, positions, self._name)
         for tensor, column in zip(tensors, columns, strict=True):
             if column.shape[1:] != tensor.shape[1:]:
                 raise ValueError(
-                    f"`{self._name}` should have samples of one shape. Found "
-                    f"{tuple(column.shape[1:])} at position {places[0]} and "
-                    f"{tuple(tensor.shape[1:])} at position 0; crop or resize them."
+                    f"`{self._name}` must have samples of one shape, got "
+                    f"{tuple(column.shape[1:])} at position {positions[0]} and "
+                    f"{tuple(tensor.shape[1:])} at position 0. Crop or resize them."
                 )
-            tensor[places.start : places.stop] = column
+            tensor[positions.start : positions.stop] = column
 
     def _decoded_twice(self, first: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        """All samples, if a second reading in the opposite order finds them the same."""
-        own = Own(self.source)
+        """All samples, if a second reading in reverse order gives the same ones."""
+        own = OwnRandomness(self.source)
         if own.reason is not None:
-            return self._let_go(own.reason)
+            return self._do_not_keep(own.reason)
         size = len(self.source)
         tensors = tuple(torch.empty((size, *t.shape[1:]), dtype=t.dtype) for t in first)
         before = random_state.state()
@@ -212,22 +206,22 @@ class Kept:
         def draws() -> bool:
             return random_state.state() != before or own.has_moved()
 
-        for places in _chunks(size):
-            self._fill(tensors, places)
+        for positions in _chunks(size):
+            self._fill(tensors, positions)
             if draws():
-                return self._let_go("reading them draws random numbers")
-        for places in reversed(_chunks(size)):
-            if not self._is_equal(tensors, places[::-1]):
-                return self._let_go("a second reading gave other samples")
+                return self._do_not_keep("reading them draws random numbers")
+        for positions in reversed(_chunks(size)):
+            if not self._is_equal(tensors, positions[::-1]):
+                return self._do_not_keep("a second reading gave other samples")
             if draws():
-                return self._let_go("reading them draws random numbers")
+                return self._do_not_keep("reading them draws random numbers")
         return tensors
 
-    def _is_equal(self, tensors: Sequence[Tensor], places: Sequence[int]) -> bool:
-        there = torch.as_tensor(list(places))
-        columns = read(self.source, places, self._name)
+    def _is_equal(self, tensors: Sequence[Tensor], positions: Sequence[int]) -> bool:
+        rows = torch.as_tensor(list(positions))
+        columns = read(self.source, positions, self._name)
         return all(
-            column.shape[1:] == tensor.shape[1:] and _equal(column, tensor[there.to(tensor.device)])
+            column.shape[1:] == tensor.shape[1:] and _equal(column, tensor[rows.to(tensor.device)])
             for tensor, column in zip(tensors, columns, strict=True)
         )
 
@@ -241,25 +235,25 @@ class Kept:
                 return True
         drawn = torch.randperm(size, generator=torch.Generator().manual_seed(self._epoch))
         with random_state.preserved_rng():
-            same = self._is_equal(self.data.tensors, drawn[:_PLACES].tolist())
-        self._values = values_of(self.source)  # reading may have counted
+            same = self._is_equal(self.data.tensors, drawn[:_NUM_REREAD].tolist())
+        self._values = values_of(self.source)  # reading may have changed counters
         return not same
 
-    def _let_go(self, why: str) -> None:
+    def _do_not_keep(self, why: str) -> None:
         self.data = self.source
         logger.info(
-            "`%s`: samples are not kept in memory but read anew each epoch: %s", self._name, why
+            "`%s`: samples are not kept in memory but read again in each epoch: %s", self._name, why
         )
 
     def _do_not_fit(self, size: int) -> None:
         inner = self.source
         while is_plainly(inner, Subset) or is_plainly(inner, IndexedDataset):
             inner = inner.dataset
-        level = logging.INFO if _is_known(inner) else logging.WARNING
+        level = logging.INFO if _was_warned_about(inner) else logging.WARNING
         logger.log(
             level,
-            "`%s`: %d samples of together %.1f GB do not fit in memory (%s): read anew each "
-            "epoch, which is slower",
+            "`%s`: %d samples of %.1f GB in total do not fit in memory (%s). They are read again "
+            "in each epoch, which is slower",
             self._name,
             len(self.source),
             size / 1e9,
@@ -267,12 +261,12 @@ class Kept:
         )
 
 
-def _is_known(dataset: Any) -> bool:
-    """Whether it was warned about this data set before; from now on it was."""
+def _was_warned_about(dataset: Any) -> bool:
+    """Whether a warning about this dataset was logged before. Afterwards it counts as logged."""
     try:
         known = dataset in _warned
         _warned.add(dataset)
-    except TypeError:  # such as a list, which nothing can point to weakly
+    except TypeError:  # an object without weak references, such as a list
         return False
     return known
 
@@ -285,7 +279,7 @@ def _on(device: torch.device | str, tensors: Sequence[Tensor]) -> TensorDataset:
 
 
 def _chunks(size: int) -> list[range]:
-    return [range(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
+    return [range(start, min(start + _CHUNK_SIZE, size)) for start in range(0, size, _CHUNK_SIZE)]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Whether a data set gives the same samples each time, as far as that can be known."""
+"""Whether a dataset gives the same samples each time, as far as this can be known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, Subset
 
 from drophot.data.indexing import IndexedDataset
-from drophot.data.samples import is_plainly, is_torchvisions, tensors_of
+from drophot.data.samples import is_from_torchvision, is_plainly, tensors_of
 
 _DATASETS = {
     *("MNIST", "FashionMNIST", "KMNIST", "EMNIST", "QMNIST", "USPS"),
@@ -28,8 +28,8 @@ _TRANSFORMS = {
     *("ToTensor", "PILToTensor", "ToImage", "ToPILImage", "ToDtype", "ConvertImageDtype"),
     *("Normalize", "Resize", "CenterCrop", "Grayscale", "Pad", "ToPureTensor"),
 }
-# What makes random numbers that no generator tells of, by the name that code calls it by.
-_FRESH = {
+# Functions whose random numbers come from no generator that can be compared, by name.
+_UNTRACEABLE = {
     *("default_rng", "RandomState", "Random", "SystemRandom", "urandom", "randbits"),
     *("token_bytes", "uuid4", "time_ns", "perf_counter"),
 }
@@ -45,27 +45,21 @@ _LIBRARIES = {
 }
 _LIBRARIES -= {"__main__"}
 _PLAIN = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, np.generic, range)
-_ITEMS = 100  # of a container that are looked at
-_THINGS = 20_000  # that are looked at in all
+_MAX_ITEMS = 100  # examined per container
+_MAX_OBJECTS = 20_000  # examined in total
 
 
 @cache
 def _generators() -> tuple[type, ...]:
-    # NumPy's are imported when they are first asked for.
+    # NumPy imports its generators when they are first used.
     numpy = (np.random.Generator, np.random.RandomState, np.random.BitGenerator)
     return (random.Random, *numpy, torch.Generator)
 
 
 def is_pure(dataset: Any) -> bool:
-    """Whether a data set is known to give the same samples each time.
+    """Whether a dataset is known to give the same samples each time.
 
-    Tensors, lists, and torchvision's own data sets with transforms that draw nothing.
-
-    Args:
-        dataset: The data set.
-
-    Returns:
-        Whether it is known.
+    These are tensors, lists, and datasets of torchvision with deterministic transforms.
     """
     if tensors_of(dataset) is not None or type(dataset) in (list, tuple):
         return True
@@ -73,27 +67,27 @@ def is_pure(dataset: Any) -> bool:
         return is_pure(dataset.dataset)
     if is_plainly(dataset, ConcatDataset):
         return all(is_pure(part) for part in dataset.datasets)
-    if is_torchvisions(dataset, _DATASETS):
-        return _draws_nothing(dataset.transform) and _draws_nothing(dataset.target_transform)
+    if is_from_torchvision(dataset, _DATASETS):
+        return _is_deterministic(dataset.transform) and _is_deterministic(dataset.target_transform)
     return False
 
 
-def _draws_nothing(transform: Any) -> bool:
+def _is_deterministic(transform: Any) -> bool:
     if transform is None:
         return True
-    if is_torchvisions(transform, {"Compose"}, "transforms"):
-        return all(map(_draws_nothing, transform.transforms))
+    if is_from_torchvision(transform, {"Compose"}, "transforms"):
+        return all(map(_is_deterministic, transform.transforms))
     if type(transform) is nn.Sequential:
-        return all(map(_draws_nothing, transform))
-    return is_torchvisions(transform, _TRANSFORMS, "transforms")
+        return all(map(_is_deterministic, transform))
+    return is_from_torchvision(transform, _TRANSFORMS, "transforms")
 
 
-class Own:
-    """What a data set, and the code that reads it, has of randomness and change of its own.
+class OwnRandomness:
+    """The randomness of a dataset and of the code that reads it, apart from global generators.
 
     Attributes:
-        generators: Those that it holds.
-        reason: Why its samples cannot be known to stay the same, if one was seen.
+        generators: The generators that they hold.
+        reason: Why the samples may change, if such a reason was found.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -104,14 +98,16 @@ class Own:
                 self.generators.append(thing)
             elif callable(getattr(type(thing), "set_epoch", None)):
                 self.reason = f"{type(thing).__name__} has set_epoch"
-            elif isinstance(thing, CodeType) and (names := _FRESH.intersection(thing.co_names)):
+            elif isinstance(thing, CodeType) and (
+                names := _UNTRACEABLE.intersection(thing.co_names)
+            ):
                 self.reason = f"{thing.co_name} calls {min(names)}"
         if any(isinstance(one, random.SystemRandom) for one in self.generators):
             self.reason = "it draws from the system's random numbers"
         self._before = self._state()
 
     def has_moved(self) -> bool:
-        """Whether a generator stands elsewhere than when this was made."""
+        """Whether the state of a generator has changed since this object was created."""
         return self._state() != self._before
 
     def _state(self) -> list[bytes]:
@@ -132,10 +128,10 @@ def _state(generator: Any) -> bytes:
 
 
 def reached(root: Any) -> Iterator[Any]:
-    """The objects that a data set holds, and the code that runs when a sample is read."""
+    """The objects that a dataset holds, and the code that runs when a sample is read."""
     queue: deque[tuple[Any, type | None]] = deque([(root, None)])
     seen: set[int] = set()
-    while queue and len(seen) < _THINGS:
+    while queue and len(seen) < _MAX_OBJECTS:
         thing, owner = queue.popleft()
         if isinstance(thing, (*_PLAIN, ModuleType)) or id(thing) in seen:
             continue
@@ -146,9 +142,9 @@ def reached(root: Any) -> Iterator[Any]:
 
 def parts_of(thing: Any, owner: type | None) -> list[tuple[Any, type | None]]:
     if isinstance(thing, dict):
-        return [(value, None) for value in list(thing.values())[:_ITEMS]]
+        return [(value, None) for value in list(thing.values())[:_MAX_ITEMS]]
     if isinstance(thing, list | tuple | set | frozenset | deque):
-        return [(item, None) for item, _ in zip(thing, range(_ITEMS), strict=False)]
+        return [(item, None) for item, _ in zip(thing, range(_MAX_ITEMS), strict=False)]
     if isinstance(thing, partial):
         return [(thing.func, None), (thing.args, None), (thing.keywords, None)]
     if isinstance(thing, MethodType):
@@ -164,13 +160,13 @@ def parts_of(thing: Any, owner: type | None) -> list[tuple[Any, type | None]]:
     for base in kind.__mro__:
         names = base.__dict__.get("__slots__", ())
         for name in [names] if isinstance(names, str) else names:
-            with suppress(Exception):  # an empty slot, or one that does more than hold
+            with suppress(Exception):  # an empty slot, or a descriptor that fails
                 held.append(getattr(thing, name))
     return [(value, None) for value in held] + _methods(kind, _READS)
 
 
 def _of_function(function: FunctionType, owner: type | None) -> list[tuple[Any, type | None]]:
-    if is_librarys(function):
+    if is_from_library(function):
         return []
     cells = [cell.cell_contents for cell in function.__closure__ or () if _is_filled(cell)]
     held = [*cells, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
@@ -178,11 +174,11 @@ def _of_function(function: FunctionType, owner: type | None) -> list[tuple[Any, 
         held.append(code)
         for name in code.co_names:
             value = function.__globals__.get(name)
-            if isinstance(value, ModuleType) and not is_librarys(value):
+            if isinstance(value, ModuleType) and not is_from_library(value):
                 held += [vars(value)[n] for n in code.co_names if n in vars(value)]
             elif value is not None:
                 held.append(value)
-    mine = () if owner is None else owner.__mro__  # `super()` names it, and makes none of it
+    mine = () if owner is None else owner.__mro__  # `super()` refers to the class itself
     found: list[tuple[Any, type | None]] = [
         (value, None) for value in held if not any(value is kind for kind in mine)
     ]
@@ -191,10 +187,10 @@ def _of_function(function: FunctionType, owner: type | None) -> list[tuple[Any, 
 
 
 def _methods(kind: type, names: tuple[str, ...]) -> list[tuple[Any, type | None]]:
-    """What a class and its bases have by these names, as far as its user wrote them."""
+    """The attributes of these names that user code defines in a class and its bases."""
     found: list[tuple[Any, type | None]] = []
     for base in kind.__mro__:
-        if is_librarys(base):
+        if is_from_library(base):
             continue
         for name in names:
             value = base.__dict__.get(name)
@@ -222,6 +218,6 @@ def _is_filled(cell: Any) -> bool:
     return True
 
 
-def is_librarys(thing: Any) -> bool:
+def is_from_library(thing: Any) -> bool:
     name = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None)
     return isinstance(name, str) and name.partition(".")[0] in _LIBRARIES

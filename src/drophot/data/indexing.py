@@ -1,4 +1,4 @@
-"""A dataset whose samples know their own index."""
+"""A dataset that adds the index to every sample."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from drophot.data.named_tuples import with_index
 
 
 class IndexedDataset(Dataset[Any]):
-    """The same dataset, except that every sample carries its own index.
+    """Wraps a dataset and adds to every sample its index.
 
-    A score belongs to a sample, so the sample's index has to travel with it through shuffling,
-    batching and workers. A tuple sample `(x, y)` becomes `(x, y, index)`, a named tuple gains the
+    A score belongs to a sample, so the index must stay with the sample through shuffling, batching
+    and worker processes. A tuple sample `(x, y)` becomes `(x, y, index)`, a named tuple gains the
     field `index`, a dict or other mapping the key `"index"`, and a bare sample `x` becomes
-    `(x, index)`. A sample that is `None`, for a `collate_fn` to drop, stays `None`. The default
-    collate function turns the indices of a batch into an int64 tensor `index (B,)`.
+    `(x, index)`. A sample that is `None`, to be dropped by a `collate_fn`, stays `None`. The
+    default collate function turns the indices of a batch into an int64 tensor `index (B,)`.
 
-    The index is the position in the dataset given here. So `Subset(IndexedDataset(ds), indices)`
-    yields the positions in `ds`, which is what a tracker of `len(ds)` samples wants, while
+    The index is the position in the wrapped dataset. `Subset(IndexedDataset(ds), indices)` yields
+    positions in `ds`, which a tracker of `len(ds)` samples needs.
     `IndexedDataset(Subset(ds, indices))` yields positions in the subset, from 0 to `K - 1`.
 
-    A list of indices, a slice, or a bool for each sample reads a batch, if the dataset inside does;
-    its index is a tensor. A dataset that reads in batches by `__getitems__` is read that way,
-    unless a subclass has a `__getitem__` of its own.
+    A list of indices, a slice, or a bool for each sample reads a batch, if the wrapped dataset
+    supports it; the index is then a tensor. `__getitems__` of the wrapped dataset is used, unless a
+    subclass of this class overrides `__getitem__`.
 
-    Attributes that this class lacks (`targets`, `classes`, …) are read from the dataset inside, and
-    those that the dataset inside has (`targets`, `transform`, …) are set there. A subclass of this
-    class keeps what is set on it.
+    Attributes that this class lacks (`targets`, `classes`, …) are read from the wrapped dataset.
+    Attributes that the wrapped dataset has (`targets`, `transform`, …) are set there. A subclass of
+    this class keeps the attributes that are set on it.
 
     Args:
         dataset: Any map-style dataset, that is, one with `__len__` and `__getitem__`.
 
     Raises:
-        TypeError: If `dataset` is not map-style: the samples of a stream have no index.
+        TypeError: If `dataset` is not map-style, because the samples of a stream have no index.
 
     Example:
         >>> from torch.utils.data import Subset
@@ -58,14 +58,14 @@ class IndexedDataset(Dataset[Any]):
         if missing:
             found = f"without {' and '.join(f'`{m}`' for m in missing)}"
         elif isinstance(dataset, IterableDataset):  # each has a `__getitem__`, which only raises
-            found = "which is iterable-style, in an order of its own"
+            found = "which is iterable-style and has no positions"
         else:
             self.dataset = dataset
             return
         raise TypeError(
-            f"`dataset` should be map-style, with `__len__` and `__getitem__`. Found "
-            f"{type(dataset).__name__} {found}; give a dataset whose samples can be counted and "
-            f"looked up, or let the stream yield a number for each sample itself."
+            f"`dataset` must be map-style, with `__len__` and `__getitem__`, got "
+            f"{type(dataset).__name__} {found}. Pass a map-style dataset, or let the stream yield "
+            f"an index with each sample."
         )
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class IndexedDataset(Dataset[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, str):
-            return self.dataset[index]  # a column, of a dataset that has columns
+            return self.dataset[index]  # a column, if the dataset has columns
         if isinstance(index, slice):
             return self._batch(index, list(range(*index.indices(len(self.dataset)))))
         if isinstance(index, list | tuple | range) or getattr(index, "ndim", 0) > 0:
@@ -83,8 +83,8 @@ class IndexedDataset(Dataset[Any]):
         return _with_index(self.dataset[index], index)
 
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        # The batched read that DataLoader prefers: one call for datasets that gain from it
-        # (Hugging Face's, torch's own Subset), the plain loop for the others.
+        # DataLoader prefers this method. Some datasets read a batch faster than its samples
+        # (Hugging Face's, torch's Subset); for the others it is a loop.
         if type(self).__getitem__ is not IndexedDataset.__getitem__:
             return [self[index] for index in indices]
         indices = [self._position(index) for index in indices]
@@ -95,7 +95,7 @@ class IndexedDataset(Dataset[Any]):
         return [_with_index(sample, i) for sample, i in zip(samples, indices, strict=True)]
 
     def __getattr__(self, name: str) -> Any:
-        # Not for `dataset` itself, which unpickling asks for before it is there.
+        # Unpickling looks up `dataset` before it exists.
         if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
@@ -114,29 +114,29 @@ class IndexedDataset(Dataset[Any]):
         index = operator.index(index)
         size = len(self.dataset)
         if not -size <= index < size:
-            raise IndexError(f"`index` should be in [0, {size}). Found {index}.")
+            raise IndexError(f"`index` must be in [0, {size}), got {index}.")
         return index % size
 
     def _positions(self, indices: Any) -> list[int]:
-        """Of a list of indices, or of a bool for each sample."""
+        """The positions of a list of indices, or of a bool for each sample."""
         found = indices.tolist() if isinstance(indices, Tensor) else np.asarray(indices).tolist()
         if found and all(isinstance(value, bool) for value in found):
             if len(found) != len(self.dataset):
                 raise IndexError(
-                    f"`index` should have a bool for each of {len(self.dataset)} samples. Found "
+                    f"`index` must have one bool for each of the {len(self.dataset)} samples, got "
                     f"{len(found)}."
                 )
             return [position for position, value in enumerate(found) if value]
         return [self._position(value) for value in found]
 
-    def _batch(self, what: Any, positions: list[int]) -> Any:
-        if isinstance(self.dataset, list | tuple):  # a part of it: samples, not columns
+    def _batch(self, selection: Any, positions: list[int]) -> Any:
+        if isinstance(self.dataset, list | tuple):  # a list has samples, not columns
             return [_with_index(self.dataset[i], i) for i in positions]
-        return _with_index(self.dataset[what], torch.tensor(positions, dtype=torch.int64))
+        return _with_index(self.dataset[selection], torch.tensor(positions, dtype=torch.int64))
 
 
 def _reads_in_batches(dataset: Any) -> bool:
-    """Whether its `__getitems__` is at least as specific as its `__getitem__`."""
+    """Whether no subclass overrides `__getitem__` below the class that defines `__getitems__`."""
     if "__getitems__" in getattr(dataset, "__dict__", {}):
         return True
     for kind in type(dataset).__mro__:
@@ -168,11 +168,11 @@ def _with_index(sample: Any, index: Any) -> Any:
 
 
 def _checked(sample: Any, value: Any, index: Any) -> Any:
-    """A sample that has an index, if that is the one."""
+    """A sample that already has an index, if it is the right one."""
     if not _equal(value, index):
         raise ValueError(
-            f'A sample should have no key "index" of its own. Found {value!r} at '
-            f"position {index}; rename or drop that key before wrapping the dataset."
+            f'The samples of `dataset` must not have another "index", got {value!r} at position '
+            f"{index}. Rename or drop it before you wrap the dataset."
         )
     return sample
 

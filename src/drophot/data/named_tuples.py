@@ -1,4 +1,4 @@
-"""Named tuples with one field more: a sample and its index, with the sample's own names."""
+"""Named tuples with an additional field `index`."""
 
 from __future__ import annotations
 
@@ -8,32 +8,17 @@ from typing import Any
 
 
 def with_index(sample: Any, index: Any) -> Any:
-    """A named tuple that has an `index` too, and is still of its own class.
-
-    Args:
-        sample: A named tuple without such a field.
-        index: What the field is to hold.
-
-    Returns:
-        A named tuple of one field more.
-    """
+    """A sample with an additional field `index`, still an instance of its class."""
     return _make(type(sample), *sample, index)
 
 
 def without_index(sample: Any) -> Any:
-    """A named tuple as it was before `with_index`, or one without its field `index`.
-
-    Args:
-        sample: A named tuple with such a field.
-
-    Returns:
-        A named tuple of one field less.
-    """
-    kept = [getattr(sample, name) for name in sample._fields if name != "index"]
+    """A sample without its field `index`; the original class if `with_index` added the field."""
+    values = [getattr(sample, name) for name in sample._fields if name != "index"]
     kind = getattr(type(sample), "_without_index", None)
     if kind is None:
         kind = _shorter(type(sample).__name__, tuple(n for n in sample._fields if n != "index"))
-    return kind._make(kept)
+    return kind._make(values)
 
 
 def _make(kind: type[Any], *values: Any) -> Any:
@@ -44,7 +29,9 @@ def _make(kind: type[Any], *values: Any) -> Any:
 def _longer(kind: Any) -> Any:
     longer: Any = namedtuple(kind.__name__, [*kind._fields, "index"])
 
-    def reduce(self: Any) -> tuple[Any, ...]:  # a class that is made here is not found by its name
+    def reduce(
+        self: Any,
+    ) -> tuple[Any, ...]:  # pickle cannot find a class that is created here by its name
         return _make, (kind, *self)
 
     return type(

@@ -1,4 +1,4 @@
-"""What a data set holds that a copy of its process would share or lose, and what it looks like."""
+"""What a dataset holds: handles that processes cannot share, and values to compare."""
 
 from __future__ import annotations
 
@@ -15,24 +15,20 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from drophot.data.determinism import is_librarys, parts_of, reached
+from drophot.data.determinism import is_from_library, parts_of, reached
 from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import is_plainly
 
 _HANDLES = (io.IOBase, tarfile.TarFile, zipfile.ZipFile, sqlite3.Connection)
 _VALUES = (str, bytes, int, float, complex, type(None), range, np.generic)
-_WHOLE = 2**26  # bytes of an array that are looked at; of a larger one as many, spread over it
+_MAX_BYTES = 2**26  # compared per array; of a larger array, rows spread over it
 
 
 def can_be_copied(dataset: Any) -> bool:
-    """Whether a copy of the process is known to read a data set as this one does.
+    """Whether a copy of a dataset in another process is known to give the same samples.
 
-    Args:
-        dataset: The data set.
-
-    Returns:
-        Whether it is one of torchvision's own, or made of these, tensors or lists by torch's
-        classes, and nothing that it or its transforms hold can be closed, as a file can.
+    It must be a dataset of torchvision, tensors or a list, possibly wrapped by torch's classes, and
+    nothing that it or its transforms hold can be closed, as a file can.
     """
     return _is_known(dataset) and not any(map(_is_handle, reached(dataset)))
 
@@ -56,14 +52,7 @@ def _is_handle(thing: Any) -> bool:
 
 
 def holds_its_samples(dataset: Any) -> bool:
-    """Whether a data set is made of lists, so that reading it runs nobody's code and is cheap.
-
-    Args:
-        dataset: The data set.
-
-    Returns:
-        Whether it is.
-    """
+    """Whether a dataset is made of lists or tensors, so that reading it is cheap and safe."""
     if is_plainly(dataset, Subset) or is_plainly(dataset, IndexedDataset):
         return holds_its_samples(dataset.dataset)
     if is_plainly(dataset, ConcatDataset):
@@ -72,14 +61,9 @@ def holds_its_samples(dataset: Any) -> bool:
 
 
 def values_of(dataset: Any) -> list[Any]:
-    """What can be compared of what a data set and its code hold: numbers, words, arrays.
+    """The numbers, strings and arrays that a dataset and its code hold, to detect changes.
 
-    Args:
-        dataset: The data set.
-
-    Returns:
-        Equal to what this gave before, unless one of them has changed. Of large arrays only a part
-        is looked at.
+    Two results are equal unless a value has changed. Of large arrays only some rows are compared.
     """
     found: list[Any] = []
     for thing in reached(dataset):
@@ -87,12 +71,12 @@ def values_of(dataset: Any) -> list[Any]:
             try:
                 found.append(zlib.crc32(marshal.dumps(thing, 0)))
                 continue
-            except ValueError:  # it holds more than numbers and words
+            except ValueError:  # it holds other objects
                 found.append(len(thing))
         kind = thing if isinstance(thing, type) else type(thing)
         held = [value for value, _ in parts_of(thing, None)]
         for base in kind.__mro__:
-            held += [] if is_librarys(base) else vars(base).values()
+            held += [] if is_from_library(base) else vars(base).values()
         found += [_value(one) for one in held if isinstance(one, (*_VALUES, Tensor, np.ndarray))]
     return found
 
@@ -115,5 +99,5 @@ def _value(thing: Any) -> Any:
 
 
 def _step(rows: Any) -> int:
-    """How far apart the rows are that are looked at."""
-    return max(1, -(-int(rows.nbytes) // _WHOLE))
+    """The distance between the rows that are compared."""
+    return max(1, -(-int(rows.nbytes) // _MAX_BYTES))

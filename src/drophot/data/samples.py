@@ -1,4 +1,4 @@
-"""What a data set's samples are: read as its user wrote it, or known without reading."""
+"""The samples and targets of a dataset, read as a DataLoader does or known without reading."""
 
 from __future__ import annotations
 
@@ -15,35 +15,21 @@ from drophot.data.indexing import IndexedDataset
 
 T = TypeVar("T")
 
-# torchvision's data sets that give `targets[i]` as the target, and those that give `samples[i][1]`.
+# Datasets of torchvision whose target is `targets[i]`, and those whose target is `samples[i][1]`.
 _BY_TARGETS = {"MNIST", "FashionMNIST", "KMNIST", "CIFAR10", "CIFAR100"}
 _BY_SAMPLES = {"DatasetFolder", "ImageFolder", "ImageNet"}
 
 
 def is_plainly(dataset: Any, kind: type[T]) -> TypeGuard[T]:
-    """Whether a data set is of a kind exactly, so that it is known what reading it gives.
+    """Whether a dataset is of exactly this class, so that the result of reading it is known.
 
-    A subclass may give anything else, and so may an object with a method of its own.
-
-    Args:
-        dataset: The data set.
-        kind: The class.
-
-    Returns:
-        Whether it is.
+    A subclass or an object with its own methods may give anything else.
     """
     return type(dataset) is kind and "__getitems__" not in vars(dataset)
 
 
 def tensors_of(dataset: Any) -> tuple[Tensor, ...] | None:
-    """The tensors of a data set that is made of tensors already.
-
-    Args:
-        dataset: The data set.
-
-    Returns:
-        What reading it gives, all samples at once; `None` if that is not known without reading.
-    """
+    """All samples of a dataset that consists of tensors; `None` if they are not known."""
     if is_plainly(dataset, TensorDataset):
         whole = all(isinstance(t, Tensor) and t.dim() for t in dataset.tensors)
         lengths = {len(t) for t in dataset.tensors} if whole else set()
@@ -53,15 +39,15 @@ def tensors_of(dataset: Any) -> tuple[Tensor, ...] | None:
         return inner and (*inner, torch.arange(len(inner[0]), device=inner[0].device))
     if is_plainly(dataset, Subset):
         inner = tensors_of(dataset.dataset)
-        places = None if inner is None else _places(dataset.indices)
-        if inner is None or places is None:
+        positions = None if inner is None else _positions(dataset.indices)
+        if inner is None or positions is None:
             return None
-        return tuple(tensor[places.to(tensor.device)] for tensor in inner)
+        return tuple(tensor[positions.to(tensor.device)] for tensor in inner)
     return None
 
 
-def _places(indices: Any) -> Tensor | None:
-    """Indices of a `Subset` that are plainly integers. Of others torch makes other things."""
+def _positions(indices: Any) -> Tensor | None:
+    """The indices of a `Subset` if they are integers. Torch interprets others differently."""
     if isinstance(indices, range):
         return torch.arange(indices.start, indices.stop, indices.step)
     if isinstance(indices, list | tuple):
@@ -78,15 +64,12 @@ def _places(indices: Any) -> Tensor | None:
 
 
 def read(dataset: Any, positions: Sequence[int], name: str = "dataset") -> tuple[Tensor, ...]:
-    """A batch: read as a `DataLoader` does, in one call where the data set has one for it.
+    """A batch, read as a DataLoader does: in one call if the dataset has `__getitems__`.
 
     Args:
-        dataset: The data set.
-        positions: Which samples.
-        name: What the caller calls the data set.
-
-    Returns:
-        The samples' parts, stacked.
+        dataset: The dataset.
+        positions: The positions of the samples.
+        name: The name of the caller's argument, for errors.
 
     Raises:
         ValueError: If the samples differ in shape.
@@ -107,14 +90,7 @@ def _samples(dataset: Any, positions: list[int]) -> list[Any]:
 
 
 def stacked(samples: list[Any]) -> tuple[Tensor, ...]:
-    """Samples as a batch, which belongs to no graph: `backward` ends at the data.
-
-    Args:
-        samples: Of one shape.
-
-    Returns:
-        The samples' parts, stacked.
-    """
+    """Samples of one shape as a batch, detached so that `backward` ends at the data."""
     parts = default_collate(samples)
     return tuple(part.detach() if isinstance(part, Tensor) else part for part in parts)
 
@@ -123,11 +99,11 @@ def _check_shapes(
     name: str, samples: list[Any], positions: Sequence[int], error: Exception
 ) -> None:
     first = _shapes(samples[0])
-    for place, sample in zip(positions, samples, strict=True):
+    for position, sample in zip(positions, samples, strict=True):
         if (found := _shapes(sample)) != first:
             raise ValueError(
-                f"`{name}` should have samples of one shape. Found {_words(found)} at position "
-                f"{place} and {_words(first)} at position {positions[0]}; crop or resize them."
+                f"`{name}` must have samples of one shape, got {_format(found)} at position "
+                f"{position} and {_format(first)} at position {positions[0]}. Crop or resize them."
             ) from error
 
 
@@ -137,97 +113,70 @@ def _shapes(sample: Any) -> Any:
     return tuple(np.shape(part) if hasattr(part, "shape") else () for part in sample)
 
 
-def _words(shapes: Any) -> str:
+def _format(shapes: Any) -> str:
     return str(shapes[0]) if isinstance(shapes, tuple) and shapes else str(shapes)
 
 
 def targets_of(dataset: Any) -> Tensor:
-    """The targets of all samples, without reading the samples where they are known.
-
-    Args:
-        dataset: What `in_memory` gave, or any other map-style dataset.
-
-    Returns:
-        Integers, shape `(N,)`, on the CPU.
-    """
+    """The targets of all samples, integers `(N,)` on the CPU, without reading if they are known."""
     if (known := known_targets(dataset)) is not None:
         return as_classes(known.cpu())
     found = []
     with random_state.preserved_rng():
-        for start in range(0, len(dataset), _CHUNK):
-            places = list(range(start, min(start + _CHUNK, len(dataset))))
-            found += [torch.as_tensor(s[1]).cpu() for s in _samples(dataset, places)]
+        for start in range(0, len(dataset), _CHUNK_SIZE):
+            positions = list(range(start, min(start + _CHUNK_SIZE, len(dataset))))
+            found += [torch.as_tensor(s[1]).cpu() for s in _samples(dataset, positions)]
     return as_classes(torch.stack(found))
 
 
 def as_classes(targets: Tensor) -> Tensor:
-    """Targets of any integer type, or truth values, as the integers that torch's losses take.
+    """Targets of any integer type or bool as int64, the dtype of torch's losses.
 
-    Args:
-        targets: Of any kind.
-
-    Returns:
-        int64, or the targets themselves if they are no integers.
+    Other targets are returned as they are.
     """
     is_class = not (targets.is_floating_point() or targets.is_complex())
     return targets.long() if is_class else targets
 
 
-_CHUNK = 256  # samples that are read in one go, of which only the targets stay
+_CHUNK_SIZE = 256  # samples that are read at a time for their targets
 
 
 def known_targets(dataset: Any) -> Tensor | None:
-    """The targets of all samples, if they are known without reading the samples.
-
-    Args:
-        dataset: Any data set.
-
-    Returns:
-        As they stand there, or `None`.
-    """
+    """The targets of all samples, if they are known without reading the samples."""
     if (tensors := tensors_of(dataset)) is not None:
         return tensors[1]
     if is_plainly(dataset, IndexedDataset):
         return known_targets(dataset.dataset)
     if is_plainly(dataset, Subset):
-        inner, places = known_targets(dataset.dataset), _places(dataset.indices)
-        return None if inner is None or places is None else inner[places.to(inner.device)]
-    if is_torchvisions(dataset, _BY_TARGETS) and dataset.target_transform is None:
+        inner, positions = known_targets(dataset.dataset), _positions(dataset.indices)
+        return None if inner is None or positions is None else inner[positions.to(inner.device)]
+    if is_from_torchvision(dataset, _BY_TARGETS) and dataset.target_transform is None:
         return torch.as_tensor(dataset.targets)
-    if is_torchvisions(dataset, _BY_SAMPLES) and dataset.target_transform is None:
+    if is_from_torchvision(dataset, _BY_SAMPLES) and dataset.target_transform is None:
         return torch.as_tensor([target for _, target in dataset.samples])
     return None
 
 
-def is_torchvisions(thing: Any, names: set[str], part: str = "datasets") -> bool:
-    """Whether a thing is of one of torchvision's classes, and exactly so.
-
-    Args:
-        thing: A data set, or a transform.
-        names: The classes' names.
-        part: Which part of torchvision they are from.
-
-    Returns:
-        Whether it is.
-    """
+def is_from_torchvision(thing: Any, names: set[str], part: str = "datasets") -> bool:
+    """Whether an object is exactly of one of these classes of a part of torchvision."""
     kind = type(thing)
-    ours = kind.__module__.startswith(f"torchvision.{part}.") and kind.__name__ in names
-    return ours and "__getitems__" not in vars(thing)
+    from_torchvision = kind.__module__.startswith(f"torchvision.{part}.") and kind.__name__ in names
+    return from_torchvision and "__getitems__" not in vars(thing)
 
 
 def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
-    """A data set's first sample, as far as this library can train on it.
+    """The first sample of a dataset, checked for the samples that this library can train on.
 
     Args:
-        name: What the caller calls the data set.
-        dataset: The data set.
+        name: The name of the caller's argument, for errors.
+        dataset: The dataset.
 
     Returns:
         The sample, `(input, target)` or `(input, target, index)`.
 
     Raises:
-        ValueError: If the data set is empty.
-        TypeError: If it is a loader, has no length, or the sample is no such tuple.
+        ValueError: If the dataset is empty.
+        TypeError: If it is a loader, has no length, or the sample is not such a tuple.
 
     Example:
         >>> first_sample("dataset", [(torch.zeros(2), 1)])
@@ -240,9 +189,9 @@ def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
         sample = _samples(dataset, [0])[0]
     except (NotImplementedError, KeyError) as error:
         raise TypeError(
-            f"`{name}` should be map-style, with samples at positions from 0. Found "
-            f"{type(dataset).__name__}, which gave {type(error).__name__} at position 0; of a "
-            f"dictionary of data sets give one, and of a stream the samples as a list."
+            f"`{name}` must be map-style, with samples at positions from 0, got "
+            f"{type(dataset).__name__}, which raised {type(error).__name__} at position 0. Pass a "
+            f"single dataset of a dictionary of datasets, and the samples of a stream as a list."
         ) from error
     if (
         not isinstance(sample, tuple | list)
@@ -256,9 +205,9 @@ def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
             else type(sample).__name__
         )
         raise TypeError(
-            f"`{name}` should give samples (input, target) or (input, target, index) with a tensor "
-            f"as input. Found {kinds}; images become tensors by a transform such as "
-            f"torchvision.transforms.ToTensor(), and dicts are for a loop of your own."
+            f"`{name}` must have samples (input, target) or (input, target, index) with a tensor "
+            f"as input, got {kinds}. Convert images by a transform such as "
+            f"torchvision.transforms.ToTensor(). For dicts, write your own training loop."
         )
     return tuple(sample)
 
@@ -267,18 +216,18 @@ def _check_kind(name: str, dataset: Any) -> None:
     found = type(dataset).__name__
     if not hasattr(dataset, "__getitem__") and hasattr(dataset, "dataset"):
         raise TypeError(
-            f"`{name}` should be a data set, not a loader of one. Found {found}; give its data "
-            f"set, as in `loader.dataset`."
+            f"`{name}` must be a dataset, not a loader, got {found}. Pass its dataset: "
+            f"`loader.dataset`."
         )
     if isinstance(dataset, torch.nn.Module):
         raise TypeError(
-            f"`{name}` should be a data set. Found {found}, a model; the model comes first and the "
-            f"data set second."
+            f"`{name}` must be a dataset, got the model {found}. The model is the first argument "
+            f"and the dataset the second."
         )
     for method in ("__len__", "__getitem__"):
         if not hasattr(dataset, method):
             lack = "a length" if method == "__len__" else "`__getitem__`"
             raise TypeError(
-                f"`{name}` should be map-style, with `__len__` and `__getitem__`. Found {found} "
+                f"`{name}` must be map-style, with `__len__` and `__getitem__`, got {found} "
                 f"without {lack}."
             )

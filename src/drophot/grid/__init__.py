@@ -1,4 +1,4 @@
-"""Many runs, resumable, each shared stage computed once."""
+"""Grids of runs, which can be resumed and compute shared stages once."""
 
 from drophot.grid.grid import Grid
 from drophot.grid.plan import Plan

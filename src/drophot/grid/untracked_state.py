@@ -1,4 +1,4 @@
-"""What training changed in a network that its `state_dict` does not hold: counters and caches."""
+"""The state of a trained network that its `state_dict` lacks: counters, caches and the like."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import nn
 from drophot.pipeline.provenance.experiment import can_be_loaded
 from drophot.pipeline.provenance.fingerprints import describe
 
-_PARTS = vars(nn.Module()).keys()  # that every module has
+_PARTS = vars(nn.Module()).keys()  # attributes of every module
 
 
 def remainder(model: nn.Module, twin: nn.Module) -> dict[str, Any]:
-    """What has to be kept of a trained network beside its `state_dict`.
+    """The changes of a trained network that are not in its `state_dict`.
 
     Args:
         model: The network after training.
-        twin: The same network as it is built, with its `state_dict` loaded.
+        twin: A newly built network with the same `state_dict`.
 
     Returns:
         Values by the names of attributes and of buffers that are not persistent.
@@ -30,8 +30,8 @@ def remainder(model: nn.Module, twin: nn.Module) -> dict[str, Any]:
     modules, others = dict(model.named_modules()), dict(twin.named_modules())
     if changed := sorted(modules.keys() ^ others.keys()):
         raise TypeError(
-            f"`model` should have the same modules after training as before, to go on in another "
-            f"process. Found a difference in {changed[0]!r}; build all of them in the factory."
+            f"`model` must have the same modules after training as before, so that another process "
+            f"can continue with it, but {changed[0]!r} differs. Create all modules in the factory."
         )
     for prefix, module in modules.items():
         own, built = _values(module), _values(others[prefix])
@@ -45,21 +45,17 @@ def remainder(model: nn.Module, twin: nn.Module) -> dict[str, Any]:
                 continue
             if not can_be_loaded(value):
                 raise TypeError(
-                    f"`model` should keep what training changes as tensors, numbers or lists and "
-                    f"dicts of them, to go on in another process. Found {type(value).__name__} in "
-                    f"`{path}`; make it a buffer or return it from `get_extra_state`."
+                    f"`model` must hold what training changes as tensors, numbers, or lists and "
+                    f"dicts of them, so that another process can continue with it, got a "
+                    f"{type(value).__name__} in `{path}`. Make it a buffer, or return it from "
+                    f"`get_extra_state`."
                 )
             found[path] = value
     return found
 
 
 def put_back(model: nn.Module, found: dict[str, Any]) -> None:
-    """Give a network what `remainder` kept.
-
-    Args:
-        model: As it is built.
-        found: What was kept.
-    """
+    """Give a newly built network the changes that `remainder` found."""
     for path, value in found.items():
         prefix, _, name = path.rpartition(".")
         module = model.get_submodule(prefix)

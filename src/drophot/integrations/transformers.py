@@ -1,10 +1,9 @@
-"""The tracker in Hugging Face's Trainer."""
+"""A tracker in Hugging Face's Trainer."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,89 +11,88 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from drophot.data.indexing import IndexedDataset
+from drophot.integrations import tracker_file
+from drophot.integrations.training_set import check_training_set
 from drophot.tracking import attach
-from drophot.tracking.batch_matching import tensors
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.tracking.presenter import Presenter, Taken
+from drophot.tracking.tensor_matching import tensors
+from drophot.tracking.validation import describe
 
 try:
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 except ImportError as error:
     raise ImportError(
-        "drophot.integrations.transformers should find the packages transformers and accelerate. "
-        'Found none that can be imported; install them: pip install "drophot[transformers]"'
+        "drophot.integrations.transformers needs the packages transformers and accelerate, which "
+        'cannot be imported. Install them: pip install "drophot[transformers]"'
     ) from error
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_FILE = "tracker.pt"
-_LAST_FILE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
-_CURE = (
-    "say how to get them from what the model returns: "
-    "`TrackedTrainer(..., logits=lambda outputs: ...)`"
+_HOW_TO_GET_LOGITS = (
+    "Say how to get them from the model's output: `TrackedTrainer(..., logits=lambda outputs: ...)`"
 )
-_REMEDY = (
-    "pass the batch's tensors as they are, or let `compute_loss` return `(loss, outputs)` where "
-    "`return_outputs` is true, and put TrackerMixin before the Trainer that has it: "
+_FIX = (
+    "Pass the tensors of the batch unchanged, or return `(loss, outputs)` from `compute_loss` if "
+    "`return_outputs` is true. Put TrackerMixin before your Trainer: "
     "`class MyTracked(TrackerMixin, MyTrainer)`"
 )
-# For a type checker the mixin is what it is mixed into; for Python it is not.
+# For a type checker, the mixin is a Trainer; for Python it is not.
 _Base = Trainer if TYPE_CHECKING else object
 
 
 class TrackerMixin(_Base):
     """Makes a Trainer present its training batches to a tracker.
 
-    A Trainer's callbacks see neither inputs nor logits, and it drops every column that the model's
-    `forward` does not name. This keeps the column `index`, takes it off each batch before the model
-    is called, and reads the logits where the loss is computed. Evaluation is not counted.
+    A Trainer's callbacks see neither inputs nor logits, and the Trainer drops every column that the
+    model's `forward` does not name. This class keeps the column `index`, removes it from each batch
+    before the model is called, and reads the logits when the loss is computed. Evaluation is not
+    counted.
 
-    Put it in front of a Trainer of your own: `class MyTracked(TrackerMixin, MyTrainer)`, or take
-    :class:`TrackedTrainer`. The outputs are those that `compute_loss` returns beside the loss. If
-    it returns the loss alone, or if `training_step` does not call it, they are those of the first
-    forward on the batch's own tensors: the largest inputs of that forward, labels aside, are
-    tensors of the batch. A step that computes its loss more than once presents its batch once. The
-    rows of the logits must be in the order of the batch; a `compute_loss` that permutes them and
-    returns its outputs cannot be detected.
+    Put it before your own Trainer, `class MyTracked(TrackerMixin, MyTrainer)`, or use
+    :class:`TrackedTrainer`. The outputs are those that `compute_loss` returns with the loss. If it
+    returns only the loss, or if `training_step` does not call it, the outputs of the first forward
+    on the batch's own tensors are used: the largest inputs of that forward, apart from labels, must
+    be tensors of the batch. A step that computes its loss more than once presents its batch once.
+    The rows of the logits must be in the order of the batch; a `compute_loss` that permutes them
+    and returns its outputs cannot be detected.
 
-    Ranks are merged by `sync` at the end of every epoch and before a checkpoint. Each checkpoint
-    has the tracker's state as `tracker.pt`, and `train(resume_from_checkpoint=...)` resumes from
-    it. With `model_init` each call of `train` makes a new network and is counted from the start, so
-    that after `hyperparameter_search` the tracker has the last trial. An attempt that
-    `auto_find_batch_size` gave up is not counted.
+    Ranks are merged by `sync` at the end of every epoch and before a checkpoint is saved. Each
+    checkpoint has the tracker's state as `tracker.pt`, and `train(resume_from_checkpoint=...)`
+    restores it. With `model_init`, each call of `train` creates a new network and resets the
+    tracker, so that after `hyperparameter_search` the tracker has the last trial. An attempt that
+    `auto_find_batch_size` abandoned is not counted.
 
     Args:
-        *args: What the Trainer takes.
-        tracker: A :class:`drophot.ForgettingTracker` or :class:`drophot.DynamicsTracker` of as many
-            samples as the indices are taken from.
-        logits: Gets the logits `(B, C)` from what the model returns. `None` takes its `"logits"`.
+        *args: Arguments of the Trainer.
+        tracker: A :class:`drophot.ForgettingTracker` or :class:`drophot.DynamicsTracker` with as
+            many samples as the dataset that the indices refer to.
+        logits: Gets the logits `(B, C)` from the model's output. `None` takes its entry `"logits"`.
         targets: Gets the targets `(B,)` from a batch without its index. `None` takes the Trainer's
             label (`labels`).
         correct: For tasks other than classification: gets the batch without its index and the
-            model's outputs, and gives a bool `(B,)`. Needs a ForgettingTracker.
-        group: The ranks that see different batches, if not all do (tensor or context parallel): a
-            process group, or a function that gets it from the Trainer. `None` means all ranks.
-        **kwargs: What the Trainer takes. `train_dataset` is an :class:`drophot.IndexedDataset`
+            model's outputs, and returns a bool `(B,)`. Needs a ForgettingTracker.
+        group: The ranks that see different batches, if not all do (tensor or context parallelism):
+            a process group, or a function that gets it from the Trainer. `None` means all ranks.
+        **kwargs: Arguments of the Trainer. `train_dataset` is an :class:`drophot.IndexedDataset`
             whose samples are dicts, a `Subset` of one, or any other dataset with a column `index`.
 
     Raises:
-        TypeError: If `tracker` is not a tracker, or is a DynamicsTracker where `correct` is given;
-            at the first batch, if it has no index or no labels, or the model's output no logits.
-        ValueError: If the training set has more samples than the tracker, or a column `index` with
-            other numbers than theirs, or joins several IndexedDatasets; at the first batch, if the
-            logits or labels have not the shape of a classification; when training begins, if ranks
-            share batches and no `group` is given.
-        RuntimeError: After a batch for which the model was called on other tensors than the
-            batch's, and whose outputs were not returned; at the end of the first epoch, if no
-            batch was counted.
+        TypeError: If `tracker` is not a tracker, or is a DynamicsTracker although `correct` is
+            given; at the first batch, if it has no index or no labels, or the model's output has no
+            logits.
+        ValueError: If the training set has more samples than the tracker, has a column `index` with
+            other numbers, or joins several IndexedDatasets; at the first batch, if the logits or
+            labels do not have the shape of a classification; when training begins, if ranks share
+            batches and no `group` is given.
+        RuntimeError: After a batch for which the model was called only on tensors that are not the
+            batch's, and whose outputs were not returned; at the end of the first epoch, if no batch
+            was counted.
     """
 
     def __init__(
@@ -112,24 +110,13 @@ class TrackerMixin(_Base):
         )
         self._group = group
         self._awaited: Taken | None = None  # the batch of this step, until it is presented
-        self._tensors: list[Tensor] = []  # that batch's, without its labels
+        self._tensors: list[Tensor] = []  # the tensors of that batch without its labels
         self._label_tensors: list[Tensor] = []
-        self._presented: Tensor | None = None  # the index of the last one
-        self._heard: Any = None  # the model's outputs, where nobody returns them
-        self._unrecognised = False  # whether a forward of this step was on other tensors
+        self._presented: Tensor | None = None  # the index of the last batch
+        self._heard: Any = None  # the model's outputs, seen by a forward hook
+        self._unrecognised = False  # whether the model was called on other tensors in this step
         super().__init__(*args, **kwargs)
-        data: Any = self.train_dataset
-        attach.check_source(Subset(data, []))
-        size = len(data) if hasattr(data, "__len__") else None
-        if isinstance(data, Subset) and isinstance(data.dataset, IndexedDataset):
-            size = max(data.indices, default=-1) + 1  # the samples' numbers in the whole
-        if size is not None and size > tracker.num_samples:
-            raise ValueError(
-                f"`tracker` should be of the training set's {size} samples. Found one of "
-                f"{tracker.num_samples}; make it with `num_samples=len(dataset)`, the dataset that "
-                f"IndexedDataset wraps."
-            )
-        _check_column(data, tracker.num_samples)
+        check_training_set(self.train_dataset, tracker.num_samples)
         self._keeper = _Keeper(self)
         self.add_callback(self._keeper)
 
@@ -139,7 +126,7 @@ class TrackerMixin(_Base):
         return self._presenter.tracker
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's; the batch is presented on the way."""
+        """The Trainer's step, in which the batch is presented."""
         with self._awaiting(model, inputs) as rest:
             loss = super().training_step(model, rest, *args, **kwargs)
             self._present_heard(model)
@@ -148,71 +135,61 @@ class TrackerMixin(_Base):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the Trainer's; a batch in training is presented on the way."""
+        """The Trainer's loss. In training, the batch is presented."""
         rest, index = _without_index(inputs)
         compute = partial(self._compute, super().compute_loss, model)
         if index is None or not model.training or index is self._presented:
             return compute(rest, return_outputs, *args, **kwargs)
-        self._presented = index  # a `training_step` in front of this class may come twice
+        self._presented = index  # a `training_step` of a subclass may call this twice
         with self._awaiting(model, inputs) as rest:
             return compute(rest, return_outputs, *args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's, for a batch without its index."""
+        """The Trainer's step, for a batch without its index."""
         return super().prediction_step(model, _without_index(inputs)[0], *args, **kwargs)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the Trainer's; resuming from a checkpoint, the tracker resumes from it too.
+        """The Trainer's training. The tracker resumes from the same checkpoint.
 
         Args:
-            resume_from_checkpoint: A checkpoint's folder, or True for the last one that is whole
-                and has a tracker.
-            *args: What the Trainer takes.
-            **kwargs: What the Trainer takes.
+            resume_from_checkpoint: The folder of a checkpoint, or True for the last complete one
+                with a tracker.
+            *args: Arguments of the Trainer.
+            **kwargs: Arguments of the Trainer.
 
         Returns:
-            What the Trainer returns.
+            The Trainer's result.
 
         Raises:
-            FileNotFoundError: If the checkpoint has no tracker in it.
+            FileNotFoundError: If the checkpoint has no state of a tracker.
         """
-        if self.model_init is not None:  # another network, so counted from the start
+        if self.model_init is not None:  # trains another network
             self.tracker.reset()
-        self._keeper.before = None
+        self._keeper.initial_state = None
         folder = resume_from_checkpoint
         if folder is True:
             newest = get_last_checkpoint(str(self.args.output_dir))
-            folder = _last_whole(Path(str(self.args.output_dir))) or newest
+            folder = tracker_file.last_complete(Path(str(self.args.output_dir))) or newest
             if newest and folder and Path(folder) != Path(newest):
                 warnings.warn(
-                    f"The last checkpoint should be whole and have the tracker's state in it. "
-                    f"Found that {newest} is not; resuming from {folder}.",
+                    f"The last checkpoint, {newest}, is incomplete or has no state of a tracker. "
+                    f"Training resumes from {folder}.",
                     stacklevel=2,
                 )
         if folder:
-            file = Path(folder) / _FILE
-            if not file.exists():
-                raise FileNotFoundError(
-                    f"The checkpoint {folder} should have the tracker's state in it. Found no "
-                    f"{_FILE}; resume from one that was written with this tracker."
-                )
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            self.tracker.load_state_dict(state)
+            tracker_file.load(self.tracker, Path(folder))
             resume_from_checkpoint = str(folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """Before the Trainer writes its own files, so that a whole checkpoint has the tracker."""
+        """Save the tracker before the Trainer's files, so that every complete checkpoint has it."""
         self.tracker.sync(self._ranks())
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial))
             folder /= f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            part = folder / f"{_FILE}.part"
-            torch.save(self.tracker.state_dict(), part)
-            part.replace(folder / _FILE)  # whole or not at all
+            tracker_file.save(self.tracker, folder)
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -228,17 +205,17 @@ class TrackerMixin(_Base):
         return batch[(self.label_names or ["labels"])[0]]
 
     def _take(self, inputs: Any) -> Taken:
-        """What counting needs of a batch."""
+        """Read the index and targets of a batch."""
         try:
             return self._presenter.take(inputs)
         except (TypeError, KeyError) as error:
             label = (self.label_names or ["labels"])[0]
             raise TypeError(
-                f"A training batch should have `index` and `{label}`. Found "
-                f"{attach.describe(inputs)}; wrap the training set in IndexedDataset, and see that "
-                f"`data_collator` keeps them. Should the Trainer itself have dropped them, train "
-                f"with `TrainingArguments(remove_unused_columns=False)`. Labels by another name: "
-                f"`targets=lambda batch: ...`."
+                f"A training batch must have `index` and `{label}`, got {describe(inputs)}. Wrap "
+                f"the training set in IndexedDataset, and check that `data_collator` keeps both. "
+                f"If the Trainer has dropped them, pass "
+                f"`TrainingArguments(remove_unused_columns=False)`. If the labels have another "
+                f"name, pass `targets=lambda batch: ...`."
             ) from error
 
     def _compute(
@@ -250,7 +227,7 @@ class TrackerMixin(_Base):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The loss; its outputs are asked for if they are awaited and can be had."""
+        """Compute the loss, with the outputs if a batch waits for them and they are available."""
         awaited = self._awaited is not None and model.training
         more = return_outputs or (awaited and _takes_return_outputs(compute_loss))
         if args:
@@ -270,7 +247,7 @@ class TrackerMixin(_Base):
     def _present(self, outputs: Any, model: Any) -> None:
         taken, self._awaited, self._heard = self._awaited, None, None
         if taken is not None:
-            self._presenter.present(taken, outputs, model, _CURE)
+            self._presenter.present(taken, outputs, model, _HOW_TO_GET_LOGITS)
 
     def _present_heard(self, model: Any) -> None:
         if self._heard is not None:
@@ -278,19 +255,21 @@ class TrackerMixin(_Base):
 
     @contextmanager
     def _awaiting(self, model: nn.Module, inputs: Any) -> Iterator[Any]:
-        """A batch without its index, and what the first forward on its own tensors gives."""
+        """Yield a batch without its index. Meanwhile, listen for a forward on its tensors."""
         self._awaited, (rest, _) = self._take(inputs), _without_index(inputs)
-        self._know(rest)
+        self._remember(rest)
         self._unrecognised = False
-        # Where step and loss are the Trainer's, the loss comes with the outputs.
-        handle = model.register_forward_hook(self._hear, with_kwargs=True) if _own(self) else None
+        # The Trainer's own step and loss return the outputs, so no hook is needed.
+        handle = (
+            model.register_forward_hook(self._hear, with_kwargs=True) if _overridden(self) else None
+        )
         try:
             yield rest
             if self._awaited is not None and self._unrecognised:
                 raise RuntimeError(
-                    f"The model should be called on the batch's own tensors, or its outputs be "
-                    f"returned with the loss. Found that {_by(self)} calls it on other tensors, "
-                    f"whose logits may be another batch's; {_REMEDY}."
+                    f"The model must be called on the batch's own tensors, or its outputs must be "
+                    f"returned with the loss, but {_names(self)} calls it on other tensors, whose "
+                    f"logits may belong to another batch. {_FIX}."
                 )
         finally:
             self._awaited, self._heard = None, None
@@ -300,12 +279,12 @@ class TrackerMixin(_Base):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)
-        if self._awaited is not None:  # on the device they may be other tensors
-            self._know(inputs)
+        if self._awaited is not None:  # moving them to the device creates other tensors
+            self._remember(inputs)
         return inputs
 
-    def _know(self, batch: Any) -> None:
-        """Remember the tensors by which a batch is recognised: all but its labels."""
+    def _remember(self, batch: Any) -> None:
+        """Remember the tensors that a batch is recognised by, and its labels."""
         rest, labels = self._without_labels(batch)
         self._tensors += tensors(rest)
         self._label_tensors += tensors(labels)
@@ -334,15 +313,15 @@ class TrackerMixin(_Base):
 
 
 class TrackedTrainer(TrackerMixin, Trainer):
-    """The Trainer, with :class:`TrackerMixin`."""
+    """Hugging Face's Trainer with :class:`TrackerMixin`."""
 
 
 class _Keeper(TrainerCallback):
-    """Merges ranks, and sees that something is counted; called on every rank."""
+    """Merges ranks, and checks that batches are counted. Called on every rank."""
 
     def __init__(self, trainer: TrackerMixin) -> None:
         self.trainer = trainer
-        self.before: dict[str, Any] | None = None  # what `train` began with
+        self.initial_state: dict[str, Any] | None = None  # when `train` was called
         self._seen: int | None = None
         self._step = 0
 
@@ -350,11 +329,11 @@ class _Keeper(TrainerCallback):
         tracker = self.trainer.tracker
         attach.check_source(kwargs.get("train_dataloader"))
         self._check_ranks()
-        if self.before is not None:  # a smaller batch is tried
-            tracker.load_state_dict(self.before)
+        if self.initial_state is not None:  # another attempt, with smaller batches
+            tracker.load_state_dict(self.initial_state)
         tracker.sync(self.trainer._ranks())
-        if args.auto_find_batch_size and self.before is None:
-            self.before = tracker.state_dict()
+        if args.auto_find_batch_size and self.initial_state is None:
+            self.initial_state = tracker.state_dict()
         self._seen, self._step = int(tracker.presentations.sum()), state.global_step
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -364,9 +343,9 @@ class _Keeper(TrainerCallback):
             return
         if int(trainer.tracker.presentations.sum()) == self._seen:
             raise RuntimeError(
-                f"Every training batch should be counted. Found none in the first epoch: "
-                f"{_by(trainer)} neither returned the model's outputs to the tracker nor called "
-                f"the model that it is given on the batch's own tensors; {_REMEDY}."
+                f"No training batch of the first epoch was counted, because {_names(trainer)} "
+                f"neither returned the model's outputs nor called the model on the batch's own "
+                f"tensors. {_FIX}."
             )
         self._seen = None
 
@@ -376,14 +355,14 @@ class _Keeper(TrainerCallback):
         }
         if self.trainer._group is None and max(sizes.values()) > 1:
             raise ValueError(
-                f"`group` should be the ranks that see different batches. Found none, and ranks "
-                f"that share theirs: {sizes}; `TrackedTrainer(..., group=lambda trainer: "
+                f"`group` must be given because some ranks share their batches: {sizes}. Pass the "
+                f"ranks that see different batches: `TrackedTrainer(..., group=lambda trainer: "
                 f"trainer.accelerator.torch_device_mesh['dp'].get_group())`."
             )
 
 
-def _own(trainer: TrackerMixin) -> list[str]:
-    """Which of the step and the loss are not the Trainer's own."""
+def _overridden(trainer: TrackerMixin) -> list[str]:
+    """Which of `training_step` and `compute_loss` a subclass of the Trainer overrides."""
     others = [
         kind for kind in type(trainer).__mro__ if kind not in (TrackerMixin, *Trainer.__mro__)
     ]
@@ -391,9 +370,9 @@ def _own(trainer: TrackerMixin) -> list[str]:
     return [name for name in names if any(name in vars(kind) for kind in others)]
 
 
-def _by(trainer: TrackerMixin) -> str:
-    """The methods that may have kept the logits from the tracker, for errors."""
-    names = _own(trainer) or ["training_step"]
+def _names(trainer: TrackerMixin) -> str:
+    """The methods that did not pass on the logits, for errors."""
+    names = _overridden(trainer) or ["training_step"]
     return " or ".join(f"`{type(trainer).__name__}.{name}`" for name in names)
 
 
@@ -411,39 +390,3 @@ def _without_index(inputs: Any) -> tuple[Any, Any]:
     index = rest["index"]
     del rest["index"]
     return rest, index
-
-
-def _check_column(data: Any, num_samples: int) -> None:
-    """A datasets.Dataset's own column `index`: each number once, and none that is too large."""
-    if "index" not in (getattr(data, "column_names", None) or ()) or not hasattr(data, "__len__"):
-        return
-    index = np.asarray(data.with_format("numpy")["index"][:])
-    if not np.issubdtype(index.dtype, np.integer) or index.ndim != 1:
-        raise ValueError(f"The column `index` should hold integers. Found {index.dtype}.")
-    if len(index) and not (index.min() >= 0 and index.max() < num_samples):
-        wrong = index.min() if index.min() < 0 else index.max()
-        raise ValueError(
-            f"The column `index` should be in [0, {num_samples}), the tracker's samples. Found "
-            f"{wrong}; make the tracker with the length of the dataset that was numbered."
-        )
-    values, counts = np.unique(index, return_counts=True)
-    if len(values) < len(index):
-        raise ValueError(
-            f"The column `index` should have each number once. Found {values[counts.argmax()]} "
-            f"{counts.max()} times; drop the column and wrap the dataset in IndexedDataset."
-        )
-
-
-def _last_whole(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end, with a tracker."""
-    found: list[tuple[int, str]] = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if not step.isdigit() or not (path / _FILE).exists():
-            continue
-        try:
-            json.loads((path / _LAST_FILE).read_text())
-        except (OSError, ValueError):
-            continue
-        found.append((int(step), str(path)))
-    return max(found)[1] if found else None

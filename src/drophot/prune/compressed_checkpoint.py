@@ -283,8 +283,8 @@ def _content(archive: zipfile.ZipFile, name: str, most: int) -> bytes:
     entry = archive.getinfo(name)
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(
-            f"`path` must be a file written by save_compressed, whose parts are stored uncompressed, "
-            f"but {name!r} is compressed by method {entry.compress_type}."
+            f"`path` must be a file written by save_compressed, with uncompressed parts, but "
+            f"{name!r} is compressed by method {entry.compress_type}."
         )
     whole = os.fstat(archive.fp.fileno()).st_size if archive.fp is not None else 0
     if entry.file_size > min(most, whole) or entry.compress_size != entry.file_size:

@@ -67,9 +67,10 @@ def without_wrappers(path: str) -> str:
 def _check(model: nn.Module, name: str, weight: nn.Parameter | None, mask: Tensor) -> None:
     if weight is None:
         raise ValueError(
-            f"`model` must have the parameters that the masks belong to, but {type(model).__name__} "
-            f"has no parameter `{name}`. It is another model, or its layers were replaced or "
-            f"parametrized. For the model as it is now, use Masks.from_zeros(model)."
+            f"`model` must have the parameters that the masks belong to, but "
+            f"{type(model).__name__} has no parameter `{name}`. It is another model, or its layers "
+            f"were replaced or parametrized. For the model as it is now, use "
+            f"Masks.from_zeros(model)."
         )
     if is_sharded(model, weight):
         raise ValueError(

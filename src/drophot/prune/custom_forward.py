@@ -1,8 +1,8 @@
 """Find out whether layers that override `forward` multiply by their weight as it is.
 
 A layer may standardise its weight before it multiplies, so that a zero in the parameter is not a
-zero in the kernel. drophot therefore runs a copy of the layer once on a small input, with weights of
-which half are zero, and inspects the operands of its products and convolutions.
+zero in the kernel. drophot therefore runs a copy of the layer once on a small input, with weights
+of which half are zero, and inspects the operands of its products and convolutions.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _half_zero(weight: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
 
 
 def _inputs(layer: nn.Module, weight: Tensor, other_layout: bool) -> tuple[Tensor, ...]:
-    """A small batch of inputs for a layer; `other_layout` is channels last, or a batch of sequences."""
+    """A small batch of inputs; `other_layout` means channels last, or a batch of sequences."""
     # A batch size that does not divide the weight's size, so that no activation has that size.
     batch = next(n for n in (5, 7, 11, 13, 17, 19, 23) if weight.numel() % n or n == 23)
     shapes: list[tuple[int, ...]]

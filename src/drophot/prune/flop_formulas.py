@@ -19,7 +19,7 @@ _MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
     "_int_mm": lambda a, b: a.numel() * b.shape[1],
     "_trilinear": lambda *args, **_: _trilinear(*args),
     "_grouped_mm": lambda a, b, offs=None, *_, **__: _grouped(a, b, offs),
-    # Each recurrent weight is used at each step of each sequence; packed inputs have a row per step.
+    # Each recurrent weight is used at each step of each sequence, a row of a packed input.
     "mkldnn_rnn_layer": lambda x, ih, hh, *_, **__: _recurrent(x, [ih, hh]),
     "_cudnn_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
     "miopen_rnn": lambda x, weights, *_, **__: _recurrent(x, weights),
@@ -29,8 +29,8 @@ _MULTIPLY_ADDS: dict[str, Callable[..., int]] = {
     ),
     "_scaled_dot_product_attention_math_for_mps": lambda q, k, v, *_, **__: _attention(q, k, v),
 }
-# Words in the names of torch's operators that consist of products. If such an operator has no formula,
-# its cost is unknown. Others (elementwise, pooling, copies) count as nothing.
+# Words in the names of torch's operators that consist of products. If such an operator has no
+# formula, its cost is unknown. Others (elementwise, pooling, copies) count as nothing.
 _PRODUCTS = frozenset([
     *("conv", "conv1", "conv2", "conv3", "convolution", "rnn", "lstm", "gru"),
     *("mm", "addmm", "bmm", "baddbmm", "mv", "matmul", "gemm", "smm", "hspmm", "sspaddmm"),

@@ -62,8 +62,8 @@ class Hold(Follower):
         self._reset()
         if not self.weights:
             raise ValueError(
-                "`optimizer` must train the pruned model, but it has none of the pruned weights. If "
-                "it trains a copy of that model, or one loaded from a file, pass that model: "
+                "`optimizer` must train the pruned model, but it has none of the pruned weights. "
+                "If it trains a copy of that model, or one loaded from a file, pass that model: "
                 "masks.hold(optimizer, model=copy). Otherwise prune the model whose parameters "
                 "the optimizer was given."
             )

@@ -77,7 +77,9 @@ def check_importance(importance: Any) -> None:
         )
 
 
-def importance_name(importance: Importance) -> str:
+def importance_name(importance: Importance | None) -> str:
+    if importance is None:
+        return "magnitude"
     return getattr(importance, "__qualname__", type(importance).__qualname__)
 
 

@@ -65,7 +65,7 @@ def noted(size: int) -> Iterator[None]:
 
 
 def latency(model: nn.Module, inputs: Any, seconds: float = 0.3) -> float:
-    """Milliseconds of one call in evaluation mode: the median of at least three, after a warm-up."""
+    """Milliseconds of a call in evaluation mode: the median of three or more after a warm-up."""
     with evaluating(model) as device:
         wait = _waiting(device)
 

@@ -77,9 +77,10 @@ def check_minimum(
 def erk_counts(
     shapes: Mapping[str, Sequence[int]], remove: int, removed: Mapping[str, int] | None = None
 ) -> dict[str, int]:
-    """Remove `remove` weights so that a layer's density is the sum of its dimensions over their product.
+    """How many of the `remove` weights each layer loses under the Erdős–Rényi kernel.
 
-    A layer loses at least what an earlier pruning `removed`; the others then lose less.
+    The density of a layer is proportional to the sum of its dimensions over their product. A layer
+    loses at least what an earlier pruning `removed`; the others then lose less.
     """
     sizes = {name: prod(shape) for name, shape in shapes.items()}
     room = {name: size - (removed or {}).get(name, 0) for name, size in sizes.items()}
@@ -150,7 +151,7 @@ def _raise_too_many(total: int, most: int, min_kept: float, zero_layers: Collect
             f"only {most:,} can be removed with min_kept={min_kept}{zeros}. Lower one of them."
         )
     raise ValueError(
-        f"`ratio` removes {total:,} weights, but only {most:,} can be ranked{zeros}. Lower it, name "
-        f"those layers in `skip`, or prune after they have been trained. If an earlier pruning "
-        f"removed these weights, call Masks.from_zeros(model).apply() first."
+        f"`ratio` removes {total:,} weights, but only {most:,} can be ranked{zeros}. Lower it, "
+        f"name those layers in `skip`, or prune after they have been trained. If an earlier "
+        f"pruning removed these weights, call Masks.from_zeros(model).apply() first."
     )

@@ -9,8 +9,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNCellBase
 from torch.nn.parameter import is_lazy
 
-# The output projection of an attention layer is a Linear. The weights of nn.RNN, LSTM and GRU depend
-# on the layer: see `weights_of`.
+# The output projection of an attention layer is a Linear. The weights of nn.RNN, LSTM and GRU
+# depend on the layer: see `weights_of`.
 PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("weight",),
     _ConvNd: ("weight",),
@@ -52,7 +52,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def input_dimension(module: nn.Module, attribute: str) -> int | None:
-    """The dimension of a weight that is multiplied by the inputs; `None` if unknown or ambiguous."""
+    """The dimension of a weight that meets the inputs; `None` if unknown or ambiguous."""
     if attribute not in weights_of(module) or isinstance(module, nn.Bilinear):
         return None
     return 0 if isinstance(module, _ConvTransposeNd) or is_conv1d(module) else 1
@@ -61,8 +61,8 @@ def input_dimension(module: nn.Module, attribute: str) -> int | None:
 def is_matrix(model: nn.Module, name: str, parameter: Tensor) -> bool:
     """Whether activations are multiplied by a parameter, as far as names and shapes tell.
 
-    It then has two or more dimensions larger than 1, and neither its module nor its name says that it
-    is looked up or added: an embedding, a norm, a bias, positions, or learned tokens.
+    It then has two or more dimensions larger than 1, and neither its module nor its name says that
+    it is looked up or added: an embedding, a norm, a bias, positions, or learned tokens.
     """
     if is_lazy(parameter) or sum(size > 1 for size in parameter.shape) < 2:
         return False

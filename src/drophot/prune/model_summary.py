@@ -106,9 +106,9 @@ def summary(
     formulas of `torch.utils.flop_counter` and, where it has none, by formulas of drophot. They are
     counted at the module that calls the operator, whichever of its parents called it and whichever
     module owns the weight. The cost of an operator of another library, or of one that consists of
-    products but has no formula, is unknown: `uncounted` names it, and no total is given. Register a formula with
-    `torch.utils.flop_counter.register_flop_formula` to have it counted. Latency is measured in
-    evaluation mode, on the model's device and with the current number of threads.
+    products but has no formula, is unknown: `uncounted` names it, and no total is given. Register a
+    formula with `torch.utils.flop_counter.register_flop_formula` to have it counted. Latency is
+    measured in evaluation mode, on the model's device and with the current number of threads.
 
     Effective operations are those that remain when every product with a zero weight is skipped,
     operator by operator. The zeros are those of the weight that the operator uses, or of a cast, a
@@ -208,8 +208,8 @@ def _check_not_scripted(model: nn.Module) -> None:
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
                 f"`model` must consist of plain modules for operations to be counted, but "
-                f"`{name or 'the model'}` is a TorchScript module. Pass the module that it was made "
-                f"from, or leave `example_inputs` out."
+                f"`{name or 'the model'}` is a TorchScript module. Pass the module that it was "
+                f"made from, or leave `example_inputs` out."
             )
 
 

@@ -115,9 +115,7 @@ class _Counter(TorchDispatchMode):
             if False in given or (counted and tensor.numel() > 1):
                 self._remember(tensor, False)
             elif True in given and not counted:
-                self._remember(
-                    tensor, True
-                )  # a scalar made of weights, such as a norm, is a constant
+                self._remember(tensor, True)  # a scalar, such as a norm, is a constant
         return out
 
     def _count(

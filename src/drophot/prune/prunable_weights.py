@@ -56,8 +56,8 @@ def prunable(
 def with_channels(model: nn.Module, without: Collection[int | str] = ()) -> dict[str, nn.Parameter]:
     """The weights of layers whose outputs are channels, by name, shared ones once.
 
-    Recurrent layers and Conv1D are not included: their channels are found by tracing. In the modules
-    of `without`, from `left_out`, something else may compute the weights.
+    Recurrent layers and Conv1D are not included: their channels are found by tracing. In the
+    modules of `without`, from `left_out`, something else may compute the weights.
     """
     check_module("model", model)
     paths: set[int | str] = {one for one in without if isinstance(one, str)}
@@ -78,8 +78,8 @@ def _require(
     own = f", or name its parameters in `include`: {', '.join(unknown[:3])}" if unknown else ""
     raise ValueError(
         f"`model` must have weights to prune, in Linear, Conv, MultiheadAttention or recurrent "
-        f"layers, but {type(model).__name__} has none{' that is not in `skip`' * skipped}. Pass the "
-        f"module that contains them{own}."
+        f"layers, but {type(model).__name__} has none{' that is not in `skip`' * skipped}. Pass "
+        f"the module that contains them{own}."
     )
 
 
@@ -99,8 +99,8 @@ def _checked(
             if attribute not in module._parameters and path not in without:
                 raise ValueError(
                     f"`model` must have plain parameters, but `{joined(path, attribute)}` is "
-                    f"computed by a parametrization or by a hook of torch.nn.utils.prune. Remove it "
-                    f"first (torch.nn.utils.parametrize.remove_parametrizations, "
+                    f"computed by a parametrization or by a hook of torch.nn.utils.prune. Remove "
+                    f"it first (torch.nn.utils.parametrize.remove_parametrizations, "
                     f"torch.nn.utils.prune.remove){f', or pass skip=({path!r},)' * bool(path)}."
                 )
         for attribute, weight in module._parameters.items():
@@ -209,14 +209,14 @@ def _included(model: nn.Module, include: Collection[str], without: set[int | str
         }
         if not chosen:
             raise ValueError(
-                f"`include` must name parameters, or modules that have matrices, got {name!r}, which "
-                f"has none. Biases, norms, embeddings and positions count only if you name them "
-                f"directly; otherwise leave {name!r} out."
+                f"`include` must name parameters, or modules that have matrices, got {name!r}, "
+                f"which has none. Biases, norms, embeddings and positions count only if you name "
+                f"them directly; otherwise leave {name!r} out."
             )
         if all(id(parameter) in without for parameter in chosen.values()):
             raise ValueError(
-                f"`include` and `skip` must not name the same parameters, but {name!r} in `include` "
-                f"is also in `skip`. Remove it from one of them."
+                f"`include` and `skip` must not name the same parameters, but {name!r} in "
+                f"`include` is also in `skip`. Remove it from one of them."
             )
         for path in chosen:
             if isinstance(model.get_submodule(path.rpartition(".")[0]), ParametrizationList):
@@ -232,8 +232,8 @@ def _included(model: nn.Module, include: Collection[str], without: set[int | str
 def _check_weight(name: str, weight: nn.Parameter) -> None:
     if is_lazy(weight) or weight.is_meta:
         raise ValueError(
-            f"`model` must have its weights, but `{name}` has no data. Before pruning, run one batch "
-            f"through a lazy module, or load the weights of a model on the meta device."
+            f"`model` must have its weights, but `{name}` has no data. Before pruning, run one "
+            f"batch through a lazy module, or load the weights of a model on the meta device."
         )
     if (
         hasattr(weight, "device_mesh")
@@ -246,8 +246,9 @@ def _check_weight(name: str, weight: nn.Parameter) -> None:
         )
     if type(weight.data) is not Tensor or weight.is_quantized:
         raise TypeError(
-            f"`model` must have plain float weights, but `{name}` is a {type(weight.data).__name__} "
-            f"of {weight.dtype}. Prune before quantising or converting it."
+            f"`model` must have plain float weights, but `{name}` is a "
+            f"{type(weight.data).__name__} of {weight.dtype}. Prune before quantising or "
+            f"converting it."
         )
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TypeError(

@@ -78,7 +78,7 @@ def gathered(layers: Mapping[str, _NormBase]) -> Iterator[dict[str, Sums]]:
 
 
 class _Gather(TorchFunctionMode):
-    """Adds up the statistics of the inputs that batch_norm and instance_norm get for some layers."""
+    """Adds up the statistics of the inputs to batch_norm and instance_norm for some layers."""
 
     def __init__(self, layers: Mapping[str, _NormBase]) -> None:
         super().__init__()

@@ -300,7 +300,7 @@ class Schedule:
             "min_kept": options.min_kept,
             "skip": sorted(options.skip),
             "include": sorted(options.include),
-            "importance": options.importance and importance_name(options.importance),
+            "importance": importance_name(options.importance),
         }
 
     def _check_minimum(self) -> None:

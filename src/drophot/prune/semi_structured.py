@@ -146,7 +146,7 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
     if slow := [device for device in devices if not _capable(device)]:
         raise RuntimeError(
             f"`model` must be on an NVIDIA GPU of compute capability 8.0 or higher, got "
-            f"{slow[0]}. Other devices do not compute 2:4 weights faster; use the dense model there."
+            f"{slow[0]}. Other devices do not compute 2:4 weights faster; use the dense model."
         )
     converted: dict[str, nn.Parameter] = {}
     others = []

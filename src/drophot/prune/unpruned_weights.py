@@ -14,8 +14,8 @@ from drophot._core.user_warnings import warn
 from drophot.prune.linear_layers import is_matrix, weights_of
 from drophot.prune.prunable_weights import joined, left_out
 
-# If at most this share stays dense, the share of all matrix weights that is removed is less than one
-# percentage point below the ratio.
+# If at most this share stays dense, the share of all matrix weights that is removed is less than
+# one percentage point below the ratio.
 _NEGLIGIBLE = 0.01
 _NUM_SHOWN = 3
 _PACKED_DTYPES = (torch.int8, torch.uint8, torch.int32)
@@ -25,7 +25,7 @@ _silenced: ContextVar[bool] = ContextVar("_silenced", default=False)
 
 @contextmanager
 def uncovered_warning_silenced(silenced: bool = True) -> Iterator[None]:
-    """Suppress the warning of `warn_of_uncovered`, which is given elsewhere, unless `silenced=False`."""
+    """Suppress the warning of `warn_of_uncovered`, which is given elsewhere, if `silenced`."""
     token = _silenced.set(silenced or _silenced.get())
     try:
         yield

@@ -1,4 +1,4 @@
-"""CREST: a stream of weighted mini-batch coresets, drawn anew when the loss has moved on."""
+"""CREST: weighted mini-batch coresets, reselected when a model of the loss is inaccurate."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from drophot.coreset.class_balance import (
     class_members,
     random_proportional_sizes,
 )
-from drophot.coreset.feature_extraction import errors
+from drophot.coreset.feature_extraction import error_vectors
 from drophot.data import batching
 from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import targets_of
@@ -30,57 +30,61 @@ from drophot.sampling.batched_medoids import medoids
 from drophot.training import loop
 from drophot.training.step import fast_forward
 
-_MEAN, _SQUARE = 0.9, 0.999  # of the moving averages of the gradient and of the curvature's square
-_SETS = 5  # random subsets for each step between two checks
-_CHUNK = 1024
+_GRADIENT_DECAY, _CURVATURE_DECAY = 0.9, 0.999  # of moving averages, the latter of squares
+_SUBSETS_PER_STEP = 5  # random subsets for each step between two checks
+_BATCH = 1024
 
 
 class CrestLoader:
-    r"""A loader whose batches are weighted coresets of random subsets, chosen as the model learns.
+    r"""A loader of weighted mini-batch coresets of random subsets, reselected as the model learns.
 
-    It goes into any training loop that multiplies each sample's loss by its weight: see the
-    example. The model is the one that is trained; it is read between the steps and left as it was.
+    It works in any training loop that multiplies each sample's loss by its weight; see the example.
+    `model` is the model being trained. It is evaluated between the steps and not changed.
 
-    1. *Choose.* :math:`P` random subsets, each a share `subset` of the data with every class in its
-       proportion, give a mini-batch each: per class, the medoids that facility location finds among
-       softmax − one-hot. A class that is due less than one of them has one with that chance. A
-       medoid's weight is the number of samples that it stands for, over its mean. A step takes one
-       of the :math:`P` at random.
-    2. *Model the loss* around the weights :math:`w_0` that they were chosen for,
+    1. *Selection.* :math:`P` random subsets, each a fraction `subset` of the data with every class
+       in its proportion, yield one mini-batch each: for each class, the medoids that facility
+       location finds among softmax − one-hot. A class whose share is less than one medoid has one
+       with that probability. The weight of a medoid is the number of samples that it represents,
+       divided by its mean over the mini-batch. Each step uses one of the :math:`P` mini-batches at
+       random.
+    2. *Model of the loss* around the parameters :math:`w_0` at the time of the selection,
        :math:`F(\delta) = L(w_0) + \bar g^\top \delta + \frac{1}{2} \delta^\top \bar H \delta`: the
-       gradient of the mini-batches and their Hessian's diagonal (Hutchinson's estimate, one draw a
-       mini-batch), as moving averages over all choices, 0.9 and, of the squares, 0.999.
-    3. *Check* every :math:`T_1` steps. Where :math:`F` is off the loss on a random subset by more
-       than `threshold` of it, choose again, with
-       :math:`T_1 = \lceil h\,\lVert \bar H_0 \rVert / \lVert \bar H \rVert \rceil`, at most an
-       epoch, and :math:`P = \min(5\,T_1, \text{steps an epoch})`.
+       gradient of the mini-batches and the diagonal of their Hessian (Hutchinson's estimate with
+       one draw per mini-batch), as moving averages over all selections with decay 0.9 and, for the
+       squared diagonal, 0.999.
+    3. *Check* every :math:`T_1` steps. If :math:`F` differs from the loss on a random subset by
+       more than `threshold` times that loss, select again, with
+       :math:`T_1 = \lceil h\,\lVert \bar H_0 \rVert / \lVert \bar H \rVert \rceil`, at most the
+       steps of an epoch, and :math:`P = \min(5\,T_1, \text{steps per epoch})`.
 
-    For choosing and checking the model is in evaluation mode and computes without autocast, in
-    float32 or better, as all of the arithmetic does. Learned samples are not excluded
-    (the paper's section 4.3, a saving over hundreds of epochs). One process; another one has
-    coresets of its own.
+    During selection and checks, the model is in evaluation mode and runs without autocast; all
+    arithmetic is in float32 or better. Learned samples are not excluded (section 4.3 of the paper,
+    which saves time over hundreds of epochs). Distributed training is not supported: each process
+    would select its own coresets.
 
     References:
         Yang, Kang and Mirzasoleiman, Towards Sustainable Learning: Coresets for Data-efficient Deep
-        Learning, ICML 2023, https://arxiv.org/abs/2306.01244. Its code's gradient is twice the
-        gradient (two backward passes into the same place); here it is counted once.
+        Learning, ICML 2023, https://arxiv.org/abs/2306.01244. The authors' code accumulates two
+        backward passes and so doubles the gradient; here it is counted once.
 
     Args:
-        dataset: Samples `(input, target)` or `(input, target, index)`, targets classes. Kept on the
-            model's device where that changes nothing, as in :func:`drophot.fit`.
-        model: Called as `model(inputs)`, gives logits `(B, C)`; trained by cross-entropy. Its loss
-            has second derivatives, which a compiled model's has not.
-        ratio: An epoch is as many steps as one on this share of the data, in (0, 1].
-        batch_size: `m`, samples in a mini-batch.
-        subset: The share of the data in a random subset, in (0, 1]; two mini-batches at least.
-        threshold: `τ`, the relative error of the modelled loss that is allowed.
-        interval: `h`, by which the steps between two checks are multiplied.
-        seed: Draws the subsets and the Hutchinson estimate.
-        cache: Whether the decoded dataset is kept, as in :func:`drophot.fit`.
+        dataset: Samples `(input, target)` or `(input, target, index)` whose targets are classes. It
+            is held on the model's device if that does not change the samples, as in
+            :func:`drophot.fit`.
+        model: Called as `model(inputs)`, returns logits `(B, C)`; trained with cross-entropy. Its
+            loss must have second derivatives, which that of a compiled model does not.
+        ratio: An epoch has as many steps as one on this fraction of the data, in (0, 1].
+        batch_size: `m`, the number of samples in a mini-batch.
+        subset: The fraction of the data in a random subset, in (0, 1]; at least two mini-batches.
+        threshold: `τ`, the relative error of the modeled loss that is tolerated.
+        interval: `h`, a factor of the number of steps between two checks.
+        seed: Determines the subsets and Hutchinson's estimates.
+        cache: Whether the decoded dataset is held in memory, as in :func:`drophot.fit`.
 
     Raises:
-        TypeError: If an argument is of the wrong kind.
-        ValueError: If one is out of range, the dataset is empty, or its targets are no classes.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, the dataset is empty, or its targets are not
+            classes.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -117,16 +121,16 @@ class CrestLoader:
         interval = scalars.real("interval", interval)
         for name, value in (("batch_size", self.batch_size), ("interval", interval)):
             if not value > 0:
-                raise ValueError(f"`{name}` should be above 0. Found {value}.")
+                raise ValueError(f"`{name}` must be greater than 0, got {value}.")
         if not threshold >= 0:
-            raise ValueError(f"`threshold` should not be negative. Found {threshold}.")
+            raise ValueError(f"`threshold` must not be negative, got {threshold}.")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
-                f"`model` should have parameters to train. Found {type(model).__name__} without."
+                f"`model` must have trainable parameters, but this {type(model).__name__} has none."
             )
         self.model = model
         device = next(model.parameters()).device
-        with random_state.preserved_rng():  # a random transform may draw
+        with random_state.preserved_rng():  # a random transform may draw numbers
             indexed = len(loop.first_sample("dataset", dataset)) == 3
         whole = dataset if indexed else IndexedDataset(dataset)
         self.dataset = loop.in_memory(whole, device, cache=cache)
@@ -135,21 +139,20 @@ class CrestLoader:
         self._size = min(self._total, max(num_kept(self._total, subset), 2 * self.batch_size))
         targets = check_targets(targets_of(self.dataset), self._total)
         if targets.min() < 0:
-            raise ValueError(f"`dataset` should have targets from 0. Found {targets.min()}.")
+            raise ValueError(f"`dataset` must have targets of at least 0, got {targets.min()}.")
         self._classes = class_members(targets)
-        self._chance = np.random.default_rng(seed % 2**64)
-        self._draws = torch.Generator().manual_seed(seed % 2**63)
+        self._generator = np.random.default_rng(seed % 2**64)
+        self._torch_generator = torch.Generator().manual_seed(seed % 2**63)
         self.threshold, self.interval = threshold, interval
-        # What has been chosen, of the last choice: mini-batches (P, m) and their weights.
+        # Of the last selection: mini-batches (P, m) and their weights.
         self.selections = 0
         self.checks = 0
         self.check_every = 1
         self._batches = torch.empty(0, 0, dtype=torch.int64)
         self._weights = torch.empty(0, 0, dtype=torch.float32)
-        self._since = 0
-        self._means: tuple[Tensor, Tensor] | None = (
-            None  # of the gradient, of the squared curvature
-        )
+        self._steps_since_selection = 0
+        # Moving averages of the gradient and of the squared curvature.
+        self._averages: tuple[Tensor, Tensor] | None = None
         self._first_norm = 0.0
 
     def __len__(self) -> int:
@@ -158,25 +161,29 @@ class CrestLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         device = next(self.model.parameters()).device
         for _ in range(self._steps):
-            due = self._since and self._since % self.check_every == 0
-            if not self.selections or (due and self._has_moved_on()):
+            due = (
+                self._steps_since_selection and self._steps_since_selection % self.check_every == 0
+            )
+            if not self.selections or (due and self._is_outdated()):
                 self._select()
-            self._since += 1
-            number = int(torch.randint(len(self._batches), (), generator=self._draws, device="cpu"))
+            self._steps_since_selection += 1
+            number = int(
+                torch.randint(len(self._batches), (), generator=self._torch_generator, device="cpu")
+            )
             inputs, targets, index = batching.at(self.dataset, self._batches[number], device)
             yield inputs, targets, index, self._weights[number].to(device)
 
     @exact(products=True)
     def _select(self) -> None:
-        """New mini-batches for the weights as they are, and the loss around these."""
-        count = min(_SETS * self.check_every, self._steps)
+        """Select new mini-batches for the current parameters, and model the loss around these."""
+        count = min(_SUBSETS_PER_STEP * self.check_every, self._steps)
         subsets = [self._subset() for _ in range(count)]
         with evaluating(self.model) as device:
-            found = [self._errors(torch.cat(parts), device) for parts in subsets]
+            found = [self._errors_and_loss(torch.cat(parts), device) for parts in subsets]
             losses = [loss for _, loss in found]
             size = min(self.batch_size, self._size)
             sizes = [
-                random_proportional_sizes(map(len, parts), size, self._chance).tolist()
+                random_proportional_sizes(map(len, parts), size, self._generator).tolist()
                 for parts in subsets
             ]
             groups = [
@@ -193,62 +200,64 @@ class CrestLoader:
             self._check_on, self._start_loss = torch.cat(subsets[0]), losses[0]
             self._model_loss(device)
         self.selections += 1
-        self._since = 0
+        self._steps_since_selection = 0
 
     def _subset(self) -> list[Tensor]:
-        """A random subset, the positions of each class for itself."""
-        sizes = random_proportional_sizes(map(len, self._classes), self._size, self._chance)
+        """The indices of a random subset, one tensor per class."""
+        sizes = random_proportional_sizes(map(len, self._classes), self._size, self._generator)
         return [
-            torch.from_numpy(self._chance.choice(part, size, replace=False, shuffle=False))
+            torch.from_numpy(self._generator.choice(part, size, replace=False, shuffle=False))
             for part, size in zip(self._classes, sizes.tolist(), strict=True)
         ]
 
-    def _errors(self, places: Tensor, device: torch.device) -> tuple[Tensor, float]:
+    def _errors_and_loss(self, places: Tensor, device: torch.device) -> tuple[Tensor, float]:
         """Softmax − one-hot of some samples, and their mean loss."""
         forward = fast_forward(self.model, device)
         found, total = [], 0.0
-        for part in places.split(_CHUNK):
+        for part in places.split(_BATCH):
             inputs, targets, _ = batching.at(self.dataset, part, device)
             logits = forward(inputs)
-            found.append(errors(logits, targets))
-            total += float(F.cross_entropy(_precise(logits), targets.long(), reduction="sum"))
+            found.append(error_vectors(logits, targets))
+            total += float(
+                F.cross_entropy(_at_least_float32(logits), targets.long(), reduction="sum")
+            )
         return torch.cat(found), total / len(places)
 
     def _model_loss(self, device: torch.device) -> None:
-        """Gradient and curvature on the new mini-batches, into the moving averages."""
+        """Update the moving averages with gradient and curvature on the new mini-batches."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         self._origin = _flat(weights)
         gradient, curvature = torch.zeros_like(self._origin), torch.zeros_like(self._origin)
         forward = fast_forward(self.model, device)
         for places, weight in zip(self._batches, self._weights, strict=True):
             inputs, targets, _ = batching.at(self.dataset, places, device)
-            # Of attention only the plain kernel has second derivatives.
+            # Only the plain kernel of attention has second derivatives.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 losses = F.cross_entropy(
-                    _precise(forward(inputs)), targets.long(), reduction="none"
+                    _at_least_float32(forward(inputs)), targets.long(), reduction="none"
                 )
                 try:
-                    grads, sides, bent = self._derivatives(
+                    grads, signs, products = self._derivatives(
                         (losses * weight.to(device)).mean(), weights
                     )
                 except RuntimeError as error:
                     error.add_note(
-                        f"CrestLoader takes second derivatives of the model's loss, which "
-                        f"{type(self.model).__name__} may not have: a compiled model has none."
+                        f"CrestLoader computes second derivatives of the model's loss, which "
+                        f"{type(self.model).__name__} may not support; a compiled model does not."
                     )
                     raise
             gradient += _flat(grads) / len(self._batches)
-            curvature += _flat(bent) * _flat(sides) / len(self._batches)
-        if self._means is None:
-            self._means = torch.zeros_like(gradient), torch.zeros_like(gradient)
-        mean, square = self._means
-        mean.lerp_(gradient, 1 - _MEAN)
-        square.lerp_(curvature.square(), 1 - _SQUARE)
+            curvature += _flat(products) * _flat(signs) / len(self._batches)
+        if self._averages is None:
+            self._averages = torch.zeros_like(gradient), torch.zeros_like(gradient)
+        mean, square = self._averages
+        mean.lerp_(gradient, 1 - _GRADIENT_DECAY)
+        square.lerp_(curvature.square(), 1 - _CURVATURE_DECAY)
         times = self.selections + 1
-        self._slope = mean / (1 - _MEAN**times)
-        self._bend = (square / (1 - _SQUARE**times)).sqrt()
-        norm = float(self._bend.norm())
-        if not isfinite(norm):  # a training that has diverged is checked at each step
+        self._gradient = mean / (1 - _GRADIENT_DECAY**times)
+        self._curvature = (square / (1 - _CURVATURE_DECAY**times)).sqrt()
+        norm = float(self._curvature.norm())
+        if not isfinite(norm):  # training has diverged; check at each step
             self.check_every = 1
         elif norm:
             self._first_norm = self._first_norm or norm
@@ -258,39 +267,38 @@ class CrestLoader:
     def _derivatives(
         self, loss: Tensor, weights: list[nn.Parameter]
     ) -> tuple[Sequence[Tensor], list[Tensor], Sequence[Tensor]]:
-        """A loss's gradient, Hutchinson's draw, and the Hessian times it."""
+        """The gradient of a loss, Hutchinson's random signs, and the Hessian times these."""
         grads = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-        sides = [self._sides(grad) for grad in grads]
-        bendable = [number for number, grad in enumerate(grads) if grad.requires_grad]
-        bent = torch.autograd.grad(
-            [grads[number] for number in bendable],
+        signs = [self._random_signs(grad) for grad in grads]
+        differentiable = [number for number, grad in enumerate(grads) if grad.requires_grad]
+        products = torch.autograd.grad(
+            [grads[number] for number in differentiable],
             weights,
-            [sides[number] for number in bendable],
+            [signs[number] for number in differentiable],
             materialize_grads=True,
         )
-        return grads, sides, bent
+        return grads, signs, products
 
-    def _sides(self, like: Tensor) -> Tensor:
-        """Hutchinson's draw: 1 or −1, each with the same chance."""
-        drawn = torch.randint(0, 2, like.shape, generator=self._draws, dtype=torch.int8)
+    def _random_signs(self, like: Tensor) -> Tensor:
+        """1 or −1 with equal probability, of the shape of `like`."""
+        drawn = torch.randint(0, 2, like.shape, generator=self._torch_generator, dtype=torch.int8)
         return (2 * drawn - 1).to(like)
 
     @exact(products=True)
-    def _has_moved_on(self) -> bool:
-        """Whether the modelled loss is no longer the loss."""
+    def _is_outdated(self) -> bool:
+        """Whether the modeled loss differs too much from the loss."""
         weights = [p for p in self.model.parameters() if p.requires_grad]
         with evaluating(self.model) as device:
-            _, true = self._errors(self._check_on, device)
+            _, true = self._errors_and_loss(self._check_on, device)
             step = _flat(weights) - self._origin
-            change = self._slope @ step + 0.5 * (self._bend * step) @ step
+            change = self._gradient @ step + 0.5 * (self._curvature * step) @ step
         self.checks += 1
         return not abs(self._start_loss + float(change) - true) <= self.threshold * true
 
 
 def _flat(tensors: Any) -> Tensor:
-    return torch.cat([_precise(tensor.detach().reshape(-1)) for tensor in tensors])
+    return torch.cat([_at_least_float32(tensor.detach().reshape(-1)) for tensor in tensors])
 
 
-def _precise(tensor: Tensor) -> Tensor:
-    """In float32 or better."""
+def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

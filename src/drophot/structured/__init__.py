@@ -1,7 +1,12 @@
-"""Structured pruning: remove channels, so that a network is smaller and faster."""
+"""Structured pruning: remove channels, so that a network is smaller and faster.
 
-from drophot.structured.channel_pruning import Change, Pruned, prune_channels, rebuild
+The module `channel_pruning` explains how a network is pruned, step by step.
+"""
+
+from drophot.structured.channel_pruning import prune_channels
 from drophot.structured.operator_call import OperatorCall
+from drophot.structured.pruning_result import Change, Pruned
+from drophot.structured.rebuild import rebuild
 
 __all__ = [
     "Change",

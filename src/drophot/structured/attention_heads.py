@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drophot.structured.channel_groups import ChannelGroups
-from drophot.structured.tracer import RecordedCall
+from drophot.structured.recorded_call import RecordedCall
 
 VIEWS = ("view", "_unsafe_view", "reshape")
 
@@ -73,7 +73,7 @@ def multiples(
     calls_in: Mapping[str, Sequence[int]],
     groups: ChannelGroups,
 ) -> Iterator[tuple[int, int]]:
-    """Group sizes that must stay a multiple of another group's, such as a stream's of its heads'.
+    """Groups that lose a multiple of some number of channels, such as a stream split into heads.
 
     Args:
         calls: The recorded calls.

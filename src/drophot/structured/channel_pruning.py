@@ -1,4 +1,4 @@
-"""Removes channels from a network: `prune_channels`, its result, and `rebuild`.
+"""Removes channels from a network: `prune_channels`.
 
 How a network is pruned, and which module to read for it:
 
@@ -8,19 +8,18 @@ How a network is pruned, and which module to read for it:
    be kept: by its rule (`layer_rules` has the table; a user's rule is in the same table), or else
    by calling it with fewer entries (`entry_trials`).
 3. `channel_groups` ranks the channels, which are sets of coupled entries, by `importance`.
-4. `rewriter` writes the smaller tensors into the network and runs it (`passes`). Each call must
-   return the expected shape (`verification`); attributes that the code reads as widths are found
-   and changed (`width_search`).
+4. `network_writer` writes the smaller tensors into the network, and `passes` runs it. Each call
+   must return the expected shape (`verification`); attributes that the code reads as widths are
+   found and changed (`width_search`).
 5. The outputs must equal those of the network in which the channels are zero (`zeroed_network`).
-   Wherever a check fails, the channels are frozen, and step 3 is repeated.
+   If a check fails, `rewriter` freezes the channels and repeats step 3.
 6. `explanation` says for each layer why it kept channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -34,117 +33,8 @@ from drophot.structured.importance import Importance, squared_magnitude
 from drophot.structured.layer_rules import RULES
 from drophot.structured.observations import InternalError, UserError
 from drophot.structured.operator_call import Rule, with_custom_rules
+from drophot.structured.pruning_result import Change, Pruned
 from drophot.structured.rewriter import NondeterministicModel, Rewriter
-from drophot.structured.substitution import replace, wrapped_like
-
-__all__ = ["Change", "Pruned", "prune_channels", "rebuild"]
-
-
-class Change(NamedTuple):
-    """A count before and after."""
-
-    before: int
-    after: int
-
-    @property
-    def removed(self) -> float:
-        """The share that was removed, in [0, 1]."""
-        return 1 - self.after / self.before if self.before else 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pruned:
-    """The result of structured pruning; `print` shows it as a table.
-
-    `bytes` are those of the parameters.
-    """
-
-    ratio: float
-    """The share of channels asked for."""
-    channels: Change
-    """Outputs of all Conv and Linear layers and attention projections."""
-    parameters: Change
-    """All of them, biases and norms included."""
-    flops: Change
-    """Of the example inputs: two for each multiply-add, in operators of known cost."""
-    bytes: Change
-    layers: Mapping[str, Change]
-    """The outputs of each layer, by its weight's name."""
-    kept: Mapping[str, Tensor]
-    """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
-    whole: Mapping[str, str]
-    """The layers that kept all of their channels, and why."""
-    asked: int
-    """The number of channels to remove from all layers, each rounded separately."""
-    kept_back: Mapping[str, int]
-    """How many fewer channels were removed than asked for, by reason."""
-    other: Mapping[str, float]
-    """Parameters that no layer above owns and that kept their shape: their share of all."""
-    attributes: Mapping[str, Change]
-    """The attributes of modules that were changed, by the names of module and attribute."""
-    description: dict[str, Any]
-    """New shapes and attributes, as JSON can hold them: see `rebuild`."""
-
-    def __str__(self) -> str:
-        lines = [f"asked to remove {self.ratio:.1%} of the channels"]
-        for name in ("channels", "parameters", "flops", "bytes"):
-            change: Change = getattr(self, name)
-            lines.append(
-                f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
-                f"{change.removed:>6.1%} removed"
-            )
-        own: dict[tuple[str, Change], list[str]] = {}
-        for name, change in self.attributes.items():
-            _, _, last = name.rpartition(".")
-            if last not in _LAYERS:
-                own.setdefault((last, change), []).append(name)
-        if own:
-            changes = [
-                f"{names[0] if len(names) == 1 else last} from {a} to {b}"
-                + (f" in {len(names)} modules" if len(names) > 1 else "")
-                for (last, (a, b)), names in own.items()
-            ]
-            lines.append(f"changed: {_some(changes)}")
-        if self.kept_back:
-            lines.append(
-                f"kept back {sum(self.kept_back.values()):,} of {self.asked:,} channels asked for:"
-            )
-            most = reasons.merged(self.kept_back)
-            lines += [f"{count:>10,}  {why}" for count, why in most[:_LINES]]
-            if len(most) > _LINES:
-                rest = sum(count for count, _ in most[_LINES:])
-                lines.append(f"{rest:>10,}  for other reasons: see `kept_back`")
-        if self.other:
-            most = sorted(self.other.items(), key=lambda item: -item[1])
-            shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
-            shares = [one for one, (_, share) in zip(shares, most, strict=True) if share >= 5e-4]
-            lines += [f"not pruned: {_some(shares)}"] if shares else []
-        return "\n".join(lines)
-
-
-_LINES = 8  # the number of reasons that are shown
-
-
-def _some(names: list[str], count: int = 4) -> str:
-    """The first few names of a list, and how many more there are."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-# Attributes of torch's own layers that follow from the shapes of their weights.
-_LAYERS = frozenset([
-    "in_features",
-    "out_features",
-    "in_channels",
-    "out_channels",
-    "groups",
-    "num_features",
-    "num_channels",
-    "embedding_dim",
-    "normalized_shape",
-    "input_size",
-    "hidden_size",
-])
 
 
 def prune_channels(
@@ -161,11 +51,11 @@ def prune_channels(
     `ratio` is the share **removed** of each set of channels that are ranked together: the outputs
     of a layer, or of the layers that a residual connection couples, which lose the same channels.
     Of `n` channels, `floor(ratio * n + 0.5)` are removed, and at least one is kept. Attention loses
-    the same number of channels in each head; where its scale follows from the width of a head, it
-    loses whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
+    the same number of channels in each head; if its scale depends on the width of a head, it loses
+    whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
     loses the same number of channels in each group, or whole groups if it has more groups than
     channels per group. Inputs and outputs of the network keep their shape.
-    Parameters and operations rewriter by about `1 - (1 - ratio)²`, since a layer loses inputs too;
+    Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
     The score of a channel is a sum over every Conv and Linear layer and attention projection that
@@ -200,10 +90,10 @@ def prune_channels(
             `torch.library.custom_op` or `torch.ops.<namespace>.<name>`. A function
             `rule(call, *args, **kwargs)` takes an `OperatorCall` and the operator's arguments, and
             calls `call.couple` for dimensions that lose the same entries. It replaces a built-in
-            rule. See "Operators of your own" in the documentation.
+            rule. See "Prune through your own operators" in the documentation.
 
     Returns:
-        What was removed, and what was kept and why.
+        The counts before and after, the channels that each layer kept, and the reasons.
 
     Raises:
         TypeError: If `ratio` is not a number, a weight does not have a floating-point dtype, or
@@ -305,7 +195,7 @@ def _prune(
     try:
         return _result(model, ratio, example_inputs, rewriter, before)
     except BaseException:
-        rewriter.restore()
+        rewriter.writer.restore()
         raise
 
 
@@ -347,78 +237,13 @@ def _result(
         whole=whole,
         asked=sum(asked.values()),
         kept_back={why: count for why, count in kept_back.items() if count > 0},
-        other=rewriter.unpruned(),
+        other=rewriter.writer.unpruned(rewriter.weights),
         attributes={
             f"{path}.{width_attributes.as_code(key)}".removeprefix("."): Change(*values)
-            for (path, key), values in rewriter.attributes.items()
+            for (path, key), values in rewriter.writer.attributes.items()
         },
-        description=rewriter.description(),
+        description=rewriter.writer.description(),
     )
-
-
-def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
-    """Give a new model the shapes of a pruned one, in place, so that it can load its weights.
-
-    Args:
-        model: A model as it was before pruning, with any weights.
-        description: `Pruned.description`, which may have been stored as JSON.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: If the description does not fit the model. Nothing is changed then.
-
-    Example:
-        >>> import torch
-        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> pruned = prune_channels(model, 0.5, torch.ones(1, 4))
-        >>> other = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> rebuild(other, pruned.description).load_state_dict(model.state_dict())
-        <All keys matched successfully>
-    """
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    modules = dict(model.named_modules())
-    new: dict[str, Tensor] = {}
-    for name, shape in description["shapes"].items():
-        old = tensors.get(name)
-        sizes = () if old is None else tuple(old.shape)
-        if (
-            old is None
-            or len(sizes) != len(shape)
-            or any(not 0 < n <= size for n, size in zip(shape, sizes, strict=True))
-        ):
-            got = "has no such tensor" if old is None else f"has shape {sizes}"
-            raise ValueError(
-                f"`model` must have a tensor `{name}` that is at least as large as "
-                f"{tuple(shape)}, but it {got}. Pass a new model, as it was before pruning."
-            )
-        if name in description.get("kept", ()):
-            part = old.detach().flatten()[description["kept"][name]].reshape(shape)
-        else:
-            part = old.detach()[tuple(slice(n) for n in shape)].clone()
-        new[name] = wrapped_like(old, part)
-    attributes: dict[tuple[str, width_attributes.Key], Any] = {}
-    changes: list[tuple[str, width_attributes.Key, Any]] = [
-        (path, (name,), value)
-        for path, values in description["attributes"].items()
-        for name, value in values.items()
-    ]
-    changes += [(path, tuple(key), value) for path, key, value in description.get("inside", ())]
-    for path, key, value in changes:
-        try:
-            old = width_attributes.read(modules[path], key)
-        except (AttributeError, IndexError, KeyError, TypeError):
-            old = None
-        if not width_attributes.is_integer(old) and not isinstance(old, tuple):
-            raise ValueError(
-                f"`model` must have an integer or a tuple in "
-                f"`{path}.{width_attributes.as_code(key)}`, got {old!r}. Pass a new model, as it "
-                f"was before pruning."
-            )
-        attributes[path, key] = tuple(value) if isinstance(old, tuple) else value
-    replace(model, new, attributes)
-    return model
 
 
 def _summary(model: nn.Module, example_inputs: Any) -> Summary:

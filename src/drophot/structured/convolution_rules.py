@@ -97,7 +97,7 @@ def _grouped(
             ids = ids.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
             if known and 1 in axes:
                 graph.couple(axes[1].ids, ids)
-            else:  # each group has entries of its own
+            else:  # each group has different entries
                 graph.axes[weight] = [a for a in axes.values() if a.dim != 1]
                 graph.axes[weight] += [Axis(1, ids)] if each > 1 else []
     if transposed:

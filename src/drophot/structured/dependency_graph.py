@@ -196,7 +196,7 @@ class DependencyGraph:
         )
 
     def reshape(self, axis: Axis, old: Shape, new: Shape) -> Axis | None:
-        """The axis after a reshape of its tensor; `None`, and frozen, if no entry can be removed."""
+        """The axis after a reshape; `None`, and frozen, if none of its entries can be removed."""
         blocks = list(_blocks(old, new))
         mine, span = next(block for block in blocks if axis.dim in block[0])
         if len(mine) + len(span) > 2:

@@ -95,7 +95,7 @@ def _group_norm(
     groups: int,
     *_: Any,
 ) -> OutputAxes:
-    """It loses equally many channels per group, or whole groups if these are more than that."""
+    """It loses equally many channels in each group, or whole groups, as a grouped convolution."""
     graph = call.graph
     found = (_batch_norm(call, x, weight, bias) or [[]])[0]
     own = next((axis for axis in found if axis.dim == 1), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -49,10 +49,6 @@ class OperatorCall:
         """Why channels that this call mixes are kept, as `Pruned.whole` shows it."""
         return f"{operation(self.name)} in {inside(self.module)} needs all of its channels"
 
-    def with_outputs(self, outputs: Sequence[Tensor]) -> OperatorCall:
-        """The same call as if it had returned other tensors."""
-        return replace(self, outputs=outputs)
-
     def couple(self, *dims: tuple[Tensor, int]) -> None:
         """Let dimensions of inputs and outputs lose the same entries.
 
@@ -94,46 +90,6 @@ class OperatorCall:
             )
         self._couplings.append(coupling)
 
-    def coupled_axes(self) -> list[list[Axis]]:
-        """The axes of each output that follow from what was coupled."""
-        graph, groups = self.graph, _merged(self._couplings)
-        found: list[list[Axis]] = [[] for _ in self.outputs]
-        named = [pair for group in groups for pair in group]
-        summed = [g for g in groups if not any(_contains(self.outputs, t) for t, _ in g)]
-        # Parameters that are summed over, as the weight of a layer, produce the output's channels.
-        matrices = [t for t in self.inputs if t in graph.names and any(_dims(g, t) for g in summed)]
-        for tensor in self.inputs:
-            dims = _dims(named, tensor)
-            for axis in graph.axes_of(tensor):
-                if axis.dim not in dims and not any(graph.request_dim(axis, d) for d in dims):
-                    graph.freeze([axis], self.reason)
-        for group in groups:
-            axes = [
-                (tensor, next((a for a in graph.axes_of(tensor) if a.dim == dim), None))
-                for tensor, dim in group
-                if _contains(self.inputs, tensor)
-            ]
-            known = [(tensor, axis) for tensor, axis in axes if axis is not None]
-            if not known or len(known) < len(axes):
-                graph.freeze([axis for _, axis in known], self.reason)
-                continue
-            # With one dimension for each group, entries of different tensors can be compared.
-            aligned: list[Tensor] = []
-            for tensor, axis in known:
-                apart = [d for d in range(tensor.dim()) if _is_apart(groups, group, tensor, d)]
-                rest = [d for d in range(tensor.dim()) if d not in apart]
-                aligned.append(_aligned(graph.uniform(axis, rest).ids, tensor, groups))
-            for other in aligned[1:]:
-                graph.couple(aligned[0], other)
-            ids = max(aligned, key=Tensor.numel)
-            for number, out in enumerate(self.outputs):
-                for dim in _dims(group, out):
-                    own = _of_output(ids, out, dim, group, groups)
-                    found[number].append(Axis(dim, own))
-                    if any(_contains(matrices, tensor) for tensor, _ in known):
-                        graph.matrix_outputs.append(own.reshape(-1))
-        return found
-
 
 def with_custom_rules(
     builtin: Mapping[str, Rule], rules: Mapping[Any, Callable[..., None]] | None
@@ -168,9 +124,50 @@ def _by_couplings(rule: Callable[..., None]) -> Rule:
             if must_propagate(error):
                 raise
             raise UserError(error) from error
-        return call.coupled_axes()
+        return _coupled_axes(call)
 
     return apply
+
+
+def _coupled_axes(call: OperatorCall) -> list[list[Axis]]:
+    """The axes of each output that follow from what was coupled."""
+    graph, groups = call.graph, _merged(call._couplings)
+    found: list[list[Axis]] = [[] for _ in call.outputs]
+    named = [pair for group in groups for pair in group]
+    summed = [g for g in groups if not any(_contains(call.outputs, t) for t, _ in g)]
+    # Parameters that are summed over, as the weight of a layer, produce the output's channels.
+    matrices = [t for t in call.inputs if t in graph.names and any(_dims(g, t) for g in summed)]
+    for tensor in call.inputs:
+        dims = _dims(named, tensor)
+        for axis in graph.axes_of(tensor):
+            if axis.dim not in dims and not any(graph.request_dim(axis, d) for d in dims):
+                graph.freeze([axis], call.reason)
+    for group in groups:
+        axes = [
+            (tensor, next((a for a in graph.axes_of(tensor) if a.dim == dim), None))
+            for tensor, dim in group
+            if _contains(call.inputs, tensor)
+        ]
+        known = [(tensor, axis) for tensor, axis in axes if axis is not None]
+        if not known or len(known) < len(axes):
+            graph.freeze([axis for _, axis in known], call.reason)
+            continue
+        # With one dimension for each group, entries of different tensors can be compared.
+        aligned: list[Tensor] = []
+        for tensor, axis in known:
+            apart = [d for d in range(tensor.dim()) if _is_apart(groups, group, tensor, d)]
+            rest = [d for d in range(tensor.dim()) if d not in apart]
+            aligned.append(_aligned(graph.uniform(axis, rest).ids, tensor, groups))
+        for other in aligned[1:]:
+            graph.couple(aligned[0], other)
+        ids = max(aligned, key=Tensor.numel)
+        for number, out in enumerate(call.outputs):
+            for dim in _dims(group, out):
+                own = _of_output(ids, out, dim, group, groups)
+                found[number].append(Axis(dim, own))
+                if any(_contains(matrices, tensor) for tensor, _ in known):
+                    graph.matrix_outputs.append(own.reshape(-1))
+    return found
 
 
 def _contains(tensors: Sequence[Tensor], tensor: Tensor) -> bool:
@@ -201,7 +198,7 @@ def _merged(couplings: Sequence[Sequence[Dim]]) -> list[list[Dim]]:
 
 
 def _is_apart(groups: list[list[Dim]], group: list[Dim], tensor: Tensor, dim: int) -> bool:
-    """Whether each row along a group may lose entries of its own for each index of `dim`.
+    """Whether each row along a group may lose different entries for each index of `dim`.
 
     That is so if the operator keeps the indices of `dim` apart in all tensors of the group.
     """

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from drophot._core.interruptions import must_propagate
 from drophot.structured.observations import PassResult, StopPass
+from drophot.structured.recorded_call import RecordedCall
 from drophot.structured.single_call import run, tensors_in
-from drophot.structured.tracer import RecordedCall
 from drophot.structured.verification import PrunedPass, kept_shapes
 from drophot.structured.zeroed_network import ZeroedPass
 
@@ -59,5 +59,5 @@ def run_pass(
     while result.num_reached < len(calls) and calls[result.num_reached].name == "clone":
         result.num_reached += 1
     if result.num_reached < len(calls):
-        result.failures[result.num_reached] = "code: ends earlier with fewer channels"
+        result.failures[result.num_reached] = "code: returns earlier with fewer channels"
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -225,13 +226,13 @@ def _repeat(call: OperatorCall, x: Tensor, times: Any) -> OutputAxes:
     return [found]
 
 
-# These make axes of their own, so that they are called where no input has any.
+# These rules make new axes, so they are called even if no input has any.
 MAKES_AXES = frozenset([_expand, _fill, _repeat])
 
 
 def _glu(call: OperatorCall, x: Tensor, dim: int = -1) -> OutputAxes:
     dim %= x.dim()
-    a, b = _split(call.with_outputs(x.chunk(2, dim)), x, x.shape[dim] // 2, dim)
+    a, b = _split(replace(call, outputs=x.chunk(2, dim)), x, x.shape[dim] // 2, dim)
     shape = call.outputs[0].shape
     return [call.graph.broadcast(shape, [(shape, a), (shape, b)], call.reason)]
 

@@ -15,28 +15,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from drophot.structured import attention_heads, width_attributes
+from drophot.structured import attention_heads
 from drophot.structured.attention_heads import VIEWS, WholeHeads
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import Axis, DependencyGraph
 from drophot.structured.explanation import explain
 from drophot.structured.importance import Importance
-from drophot.structured.layer_widths import module_widths, producing_weights
+from drophot.structured.layer_widths import producing_weights
+from drophot.structured.network_writer import NetworkWriter
 from drophot.structured.observations import PassResult, UserError, differs, first_difference
 from drophot.structured.passes import run_pass
 from drophot.structured.reasons import VALUES, why_kept
-from drophot.structured.remaining_sizes import kept_part
+from drophot.structured.recorded_call import SIZED, RecordedCall
 from drophot.structured.similar_calls import SimilarCalls
-from drophot.structured.substitution import (
-    Attribute,
-    replace,
-    shrunk,
-    swap_tensors,
-    wrapped_like,
-)
-from drophot.structured.tracer import SIZED, RecordedCall
+from drophot.structured.substitution import Attribute
 from drophot.structured.verification import kept_shapes
 from drophot.structured.width_search import NEXT, WidthSearch
 
@@ -85,15 +78,10 @@ class Rewriter:
         ]
         self.groups = ChannelGroups(graph, outputs)
         self.removed = torch.zeros(graph.num_entries, dtype=torch.bool)
-        self.attributes: dict[Attribute, tuple[int, int]] = {}  # before and after
-        self._old_tensors: dict[str, Tensor] = {}
-        self._new_tensors: dict[str, Tensor] = {}
-        self._old_attributes: dict[Attribute, Any] = {}
-        self._layer_attributes: dict[Attribute, Any] = {}  # of torch's own modules
+        self.writer = NetworkWriter(model, graph, calls)
         self._width_search = WidthSearch(model)
         self._trial: tuple[dict[int, int], set[int]] | None = None  # multiples and failures before
         self._tried_multiples: set[tuple[int, int]] = set()
-        self._shrunk: dict[str, tuple[list[tuple[int, Tensor]], Tensor]] = {}
         self._similar: dict[bool, SimilarCalls] = {}  # of the calls in training mode or evaluation
         self._num_failed: Counter[tuple[Any, ...]] = Counter()  # of similar calls
         self._runs_dense: set[bool] = set()  # modes in which the dense network raises no error
@@ -111,33 +99,8 @@ class Rewriter:
                 ):
                     return
         except BaseException:
-            self.restore()
+            self.writer.restore()
             raise
-
-    def restore(self) -> None:
-        """Restore the network as it was before pruning."""
-        replace(self.model, self._old_tensors, self._old_attributes)
-        self._old_tensors, self._old_attributes = {}, {}
-
-    def description(self) -> dict[str, Any]:
-        """The new shapes and attributes, in types that JSON has."""
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        saved = self.model.state_dict().keys()
-        attributes: dict[str, dict[str, Any]] = {}
-        inside = []
-        for (path, key), (_, after) in self.attributes.items():
-            if len(key) == 1:
-                attributes.setdefault(path, {})[key[0]] = after
-            else:
-                inside.append([path, list(key), after])
-        kept = {}
-        for name, tensor in self._old_tensors.items():
-            if name not in saved:
-                whole = torch.arange(tensor.numel()).reshape(tensor.shape)
-                axes = [a for a in self.graph.axes_of(tensor) if self.removed[a.ids].any()]
-                kept[name] = kept_part(whole, axes, self.removed).reshape(-1).tolist()
-        shapes = {name: list(tensors[name].shape) for name in self._old_tensors}
-        return {"shapes": shapes, "attributes": attributes, "inside": inside, "kept": kept}
 
     def reasons(self) -> tuple[dict[str, str], dict[str, str]]:
         """Why layers kept all of their channels, and why others kept some, by the weight's name."""
@@ -147,16 +110,6 @@ class Rewriter:
             if own or weight.shape[self.output_dim(name)] > 1:
                 found[name] = own
         return explain(self.graph, self.groups, self.removed, found, self.ratio)
-
-    def unpruned(self) -> dict[str, float]:
-        """The shares of parameters that keep their shape and belong to no known layer."""
-        now = dict(self.model.named_parameters())
-        total = sum(self._old_tensors.get(name, tensor).numel() for name, tensor in now.items())
-        return {
-            name: parameter.numel() / total
-            for name, parameter in now.items()
-            if name not in self._old_tensors and name not in self.weights and parameter.dim() > 1
-        }
 
     def kept_channels(self) -> dict[str, Tensor]:
         """The outputs that each layer keeps, by the weight's name."""
@@ -183,83 +136,13 @@ class Rewriter:
         }
         scores = self.groups.scores(weights, self.importance)
         self.removed = self.groups.select(self.ratio, scores)
-        self._new_tensors, self._old_tensors, self._old_attributes = {}, {}, {}
-        for tensor, name in self.graph.names.items():
-            axes = [
-                axis for axis in self.graph.axes.get(tensor) or () if self.removed[axis.ids].any()
-            ]
-            if axes:
-                self._old_tensors[name] = tensor
-                self._new_tensors[name] = self._without_removed(name, tensor, axes)
-        known: dict[Attribute, Any] = {}
-        for name, ids in self.graph.group_entries.items():
-            path = name.rpartition(".")[0]
-            normed = isinstance(self.model.get_submodule(path), nn.GroupNorm)
-            if self.removed[ids].any():
-                number = int((~self.removed[ids]).sum())
-                known[path, ("num_groups" if normed else "groups",)] = number
-        for path, module in self.model.named_modules():
-            shapes = {}  # a tensor that two modules share has one name
-            for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-                name = None if tensor is None else self.graph.names.get(tensor)
-                if name in self._new_tensors:
-                    shapes[attribute] = tuple(self._new_tensors[name].shape)
-            groups = known.get((path, ("groups",)))
-            heads = any(path == one for one, _ in self.graph.whole_heads)
-            for name, value in module_widths(module, shapes, groups, heads):
-                if getattr(module, name) != value:
-                    known[path, (name,)] = value
-            if isinstance(module, (_NormBase, nn.GroupNorm)) and not shapes:
-                name = "num_channels" if isinstance(module, nn.GroupNorm) else "num_features"
-                for width in self._norm_widths(path, getattr(module, name)):
-                    known[path, (name,)] = width
-        self._layer_attributes = known
-        self._write({})
-
-    def _without_removed(self, name: str, tensor: Tensor, axes: list[Axis]) -> Tensor:
-        """A tensor without the removed entries; the same as before if these are the same."""
-        masks = [(axis.dim, self.removed[axis.ids]) for axis in axes]
-        before, part = self._shrunk.get(name, ([], tensor))
-        if len(before) != len(masks) or not all(
-            a == b and torch.equal(one, other)
-            for (a, one), (b, other) in zip(before, masks, strict=True)
-        ):
-            self._shrunk[name] = masks, (part := shrunk(tensor, axes, self.removed))
-        return part
-
-    def _norm_widths(self, path: str, size: int) -> set[int]:
-        """The number of channels that a norm without weights has now, if it has fewer."""
-        found = set()
-        for call in self.calls:
-            for axis in call.inputs if call.path[-1] == path else ():
-                ids = axis.ids.unique()
-                if len(ids) == size and self.removed[ids].any():
-                    found.add(size - int(self.removed[ids].sum()))
-        return found if len(found) == 1 else set()
-
-    def _write(self, own: Mapping[Attribute, Any]) -> None:
-        """Write the smaller tensors and the attributes, including those of the network's own code."""
-        replace(self.model, self._old_tensors, self._old_attributes)  # as it was
-        old = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        attributes = self._layer_attributes | {
-            names: value for names, value in own.items() if names not in self._layer_attributes
-        }
-        self._old_attributes = {
-            (path, key): width_attributes.read(self.model.get_submodule(path), key)
-            for path, key in attributes
-        }
-        self.attributes = {
-            names: (_plain(self._old_attributes[names]), _plain(value))
-            for names, value in attributes.items()
-        }
-        self._old_tensors = {name: old[name] for name in self._new_tensors}
-        replace(self.model, self._new_tensors, attributes)
+        self.writer.remove(self.removed)
 
     def _fails(self, example_inputs: Any, calls: list[RecordedCall], training: bool) -> bool:
         """Whether calls fail; if so, the channels that they need are kept from now on."""
 
         def attempt(own: Mapping[Attribute, Any]) -> PassResult:
-            self._write(own)
+            self.writer.write(own)
             result = run_pass(
                 self.model, example_inputs, calls, self.removed, training=training, shapes=shapes
             )
@@ -273,7 +156,7 @@ class Rewriter:
             if not training:
                 self._evaluation = result
             return False
-        self.restore()
+        self.writer.restore()
         self._keep_more(calls, training, result.failures)
         return True
 
@@ -283,7 +166,7 @@ class Rewriter:
         """Raise the error of the network's code if the dense network raises one too."""
         if training in self._runs_dense:
             return
-        self.restore()
+        self.writer.restore()
         none = torch.zeros_like(self.removed)
         again = run_pass(self.model, example_inputs, calls, none, training=training)
         if again.error is not None:
@@ -292,37 +175,25 @@ class Rewriter:
 
     def _values_differ(self, example_inputs: Any) -> bool:
         """Whether the outputs differ from those of the network in which these channels are zero."""
-        own = {names: value for names, (_, value) in self.attributes.items()}
+        own = {name: value for name, (_, value) in self.writer.attributes.items()}
         pruned = self._evaluation.outputs
-        self.restore()
-        zeroed = self._run_zeroed(example_inputs, False)
+        self.writer.restore()
+        zeroed = self._run_zeroed(example_inputs)
         if zeroed.failures or not any(map(differs, pruned, zeroed.outputs)):
-            self._write(own)
+            self.writer.write(own)
             return False
-        zeroed = self._run_zeroed(example_inputs, True)
-        self._write(own)
+        zeroed = self._run_zeroed(example_inputs, fingerprints=True)
+        self.writer.write(own)
         result = run_pass(self.model, example_inputs, self.calls, self.removed, fingerprints=True)
-        self.restore()
+        self.writer.restore()
         number = first_difference(result, zeroed)
         if number is None:
             number = len(self.calls) - 1
         self._keep_more(self.calls, False, {number: VALUES})
         return True
 
-    def _run_zeroed(self, example_inputs: Any, fingerprints: bool) -> PassResult:
-        zeros: dict[str, Tensor] = {}
-        old: dict[str, Tensor] = {}
-        for tensor, name in self.graph.names.items():
-            axes = [
-                axis for axis in self.graph.axes.get(tensor) or () if self.removed[axis.ids].any()
-            ]
-            if axes:
-                old[name], zero = tensor, tensor.detach().clone()
-                for axis in axes:
-                    zero.masked_fill_(self.removed[axis.ids].to(zero.device), 0)
-                zeros[name] = wrapped_like(tensor, zero)
-        replace(self.model, zeros, {})
-        try:
+    def _run_zeroed(self, example_inputs: Any, *, fingerprints: bool = False) -> PassResult:
+        with self.writer.zeroed():
             return run_pass(
                 self.model,
                 example_inputs,
@@ -331,9 +202,6 @@ class Rewriter:
                 zeroed=True,
                 fingerprints=fingerprints,
             )
-        finally:
-            current = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-            swap_tensors(self.model, {id(current[name]): tensor for name, tensor in old.items()})
 
     def _keep_more(
         self, calls: list[RecordedCall], training: bool, failures: Mapping[int, str]
@@ -433,10 +301,6 @@ class Rewriter:
             if axes := [axis for axis in call.axes if self.removed[axis.ids].any()]:
                 return axes
         return []
-
-
-def _plain(value: Any) -> Any:
-    return int(value) if width_attributes.is_integer(value) else value
 
 
 class NondeterministicModel(Exception):  # noqa: N818 (users get a ValueError)

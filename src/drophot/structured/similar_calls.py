@@ -1,4 +1,4 @@
-"""Which calls of different modules of one class come from the same place of their code."""
+"""Finds the calls that different modules of one class make in the same place of their code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from drophot.structured.tracer import RecordedCall
+from drophot.structured.recorded_call import RecordedCall
 
 
 class SimilarCalls:

@@ -1,84 +1,27 @@
-"""A forward pass, call by call: what each operator is given, gives, and graph."""
+"""Records a forward pass, operator by operator."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from drophot._core.interruptions import must_propagate
-from drophot.structured.dependency_graph import Axis, DependencyGraph, Shape, View
+from drophot.structured.dependency_graph import Axis, DependencyGraph, View
 from drophot.structured.entry_trials import axes_by_trial
 from drophot.structured.layer_rules import elementwise
 from drophot.structured.observations import UserError, guarded
 from drophot.structured.operator_call import OperatorCall, Rule
 from drophot.structured.reasons import OUTPUT
+from drophot.structured.recorded_call import RecordedCall, flat, numbers, recorded_leaf
 from drophot.structured.reshape_rules import MAKES_AXES
 from drophot.structured.single_call import run, tensors_in
-
-# Operators whose integer arguments are sizes, which follow from the number of channels.
-SIZED = frozenset([
-    "view",
-    "_unsafe_view",
-    "reshape",
-    "_reshape_alias",
-    "expand",
-    "repeat",
-    "split",
-    "split_with_sizes",
-    "unsafe_split",
-    "unsafe_split_with_sizes",
-    "chunk",
-    "native_layer_norm",
-    "native_group_norm",
-    "_fused_rms_norm",
-    "as_strided",
-    "as_strided_",
-    "new_zeros",
-    "new_ones",
-    "new_empty",
-    "new_full",
-    "zeros",
-    "ones",
-    "empty",
-    "full",
-    "rand",
-    "randn",
-    "new_empty_strided",
-    "empty_strided",
-])
-
-
-@dataclass(frozen=True, slots=True)
-class RecordedCall:
-    """One call of an operator in a recorded forward pass."""
-
-    name: str
-    path: tuple[str, ...]  # of the modules that it is called in, the innermost last
-    input_axes: list[list[Axis]]  # of each tensor among the arguments
-    numbers: list[Any] | None  # arguments that must not follow from a width
-    shapes: Sequence[Shape]  # of the tensors it returned
-    output_axes: list[list[Axis]]
-    leaves: list[Any]  # what it returned: numbers, integer tensors, (dtype, device) of others
-    spec: TreeSpec
-    computed: bool  # from parameters, so that pruning may change its values
-
-    @property
-    def inputs(self) -> list[Axis]:
-        """The axes of all tensors among the arguments."""
-        return [axis for axes in self.input_axes for axis in axes]
-
-    @property
-    def axes(self) -> list[Axis]:
-        """The axes of all inputs and outputs."""
-        return self.inputs + [axis for axes in self.output_axes for axis in axes]
 
 
 class Recorder(TorchDispatchMode):
@@ -134,7 +77,7 @@ class Recorder(TorchDispatchMode):
                 numbers(name, args, kwargs, axes[0] if axes else []),
                 [t.shape for t in outputs],
                 found,
-                [_remembered(name, leaf, inputs) for leaf in leaves],
+                [recorded_leaf(name, leaf, inputs) for leaf in leaves],
                 spec,
                 computed,
             )
@@ -277,56 +220,3 @@ RANDOM = frozenset([
     "floor_",
     "floor",
 ])
-
-
-def numbers(name: str, args: Any, kwargs: Any, axes: list[Axis]) -> list[Any] | None:
-    """The numbers among an operator's arguments that are not sizes; `None` if all may be sizes.
-
-    `axes` are those of its first tensor.
-    """
-    if name == "slice":
-        dim = (args[1] if len(args) > 1 else 0) % max(args[0].dim(), 1)
-        if any(axis.dim == dim for axis in axes):
-            return None
-    if name == "convolution":
-        args = args[:8]  # the number of groups can change
-    return [
-        value
-        for value in flat((args, kwargs))
-        if isinstance(value, float) or (isinstance(value, int) and name not in SIZED)
-    ]
-
-
-def flat(value: Any) -> Iterator[Any]:
-    """The arguments of an operator, with lists, tuples and dicts flattened."""
-    if isinstance(value, (list, tuple)):
-        for one in value:
-            yield from flat(one)
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from flat(one)
-    else:
-        yield value
-
-
-def is_view(out: Tensor, inputs: Sequence[Tensor]) -> bool:
-    """Whether an output shares its memory with an input of its operator."""
-    storage = out.untyped_storage()._cdata if out.layout == torch.strided else None
-    return storage is not None and any(
-        t.layout == torch.strided and t.untyped_storage()._cdata == storage for t in inputs
-    )
-
-
-def _remembered(name: str, leaf: Any, inputs: Sequence[Tensor]) -> Any:
-    """A number, a copy of an integer tensor, or the dtype and device of another tensor."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    if (
-        leaf.is_floating_point()
-        or leaf.is_complex()
-        or "pool" in name
-        or "empty" in name  # uninitialised memory
-        or (is_view(leaf, inputs) and not name.endswith("_"))
-    ):
-        return leaf.dtype, leaf.device
-    return leaf.detach().clone()

@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from drophot._core.interruptions import must_propagate
 from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
 from drophot.structured.reasons import operation
+from drophot.structured.recorded_call import RecordedCall, flat, is_view, numbers
 from drophot.structured.remaining_sizes import kept_part, kept_shape
-from drophot.structured.tracer import RecordedCall, flat, is_view, numbers
 
 # Not compared as plain values; DataParallel passes records of the profiler.
 OPAQUE = (Tensor, torch.ScriptObject)
@@ -57,9 +57,7 @@ class PrunedPass(TorchDispatchMode):
 
     def _compare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, result = _canonical(func.overloadpacket.__name__), self.result
-        while (
-            name != "clone" and self._next_name() == "clone"
-        ):  # only the recorded layout needed it
+        while name != "clone" and self._next_name() == "clone":  # for the layout
             result.fingerprints.append([])
             result.num_reached += 1
         if name == "clone" != self._next_name():
@@ -71,7 +69,7 @@ class PrunedPass(TorchDispatchMode):
             return self._recorded_result(self.calls[number], self.shapes[number])
         if self._next_name() != name:
             result.failures[min(number, len(self.calls) - 1)] = (
-                f"code: goes another way with fewer channels, to {operation(name)}"
+                f"code: calls other operators with fewer channels, such as {operation(name)}"
             )
             raise StopPass
         call = self.calls[number]
@@ -134,7 +132,7 @@ class PrunedPass(TorchDispatchMode):
                 if not call.computed:
                     if expected.shape == leaf.shape:
                         self.result.failures[number] = (
-                            "its result follows from the number of channels"
+                            "its result depends on the number of channels"
                         )
                 elif expected.shape == leaf.shape and not is_view(leaf, inputs):
                     leaf.copy_(expected)
@@ -143,7 +141,7 @@ class PrunedPass(TorchDispatchMode):
             elif not isinstance(leaf, OPAQUE) and not isinstance(before, tuple):
                 if leaf != before and not call.computed:
                     self.result.failures[number] = (
-                        f"its result, {before}, follows from the number of channels"
+                        f"its result depends on the number of channels ({before} with all of them)"
                     )
                 leaves[i], changed = before, True
         return (tree_unflatten(leaves, spec) if changed else out), leaves
@@ -193,5 +191,5 @@ def _equal(some: list[Any], others: list[Any]) -> bool:
 def _changed_number(found: list[Any], before: list[Any]) -> str:
     for a, b in zip(found, before, strict=False):
         if a != b:
-            return f"a number follows from the number of channels, {b:.6g} with all of them"
-    return "its numbers follow from the number of channels"
+            return f"a number depends on the number of channels ({b:.6g} with all of them)"
+    return "its numbers depend on the number of channels"

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from drophot.structured import width_attributes
 from drophot.structured.observations import PassResult
+from drophot.structured.recorded_call import RecordedCall
 from drophot.structured.remaining_sizes import num_kept
 from drophot.structured.similar_calls import SimilarCalls
 from drophot.structured.substitution import Attribute
-from drophot.structured.tracer import RecordedCall
 
 Values = dict[Attribute, int]
 Found = dict[Attribute, tuple[int, int]]  # the new value, and the call that it is for
@@ -67,7 +67,7 @@ class WidthSearch:
         result, current = attempt(accepted), dict(accepted)
         if not result.failures:
             return result
-        # As they were before any attempt, whose values stay in the modules until the next one.
+        # The integers before any attempt; the values of an attempt remain until the next one.
         self._integers = {
             name: dict(width_attributes.integers(module)) for name, module in self.modules.items()
         }
@@ -161,7 +161,7 @@ class WidthSearch:
         return more
 
     def _helpful(self, trial: Values, before: PassResult, after: PassResult) -> set[Attribute]:
-        """The attributes of a trial whose modules have calls that no longer fail, and no new failures."""
+        """The attributes of a trial that make calls of their modules succeed and none fail."""
         fixed = {n for n in before.failures if n not in after.failures and n < after.num_reached}
         if after.num_reached > before.num_reached or not after.failures:
             fixed |= {n for n in before.failures if n not in after.failures}
@@ -216,7 +216,7 @@ class WidthSearch:
         return width_attributes.identity(self.modules[attribute[0]], attribute[1])
 
     def _width_changes(self, number: int) -> dict[int, int]:
-        """The old and new widths of the inputs and outputs of a call, where these are unambiguous."""
+        """The new width of each width of a call's inputs and outputs, if it is unambiguous."""
         if number in self._known_changes:
             return self._known_changes[number]
         widths: dict[int, set[int]] = {}

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis
 from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
+from drophot.structured.recorded_call import RecordedCall, is_view
 from drophot.structured.reduction_rules import OVER_CHANNELS
 from drophot.structured.remaining_sizes import keep_mask, kept_part, kept_shape
-from drophot.structured.tracer import RecordedCall, is_view
 
 
 class ZeroedPass(TorchDispatchMode):

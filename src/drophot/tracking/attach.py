@@ -1,4 +1,4 @@
-"""Tracking without a change inside the loop: a loader and a model that are listened to."""
+"""Tracking without changes inside the loop: watched loaders and attached models."""
 
 from __future__ import annotations
 
@@ -14,30 +14,27 @@ from torch.utils.hooks import RemovableHandle
 
 from drophot.data.indexing import IndexedDataset
 from drophot.data.named_tuples import without_index
-from drophot.tracking.batch_matching import Batch, Call, Pass, Tracker, tensors
-from drophot.tracking.validation import describe as describe
-from drophot.tracking.validation import plain
+from drophot.tracking.batch_matching import Call, Pass, Tracker
+from drophot.tracking.tensor_matching import Batch, tensors
+from drophot.tracking.validation import check_plain, describe
 
-_ATTACH = (
-    "say how to get them from the model's output: "
+_HOW_TO_ATTACH = (
+    "Say how to get them from the model's output: "
     '`tracker.attach(model, logits=lambda output: output["logits"])`'
 )
 _TARGETS = ("targets", "target", "labels", "label")
 
 
-Presented = tuple[Tensor, Tensor]  # the part of a batch that a tracker needs: index and targets
+Presented = tuple[Tensor, Tensor]  # the index and the targets of a batch
 
 
 def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Presented]:
-    """Take the index off a batch.
+    """Split a batch into the batch without its index, and the index with the targets.
 
     Args:
         batch: A tuple or list with the index last, or a mapping with the key `"index"`.
-        targets: How to get the targets from the rest; `None` takes the second of a pair, or the
-            one key of `targets`, `target`, `labels`, `label`.
-
-    Returns:
-        The batch as it would be without an index, and the index with the targets.
+        targets: Gets the targets from the batch without its index. `None` takes the second of a
+            pair, or the only entry among `targets`, `target`, `labels`, `label`.
 
     Raises:
         TypeError: If the batch has no index, or its targets cannot be recognised.
@@ -52,13 +49,13 @@ def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Pre
         rest, index = batch[:-1], batch[-1]
     else:
         raise TypeError(
-            f"A batch should hold its samples' index, last in a tuple or as `index` in a dict. "
-            f"Found {describe(batch)}; wrap the dataset in IndexedDataset."
+            f"A batch must contain its samples' index, last in a tuple or as `index` in a dict, "
+            f"got {describe(batch)}. Wrap the dataset in IndexedDataset."
         )
     if not isinstance(index, Tensor) or index.is_floating_point():
         raise TypeError(
-            f"A batch's index should be a tensor of integers. Found {describe(index)} in "
-            f"{describe(batch)}; wrap the dataset in IndexedDataset."
+            f"The index of a batch must be a tensor of integers, got {describe(index)} in "
+            f"{describe(batch)}. Wrap the dataset in IndexedDataset."
         )
     if targets is not None:
         return rest, (index, targets(rest))
@@ -68,21 +65,18 @@ def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Pre
         found = [rest[1]] if len(rest) == 2 else []
     if len(found) != 1:
         raise TypeError(
-            f"A batch without its index should be a pair (inputs, targets) or a dict with one of "
-            f"the keys {', '.join(_TARGETS)}. Found {describe(rest)}; say where the targets are: "
-            f"`targets=lambda batch: ...`. If there is no index in it, wrap the dataset in "
+            f"A batch without its index must be a pair (inputs, targets) or a dict with one of the "
+            f"keys {', '.join(_TARGETS)}, got {describe(rest)}. Say where the targets are: "
+            f"`targets=lambda batch: ...`. If the batch has no index, wrap the dataset in "
             f"IndexedDataset."
         )
     return rest, (index, found[0])
 
 
 class Watched:
-    """A loader whose batches come without their index, which the tracker keeps until the logits.
+    """A loader that yields batches without their index and tells the tracker about them.
 
-    Args:
-        tracker: Who awaits the logits of the last batch handed out.
-        loader: Anything iterable; what else is asked of it (`sampler`, `dataset`) is passed on.
-        targets: As in `split`.
+    Its other attributes (`sampler`, `dataset`) are those of the loader.
     """
 
     def __init__(
@@ -91,10 +85,10 @@ class Watched:
         check_source(loader)
         self.loader = loader
         self._tracker = tracker
-        self._find_targets = targets
+        self._get_targets = targets
 
-    def __iter__(self) -> _Walk:
-        return _Walk(self._tracker, self.loader, self._find_targets)
+    def __iter__(self) -> _Iterator:
+        return _Iterator(self._tracker, self.loader, self._get_targets)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -105,65 +99,55 @@ class Watched:
         return getattr(self.loader, name)
 
 
-class _Walk:
-    """One pass over a watched loader: an error of the loader's does not end it."""
+class _Iterator:
+    """One pass over a watched loader. An error of the loader does not end it."""
 
     def __init__(
         self, tracker: Tracker, loader: Iterable[Any], targets: Callable[[Any], Tensor] | None
     ) -> None:
-        self._tracker, self._find_targets = tracker, targets
+        self._tracker, self._get_targets = tracker, targets
         self._pass = Pass(loader)
         self._batches = iter(loader)
         tracker._pairing.begin(self._pass)
 
-    def __iter__(self) -> _Walk:
+    def __iter__(self) -> _Iterator:
         return self
 
     def __next__(self) -> Any:
-        tracker, mine = self._tracker, self._pass
-        tracker._pairing.settle(tracker)
+        tracker, current = self._tracker, self._pass
+        tracker._pairing.process_pending(tracker)
         try:
             batch = next(self._batches)
         except StopIteration:
-            if not mine.ended:
-                tracker._pairing.end(mine)
-                mine.warn(2, stacklevel=2)
+            if not current.exhausted:
+                tracker._pairing.end(current)
+                current.warn(2, stacklevel=2)
             raise
-        rest, (index, targets) = split(batch, self._find_targets)
-        tracker._pairing.hand_out(mine, Batch(index, targets, list(tensors(rest))))
-        mine.warn(_MANY, stacklevel=2)
+        rest, (index, targets) = split(batch, self._get_targets)
+        tracker._pairing.hand_out(current, Batch(index, targets, list(tensors(rest))))
+        current.warn(_WARN_AFTER, stacklevel=2)
         return rest
 
     def __del__(self) -> None:
-        if not hasattr(self, "_batches"):  # it never began
+        if not hasattr(self, "_batches"):  # the constructor failed
             return
         pairing = self._tracker._pairing
         try:
-            pairing.settle(self._tracker)
-        except Exception as error:  # would be lost here
+            pairing.process_pending(self._tracker)
+        except Exception as error:  # would be lost in `__del__`
             pairing.error = error
-        pairing.leave(self._pass)
-        self._pass.warn(0 if self._pass.ended else 1, stacklevel=2)
+        pairing.abandon(self._pass)
+        self._pass.warn(0 if self._pass.exhausted else 1, stacklevel=2)
 
 
-_MANY = 100
+_WARN_AFTER = 100  # batches of which none was counted
 _HOOKS: weakref.WeakSet[Hook] = weakref.WeakSet()
 
 
 def attach(
     tracker: Tracker, model: nn.Module, logits: Callable[[Any], Tensor] | None, *, changed: bool
 ) -> RemovableHandle:
-    """Let a tracker hear of every forward of a model.
-
-    Args:
-        tracker: Who waits for logits.
-        model: Whose they are.
-        logits: As in `Hook`.
-        changed: As in `Hook`.
-
-    Returns:
-        The hook's handle.
-    """
+    """Register a `Hook` on a model."""
     hook = Hook(tracker, logits, changed=changed)
     hook.module = weakref.ref(model)
     _HOOKS.add(hook)
@@ -171,26 +155,19 @@ def attach(
 
 
 def check_source(loader: object) -> None:
-    """Refuse a loader in whose data several samples have the same index.
-
-    Args:
-        loader: Anything.
-
-    Raises:
-        ValueError: If its data set joins several IndexedDatasets.
-    """
+    """Refuse a loader whose dataset joins several IndexedDatasets, which share their indices."""
     source = getattr(loader, "dataset", None)
     joined = {id(part) for part in _indexed(source, 8)}
     if len(joined) > 1:
         raise ValueError(
-            f"A loader's samples should have an index each. Found a ConcatDataset of {len(joined)} "
-            f"IndexedDatasets, which all begin at 0; join the data sets first and wrap the whole: "
-            f"`IndexedDataset(ConcatDataset([a, b]))`."
+            f"The samples of a loader must have different indices, got a ConcatDataset of "
+            f"{len(joined)} IndexedDatasets, whose indices all start at 0. Join the datasets "
+            f"before you wrap them: `IndexedDataset(ConcatDataset([a, b]))`."
         )
 
 
 def _indexed(source: Any, depth: int) -> list[IndexedDataset]:
-    """The IndexedDatasets that a data set reads from."""
+    """The IndexedDatasets that a dataset reads from."""
     if isinstance(source, IndexedDataset):
         return [source]
     if not depth or source is None:
@@ -201,14 +178,14 @@ def _indexed(source: Any, depth: int) -> list[IndexedDataset]:
 
 
 class Hook:
-    """Gives a model's forwards to a tracker that waits for logits.
+    """A forward hook that passes the logits of a model to a tracker.
 
-    A copy or pickle of the model carries a hook that does nothing: it is not the model that is
-    being trained.
+    A copy or pickle of the model has a hook without effect, because the copy is not the model that
+    is trained.
 
     Args:
-        tracker: Who waits.
-        logits: How to get them from the model's output; `None` takes the output itself.
+        tracker: The tracker that waits for logits.
+        logits: Gets the logits from the model's output; `None` takes the output itself.
         changed: Whether the loop changes its batches before the forward.
     """
 
@@ -231,7 +208,9 @@ class Hook:
         pairing = tracker._pairing
         if torch.compiler.is_compiling():
             if pairing.waits:
-                logits = find_logits(output, self.logits or _itself, module, _ATTACH).detach()
+                logits = find_logits(
+                    output, self.logits or _identity, module, _HOW_TO_ATTACH
+                ).detach()
                 call = (self, module, (args, kwargs), logits)
                 if pairing.first is None:
                     pairing.first = call
@@ -239,18 +218,18 @@ class Hook:
                     pairing.latest = call
             return
         if _in_backward():
-            return  # a forward that is computed again
-        pairing.settle(tracker)
-        if not pairing.waits and not pairing.doubts:
+            return  # recomputed by activation checkpointing
+        pairing.process_pending(tracker)
+        if not pairing.waits and not pairing.unconfirmed:
             if torch.is_grad_enabled():
-                pairing.unclaimed()
+                pairing.count_unclaimed()
             return
-        logits = find_logits(output, self.logits or _itself, module, _ATTACH)
-        plain("logits", logits)
-        pairing.give(tracker, self, Call(module, list(tensors((args, kwargs))), logits))
+        logits = find_logits(output, self.logits or _identity, module, _HOW_TO_ATTACH)
+        check_plain("logits", logits)
+        pairing.match(tracker, self, Call(module, list(tensors((args, kwargs))), logits))
 
     def others(self, module: nn.Module) -> list[Hook]:
-        """Those of other trackers on the same model, or on one that is part of the other."""
+        """The hooks of other trackers on this model, on a part of it or on a model around it."""
         found = []
         for hook in list(_HOOKS):
             other = hook.module and hook.module()
@@ -267,7 +246,7 @@ class Hook:
         return Hook, ()
 
 
-def _itself(output: Any) -> Any:
+def _identity(output: Any) -> Any:
     return output
 
 
@@ -276,28 +255,27 @@ def _in_backward() -> bool:
     return task is not None and task() != -1
 
 
-def find_logits(output: Any, how: Callable[[Any], Any] | None, source: object, cure: str) -> Tensor:
-    """The logits in what a model, or a step, gave.
+def find_logits(
+    output: Any, get_logits: Callable[[Any], Any] | None, source: object, fix: str
+) -> Tensor:
+    """The logits in the output of a model or a step.
 
     Args:
-        output: That.
-        how: Gets them from it; `None` takes its `"logits"`.
-        source: Who gave it.
-        cure: What to do if they are not there.
-
-    Returns:
-        The logits.
+        output: The output.
+        get_logits: Gets the logits from it; `None` takes its entry `"logits"`.
+        source: The model or the trainer, for the error.
+        fix: The sentence at the end of the error, without a full stop.
 
     Raises:
-        TypeError: If they are not there, or no tensor.
+        TypeError: If there are no logits, or they are not a tensor.
     """
-    if how is None:
+    if get_logits is None:
         logits = output.get("logits") if isinstance(output, Mapping) else None
     else:
-        logits = how(output)
+        logits = get_logits(output)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"The logits should be a tensor. Found {describe(output)} from "
-            f"{type(source).__name__}; {cure}."
+            f"The logits must be a tensor, got {describe(output)} from {type(source).__name__}. "
+            f"{fix}."
         )
     return logits

@@ -123,7 +123,7 @@ class DynamicsTracker(ForgettingTracker):
                 then.
             RuntimeError: As there.
         """
-        validation.batch(index, logits, targets)
+        validation.check_batch(index, logits, targets)
         if len(index) == 0:
             return
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from drophot.tracking import attach, deferred_errors, observe, packed_history, validation
 from drophot.tracking.batch_matching import Pairing
+from drophot.tracking.record import Rows, record
 from drophot.tracking.state import Columns, State, join_histories, to_device
 from drophot.tracking.validation import describe
 
@@ -73,7 +74,7 @@ class ForgettingTracker:
     """
 
     def __init__(self, num_samples: int, *, device: torch.device | str | None = None) -> None:
-        self.num_samples = validation.size(num_samples)
+        self.num_samples = validation.check_size(num_samples)
         self._pairing = Pairing()  # the batches of a watched loader with the logits of a model
         self._follows_logits = device is None
         self._state = self._new_state(device)
@@ -99,7 +100,7 @@ class ForgettingTracker:
                 is not a class or differs from the sample's earlier one. Nothing is counted then.
             RuntimeError: If it is called inside a transform of `torch.func`.
         """
-        validation.batch(index, logits, targets)
+        validation.check_batch(index, logits, targets)
         if len(index) == 0:
             return
         with torch.no_grad():
@@ -123,8 +124,8 @@ class ForgettingTracker:
             raise TypeError(f"`correct` must be a bool tensor, got {describe(correct)}.")
         if correct.dim() != 1:
             raise ValueError(f"`correct` must have shape (B,), got {tuple(correct.shape)}.")
-        validation.plain("correct", correct)
-        validation.vector("index", index, len(correct), "correct")
+        validation.check_plain("correct", correct)
+        validation.check_vector("index", index, len(correct), "correct")
         if len(index) == 0:
             return
         with torch.no_grad():
@@ -254,12 +255,11 @@ class ForgettingTracker:
             Scores, shape `(N,)`, on the tracker's device: int64, or float32 if `missing="nan"`.
 
         Raises:
-            ValueError: If an argument is unknown, a sample was never presented, or an index was wrong.
+            ValueError: If an argument is unknown, a sample was never presented, or a batch had
+                wrong indices.
         """
         if never_learned not in ("hardest", "zero"):
-            raise ValueError(
-                f'`never_learned` must be "hardest" or "zero", got {never_learned!r}.'
-            )
+            raise ValueError(f'`never_learned` must be "hardest" or "zero", got {never_learned!r}.')
         history = self._presented(missing)["history"]
         scores, presented = packed_history.events(history), packed_history.presentations(history)
         if never_learned == "hardest":
@@ -294,12 +294,12 @@ class ForgettingTracker:
                 and in one process for wrong indices.
             RuntimeError: If a state was loaded before the process group was initialised.
         """
-        self._pairing.settle(self)
+        self._pairing.process_pending(self)
         self._state.sync(group)
 
     def reset(self) -> None:
         """Return to the initial state."""
-        self._pairing.give_up()
+        self._pairing.clear()
         self._state.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,7 +313,7 @@ class ForgettingTracker:
                 `sync`, which the other ranks lack.
             ValueError: If a batch had wrong indices.
         """
-        self._pairing.settle(self)
+        self._pairing.process_pending(self)
         self._pairing.check()
         return self._state.dump()
 
@@ -327,11 +327,11 @@ class ForgettingTracker:
             ValueError: If it has another version, class, size or other statistics, or is not such a
                 state. Nothing is changed then.
         """
-        self._pairing.settle(self)  # a batch that still waits is counted later
+        self._pairing.process_pending(self)  # a batch that still waits is counted later
         self._state.load(state_dict, type(self).__name__)
 
     def __getstate__(self) -> dict[str, Any]:
-        self._pairing.settle(self)
+        self._pairing.process_pending(self)
         return self.__dict__.copy()
 
     def __array__(self, *_: Any, **__: Any) -> NoReturn:
@@ -347,66 +347,29 @@ class ForgettingTracker:
 
     def _read(self) -> Columns:
         """All columns, including the logits that an attached model has given so far."""
-        self._pairing.settle(self)
+        self._pairing.process_pending(self)
         self._pairing.check()
         return self._state.read()
 
     def _presented(self, missing: Missing) -> Columns:
         """All columns, if every sample was presented or may be missing."""
         columns = self._read()
-        validation.presented(columns["history"], missing)
+        validation.check_presented(columns["history"], missing)
         self._pairing.warn()
         return columns
 
-    def _doubt(self, wrong: Tensor) -> None:
+    def _note_unpaired(self, wrong: Tensor) -> None:
         self._state.note(deferred_errors.unpaired(wrong))
 
-    def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> _Rows:
+    def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
         top = logits.max(dim=1)
         correct = (top.indices == targets) & (top.values > -torch.inf)  # nor is NaN
         return self._record(index, correct, targets, logits.shape[1])
 
     def _record(
         self, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int = 0
-    ) -> _Rows:
-        state = self._state
-        if self._follows_logits and state.device != correct.device:
-            state.move(correct.device)
+    ) -> Rows:
+        if self._follows_logits and self._state.device != correct.device:
+            self._state.move(correct.device)
         self._follows_logits = False
-        device = state.device
-        correct = to_device(correct, device)
-        index = to_device(index, device, torch.int64)
-
-        position = index.clamp(0, self.num_samples - 1)
-        if targets is None:
-            state.check_equal(index, (position, index), classes=None)
-        else:
-            classes = to_device(targets, device)
-            targets = classes.to(torch.int32)
-            seen = state.targets.index_select(0, position)
-            known = torch.where(seen < 0, targets, seen)
-            nearest = classes.clamp(0, num_classes - 1)
-            state.check_equal(
-                index, (position, index), (known, targets), classes=(nearest, classes)
-            )
-            state.targets.index_copy_(0, position, known)
-
-        position, order = position.sort(stable=True)
-        repeats = position[1:] == position[:-1]
-        if state.can_sync and not repeats.any():
-            repeats = None  # the usual batch, which is cheaper
-        correct = correct.index_select(0, order)
-        packed_history.present(state.columns["history"], position, correct, repeats, state.steps)
-        return _Rows(position, order, repeats)
-
-
-class _Rows(NamedTuple):
-    """A batch in the order of its samples: their positions, ascending, and the row of each.
-
-    `repeats` tells for all but the first whether it is the same sample as the one before. It is
-    `None` if no sample is repeated.
-    """
-
-    position: Tensor
-    order: Tensor
-    repeats: Tensor | None
+        return record(self._state, index, correct, targets, num_classes)

@@ -1,4 +1,4 @@
-"""A pass over a loader that leaves no trace: neither in the model nor in the loader."""
+"""An evaluation pass over a loader that changes neither the model nor the loader."""
 
 from __future__ import annotations
 
@@ -23,65 +23,60 @@ _PARTS = ("sampler", "batch_sampler", "dataset", "loader", "transform", "transfo
 def observe(
     model: nn.Module, loader: Iterable[Any], present: Callable[[Tensor, Tensor, Tensor], object]
 ) -> None:
-    """Show every batch of a loader to a model as it stands.
-
-    Args:
-        model: Called as `model(inputs)`.
-        loader: Gives batches `(inputs, targets, index)`.
-        present: Called with index, logits and targets of each.
+    """Compute the logits of every batch of a loader, and call `present(index, logits, targets)`.
 
     Raises:
-        TypeError: If an argument or a batch is of another kind.
-        ValueError: If the loader gives no batch.
+        TypeError: If an argument or a batch has the wrong class.
+        ValueError: If the loader is empty.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"`model` should be a torch.nn.Module. Found {describe(model)}; the model comes first, "
-            f"`observe(model, loader)`."
+            f"`model` must be a torch.nn.Module, got {describe(model)}. The model is the first "
+            f"argument: `observe(model, loader)`."
         )
     stream = isinstance(loader, IterableDataset)
     if isinstance(loader, Dataset | nn.Module) and not stream:
         raise TypeError(
-            f"`loader` should give batches. Found {describe(loader)}; wrap it: "
+            f"`loader` must yield batches, got {describe(loader)}. Pass "
             f"`DataLoader(dataset, batch_size=...)`."
         )
     attach.check_source(loader)
     batch = None
-    with _left_alone(loader), evaluating(model) as device:
-        for batch in _own_workers(loader):
+    with _generators_restored(loader), evaluating(model) as device:
+        for batch in _without_persistent_workers(loader):
             if not isinstance(batch, tuple | list) or len(batch) != 3:
                 raise TypeError(
-                    f"`loader` should give batches (inputs, targets, index). Found "
-                    f"{describe(batch)}; wrap the dataset in IndexedDataset, or call `update` "
-                    f"with the logits of your own evaluation pass."
+                    f"`loader` must yield batches (inputs, targets, index), got {describe(batch)}. "
+                    f"Wrap the dataset in IndexedDataset, or call `update` with the logits of your "
+                    f"own evaluation pass."
                 )
             inputs, targets, index = batch
             if not isinstance(inputs, Tensor):
                 raise TypeError(
-                    f"A batch's inputs should be a tensor. Found {describe(inputs)}; let the data "
-                    f"set or `collate_fn` give tensors, or call `update` with the logits of your "
-                    f"own evaluation pass."
+                    f"The inputs of a batch must be a tensor, got {describe(inputs)}. Return "
+                    f"tensors from the dataset or `collate_fn`, or call `update` with the logits "
+                    f"of your own evaluation pass."
                 )
             present(index, model(inputs.to(device)), targets)
     if batch is None:
         raise ValueError("`loader` must yield at least one batch, but it is empty.")
 
 
-def _own_workers(loader: Any) -> Any:
-    """The loader, or one that leaves the workers alone with which training goes on."""
+def _without_persistent_workers(loader: Any) -> Any:
+    """The loader, or a copy that does not use the persistent workers of the training."""
     if not isinstance(loader, DataLoader) or not loader.persistent_workers:
         return loader
     other = copy.copy(loader)
-    # Not by assignment, which a DataLoader refuses once it is made.
+    # A DataLoader refuses to have these attributes assigned after it is created.
     other.__dict__.update(persistent_workers=False, _iterator=None)
     return other
 
 
 @contextmanager
-def _left_alone(loader: Any) -> Iterator[None]:
-    """Put the generators that a loader, its samplers and data sets have back where they stood."""
+def _generators_restored(loader: Any) -> Iterator[None]:
+    """Restore the generators of a loader, its samplers and its datasets afterwards."""
     owners, found = [loader], []
-    for owner in owners:  # grows on the way
+    for owner in owners:  # the loop appends to it
         parts = (vars(owner).get(name) for name in _PARTS) if hasattr(owner, "__dict__") else ()
         owners += [part for part in parts if part is not None and len(owners) < 32]
     for owner in owners:
@@ -93,16 +88,16 @@ def _left_alone(loader: Any) -> Iterator[None]:
             elif isinstance(value, np.random.RandomState):
                 found.append((value.set_state, value.get_state()))
             elif isinstance(value, np.random.Generator):
-                found.append((_Bits(value), copy.deepcopy(value.bit_generator.state)))
+                found.append((_SetState(value), copy.deepcopy(value.bit_generator.state)))
     try:
         yield
     finally:
-        for put_back, state in found:
-            put_back(state)
+        for set_state, state in found:
+            set_state(state)
 
 
-class _Bits:
-    """Sets the state of one of NumPy's generators."""
+class _SetState:
+    """Sets the state of a NumPy generator."""
 
     def __init__(self, generator: np.random.Generator) -> None:
         self.generator = generator

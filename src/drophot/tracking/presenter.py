@@ -1,4 +1,4 @@
-"""One batch of somebody else's trainer, counted by its logits or by a judgement of the user's."""
+"""Presents the batches of another library's trainer to a tracker."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from torch import Tensor
 from drophot.tracking import attach
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.forgetting import ForgettingTracker
+from drophot.tracking.validation import describe
+
+# The index; the targets, or None; the batch without its index, if `correct` needs it.
+Taken = tuple[Tensor, Any, Any]
 
 
 class Presenter:
-    """Takes index and targets from a batch, and later counts it by what the step gave.
+    """Takes the index and targets from a batch, and later presents it with the step's outputs.
 
     Args:
-        tracker: Who counts.
+        tracker: The tracker.
         owner: The public class that the user called, for errors.
-        logits: Gets the logits from the step's outputs; `None` takes their `"logits"`.
+        logits: Gets the logits from the step's outputs; `None` takes their entry `"logits"`.
         targets: As in :func:`drophot.tracking.attach.split`.
-        correct: Gets the batch without its index and the outputs, and says which samples are right.
+        correct: Gets the batch without its index and the outputs, and returns which samples are
+            correct.
 
     Raises:
         TypeError: If `tracker` is not a tracker, or `correct` is given for one that needs logits.
@@ -36,13 +41,13 @@ class Presenter:
     ) -> None:
         if not isinstance(tracker, ForgettingTracker):
             raise TypeError(
-                f"`tracker` should be a ForgettingTracker or DynamicsTracker. Found "
-                f"{attach.describe(tracker)}."
+                f"`tracker` must be a ForgettingTracker or DynamicsTracker, got "
+                f"{describe(tracker)}."
             )
         if correct is not None and isinstance(tracker, DynamicsTracker):
             raise TypeError(
-                "`correct` should go with a ForgettingTracker. Found a DynamicsTracker, whose "
-                "statistics need logits and classes."
+                "`correct` cannot be used with a DynamicsTracker, whose statistics need logits and "
+                "classes. Use a ForgettingTracker."
             )
         self.tracker = tracker
         self._owner = owner
@@ -51,31 +56,25 @@ class Presenter:
         self._correct = correct
 
     def take(self, batch: Any) -> Taken:
-        """Read what counting needs, before a step can change the batch.
-
-        Args:
-            batch: With its index.
-
-        Returns:
-            What `present` takes.
+        """Read what `present` needs, before a step can change the batch.
 
         Raises:
             TypeError: If the batch has no index, or no targets where they are needed.
         """
         if self._correct is not None:
-            rest, (index, _) = attach.split(batch, _nothing)
+            rest, (index, _) = attach.split(batch, _no_targets)
             return index.clone(), None, rest
         _, (index, targets) = attach.split(batch, self._targets)
         return index.clone(), targets.clone() if isinstance(targets, Tensor) else targets, None
 
-    def present(self, taken: Taken, outputs: Any, source: object, cure: str) -> None:
-        """Count a batch.
+    def present(self, taken: Taken, outputs: Any, source: object, fix: str) -> None:
+        """Present a batch.
 
         Args:
-            taken: From `take`.
-            outputs: What the model or the step gave.
-            source: Who gave it, for errors.
-            cure: What to do if there are no logits in it, for errors.
+            taken: The result of `take`.
+            outputs: The outputs of the model or the step.
+            source: The model or the trainer, for errors.
+            fix: What to do if there are no logits in the outputs, for errors.
 
         Raises:
             TypeError: If there are no logits, or the targets are not integers.
@@ -85,24 +84,22 @@ class Presenter:
         if self._correct is not None:
             self.tracker.update_correct(index, self._correct(batch, outputs))
             return
-        logits = attach.find_logits(outputs, self._logits, source, cure)
-        judge = (
-            f"for any other task judge the samples yourself: `{self._owner}(ForgettingTracker(n), "
-            f"correct=lambda batch, outputs: ...)` gives a bool for each"
+        logits = attach.find_logits(outputs, self._logits, source, fix)
+        alternative = (
+            f"For any task other than classification, judge the samples yourself: "
+            f"`{self._owner}(ForgettingTracker(n), correct=lambda batch, outputs: ...)` returns a "
+            f"bool for each sample"
         )
         if isinstance(targets, Tensor) and targets.is_floating_point():
-            raise TypeError(f"`targets` should be integers. Found {targets.dtype}; {judge}.")
+            raise TypeError(f"`targets` must be integers, got {targets.dtype}. {alternative}.")
         if logits.dim() != 2 or (isinstance(targets, Tensor) and targets.dim() != 1):
             shape = tuple(targets.shape) if isinstance(targets, Tensor) else targets
             raise ValueError(
-                f"`logits` should have shape (B, C) and `targets` shape (B,). Found "
-                f"{tuple(logits.shape)} and {shape}; {judge}."
+                f"`logits` must have shape (B, C) and `targets` shape (B,), got "
+                f"{tuple(logits.shape)} and {shape}. {alternative}."
             )
         self.tracker.update(index, logits, targets)
 
 
-Taken = tuple[Tensor, Any, Any]  # index; targets, or none; the batch, where `correct` wants it
-
-
-def _nothing(_: Any) -> Any:
+def _no_targets(_: Any) -> Any:
     return None

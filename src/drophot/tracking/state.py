@@ -274,7 +274,7 @@ class State:
             return merged | {"targets": targets}
         mine = _select(self.columns | {"targets": targets}, unmerged) | {"index": unmerged}
         first, identical = None, min(lengths) >= _MIN_IDENTICAL_ROWS
-        for rows in distributed.tables(mine, lengths, group, self.device):
+        for rows in distributed.gather_tables(mine, lengths, group, self.device):
             first = first or dict(rows)
             identical = identical and all(torch.equal(rows[name], first[name]) for name in rows)
             index = rows.pop("index")
@@ -304,7 +304,7 @@ class State:
     def _check_agreement(
         self, group: ProcessGroup | None, base: Columns, num_rows: int
     ) -> list[int]:
-        """Refuse to merge trackers that differ; otherwise return the number of rows of each rank."""
+        """The number of rows of each rank, if the trackers of all ranks agree."""
         numbers = {
             "number of columns": len(self.columns),
             "num_samples": self.num_samples,
@@ -314,10 +314,15 @@ class State:
             "alone": int(self.loaded_alone),
             "rows": num_rows,
         }
-        table = distributed.numbers(list(numbers.values()), group, self.device)
+        table = distributed.gather_numbers(list(numbers.values()), group, self.device)
         of = dict(zip(numbers, table.T.tolist(), strict=True))
         self.check(numbers["fault"])
-        for name in ("number of columns", "num_samples", "statistics", "the state that they started from"):
+        for name in (
+            "number of columns",
+            "num_samples",
+            "statistics",
+            "the state that they started from",
+        ):
             if len(set(of[name])) > 1:
                 found = (
                     f"this rank's are {_listed(self.statistics)}"

@@ -1,4 +1,4 @@
-"""Scores of single presentations: the `Score` protocol, the built-in statistics and their checks."""
+"""Scores of single presentations: the `Score` protocol and the built-in statistics."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Statistic = Literal["forgetting", "aum", "el2n", "confidence", "variability", "l
 
 @runtime_checkable
 class Score(Protocol):
-    """A score of one presentation, which :class:`drophot.DynamicsTracker` averages for each sample.
+    """A score of a presentation, which :class:`drophot.DynamicsTracker` averages per sample.
 
     Any object with these three members is a score; it does not inherit from this class. Pass it in
-    `DynamicsTracker(num_samples, statistics=[...])` and read it by its name: `tracker.scores(name)`.
+    `DynamicsTracker(num_samples, statistics=[...])` and read it by `tracker.scores(name)`.
 
     Attributes:
         name: A Python identifier that no other statistic or column of the tracker has.

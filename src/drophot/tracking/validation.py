@@ -1,4 +1,4 @@
-"""What is refused before a batch is looked at: arguments of another kind, shape or dtype."""
+"""Checks of arguments by class, shape and dtype, before any value is read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ from drophot.tracking import packed_history
 
 
 def describe(value: Any) -> str:
-    """What a value is, for an error.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        Its kind, and of what.
-    """
+    """A value in the words of an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of {value.dtype}"
     if isinstance(value, Mapping):
@@ -31,153 +24,111 @@ def describe(value: Any) -> str:
     return type(value).__name__
 
 
-def size(num_samples: Any) -> int:
-    """The number of samples of a tracker.
-
-    Args:
-        num_samples: As the user gave it.
-
-    Returns:
-        A plain integer of at least 1.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is less than 1.
-    """
+def check_size(num_samples: Any) -> int:
+    """The number of samples of a tracker as a plain integer of at least 1."""
     scalar = isinstance(num_samples, str | bytes) or getattr(num_samples, "shape", None) == ()
     if hasattr(num_samples, "__len__") and not scalar:
         raise TypeError(
-            f"`num_samples` should be an integer. Found {describe(num_samples)}; give len(dataset)."
+            f"`num_samples` must be an integer, got {describe(num_samples)}. Pass `len(dataset)`."
         )
     found = scalars.integer("num_samples", num_samples)
     if found < 1:
         raise ValueError(
-            f"`num_samples` should be at least 1. Found {found}; give the length of the dataset."
+            f"`num_samples` must be at least 1, got {found}. Pass the length of the dataset."
         )
     return found
 
 
-def batch(index: Any, logits: Any, targets: Any) -> None:
-    """Refuse a batch of another kind than `index (B,)`, `logits (B, C)`, `targets (B,)`.
-
-    Args:
-        index: The samples.
-        logits: The model's outputs.
-        targets: The classes.
+def check_batch(index: Any, logits: Any, targets: Any) -> None:
+    """Check that a batch is `index (B,)`, `logits (B, C)`, `targets (B,)`.
 
     Raises:
-        TypeError: If one is no tensor, or of another dtype.
+        TypeError: If one is not a tensor, or has the wrong dtype.
         ValueError: If a shape is wrong.
-        RuntimeError: If `logits` are inside of a transform of `torch.func`.
+        RuntimeError: If `logits` are inside a transform of `torch.func`.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
-        raise TypeError(f"`logits` should be a float tensor. Found {describe(logits)}.")
-    plain("logits", logits)
+        raise TypeError(f"`logits` must be a float tensor, got {describe(logits)}.")
+    check_plain("logits", logits)
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(
-            f"`logits` should have shape (B, C) with C at least 2. Found "
-            f"{tuple(logits.shape)}; for any other kind of output judge it yourself and call "
-            f"`update_correct`."
+            f"`logits` must have shape (B, C) with C at least 2, got {tuple(logits.shape)}. For "
+            f"any other kind of output, judge the samples yourself and call `update_correct`."
         )
-    vector("index", index, len(logits), "logits")
-    vector("targets", targets, len(logits), "logits")
+    check_vector("index", index, len(logits), "logits")
+    check_vector("targets", targets, len(logits), "logits")
 
 
-def vector(name: str, value: Any, length: int, other: str) -> None:
-    """Refuse what is no tensor of integers of shape `(B,)`.
-
-    Args:
-        name: The argument.
-        value: What was given.
-        length: `B`.
-        other: The argument that `B` is taken from.
-
-    Raises:
-        TypeError: If it is no tensor, or not of integers.
-        ValueError: If its shape is another, or `B` larger than any counter.
-        RuntimeError: If it is inside of a transform of `torch.func`.
-    """
+def check_vector(name: str, value: Any, length: int, other: str) -> None:
+    """Check that an argument is a tensor of integers `(B,)`, with `B` the length of another one."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"`{name}` should be a tensor of integers. Found {describe(value)}.")
+        raise TypeError(f"`{name}` must be a tensor of integers, got {describe(value)}.")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"`{name}` should be a tensor of integers. Found {value.dtype}.")
-    plain(name, value)
+        raise TypeError(f"`{name}` must be a tensor of integers, got {value.dtype}.")
+    check_plain(name, value)
     if value.dim() != 1:
-        raise ValueError(f"`{name}` should have shape (B,). Found {tuple(value.shape)}.")
+        raise ValueError(f"`{name}` must have shape (B,), got {tuple(value.shape)}.")
     if len(value) != length:
         raise ValueError(
-            f"`{name}` should have one entry for each row of `{other}`, {length}. Found "
+            f"`{name}` must have one entry for each of the {length} rows of `{other}`, got "
             f"{len(value)}."
         )
     if length > packed_history.MAX_PRESENTATIONS:
         raise ValueError(
-            f"A batch should have at most {packed_history.MAX_PRESENTATIONS} rows. "
-            f"Found {length}; split it."
+            f"A batch must have at most {packed_history.MAX_PRESENTATIONS} rows, got {length}. "
+            f"Split it."
         )
 
 
-def plain(name: str, value: Tensor) -> None:
-    """Refuse a tensor whose rows are not there to be read, where that can be asked.
-
-    Args:
-        name: The argument.
-        value: What was given.
+def check_plain(name: str, value: Tensor) -> None:
+    """Check that the rows of a tensor can be read.
 
     Raises:
-        TypeError: If it is spread over ranks.
-        RuntimeError: If it is inside of a transform of `torch.func`.
+        TypeError: If it is distributed over ranks.
+        RuntimeError: If it is inside a transform of `torch.func`.
     """
     if torch.compiler.is_compiling():
         return
     if inside_transform(value):
         raise RuntimeError(
-            f"`{name}` should be a tensor outside of `torch.func`'s transforms. Found one inside "
-            f"of grad, jvp or vmap; let the function return the logits too (`has_aux=True`) and "
-            f"call `update` with them afterwards, without `attach`."
+            f"`{name}` must be a tensor outside the transforms of `torch.func`, got one inside "
+            f"grad, jvp or vmap. Return the logits from the function (`has_aux=True`) and call "
+            f"`update` with them afterwards, without `attach`."
         )
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and isinstance(value, module.DTensor):
         raise TypeError(
-            f"`{name}` should be a plain tensor with all rows and all classes. Found a DTensor; "
-            f"call `{name}.full_tensor()` and give that to `update`."
+            f"`{name}` must be a plain tensor with all rows and all classes, got a DTensor. Pass "
+            f"`{name}.full_tensor()` to `update`."
         )
 
 
 def inside_transform(value: Tensor) -> bool:
-    """Whether a tensor is one of those that `torch.func` hands to a function."""
+    """Whether a tensor is wrapped by a transform of `torch.func`."""
     functorch = getattr(torch._C, "_functorch", None)
     wrapped = getattr(functorch, "is_functorch_wrapped_tensor", None)
     return wrapped is not None and wrapped(value)
 
 
-def presented(history: Tensor, missing: str) -> None:
-    """Refuse scores of samples that nobody has seen, unless they may be missing.
-
-    Args:
-        history: Of all samples.
-        missing: `"raise"` or `"nan"`.
-
-    Raises:
-        ValueError: If `missing` is neither, or a sample was never presented and has to be.
-    """
+def check_presented(history: Tensor, missing: str) -> None:
+    """Check that every sample was presented, unless `missing` is `"nan"`."""
     if missing not in ("raise", "nan"):
-        raise ValueError(f'`missing` should be "raise" or "nan". Found {missing!r}.')
+        raise ValueError(f'`missing` must be "raise" or "nan", got {missing!r}.')
     total = len(history)
     lack = int((packed_history.presentations(history) == 0).sum())
     if not lack or missing == "nan":
         return
     if lack == total:
-        cure = (
-            "call `update` or `observe`, or iterate over `tracker.watch(loader)` while "
-            "`tracker.attach(model)` is in force: it takes both"
+        fix = (
+            "Call `update` or `observe`, or use both `tracker.attach(model)` and "
+            "`tracker.watch(loader)`"
         )
     else:
-        cure = (
-            'for a part of the data, such as a training split, take `scores(..., missing="nan")` '
-            "and `select(..., among=train.indices)`; otherwise see that `num_samples` and the "
-            "indices are of one IndexedDataset of all samples"
+        fix = (
+            'For a part of the data, such as a training split, use `scores(..., missing="nan")` '
+            "and `select(..., among=train.indices)`. Otherwise check that `num_samples` and the "
+            "indices are those of one IndexedDataset of all samples"
         )
     raise ValueError(
-        f"`scores` should be asked for once every sample was presented. Found {lack} of {total} "
-        f"that never were; {cure}."
+        f"`scores` needs every sample to be presented, but {lack} of {total} never were. {fix}."
     )

@@ -2,8 +2,9 @@
 
 from drophot.data.cache import Cache, in_memory
 from drophot.data.samples import first_sample
+from drophot.training.evaluation import evaluate
 from drophot.training.loaders import BatchLoader, batches
-from drophot.training.loop import Fit, evaluate, fit
+from drophot.training.loop import Fit, fit
 from drophot.training.loss import Loss
 from drophot.training.schedulers import SchedulerInterval
 from drophot.training.step import onednn_linear

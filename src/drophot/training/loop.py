@@ -1,4 +1,4 @@
-"""The training loop, and the accuracy of a model."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -13,28 +13,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from drophot._core import random_state, scalars
-from drophot._core.classifier import (
-    check_classes,
-    check_model,
-    check_optimizer,
-    first_nonfinite,
-    is_correct,
-    logits_of,
-    require_logits,
-)
-from drophot._core.model_contexts import evaluating
+from drophot._core.classifier import check_model, check_optimizer, first_nonfinite, require_outputs
 from drophot.data import batching
 from drophot.data.cache import Cache, Kept, check_cache, in_memory
 from drophot.data.samples import first_sample, tensors_of
+from drophot.training.evaluation import evaluate
 from drophot.training.loaders import batches, check_rereadable, is_loader, loader_batches
 from drophot.training.loss import Loss, check_callable
+from drophot.training.memory_format import use_channels_last
 from drophot.training.schedulers import SchedulerInterval, check_scheduler
-from drophot.training.step import fast_forward, fast_step, takes_channels_last
+from drophot.training.step import fast_step
 
 __all__ = ["Cache", "Fit", "batches", "evaluate", "first_sample", "fit", "in_memory"]
 
 _IGNORE_INDEX = -100  # of torch's cross-entropy
-_EVALUATION_BATCH = 512  # small enough for the activations to stay in a CPU's cache
 
 
 def fit(
@@ -162,7 +154,7 @@ def fit(
             before_step=before_step,
             lr_changes=every_step,
         )
-        with step_of as step, require_logits(model, num_classes):
+        with step_of as step, require_outputs(model, num_classes):
             for epoch in range(epochs):
                 model.train()
                 for inputs, targets, *more in batches_of(epoch):
@@ -211,13 +203,18 @@ def _dataset_epochs(
             f"`dataset` must yield samples (input, target, index) for `on_batch`, but its samples "
             f"have {width} parts. Wrap it: IndexedDataset(dataset)."
         )
-    channels_last = _use_channels_last(model, kept.data, device)
+    channels_last = use_channels_last(model, kept.data, device)
     order = torch.Generator().manual_seed(seed)
 
     def batches_of(epoch: int) -> Iterator[tuple[Tensor, ...]]:
         data = kept.again() if epoch else kept.data
         return batching.batches(
-            data, batch_size, device, shuffle=order, channels_last=channels_last
+            data,
+            batch_size,
+            device,
+            shuffle=order,
+            channels_last=channels_last,
+            workers=kept.workers,
         )
 
     return batches_of
@@ -236,57 +233,6 @@ def _count_classes(data: Any) -> int:
             f"ignores {_IGNORE_INDEX} and no other negative target."
         )
     return int(targets.max()) + 1
-
-
-def evaluate(model: nn.Module, dataset: Dataset[Any], *, cache: Cache = "auto") -> float:
-    """Return the accuracy of a classifier: the share of samples whose class it predicts.
-
-    A sample whose logits contain NaN counts as wrong. The model's mode and the random state are
-    restored. Each sample is read once.
-
-    Args:
-        model: Called as `model(inputs)`, returns logits `(B, C)`.
-        dataset: Samples `(input, target)` or `(input, target, index)`.
-        cache: `True` decodes all samples before the first batch, which is rarely useful. The other
-            settings read them batch by batch.
-
-    Returns:
-        The accuracy, in [0, 1].
-
-    Raises:
-        ValueError: If the dataset is empty, its samples differ in shape, the targets are not one
-            integer in `[0, C)` per sample, or the logits are not of shape `(B, C)`.
-        TypeError: If the samples are not tuples of tensors and numbers, or the model, its output or
-            the dataset is of the wrong kind.
-
-    Example:
-        >>> from torch.utils.data import TensorDataset
-        >>> data = TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0]))
-        >>> evaluate(nn.Identity(), data)  # its inputs are the logits
-        0.75
-    """
-    check_model(model)
-    with evaluating(model) as device:
-        data = Kept(dataset, device, cache, readings=1).data
-        forward, layout = fast_forward(model, device), _use_channels_last(model, data, device)
-        correct, lowest, highest = torch.zeros(3, dtype=torch.int64, device=device).unbind()
-        num_classes = 0
-        for inputs, targets, *_ in batching.batches(
-            data, _EVALUATION_BATCH, device, channels_last=layout
-        ):
-            logits = logits_of(model, forward, inputs)
-            check_classes(logits, targets)
-            correct += is_correct(logits, targets).sum()
-            lowest = torch.minimum(lowest, targets.min())
-            highest = torch.maximum(highest, targets.max())
-            num_classes = logits.shape[1]
-    num_correct, low, high = torch.stack([correct, lowest, highest]).tolist()
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"`dataset` must have targets in [0, {num_classes}), the classes of the model, got "
-            f"{low if low < 0 else high}. Leave samples with other targets out."
-        )
-    return num_correct / len(data)
 
 
 class Fit(Protocol):
@@ -351,9 +297,3 @@ class Fit(Protocol):
             Anything; it is ignored.
         """
         ...
-
-
-def _use_channels_last(model: nn.Module, data: Dataset[Any], device: torch.device) -> bool:
-    with random_state.preserved_rng():
-        sample = torch.as_tensor(first_sample("dataset", data)[0]).to(device)
-    return takes_channels_last(model, torch.stack([sample, sample]))

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core.classifier import logits_of
-from drophot._core.model_contexts import evaluating
 from drophot._core.onednn_linear import fast_linear
 from drophot.training.cuda_graph import CapturedStep, can_be_captured, is_torch_optimizer
 from drophot.training.loss import Loss, training_loss
@@ -127,26 +126,6 @@ def fast_forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], T
             return forward(inputs)
 
     return mixed
-
-
-def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
-    """Whether the model has convolutions and accepts images in channels-last memory format.
-
-    Args:
-        model: Unchanged afterwards.
-        inputs: A few inputs, on the model's device.
-    """
-    if inputs.dim() != 4 or not any(p.dim() == 4 for p in model.parameters()):
-        return False
-    weights = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), torch.enable_grad():
-        try:
-            logits = model(inputs.to(memory_format=torch.channels_last))
-            if logits.requires_grad:
-                torch.autograd.grad(logits.float().sum(), weights, allow_unused=True)
-        except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
-            return False
-    return True
 
 
 @contextmanager

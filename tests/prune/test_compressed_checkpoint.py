@@ -214,27 +214,27 @@ def entry(header: dict, name: str = "fc1.weight") -> dict:
     ("change", "message"),
     [
         (lambda h, f: f.pop("drophot.json"), "damaged or something else"),
-        (lambda h, f: h.update(format="drophot compressed 9"), "may be of a later drophot"),
-        (lambda h, f: h["tensors"].pop("fc1.bias"), r"difference in \['fc1.bias'\]"),
-        (lambda h, f: h["tensors"].update(more={}), r"difference in \['more'\]"),
-        (lambda h, f: entry(h).update(shape=[10**9, 10**9]), "have `fc1.weight` as the file"),
-        (lambda h, f: entry(h).update(dtype="float64"), "have `fc1.weight` as the file"),
-        (lambda h, f: entry(h).update(nonzeros=10**12), "Found 1000000000000 values"),
-        (lambda h, f: entry(h).update(nonzeros=-1), "Found -1 values"),
-        (lambda h, f: entry(h).update(nonzeros="all"), "Found 'all' values"),
-        (lambda h, f: entry(h).update(nonzeros=3), "should be whole"),
+        (lambda h, f: h.update(format="drophot compressed 9"), "`path`.*drophot compressed 9"),
+        (lambda h, f: h["tensors"].pop("fc1.bias"), r"`model`.*\['fc1.bias'\]"),
+        (lambda h, f: h["tensors"].update(more={}), r"`model`.*\['more'\]"),
+        (lambda h, f: entry(h).update(shape=[10**9, 10**9]), "`model`.*`fc1.weight`.*1000000000"),
+        (lambda h, f: entry(h).update(dtype="float64"), "`model`.*`fc1.weight`.*float64"),
+        (lambda h, f: entry(h).update(nonzeros=10**12), "`path`.*1000000000000"),
+        (lambda h, f: entry(h).update(nonzeros=-1), "`path`.*-1"),
+        (lambda h, f: entry(h).update(nonzeros="all"), "`path`.*'all'"),
+        (lambda h, f: entry(h).update(nonzeros=3), "`path`.*`fc1.weight`"),
         (lambda h, f: entry(h).update(file="../../etc/passwd"), "damaged or something else"),
         (lambda h, f: entry(h).pop("dtype"), "damaged or something else"),
         (lambda h, f: entry(h).update({"same as": "nowhere"}), "damaged or something else"),
         (lambda h, f: f.pop(f"{entry(h)['file']}.mask"), "damaged or something else"),
-        (lambda h, f: f.update({entry(h)["file"]: b"12345678"}), "Found 8 bytes of"),
+        (lambda h, f: f.update({entry(h)["file"]: b"12345678"}), "`path`.*8 bytes"),
         (lambda h, f: f.update({f"{entry(h)['file']}.mask": bytes(3840)}), "another number"),
-        (lambda h, f: f.update({f"{entry(h)['file']}.mask": bytes(9)}), "Found 9 bytes of 3,840"),
+        (lambda h, f: f.update({f"{entry(h)['file']}.mask": bytes(9)}), "`path`.*9 bytes.*3,840"),
         (lambda h, f: h.update(metadata=[]), "damaged or something else"),
         (lambda h, f: h.update(metadata={"fc1": "ab"}), "'ab'"),
         (lambda h, f: h.update(tensors=[]), "damaged or something else"),
-        (lambda h, f: h.update(more="x" * (1 << 21)), "bytes for 'drophot.json', of at most 1,"),
-        (lambda h, f: h.update(format="x" * 9999), "Found 'x{50}'; it"),
+        (lambda h, f: h.update(more="x" * (1 << 21)), "`path`.*'drophot.json'.* at most 1,"),
+        (lambda h, f: h.update(format="x" * 9999), "`path`.*'x{50}'"),
         (
             lambda h, f: h["tensors"].update({f"{n}{'x' * 900}": {} for n in range(500)}),
             "'0x{99}'.* and 480 more",
@@ -281,7 +281,7 @@ def test_a_file_that_is_cut_short_or_no_archive(length: int, tmp_path: Path) -> 
     path = tmp_path / "model"
     save_compressed(lenet(), path)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(ValueError, match="`path` should be a file that save_compressed wrote"):
+    with pytest.raises(ValueError, match="`path`"):
         load_compressed(lenet(), path)
     path.write_bytes(struct.pack("<1000f", *range(1000)))
     with pytest.raises(ValueError, match="damaged or something else"):
@@ -391,14 +391,14 @@ def test_a_module_reads_a_state_by_the_version_that_wrote_it(
     ],
 )
 def test_swapped_arguments_are_named(do, argument: str, found: str, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=f"`{argument}` .*Found .*{found}"):
+    with pytest.raises(TypeError, match=f"`{argument}`.*{found}"):
         do(tmp_path / "model.drophot")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_memory_is_named(tmp_path: Path) -> None:
     save_compressed(nn.Linear(2, 2), tmp_path / "model")
-    with pytest.raises(ValueError, match="`model` .*Found `weight` on meta"):
+    with pytest.raises(ValueError, match="`model`.*meta.*`weight`"):
         load_compressed(nn.Linear(2, 2, device="meta"), tmp_path / "model")
 
 
@@ -413,9 +413,9 @@ class Extra(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Extra(2, 2), "Found `_extra_state`, a dict"),
-        (lambda: Holds(x=torch.eye(4).to_sparse()), "Found `x`, a Tensor of torch.float32"),
-        (lambda: nn.Linear(2, 2, device="meta"), "Found `weight`.* on meta"),
+        (lambda: Extra(2, 2), "`_extra_state`.*dict"),
+        (lambda: Holds(x=torch.eye(4).to_sparse()), "`x`.*Tensor.*torch.float32"),
+        (lambda: nn.Linear(2, 2, device="meta"), "`weight`.* on meta"),
     ],
 )
 def test_what_is_no_dense_tensor_is_refused_by_name(model, message: str, tmp_path: Path) -> None:
@@ -451,7 +451,7 @@ def test_parts_that_have_to_be_inflated_are_refused(method: int, part: str, tmp_
         for name in source.namelist():
             kind = method if name == part else zipfile.ZIP_STORED
             archive.writestr(name, source.read(name), compress_type=kind)
-    with pytest.raises(ValueError, match=f"`path` .*Found '{part}' compressed by method {method}"):
+    with pytest.raises(ValueError, match=f"`path`.*'{part}'.*method {method}"):
         load_compressed(nn.Linear(40, 40), tmp_path / "other")
 
 
@@ -475,7 +475,7 @@ def test_a_size_beyond_the_file_is_not_believed(tmp_path: Path) -> None:
     at = content.rindex(b"PK\x01\x02")  # the directory's last entry, that of the description
     huge = struct.pack("<II", 1_000_000, 1_000_000)
     path.write_bytes(content[: at + 20] + huge + content[at + 28 :])
-    with pytest.raises(ValueError, match=r"1,000,000 bytes for 'drophot.json', of at most [\d,]+"):
+    with pytest.raises(ValueError, match=r"'drophot.json'.*1,000,000 .* at most [\d,]+"):
         load_compressed(nn.Linear(2, 2), path)
 
 
@@ -545,7 +545,7 @@ def test_notes_that_would_not_load_are_not_saved(tmp_path: Path) -> None:
                 lambda module, state, prefix, local: local.update(notes="x" * (2 << 20))
             )
 
-    with pytest.raises(ValueError, match="`model` should note less .*Found .*2,097,"):
+    with pytest.raises(ValueError, match="`model`.*2,097,"):
         save_compressed(Notes(), tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -593,7 +593,7 @@ def test_an_expanded_buffer_is_named_before_anything_changes(tmp_path: Path) -> 
     one, other = model(), model()
     save_compressed(one, tmp_path / "model")
     before = other.first.clone()
-    with pytest.raises(ValueError, match=r"`model` .*Found `x` expanded to \(4, 3\); .*clone"):
+    with pytest.raises(ValueError, match=r"`model`.*`x`.*\(4, 3\).*clone"):
         load_compressed(other, tmp_path / "model")
     assert torch.equal(other.first, before)
     other.x = other.x.clone()
@@ -615,7 +615,7 @@ def test_a_hook_that_fails_says_that_the_model_is_loaded_in_part(tmp_path: Path)
 
 def test_a_model_of_other_tensors_is_not_taken_for_a_damaged_file(tmp_path: Path) -> None:
     save_compressed(nn.Linear(2, 2), tmp_path / "model")
-    with pytest.raises(TypeError, match="`model` .*Found `_extra_state`, a dict"):
+    with pytest.raises(TypeError, match="`model` .*`_extra_state`.*dict"):
         load_compressed(Extra(2, 2), tmp_path / "model")
 
 
@@ -670,7 +670,7 @@ WRITER = """
 import os, sys, torch
 from pathlib import Path
 from torch import nn
-from drophot import compressed_checkpoint
+from drophot.prune import compressed_checkpoint
 os.getpid = lambda: 1  # as in a container
 write = compressed_checkpoint._write
 def slow(archive, *rest):
@@ -758,15 +758,15 @@ def test_a_link_still_leads_to_the_file(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere/model'$"):
         save_compressed(nn.Linear(2, 2), tmp_path / "nowhere" / "model")
-    with pytest.raises(IsADirectoryError, match="`path` should be a file. Found the folder"):
+    with pytest.raises(IsADirectoryError, match="`path` .*directory"):
         save_compressed(nn.Linear(2, 2), tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="`path` should be a regular file"):
+    with pytest.raises(ValueError, match="`path` .*pipe"):
         save_compressed(nn.Linear(2, 2), tmp_path / "pipe")
     (tmp_path / "pipe").unlink()
     (tmp_path / "old").write_text("old")
     monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write anything
-    with pytest.raises(PermissionError, match="`path` should be writable. Found .*old"):
+    with pytest.raises(PermissionError, match="`path` .*old"):
         save_compressed(nn.Linear(2, 2), tmp_path / "old")
     assert (tmp_path / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

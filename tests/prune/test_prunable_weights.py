@@ -59,11 +59,11 @@ def test_weights_that_are_shared_count_once_and_stay_shared() -> None:
 
 def test_lazy_modules() -> None:
     model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 8))
-    refused(model, ValueError, "Found `0.weight` without data; run one batch")
+    refused(model, ValueError, "`0.weight`.*no data.*one batch")
 
 
 def test_weights_on_the_meta_device() -> None:
-    refused(network().to("meta"), ValueError, "Found `0.weight` without data")
+    refused(network().to("meta"), ValueError, "`0.weight`.*no data")
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
@@ -78,21 +78,21 @@ def test_weights_on_the_meta_device() -> None:
 def test_weights_that_are_computed(change: Callable[[nn.Module], object]) -> None:
     model = network()
     change(model[2])
-    refused(model, ValueError, "Found `2.weight` computed by a parametrization or an older pruning")
+    refused(model, ValueError, "`2.weight`.*parametrization")
 
 
 def test_sparse_weights() -> None:
     model = network()
     model[2].weight = nn.Parameter(model[2].weight.detach().to_sparse())
-    refused(model, ValueError, "Found `2.weight` of torch.sparse_coo; call to_dense")
+    refused(model, ValueError, "`2.weight`.*torch.sparse_coo.*to_dense")
 
 
 def test_integers_and_eight_bit_floats() -> None:
     model = network()
     model[2].weight = nn.Parameter(torch.ones(8, 16, dtype=torch.int8), requires_grad=False)
-    refused(model, TypeError, "Found `2.weight` of torch.int8; prune before quantising")
+    refused(model, TypeError, "`2.weight`.*torch.int8")
     model[2].weight = nn.Parameter(torch.ones(8, 16).to(torch.float8_e4m3fn), requires_grad=False)
-    refused(model, TypeError, "Found `2.weight` of torch.float8_e4m3fn; prune before quantising")
+    refused(model, TypeError, "`2.weight`.*torch.float8_e4m3fn")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own quantisation is on its way out
@@ -100,7 +100,7 @@ def test_quantised_weights() -> None:
     model = network()
     weight = torch.quantize_per_tensor(model[2].weight.detach(), 0.1, 0, torch.qint8)
     model[2].weight = nn.Parameter(weight, requires_grad=False)
-    refused(model, TypeError, "Found `2.weight` as a Tensor of torch.qint8; prune before quant")
+    refused(model, TypeError, "`2.weight`.*Tensor of torch.qint8")
 
 
 class Packed(torch.Tensor):
@@ -111,7 +111,7 @@ def test_weights_of_a_tensor_of_another_kind() -> None:
     model = network()
     packed = torch.randn(8, 16).as_subclass(Packed)
     model[2].register_parameter("weight", nn.Parameter(packed))
-    refused(model, TypeError, "Found `2.weight` as a Packed of torch.float32; prune before")
+    refused(model, TypeError, "`2.weight`.*Packed of torch.float32")
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_weights_that_are_sharded_over_processes() -> None:
     mesh = init_device_mesh("cpu", (1,))
     model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Shard(0)]))
     for prune in both(model):
-        with pytest.raises(ValueError, match="Found `2.weight` sharded over processes .DTensor."):
+        with pytest.raises(ValueError, match="`2.weight`.*sharded.*DTensor"):
             prune()
 
 
@@ -151,10 +151,10 @@ def test_a_model_in_fsdp(original: bool) -> None:
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
         pytest.skip(f"no FSDP on this CPU: {error}")
     for prune in both(model):
-        with pytest.raises(ValueError, match="Found `the model` sharded by FullyShardedDataPar"):
+        with pytest.raises(ValueError, match="`the model`.*FullyShardedDataPar"):
             prune()
     for prune in both(nn.Sequential(model)):
-        with pytest.raises(ValueError, match="Found `0` sharded by FullyShardedDataParallel"):
+        with pytest.raises(ValueError, match="`0`.*FullyShardedDataParallel"):
             prune()
 
 
@@ -172,5 +172,5 @@ def test_a_model_in_fully_shard() -> None:
     except (RuntimeError, ValueError, AttributeError, AssertionError) as error:
         pytest.skip(f"no fully_shard on this CPU: {error}")
     for prune in both(model):
-        with pytest.raises(ValueError, match="Found `0.weight` sharded over processes"):
+        with pytest.raises(ValueError, match="`0.weight`.*sharded"):
             prune()

@@ -80,7 +80,7 @@ def test_global_pruning_equals_sorting_all_magnitudes(
     arrays = [w.numpy() for w, of in zip(before, ranked, strict=True) if of]
     size = sum(a.size for a in arrays)
     if remove > size:
-        with pytest.raises(ValueError, match=f"`ratio` .* removes {remove} weights, and {size} to"):
+        with pytest.raises(ValueError, match=f"`ratio`.*{remove} .*{size} "):
             magnitude_prune(model, ratio)
         assert all(torch.equal(a.weight, b) for a, b in zip(model, before, strict=True))
         return
@@ -257,7 +257,7 @@ def test_skip_takes_modules_parameters_and_other_names_of_a_shared_weight() -> N
     masks = magnitude_prune(model := named(), 0.5, skip=["0.0"])
     assert zeros(model, ["0.0.weight"]) == 0
     assert masks.sparsity == 0.5
-    with pytest.raises(ValueError, match=r"Sequential has none besides those in `skip`"):
+    with pytest.raises(ValueError, match=r"`model`.*Sequential.*`skip`"):
         magnitude_prune(named(), 0.5, skip=["0"])
 
 
@@ -416,9 +416,9 @@ def test_masks_loaded_while_held_are_the_ones_held() -> None:
 def test_a_stranger_to_the_masks_is_refused() -> None:
     model = network()
     masks = magnitude_prune(model, 0.5)
-    with pytest.raises(ValueError, match="none of its pruned weights"):
+    with pytest.raises(ValueError, match="`optimizer`.*pruned"):
         masks.hold(SGD(copy.deepcopy(model).parameters(), lr=0.1))
-    with pytest.raises(TypeError, match="Found Sequential"):
+    with pytest.raises(TypeError, match="`optimizer`.*Sequential"):
         masks.hold(model)  # type: ignore[arg-type]
 
 
@@ -462,11 +462,11 @@ def test_masks_survive_saving_and_are_refused_elsewhere() -> None:
     assert torch.equal(other[4].weight, model[4].weight)
 
     wrong = {("weight" if n == "4.weight" else n): m for n, m in masks.items()}
-    with pytest.raises(ValueError, match=r"difference in \['4.weight', 'weight'\]"):
+    with pytest.raises(ValueError, match=r"`state_dict`.*\['4.weight', 'weight'\]"):
         taken.load_state_dict(wrong)
-    with pytest.raises(ValueError, match=r"shape \(3, 16\)\. Found torch.bool, \(16, 3\)"):
+    with pytest.raises(ValueError, match=r"`state_dict.*\(3, 16\).*torch.bool.*\(16, 3\)"):
         taken.load_state_dict({**masks, "6.weight": masks["6.weight"].t()})
-    with pytest.raises(ValueError, match=r"Found torch.float32"):
+    with pytest.raises(ValueError, match=r"torch.float32"):
         taken.load_state_dict({**masks, "0.weight": masks["0.weight"].float()})
     assert all(torch.equal(taken[name], masks[name]) for name in masks), "nothing has changed"
 
@@ -576,10 +576,10 @@ def test_a_ratio_out_of_range_is_named(ratio: float) -> None:
         ({"ratio": "0.8"}, TypeError, "`ratio` .* str"),
         ({"ratio": b"0.8"}, TypeError, "`ratio` .* bytes"),
         ({"ratio": True}, TypeError, "`ratio` .* bool"),
-        ({"scope": "all"}, ValueError, "`scope` .* Found 'all'"),
-        ({"skip": "4"}, TypeError, r"Found '4'; give \('4',\)"),
-        ({"skip": ["4.weigth"]}, ValueError, "Found '4.weigth', near to '4.weight'"),
-        ({"skip": ["Q"]}, ValueError, "Found 'Q'; see model.named_modules"),
+        ({"scope": "all"}, ValueError, "`scope`.*'all'"),
+        ({"skip": "4"}, TypeError, r"`skip`.*'4'.*\('4',\)"),
+        ({"skip": ["4.weigth"]}, ValueError, "`skip`.*'4.weigth'.*'4.weight'"),
+        ({"skip": ["Q"]}, ValueError, "`skip`.*'Q'.*model.named_modules"),
     ],
 )
 def test_wrong_arguments_are_named(
@@ -598,7 +598,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(
     model = network().to(dtype)
     model[6].weight.data[1, 2] = value
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"Found 1 that are NaN or infinite in `6.weight`"):
+    with pytest.raises(ValueError, match=r"`model`.* 1 .*`6.weight`"):
         magnitude_prune(model, 0.5, scope=scope)
     for name, old in before.items():
         assert torch.equal(model.state_dict()[name].nan_to_num(), old.nan_to_num())
@@ -609,8 +609,8 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(
     [
         (nn.BatchNorm1d(3), ValueError, "BatchNorm1d has none"),
         (nn.Sequential(), ValueError, "Sequential has none"),
-        (nn.LazyLinear(3), ValueError, "`weight` without data"),
-        (nn.Linear(3, 3, device="meta"), ValueError, "`weight` without data"),
+        (nn.LazyLinear(3), ValueError, "`weight`.*no data"),
+        (nn.Linear(3, 3, device="meta"), ValueError, "`weight`.*no data"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), ValueError, "parametrization"),
         (nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))), ValueError, "0"),
     ],
@@ -628,24 +628,24 @@ def test_a_model_that_cannot_be_pruned_says_why(
 )
 def test_what_is_no_module_is_named(model: Any, found: str) -> None:
     for do in (Masks.from_zeros, lambda model: magnitude_prune(model, 0.5)):
-        with pytest.raises(TypeError, match=f"`model` .* Found .*{found}"):
+        with pytest.raises(TypeError, match=f"`model`.*{found}"):
             do(model)
 
 
 def test_weights_that_are_not_plain_floats_are_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(TypeError, match="`1.weight` of torch.int8"):
+    with pytest.raises(TypeError, match="`1.weight`.*torch.int8"):
         magnitude_prune(model, 0.5)
     model[1].weight = nn.Parameter(torch.eye(3).to_sparse(), requires_grad=False)
-    with pytest.raises(ValueError, match="`1.weight` of torch.sparse_coo"):
+    with pytest.raises(ValueError, match="`1.weight`.*torch.sparse_coo"):
         magnitude_prune(model, 0.5)
 
 
 def test_a_parametrized_layer_can_be_skipped() -> None:
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
     model = nn.Sequential(normed, nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"`0.weight` computed .* skip=\('0',\)"):
+    with pytest.raises(ValueError, match=r"`0.weight`.*skip=\('0',\)"):
         magnitude_prune(model, 0.5)
     assert list(magnitude_prune(model, 0.5, skip=("0",))) == ["1.weight"]
 

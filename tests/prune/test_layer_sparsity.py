@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from drophot.prune import Masks, layer_sparsity, magnitude_prune
+from drophot.prune import Masks, magnitude_prune
+from drophot.prune.lamp import lamp_scores
+from drophot.prune.layer_sparsity import erk_counts
 
 shapes = st.lists(
     st.lists(st.integers(1, 6), min_size=2, max_size=4).map(tuple), min_size=1, max_size=5
@@ -36,7 +38,7 @@ def test_erk_is_the_papers_and_exact(dimensions: list[tuple[int, ...]], ratio: f
     named = {str(number): shape for number, shape in enumerate(dimensions)}
     total = sum(map(prod, dimensions))
     remove = floor(ratio * total + 0.5)
-    found = layer_sparsity.erk(named, remove)
+    found = erk_counts(named, remove)
     assert sum(found.values()) == remove
     expected = references.erk_removed(named, ratio)
     for name, count in found.items():
@@ -64,7 +66,7 @@ def test_lamp_scores_are_the_papers(layers: list[list[int]], seed: int) -> None:
         weights = torch.tensor(layer, dtype=torch.float64)[torch.randperm(len(layer))]
         expected = references.lamp_scores(weights.tolist())
         torch.testing.assert_close(
-            layer_sparsity.lamp(weights),
+            lamp_scores(weights),
             torch.tensor(expected, dtype=torch.float64),
             rtol=1e-12,
             atol=0,
@@ -89,7 +91,7 @@ def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) ->
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
 def test_lamp_of_numbers_whose_squares_are_none(scale: float) -> None:
     weights = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(layer_sparsity.lamp(weights * scale), layer_sparsity.lamp(weights))
+    torch.testing.assert_close(lamp_scores(weights * scale), lamp_scores(weights))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_the_least_number_beside_the_largest_is_no_zero(dtype: torch.dtype, leas
         model.weight[:5] = least
     masks = magnitude_prune(model, 0.1, scope="lamp")
     assert masks.sparsity == 0.1
-    assert (layer_sparsity.lamp(model.weight.masked_fill(~masks["weight"], least)) > 0).all()
+    assert (lamp_scores(model.weight.masked_fill(~masks["weight"], least)) > 0).all()
 
 
 def test_lamp_of_more_weights_than_a_block_with_runs_of_equal_ones() -> None:
@@ -113,9 +115,7 @@ def test_lamp_of_more_weights_than_a_block_with_runs_of_equal_ones() -> None:
     sizes, inverse, numbers = np.unique(weight.abs(), return_inverse=True, return_counts=True)
     rest = np.cumsum((sizes.astype(np.float64) ** 2 * numbers)[::-1])[::-1]
     expected = (sizes.astype(np.float64) ** 2 / rest)[inverse].reshape(weight.shape)
-    torch.testing.assert_close(
-        layer_sparsity.lamp(weight), torch.from_numpy(expected), rtol=1e-10, atol=0
-    )
+    torch.testing.assert_close(lamp_scores(weight), torch.from_numpy(expected), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e18])
@@ -176,7 +176,7 @@ def test_layers_of_zeros_and_of_equal_weights(scope: str) -> None:
         assert kept(masks) == {f"{number}.weight": 50 for number in range(3)}
     everything = nn.Linear(4, 4)
     nn.init.zeros_(everything.weight)
-    with pytest.warns(UserWarning, match="Found 12 more zeros in `weight`"):
+    with pytest.warns(UserWarning, match="`ratio=0.25`.*12 .*`weight`"):
         masks = magnitude_prune(everything, 0.25, scope=scope)
     assert masks.sparsity == 0.25
     assert masks["weight"].sum(1).tolist() == [3, 3, 3, 3], "spread evenly"
@@ -213,7 +213,7 @@ def test_the_minimum_holds_and_the_total_is_exact(
     least = {name: ceil(Fraction(repr(share)) * size) for name, size in sizes.items()}
     remove = floor(ratio * sum(sizes.values()) + 0.5)
     if remove > sum(sizes[name] - least[name] for name in sizes):
-        with pytest.raises(ValueError, match="`ratio` should leave each layer the share"):
+        with pytest.raises(ValueError, match="`ratio`.*`min_kept`.*min_kept="):
             magnitude_prune(model, ratio, scope=scope, min_kept=share)
         assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
         return
@@ -238,7 +238,7 @@ def test_a_minimum_keeps_zeros_but_not_those_of_an_older_mask(scope: str, older:
         Masks.from_zeros(model).apply()
         masks = magnitude_prune(model, 0.45, min_kept=0.5, scope=scope)
     else:
-        with pytest.warns(UserWarning, match="Found 50 more zeros in `3.weight`"):
+        with pytest.warns(UserWarning, match="`ratio=0.45`.*50 .*`3.weight`"):
             masks = magnitude_prune(model, 0.45, min_kept=0.5, scope=scope)
     assert kept(masks)["3.weight"] == (50 if older else 100)
     total = sum(mask.numel() for mask in masks.values())
@@ -261,12 +261,12 @@ def test_the_minimum_is_a_floor_in_small_layers_too() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"scope": "uniform"}, ValueError, '"global", "layer", "erk", "lamp". Found .uniform.'),
+        ({"scope": "uniform"}, ValueError, '`scope`.*"global", "layer", "erk", "lamp".*uniform'),
         ({"min_kept": 1.0}, ValueError, "`min_kept` .*1.0"),
         ({"min_kept": "some"}, TypeError, "`min_kept` .*some"),
-        ({"min_kept": 0.1, "scope": "layer"}, ValueError, "`min_kept` needs a ranking"),
-        ({"min_kept": 0.1, "scope": "erk"}, ValueError, "`min_kept` needs a ranking"),
-        ({"min_kept": 0.3}, ValueError, "min_kept=0.3, which lets"),
+        ({"min_kept": 0.1, "scope": "layer"}, ValueError, "`min_kept`.*min_kept=0.1"),
+        ({"min_kept": 0.1, "scope": "erk"}, ValueError, "`min_kept`.*min_kept=0.1"),
+        ({"min_kept": 0.3}, ValueError, "`ratio`.*`min_kept`.*min_kept=0.3"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict, error: type, message: str) -> None:

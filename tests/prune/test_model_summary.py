@@ -156,7 +156,7 @@ def test_inputs_of_any_structure_get_another_batch_size() -> None:
     "inputs", [torch.tensor(1.0), (torch.ones(2, 3), torch.ones(4, 3)), torch.ones(0, 3)]
 )
 def test_inputs_without_a_batch_are_refused(inputs) -> None:
-    with pytest.raises(ValueError, match="the batch as their first dimension. Found"):
+    with pytest.raises(ValueError, match="`example_inputs`"):
         summary(nn.Linear(3, 3), inputs)
 
 
@@ -815,7 +815,7 @@ def test_a_branch_that_is_taken() -> None:
 @pytest.mark.parametrize("model", [nn.LazyLinear(4), nn.Linear(4, 4, device="meta")])
 @pytest.mark.parametrize("inputs", [None, x])
 def test_a_model_without_data_is_told_so(model: nn.Module, inputs: Tensor | None) -> None:
-    with pytest.raises(ValueError, match="`model` should have its weights. Found `weight` without"):
+    with pytest.raises(ValueError, match="`model`.*`weight`"):
         summary(model, inputs)
 
 
@@ -823,12 +823,12 @@ def test_a_model_without_data_is_told_so(model: nn.Module, inputs: Tensor | None
 def test_torchscript_is_told_so_where_operations_are_asked_for() -> None:
     model = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(4, 4))))
     assert summary(model).parameters == 20
-    with pytest.raises(ValueError, match="`model` .*Found `0` in TorchScript"):
+    with pytest.raises(ValueError, match="`model`.*`0`.*TorchScript"):
         summary(model, x)
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(TypeError, match="`model` must be a torch.nn.Module. Found .* OrderedDict"):
+    with pytest.raises(TypeError, match="`model`.* OrderedDict"):
         summary(nn.Linear(2, 2).state_dict())
 
 

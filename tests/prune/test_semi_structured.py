@@ -92,7 +92,7 @@ def test_it_is_held_like_any_mask() -> None:
 def test_zeros_belong_to_the_mask_only_as_far_as_the_pattern_removes_them() -> None:
     model = nn.Linear(4, 1)
     model.weight.data.copy_(torch.tensor([[0.0, 0.0, 0.0, 3.0]]))
-    with pytest.warns(UserWarning, match=r"Found 1 more zeros in `weight`.*Masks.from_zeros"):
+    with pytest.warns(UserWarning, match=r"`ratio=.*1 .*`weight`.*Masks.from_zeros"):
         masks = magnitude_prune(model, 0.5, pattern="2:4")
     assert masks["weight"].tolist() == [[True, False, False, True]]
 
@@ -101,7 +101,7 @@ def test_what_an_older_mask_removed_does_not_come_back() -> None:
     torch.manual_seed(0)
     model = nn.Linear(16, 8)
     before = magnitude_prune(model, 0.75, pattern="1:4")
-    with pytest.warns(UserWarning, match="`pattern=.2:4.` removes 64 weights. Found 96 that are"):
+    with pytest.warns(UserWarning, match="`pattern=.2:4.`.*64.*96"):
         masks = magnitude_prune(model, 0.5, pattern="2:4")
     assert torch.equal(masks["weight"], before["weight"])
 
@@ -111,7 +111,7 @@ def test_a_layer_at_zero_keeps_its_pattern_and_learns() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
     nn.init.zeros_(model[2].weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.warns(UserWarning, match="Found 32 more zeros in `2.weight`"):
+    with pytest.warns(UserWarning, match="32 .*`2.weight`"):
         masks = magnitude_prune(model, 0.5, pattern="2:4")
     inputs, targets = torch.randn(64, 8), torch.randint(4, (64,))
     with masks.hold(optimizer):
@@ -141,16 +141,16 @@ def test_a_layer_that_does_not_fit_is_named_and_left_dense() -> None:
 @pytest.mark.parametrize(
     ("ratio", "settings", "message"),
     [
-        (0.5, {"pattern": "2-4"}, "`pattern` should be .N:M.*Found '2-4'"),
-        (0.5, {"pattern": "4:2"}, "Found '4:2'"),
-        (0.5, {"pattern": "0:4"}, "Found '0:4'"),
-        (0.5, {"pattern": (2, 4)}, "`pattern` should be"),
-        (0.7, {"pattern": "1:3"}, "`ratio` should be the share that the pattern 1:3 removes, 0.66"),
-        (0.745, {"pattern": "1:4"}, "`ratio` should be the share that the pattern 1:4 removes, 0"),
-        (0.8, {"pattern": "2:4"}, "`ratio` should be the share that the pattern 2:4 removes, 0.5"),
+        (0.5, {"pattern": "2-4"}, "`pattern`.*N:M.*'2-4'"),
+        (0.5, {"pattern": "4:2"}, "`pattern`.*'4:2'"),
+        (0.5, {"pattern": "0:4"}, "`pattern`.*'0:4'"),
+        (0.5, {"pattern": (2, 4)}, r"`pattern`.*\(2, 4\)"),
+        (0.7, {"pattern": "1:3"}, "`ratio`.*1:3.*0.66.*0.7"),
+        (0.745, {"pattern": "1:4"}, "`ratio`.*1:4.*0.75.*0.745"),
+        (0.8, {"pattern": "2:4"}, "`ratio`.*2:4.*0.5.*0.8"),
         (0.5, {"pattern": "2:4", "scope": "layer"}, "`pattern` cannot be combined"),
         (0.5, {"pattern": "2:4", "min_kept": 0.1}, "`pattern` cannot be combined"),
-        (0.5, {"pattern": "5:10"}, "`pattern` should fit a layer.* weight .8 inputs."),
+        (0.5, {"pattern": "5:10"}, "`pattern`.* weight .8 inputs."),
     ],
 )
 def test_what_is_no_pattern_is_refused(ratio: float, settings: dict, message: str) -> None:
@@ -166,7 +166,7 @@ def test_without_a_gpu_nothing_is_turned() -> None:
     magnitude_prune(model, 0.5, pattern="2:4")
     weight = model.weight
     if not torch.cuda.is_available():
-        with pytest.raises(RuntimeError, match=r"compute capability 8.0 or more. Found cpu"):
+        with pytest.raises(RuntimeError, match=r"`model`.*8\.0.*cpu"):
             to_semi_structured(model)
     assert model.weight is weight
 
@@ -204,9 +204,9 @@ def test_what_is_turned_and_what_is_named() -> None:
 @pytest.mark.usefixtures("accelerated")
 def test_nothing_to_turn_is_an_error() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(6, 64))
-    with pytest.raises(ValueError, match=r"Found 0.weight .not 2:4., 1.weight .not 2:4.; prune"):
+    with pytest.raises(ValueError, match=r"`model`.*0.weight .not 2:4., 1.weight .not 2:4."):
         to_semi_structured(model)
-    with pytest.raises(ValueError, match="Found none"):
+    with pytest.raises(ValueError, match="`model`.*none"):
         to_semi_structured(nn.ReLU())
 
 

@@ -83,7 +83,7 @@ def test_names_of_parameters_include_what_modules_do_not() -> None:
         "2.bias",
     ]
     for nothing in ("0", "1", ""):
-        with pytest.raises(ValueError, match="`include` should name"):
+        with pytest.raises(ValueError, match=f"`include`.*{nothing!r}"):
             magnitude_prune(model, 0.5, include=(nothing,))
 
 
@@ -91,9 +91,7 @@ def test_skip_goes_before_include() -> None:
     masks = magnitude_prune(network(), 0.5, include=("1",), skip=("1.down",))
     assert "1.up" in masks
     assert "1.down" not in masks
-    with pytest.raises(
-        ValueError, match="`include` and `skip` should not name the same. Found '1'"
-    ):
+    with pytest.raises(ValueError, match="`include` and `skip`.*'1'"):
         magnitude_prune(network(), 0.5, include=("1",), skip=("1",))
 
 
@@ -101,14 +99,14 @@ def test_skip_goes_before_include() -> None:
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        ("1", TypeError, "collection of names. Found '1'; give"),
-        (1, TypeError, "collection of names. Found 1"),
-        (None, TypeError, "collection of names. Found a NoneType"),
-        ([1], TypeError, "have names, .* Found 1"),
-        ([["1"]], TypeError, "have names, .* Found a list"),
-        (b"1", TypeError, "have names, .* Found 49"),
-        ([nn.Linear(1, 1)], TypeError, "have names, .* Found a Linear"),
-        (["1.upp"], ValueError, "Found '1.upp', near to .*'1.up'"),
+        ("1", TypeError, "collection of names.*'1'"),
+        (1, TypeError, "collection of names.*1"),
+        (None, TypeError, "collection of names.*NoneType"),
+        ([1], TypeError, "names.*1"),
+        ([["1"]], TypeError, "names.*list"),
+        (b"1", TypeError, "names.*49"),
+        ([nn.Linear(1, 1)], TypeError, "names.*Linear"),
+        (["1.upp"], ValueError, "'1.upp'.*'1.up'"),
     ],
 )
 def test_names_are_checked(option: str, names: Any, error: type[Exception], message: str) -> None:
@@ -119,7 +117,7 @@ def test_names_are_checked(option: str, names: Any, error: type[Exception], mess
         lambda: Masks.from_zeros(model, **{option: names}),
         lambda: Schedule(model, [0.5], every=1, **{option: names}),
     ):
-        with pytest.raises(error, match=f"`{option}` should .*{message}"):
+        with pytest.raises(error, match=f"`{option}`.*{message}"):
             prune()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -127,7 +125,7 @@ def test_names_are_checked(option: str, names: Any, error: type[Exception], mess
 def test_what_a_parametrization_computes_is_not_included() -> None:
     model = network()
     nn.utils.parametrizations.orthogonal(model[1], "up")
-    with pytest.raises(ValueError, match="`include` should name plain .*1.parametrizations.up"):
+    with pytest.raises(ValueError, match="`include`.*1.parametrizations.up"):
         magnitude_prune(model, 0.5, include=("1",))
 
 
@@ -187,10 +185,10 @@ def test_layers_that_torch_quantised_are_counted() -> None:
 def test_a_model_of_nothing_else_is_refused_by_the_names() -> None:
     model = nn.Module()
     model.register_parameter("mix", nn.Parameter(torch.ones(4, 4)))
-    with pytest.raises(ValueError, match="Module has none: .* in `include`: mix"):
+    with pytest.raises(ValueError, match="`model`.*Module.* in `include`: mix"):
         magnitude_prune(model, 0.5)
     assert magnitude_prune(model, 0.5, include=("mix",)).sparsity == 0.5
-    with pytest.raises(ValueError, match="besides those in `skip`: pass the module"):
+    with pytest.raises(ValueError, match="`model`.*`skip`"):
         magnitude_prune(model, 0.5, skip=("mix",))
 
 

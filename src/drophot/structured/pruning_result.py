@@ -1,0 +1,116 @@
+"""The result of structured pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from drophot.structured.reasons import merged
+
+
+class Change(NamedTuple):
+    """A count before and after."""
+
+    before: int
+    after: int
+
+    @property
+    def removed(self) -> float:
+        """The share that was removed, in [0, 1]."""
+        return 1 - self.after / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """The result of structured pruning; `print` shows it as a table."""
+
+    ratio: float
+    """The share of channels that was asked for."""
+    channels: Change
+    """The outputs of all Conv and Linear layers and attention projections."""
+    parameters: Change
+    """All parameters, including biases and norms."""
+    flops: Change
+    """The operations for the example inputs in operators of known cost; a multiply-add is two."""
+    bytes: Change
+    """The memory of the parameters."""
+    layers: Mapping[str, Change]
+    """The outputs of each layer, by its weight's name."""
+    kept: Mapping[str, Tensor]
+    """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
+    whole: Mapping[str, str]
+    """The layers that kept all of their channels, and why."""
+    asked: int
+    """The number of channels to remove from all layers, each rounded separately."""
+    kept_back: Mapping[str, int]
+    """How many fewer channels were removed than asked for, by reason."""
+    other: Mapping[str, float]
+    """Parameters that kept their shape and belong to no layer above: their share of all."""
+    attributes: Mapping[str, Change]
+    """The attributes that were changed, as `module.attribute`."""
+    description: dict[str, Any]
+    """The new shapes and attributes, in types that JSON has; see `rebuild`."""
+
+    def __str__(self) -> str:
+        lines = [f"asked to remove {self.ratio:.1%} of the channels"]
+        for name in ("channels", "parameters", "flops", "bytes"):
+            change: Change = getattr(self, name)
+            lines.append(
+                f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
+                f"{change.removed:>6.1%} removed"
+            )
+        own: dict[tuple[str, Change], list[str]] = {}
+        for name, change in self.attributes.items():
+            _, _, last = name.rpartition(".")
+            if last not in _LAYERS:
+                own.setdefault((last, change), []).append(name)
+        if own:
+            changes = [
+                f"{names[0] if len(names) == 1 else last} from {a} to {b}"
+                + (f" in {len(names)} modules" if len(names) > 1 else "")
+                for (last, (a, b)), names in own.items()
+            ]
+            lines.append(f"changed: {_some(changes)}")
+        if self.kept_back:
+            lines.append(
+                f"kept back {sum(self.kept_back.values()):,} of {self.asked:,} channels asked for:"
+            )
+            most = merged(self.kept_back)
+            lines += [f"{count:>10,}  {why}" for count, why in most[:_LINES]]
+            if len(most) > _LINES:
+                rest = sum(count for count, _ in most[_LINES:])
+                lines.append(f"{rest:>10,}  for other reasons: see `kept_back`")
+        if self.other:
+            most = sorted(self.other.items(), key=lambda item: -item[1])
+            shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
+            shares = [one for one, (_, share) in zip(shares, most, strict=True) if share >= 5e-4]
+            lines += [f"not pruned: {_some(shares)}"] if shares else []
+        return "\n".join(lines)
+
+
+_LINES = 8  # the number of reasons that are shown
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    """The first few names of a list, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+# Attributes of torch's own layers that follow from the shapes of their weights.
+_LAYERS = frozenset([
+    "in_features",
+    "out_features",
+    "in_channels",
+    "out_channels",
+    "groups",
+    "num_features",
+    "num_channels",
+    "embedding_dim",
+    "normalized_shape",
+    "input_size",
+    "hidden_size",
+])

@@ -1,0 +1,52 @@
+"""Writes the outcome of a batch into the state of a tracker."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from drophot.tracking import packed_history
+from drophot.tracking.state import State, to_device
+
+
+class Rows(NamedTuple):
+    """A batch in the order of its samples: their positions, ascending, and the row of each.
+
+    `repeats` tells for all but the first whether it is the same sample as the one before. It is
+    `None` if no sample is repeated.
+    """
+
+    position: Tensor
+    order: Tensor
+    repeats: Tensor | None
+
+
+def record(
+    state: State, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int
+) -> Rows:
+    """Check a batch of samples `(B,)` and add it to the histories, in place."""
+    device = state.device
+    correct = to_device(correct, device)
+    index = to_device(index, device, torch.int64)
+
+    position = index.clamp(0, state.num_samples - 1)
+    if targets is None:
+        state.check_equal(index, (position, index), classes=None)
+    else:
+        classes = to_device(targets, device)
+        targets = classes.to(torch.int32)
+        seen = state.targets.index_select(0, position)
+        known = torch.where(seen < 0, targets, seen)
+        nearest = classes.clamp(0, num_classes - 1)
+        state.check_equal(index, (position, index), (known, targets), classes=(nearest, classes))
+        state.targets.index_copy_(0, position, known)
+
+    position, order = position.sort(stable=True)
+    repeats = position[1:] == position[:-1]
+    if state.can_sync and not repeats.any():
+        repeats = None  # the usual batch, which is cheaper
+    correct = correct.index_select(0, order)
+    packed_history.present(state.columns["history"], position, correct, repeats, state.steps)
+    return Rows(position, order, repeats)

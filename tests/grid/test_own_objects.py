@@ -1,0 +1,188 @@
+"""A score, a selector, an importance and a protocol of a user's own in a grid and its report."""
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytest
+import torch
+from helpers.executors import stamps
+from helpers.runs import drop_hot
+from torch import Tensor, nn
+
+from drophot import DropHot, Grid, Record, Scored, records, select
+from drophot.coreset import Evidence
+from drophot.pipeline import RunProtocol
+from drophot.report import differences, html, table
+from drophot.stats import compare
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How far the true class is ahead, times a scale."""
+
+    scale: float = 1.0
+    name: str = "margin"
+    hard_end: Literal["high", "low"] = "low"
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        own = logits.gather(1, targets[:, None])[:, 0]
+        others = logits.scatter(1, targets[:, None], -torch.inf)
+        return self.scale * (own - others.amax(1))
+
+
+@dataclass(frozen=True)
+class Confident:
+    """The samples that the scoring network is surest of."""
+
+    offset: int = 0
+    name: str = "confident"
+    needs: tuple[str, ...] = ("model", "targets")
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        # No assert here: pytest rewrites those, and workers would import other code.
+        model, dataset = cast("nn.Module", evidence.model), cast("Any", evidence.dataset)
+        inputs = torch.stack([sample[0] for sample in dataset])
+        with torch.no_grad():
+            logits = model.eval()(inputs)
+        sure = logits.softmax(1)[torch.arange(len(inputs)), evidence.targets]
+        return select(sure, ratio, seed=seed + self.offset)
+
+
+@dataclass(frozen=True)
+class Centred:
+    """The distance of a weight from the mean of its layer."""
+
+    power: int = 1
+
+    def __call__(self, name: str, weight: Tensor) -> Tensor:
+        return (weight - weight.mean()).abs() ** self.power
+
+
+REGROWN = RunProtocol(name="regrown", holds_masks=False)
+MODES: list[Any] = ["random", Scored(Margin(), "low"), Confident()]
+RATIOS: dict[str, Any] = {"data_ratios": [0.5], "prune_ratios": [0.5], "seeds": [0, 1]}
+
+
+def run(**changes: Any) -> DropHot:
+    settings = {"score_epochs": 2, "train_epochs": 2, "finetune_epochs": 1}
+    own = {"importance": Centred(), "protocol": REGROWN}
+    return drop_hot(**(settings | own | changes))
+
+
+def grid(modes: list[Any] = MODES, **changes: Any) -> Grid:
+    return Grid(run(**changes), modes=modes, **RATIOS)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("own") / "store"
+
+
+@pytest.fixture(scope="module")
+def found(store: Path) -> list[Record]:
+    """Begun here, cut in the middle, and resumed in spawned processes."""
+    first = grid().run(store)
+    stages = store / "stages"
+    for number, path in enumerate(sorted(stages.glob("*-confident-*"))):
+        path.unlink() if number % 2 else path.write_bytes(path.read_bytes()[:-9])
+    for path in stages.glob("*seed1-margin-low*"):
+        path.unlink()
+    before = stamps(store)
+    lost = [name for name in before if "confident" in name]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert grid().run(store, pool) == first
+    after = stamps(store)
+    assert all(after[name] == before[name] for name in before if name not in lost)
+    return first
+
+
+def test_every_record_is_that_of_a_run_of_its_own(found: list[Record]) -> None:
+    modes = {"baseline": "random", "random": "random", "margin-low": MODES[1]}
+    modes["confident"] = MODES[2]
+    for record in found:
+        alone = run().replace(
+            mode=modes[record.mode],
+            data_ratio=record.keep_ratio,
+            prune_ratio=record.prune_ratio,
+            seed=record.seed,
+        )
+        assert alone.run() == record
+        assert (record.protocol, record.sparsity < 0.5) == ("regrown", True)
+        assert "Centred" in str(record.settings["importance"])
+    assert {record.mode for record in found} == set(modes)
+
+
+def test_one_scoring_of_a_seed_follows_the_own_score_too(found: list[Record], store: Path) -> None:
+    assert sorted(path.name for path in store.glob("stages/score*")) == [
+        "score-seed0-margin.pt",
+        "score-seed1-margin.pt",
+    ]
+    assert records.read(store / "records.jsonl") == found
+
+
+@pytest.mark.parametrize(
+    ("changed", "argument", "name"),
+    [
+        ({"modes": ["random", Scored(Margin(scale=2.0), "low")]}, "modes", "margin-low"),
+        ({"modes": [Confident(offset=1)]}, "modes", "confident"),
+        ({"importance": Centred(power=2)}, "importance", "Centred"),
+        ({"protocol": replace(REGROWN, baseline_in_eval_mode=True)}, "protocol", ""),
+    ],
+    ids=["score", "selector", "importance", "protocol"],
+)
+def test_a_store_of_another_object_of_the_same_name_is_refused(
+    changed: dict[str, Any], argument: str, name: str, found: list[Record], store: Path
+) -> None:
+    before = stamps(store)
+    with pytest.raises(ValueError, match=f"`store` .*another `{argument}` .*{name}"):
+        grid(**changed).run(store)
+    assert stamps(store) == before
+    assert grid().run(store) == found
+
+
+def test_a_store_can_be_extended_by_modes_of_ones_own(found: list[Record], tmp_path: Path) -> None:
+    grid(["random"]).run(tmp_path)
+    grid(["random", MODES[2]]).run(tmp_path)
+    assert grid().run(tmp_path) == found
+    assert grid(["random"]).run(tmp_path) == [r for r in found if r.mode in ("baseline", "random")]
+    with pytest.raises(ValueError, match="`modes`"):
+        grid([Confident(offset=1)]).run(tmp_path)
+
+
+def test_two_scores_of_one_name_are_refused() -> None:
+    modes = [Scored(Margin(), "low"), Scored(Margin(scale=2.0), "high")]
+    with pytest.raises(ValueError, match="`modes` .*'margin'"):
+        grid(modes)
+
+
+def test_the_report_shows_them(found: list[Record], store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    text = table(found, "text")
+    assert "margin-low" in text
+    assert "confident" in text
+    assert "protocol" not in text.splitlines()[0], "all have the same"
+    assert {row.mode for row in compare(found)} == {"margin-low", "confident", "random"}
+    (row, other) = compare(found, against=MODES[2])
+    assert {row.mode, other.mode} == {"random", "margin-low"}
+    assert row.n == 2
+    assert "− confident" in differences(found, against=MODES[2])
+    page = html(store, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "margin-low" in page
+    assert "confident" in page
+
+
+def test_objects_of_one_name_that_differ_make_rows_of_their_own(
+    found: list[Record], tmp_path: Path
+) -> None:
+    other = grid(["random", Confident(offset=1)], importance=Centred(power=2)).run(tmp_path)
+    lines = [line for line in table([*found, *other], "text").splitlines() if "confident" in line]
+    assert len(set(lines)) == 2
+    mine = [r for r in other if r.mode == "confident"]
+    theirs = [r for r in found if r.mode == "confident"]
+    assert {r.cell for r in mine}.isdisjoint({r.cell for r in theirs})
