@@ -17,9 +17,9 @@ SOURCE = ROOT / "src" / "drophot"
 
 # Imports go up this list: a package imports from the floors before its own, never sideways.
 FLOORS = [
-    {"_core"},
-    {"settings", "models"},
-    {"data", "tracking", "prune", "records"},
+    {"models", "_core"},
+    {"settings", "data"},
+    {"tracking", "prune", "records"},
     {"coreset", "structured", "training", "stats", "integrations"},
     {"sampling", "report"},
     {"pipeline"},

@@ -175,7 +175,7 @@ def crest(dtype: torch.dtype, around: Callable[[], Any] = ExitStack) -> list[Ten
             found += [index, weights]
     assert loader.selections > 1
     assert loader.checks > 1
-    return [*found, loader._slope, loader._bend]
+    return [*found, loader._gradient, loader._curvature]
 
 
 @pytest.mark.parametrize(

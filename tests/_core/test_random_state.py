@@ -37,7 +37,7 @@ def test_a_thread_waits_for_another_and_enters_what_it_is_in_itself() -> None:
 def test_long_waiting_is_explained(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(random_state, "_PATIENCE", 0.01)
+    monkeypatch.setattr(random_state, "_SILENT_WAIT", 0.01)
     with random_state.exclusive():
         thread = threading.Thread(target=enter)
         thread.start()

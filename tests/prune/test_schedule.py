@@ -273,7 +273,7 @@ def test_a_pruning_that_failed_is_still_due() -> None:
 def test_the_models_own_state_is_no_earlier_one() -> None:
     model = network()
     masks = magnitude_prune(model, 0.5)
-    with pytest.raises(ValueError, match="`state_dict` must be a copy. `0.weight`"):
+    with pytest.raises(ValueError, match="`state_dict`.*`0.weight`"):
         rewind(model, masks, model.state_dict())
 
 

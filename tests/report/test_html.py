@@ -215,7 +215,7 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text(to_line(one()) + "\nx\n")
     with pytest.raises(ValueError, match=r"records.jsonl.* line 2.*`line`"):
         html(tmp_path, tmp_path / "page.html")
-    with pytest.raises(ValueError, match="`path`.* folder "):
+    with pytest.raises(ValueError, match="`path`.*folder "):
         html([one()], tmp_path)
     assert not (tmp_path / "page.html").exists()
 

@@ -1,1 +1,1 @@
-"""What knows neither coreset nor mask: random state, memory, order statistics, numbers."""
+"""Building blocks without knowledge of datasets, coresets or masks."""

@@ -1,4 +1,4 @@
-"""A file that appears whole or not at all, whoever writes beside us and whoever is killed."""
+"""Atomic replacement of a file, safe with concurrent writers and killed processes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,18 @@ from typing import BinaryIO
 
 try:
     import fcntl
-except ImportError:  # Windows, where nobody can remove a file that is open
+except ImportError:  # Windows, where an open file cannot be removed
     fcntl = None
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Write a file beside the one that is meant, and put it in its place at the end.
+    """Write a temporary file next to `path`, and move it to `path` at the end of the block.
 
-    The file beside it has a name that nobody else has, and is locked for as long as it is written,
-    so that a writer can tell what killed ones left behind from what others are writing: it removes
-    the former. Links are followed; the mode is that of the file that was there, else what `open`
-    would give.
-
-    Args:
-        path: The file.
-
-    Yields:
-        A binary file to write to. An error in the block leaves the old file.
-
-    Raises:
-        IsADirectoryError: If there is a folder of that name.
-        PermissionError: If the file that is there cannot be written to; like every OSError of the
-            file system.
-        ValueError: If `path` is no regular file, as a device is none.
+    The temporary file has a unique name and is locked while it is written, so that later writers
+    can tell abandoned files of killed processes, which they remove, from those in use. Links are
+    followed. The mode is that of the existing file, or else the default of `open`. An error in the
+    block leaves the existing file unchanged.
     """
     target = Path(os.path.realpath(path))
     mode: int | None = None
@@ -46,13 +34,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         pass
     else:
         if stat.S_ISDIR(found.st_mode):
-            raise IsADirectoryError(f"`path` should be a file. Found the folder {path}.")
+            raise IsADirectoryError(f"`path` must be a file, got the directory {path}.")
         if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"`path` should be a regular file. Found {path}, which is none.")
+            raise ValueError(f"`path` must be a regular file, got {path}, which is not.")
         if not os.access(target, os.W_OK):
-            raise PermissionError(f"`path` should be writable. Found {path}, which is not.")
+            raise PermissionError(f"`path` must be writable, got {path}, which is not.")
         mode = stat.S_IMODE(found.st_mode)
-    part, descriptor = _created(target, path)
+    part, descriptor = _create_part(target, path)
     try:
         _remove_abandoned(target)
         with os.fdopen(descriptor, "wb") as file:
@@ -66,13 +54,13 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
                 part.replace(target)
         if fcntl is None:
             part.replace(target)
-        _settle(target.parent)
+        _sync_directory(target.parent)
     finally:
         part.unlink(missing_ok=True)
 
 
-def _created(target: Path, path: Path) -> tuple[Path, int]:
-    """A new file beside the target, locked; and its descriptor."""
+def _create_part(target: Path, path: Path) -> tuple[Path, int]:
+    """Create and lock a temporary file next to the target; return its path and descriptor."""
     while True:
         part = target.with_name(f"{_stem(target)}.{secrets.token_hex(8)}.part")
         try:
@@ -80,25 +68,25 @@ def _created(target: Path, path: Path) -> tuple[Path, int]:
             descriptor = os.open(part, flags, 0o666)
         except FileExistsError:
             continue
-        except OSError as error:  # of the file that was asked for, not of one nobody knows
+        except OSError as error:  # name the requested file instead of the temporary one
             raise type(error)(error.errno, error.strerror, str(path)) from None
         if fcntl is None:
             return part, descriptor
-        with suppress(OSError):  # file systems without locks: then nobody removes it either
+        with suppress(OSError):  # without file locks no writer removes the file, either
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
             if os.path.samestat(part.stat(), os.fstat(descriptor)):
                 return part, descriptor
-        os.close(descriptor)  # another writer saw it before it was locked, and removed it
+        os.close(descriptor)  # another writer removed the file before it was locked
 
 
 def _stem(target: Path) -> str:
-    """As much of a file's name as leaves room for what is added to it."""
+    """The file's name, shortened so that a suffix fits."""
     return os.fsdecode(os.fsencode(target.name)[:200])
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed writers of the same file left."""
+    """Remove temporary files that killed writers of the same file have left."""
     name = re.compile(re.escape(_stem(target)) + r"\.[0-9a-f]{16}\.part")
     with suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
@@ -117,9 +105,9 @@ def _remove_if_abandoned(part: Path) -> None:
             part.unlink()
 
 
-def _settle(folder: Path) -> None:
-    """Make the new name last through a loss of power."""
-    with suppress(OSError):  # Windows opens no folders, and some file systems cannot do it
+def _sync_directory(folder: Path) -> None:
+    """Make the new name durable in case of a power failure."""
+    with suppress(OSError):  # not supported on Windows and some file systems
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

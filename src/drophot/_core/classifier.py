@@ -1,4 +1,4 @@
-"""What a classifier, its logits and its optimiser have to be, and when it is right."""
+"""Checks of a classifier, its logits, its targets and its optimizer."""
 
 from __future__ import annotations
 
@@ -12,28 +12,13 @@ from torch import Tensor, nn
 
 
 def is_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Which samples a classifier gets right; a row with a NaN in it never is.
-
-    Args:
-        logits: Shape `(B, C)`.
-        targets: Classes, shape `(B,)`.
-
-    Returns:
-        Truth values, shape `(B,)`.
-    """
+    """Which samples are classified correctly, bool `(B,)`; never one whose logits contain NaN."""
     top = logits.max(dim=1)
     return (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
 
 
 def first_nonfinite(model: nn.Module) -> str:
-    """Which of a model's trained weights is NaN or infinite; one wait for the device.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The first one's name, or nothing.
-    """
+    """The name of the first trainable weight that is NaN or infinite, or ""; synchronizes once."""
     found = {
         name: weight.detach().isfinite().all()
         for name, weight in model.named_parameters()
@@ -47,54 +32,37 @@ def first_nonfinite(model: nn.Module) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no model, such as two arguments that were swapped.
-
-    Args:
-        model: Should be one.
-
-    Raises:
-        TypeError: If it is not.
-    """
+    """Raise a TypeError if `model` is not one, for example because arguments were swapped."""
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"`model` should be an nn.Module. Found {type(model).__name__}; the model comes first "
-            f"and the data second."
+            f"`model` must be an nn.Module, got {type(model).__name__}. The model is the first "
+            f"argument and the data the second."
         )
 
 
 def check_optimizer(model: nn.Module, optimizer: Any, *, closure: bool = False) -> None:
-    """Refuse an optimiser that would not train a model, or could not.
-
-    Args:
-        model: The model.
-        optimizer: Should hold some of its parameters.
-        closure: Whether it may need one for its steps.
-
-    Raises:
-        TypeError: If it is no optimiser, or its steps need a closure.
-        ValueError: If the model has nothing to train, or the optimiser holds nothing of it.
-    """
-    mine = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    if not mine:
+    """Raise an error if an optimizer cannot train a model, or steps only with a closure."""
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trainable:
         raise ValueError(
-            f"`model` should have parameters to train. Found {type(model).__name__} without."
+            f"`model` must have trainable parameters, but this {type(model).__name__} has none."
         )
     if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
         found = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
         raise TypeError(
-            f"`optimizer` should be a torch.optim.Optimizer with the model's parameters. Found "
-            f"{found}; give torch.optim.Adam(model.parameters()), say."
+            f"`optimizer` must be a torch.optim.Optimizer of the model's parameters, got {found}. "
+            f"Pass torch.optim.Adam(model.parameters()), for example."
         )
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not mine & held:
+    if not trainable & held:
         raise ValueError(
-            f"`optimizer` should hold parameters that `model` trains. Found {len(held)} parameters "
-            f"and none of the model's {len(mine)}; make it anew from this model's parameters()."
+            f"`optimizer` must hold parameters of `model`, but none of its {len(held)} parameters "
+            f"is among the model's {len(trainable)}. Create it from this model's parameters()."
         )
     if not closure and _needs_closure(optimizer):
         raise TypeError(
-            f"`optimizer` should take its steps without a closure. Found "
-            f"{type(optimizer).__name__}; give another one, or write the loop yourself."
+            f"`optimizer` must support steps without a closure, got {type(optimizer).__name__}, "
+            f"which needs one. Use another optimizer or your own training loop."
         )
 
 
@@ -107,19 +75,9 @@ def _needs_closure(optimizer: Any) -> bool:
 
 
 def logits_of(model: nn.Module, forward: Callable[[Tensor], Any], inputs: Tensor) -> Tensor:
-    """A model's logits.
+    """The logits of a batch, with a clear error if the inputs or the logits have a wrong type.
 
-    Args:
-        model: The model.
-        forward: Calls it.
-        inputs: A batch.
-
-    Returns:
-        The logits.
-
-    Raises:
-        TypeError: If the model gives something else, or does not take inputs of this kind.
-        RuntimeError: If it fails otherwise.
+    `forward` calls `model`.
     """
     try:
         logits = forward(inputs)
@@ -128,65 +86,55 @@ def logits_of(model: nn.Module, forward: Callable[[Tensor], Any], inputs: Tensor
         if inputs.dtype in (wanted, torch.int64, torch.int32) or wanted is None:
             raise
         raise TypeError(
-            f"`dataset` should give inputs that the model takes, of {wanted} as its weights. Found "
+            f"`dataset` must yield inputs that the model accepts, {wanted} like its weights, got "
             f"{inputs.dtype}, for which {type(model).__name__} raised {type(error).__name__}: "
-            f"{error}. Convert them in the data set: `inputs.float() / 255` for images of uint8."
+            f"{error}. Convert them in the dataset: `inputs.float() / 255` for uint8 images."
         ) from error
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"`model` should give logits, a tensor of shape (B, C). Found {type(logits).__name__}; "
-            f"wrap the model in one that returns the logits alone."
+            f"`model` must return logits, a tensor of shape (B, C), got {type(logits).__name__}. "
+            f"Wrap the model in one that returns only the logits."
         )
     return logits
 
 
 def check_loss(logits: Tensor, targets: Tensor) -> None:
-    """Refuse logits and targets of which there is no cross-entropy.
+    """Raise a ValueError if there is no cross-entropy between logits and targets.
 
-    Args:
-        logits: Of a batch.
-        targets: Classes, or probabilities of the logits' shape.
-
-    Raises:
-        ValueError: If the two do not go together.
+    Targets are classes, or probabilities of the shape of the logits.
     """
     if logits.dim() < 2 or logits.shape[1] < 2:
         raise ValueError(
-            f"`model` should give logits (B, C) with C at least 2. Found shape "
-            f"{tuple(logits.shape)}; give a network with one output for each class."
+            f"`model` must return logits (B, C) with C at least 2, got shape "
+            f"{tuple(logits.shape)}. Use a network with one output per class."
         )
     classes = not targets.is_floating_point()
     wanted = (*logits.shape[:1], *logits.shape[2:]) if classes else tuple(logits.shape)
     if tuple(targets.shape) != wanted:
         raise ValueError(
-            f"`dataset` should have one integer as target, so that a batch's have shape "
-            f"{(len(logits), *logits.shape[2:])}. Found {targets.dtype} of shape "
-            f"{tuple(targets.shape)}; take squeeze(1) of a column, argmax(1) of one-hot targets."
+            f"`dataset` must have integer targets whose batches have shape "
+            f"{(len(logits), *logits.shape[2:])}, got {targets.dtype} of shape "
+            f"{tuple(targets.shape)}. Use squeeze(1) for a column, argmax(1) for one-hot targets."
         )
 
 
 @contextmanager
-def require_logits(model: nn.Module, classes: int) -> Iterator[None]:
-    """Refuse a model's first logits, before anything is made of them, if these are too few.
+def require_outputs(model: nn.Module, classes: int) -> Iterator[None]:
+    """Raise a ValueError at the model's first call in the block if it has too few outputs.
 
-    Args:
-        model: The model.
-        classes: How many there are, by the targets of the whole data set.
-
-    Yields:
-        Nothing.
+    `classes` is the number of classes in the targets of the whole dataset.
     """
 
-    def check(module: nn.Module, given: Any, logits: Any) -> None:
+    def check(module: nn.Module, args: Any, logits: Any) -> None:
         handle.remove()
         if isinstance(logits, Tensor) and logits.dim() > 1 and 1 < logits.shape[1] < classes:
             raise ValueError(
-                f"`dataset` should have targets in [0, {logits.shape[1]}), the classes of the "
-                f"model. Found {classes - 1}."
+                f"`dataset` must have targets in [0, {logits.shape[1]}), the classes of the "
+                f"model, got {classes - 1}."
             )
 
     if getattr(model, "_compiled_call_impl", None) is not None:
-        yield  # it would be compiled once with the hook and once without
+        yield  # the hook would cause a second compilation
         return
     handle = model.register_forward_hook(check)
     try:
@@ -196,21 +144,12 @@ def require_logits(model: nn.Module, classes: int) -> Iterator[None]:
 
 
 def check_classes(logits: Tensor, targets: Tensor) -> None:
-    """Refuse logits and targets that cannot be compared.
-
-    Args:
-        logits: Of a batch.
-        targets: Its classes.
-
-    Raises:
-        ValueError: If the logits are not of shape `(B, C)` with C at least 2, or the targets not
-            integers `(B,)`.
-    """
-    fit = logits.dim() == 2 and logits.shape[1] > 1 and targets.shape == logits.shape[:1]
-    if not fit or targets.is_floating_point():
+    """Raise a ValueError unless logits are `(B, C)`, C at least 2, and targets integers `(B,)`."""
+    valid = logits.dim() == 2 and logits.shape[1] > 1 and targets.shape == logits.shape[:1]
+    if not valid or targets.is_floating_point():
         raise ValueError(
-            f"`dataset` should have one integer as target for the model's logits (B, C), C at "
-            f"least 2. Found logits of shape {tuple(logits.shape)} and targets of {targets.dtype} "
-            f"and shape {tuple(targets.shape)}; take squeeze(1) of a column, argmax(1) of one-hot "
+            f"`dataset` must have one integer target per sample for logits (B, C) with C at least "
+            f"2, got logits of shape {tuple(logits.shape)} and targets of {targets.dtype} and "
+            f"shape {tuple(targets.shape)}. Use squeeze(1) for a column and argmax(1) for one-hot "
             f"targets."
         )

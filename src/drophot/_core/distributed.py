@@ -1,4 +1,4 @@
-"""What the ranks of a process group tell each other: a few numbers, and the rows of a table."""
+"""Gathering of numbers and table rows from all ranks of a process group."""
 
 from __future__ import annotations
 
@@ -10,39 +10,28 @@ from torch import Tensor
 
 
 def count(group: dist.ProcessGroup | None = None) -> int:
-    """How many ranks there are: 1 if nobody has set up a process group.
-
-    Args:
-        group: The group meant, the default one if `None`.
-
-    Returns:
-        Its size.
-    """
-    together = dist.is_available() and dist.is_initialized()
-    return dist.get_world_size(group) if together else 1
+    """The number of ranks in a group, the default one if `None`; 1 without a process group."""
+    initialized = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size(group) if initialized else 1
 
 
-def numbers(mine: Sequence[int], group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
-    """Everybody's numbers.
+def gather_numbers(
+    mine: Sequence[int], group: dist.ProcessGroup | None, device: torch.device
+) -> Tensor:
+    """Gather the same number of integers from every rank: int64 on the CPU, one row per rank.
 
-    Args:
-        mine: This rank's, as many as every other rank's.
-        group: The ranks that take part.
-        device: Where this rank's tensors are.
-
-    Returns:
-        int64 on the CPU, a row for each rank.
+    `device` is where the tensors of this rank are.
     """
     return torch.stack(_gather(torch.tensor(mine), group, device)).cpu()
 
 
-def tables(
+def gather_tables(
     mine: Mapping[str, Tensor],
     lengths: Sequence[int],
     group: dist.ProcessGroup | None,
     device: torch.device,
 ) -> Iterator[dict[str, Tensor]]:
-    """Everybody's rows, in one gather: bytes as they are, so that no number is rounded.
+    """Gather the rows of every rank in one collective call, bit by bit.
 
     Args:
         mine: This rank's columns, each of as many rows as it has, of any dtype.
@@ -59,8 +48,8 @@ def tables(
         padded[: len(column)] = column
         words.append(padded.view(longest, -1).view(torch.uint8))
     widths = [part.shape[1] for part in words]
-    everybody = _gather(torch.cat(words, dim=1), group, device)
-    for length, packed in zip(lengths, everybody, strict=True):
+    gathered = _gather(torch.cat(words, dim=1), group, device)
+    for length, packed in zip(lengths, gathered, strict=True):
         parts = packed[:length].to(device).split(widths, dim=1)
         yield {  # copies, because a number must start at a multiple of its size
             name: part
@@ -79,6 +68,6 @@ def _gather(mine: Tensor, group: dist.ProcessGroup | None, device: torch.device)
     elif backend in ("gloo", "mpi"):
         device = torch.device("cpu")
     mine = mine.to(device).contiguous()
-    everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everybody, mine, group=group)
-    return everybody
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    return gathered

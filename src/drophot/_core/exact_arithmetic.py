@@ -1,4 +1,4 @@
-"""Arithmetic of the library's own, whatever modes of torch surround the call."""
+"""Arithmetic that does not depend on the modes of torch that surround a call."""
 
 from __future__ import annotations
 
@@ -15,19 +15,16 @@ _restore = ExitStack()
 
 @contextmanager
 def exact(*, products: bool = False, in_place: bool = False) -> Iterator[None]:
-    """Compute in the tensors' own precision, without gradients and outside inference mode.
+    """Compute in the precision of the tensors, without gradients and outside inference mode.
 
-    Autocast is off, and tensors are made on the CPU unless a device is named. Also a decorator:
-    `@exact()`.
+    Autocast is off, and new tensors are on the CPU unless a device is named. All modes are restored
+    at the end. It is also a decorator: `@exact()`.
 
     Args:
-        products: Products of float32 matrices are in float32 too. torch has one setting of that for
-            all threads of a process, so that it is changed only where there are such products.
-        in_place: Tensors of the caller's are changed, which may be some of inference mode: stay in
-            it.
-
-    Yields:
-        Nothing; afterwards all modes are as they were.
+        products: Compute products of float32 matrices in float32. torch has one setting of this for
+            all threads of a process, so it is changed only where there are such products.
+        in_place: Stay in inference mode, because the block changes tensors of the caller that may
+            have been created in it.
     """
     with ExitStack() as modes:
         accelerator = torch.accelerator.current_accelerator()
@@ -37,7 +34,7 @@ def exact(*, products: bool = False, in_place: bool = False) -> Iterator[None]:
         if torch.is_inference_mode_enabled() and not in_place:
             modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.no_grad())
-        if torch.empty(0).device.type != "cpu":  # set by set_default_device, or a surrounding one
+        if torch.empty(0).device.type != "cpu":  # by set_default_device or a surrounding context
             modes.enter_context(torch.device("cpu"))
         if products:
             modes.enter_context(_full_precision())
@@ -46,7 +43,7 @@ def exact(*, products: bool = False, in_place: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 in products of float32 matrices: a setting of the process, so counted."""
+    """No TF32 or bfloat16 in products of float32 matrices, until the last concurrent use ends."""
     global _depth, _restore
     with _lock:
         if _depth == 0:
@@ -62,13 +59,13 @@ def _full_precision() -> Iterator[None]:
 
 
 def _set_highest() -> ExitStack:
-    """Set the highest precision; closing what is returned brings back the user's."""
+    """Set the highest precision; closing the returned stack restores the user's setting."""
     restore = ExitStack()
     try:
         old = torch.get_float32_matmul_precision()
-    except RuntimeError:  # set by the newer of torch's two interfaces, which then owns it
+    except RuntimeError:  # it was set by the newer of torch's two interfaces
         old = None
-    # torch before 2.9 has the older interface only.
+    # torch before 2.9 has only the older interface.
     parts = [
         (backend.matmul, backend.matmul.fp32_precision, parent.fp32_precision)
         for backend, parent in (

@@ -1,4 +1,4 @@
-"""What is installed, and goes by name and version, and what is the user's own."""
+"""Whether code is installed, and identified by name and version, or belongs to the user."""
 
 from __future__ import annotations
 
@@ -14,45 +14,24 @@ from typing import Any
 import numpy as np
 import torch
 
-# A configuration has the versions of these anyway.
+# Configurations record the versions of these separately.
 _UNVERSIONED = ("torch", "drophot", "builtins", *sys.stdlib_module_names)
 
 
 def qualified_name(thing: Any) -> str:
-    """The qualified name of a function, a class or an object's class.
-
-    Args:
-        thing: Any of these.
-
-    Returns:
-        The name.
-    """
+    """The qualified name of a function, a class or an object's class, with the module."""
     kind = thing if isinstance(getattr(thing, "__qualname__", None), str) else type(thing)
     module = getattr(kind, "__module__", None) or "builtins"
     return f"{module}.{kind.__qualname__}"
 
 
 def minor_version(version: str) -> str:
-    """The part of a version that a patch release leaves alone.
-
-    Args:
-        version: "2.6.1+cpu".
-
-    Returns:
-        "2.6".
-    """
+    """The version without its patch release: "2.6" for "2.6.1+cpu"."""
     return ".".join(version.partition("+")[0].split(".")[:2])
 
 
 def lookup_by_name(thing: Any) -> Any:
-    """What there is under a thing's own name.
-
-    Args:
-        thing: A function or a class.
-
-    Returns:
-        The thing itself, if it can be imported.
-    """
+    """The object that is found under the name of a function or a class, or `None`."""
     found: Any = sys.modules.get(thing.__module__)
     for name in thing.__qualname__.split("."):
         found = getattr(found, name, None)
@@ -60,18 +39,11 @@ def lookup_by_name(thing: Any) -> Any:
 
 
 def is_installed(module: str | None) -> bool:
-    """Whether a module is Python's, or was installed, and so is known by its version.
-
-    Args:
-        module: Its name.
-
-    Returns:
-        Whether it is.
-    """
+    """Whether a module belongs to Python or an installed package, not to the user."""
     top = (module or "builtins").partition(".")[0]
     if top in _UNVERSIONED:
         return True
-    if top == "__main__":  # a user's script, even where a tool runs it
+    if top == "__main__":  # a user's script, even if a tool runs it
         return False
     file = getattr(sys.modules.get(module or "") or sys.modules.get(top), "__file__", None)
     return file is not None and is_installed_file(file)
@@ -79,14 +51,7 @@ def is_installed(module: str | None) -> bool:
 
 @cache
 def is_installed_file(file: str) -> bool:
-    """The same of a file of code.
-
-    Args:
-        file: Its name, as code objects and modules have it.
-
-    Returns:
-        Whether it is Python's or was installed.
-    """
+    """Whether a file, named as in code objects and modules, is Python's or installed."""
     if file.startswith("<frozen") or {"site-packages", "dist-packages"} & {*PurePath(file).parts}:
         return True
     paths = sysconfig.get_paths()
@@ -97,13 +62,9 @@ def is_installed_file(file: str) -> bool:
 
 
 def versioned_name(thing: Any) -> str:
-    """A thing's name, with the version of the package that it was installed by.
+    """The qualified name with the version of its package: "timm.models.resnet.resnet18 (timm 1.0)".
 
-    Args:
-        thing: A function or a class.
-
-    Returns:
-        "timm.models.resnet.resnet18 (timm 1.0)"; of torch, Python and the user the name alone.
+    Names of torch, Python and the user have no version.
     """
     name = qualified_name(thing)
     top = name.partition(".")[0]
@@ -120,38 +81,26 @@ def _version(package: str) -> str:
 
 
 def resolve_import(module: str, name: str | None, package: str | None) -> Any:
-    """What an import statement of a user's code gives; the user's own modules are imported for it.
+    """The result of an import statement in a user's code; `None` if the import fails.
 
     Args:
         module: The module's name, with leading dots if it is relative.
-        name: What is taken from it, if anything.
-        package: What it is relative to.
-
-    Returns:
-        The module or what is taken from it; `None` if it cannot be imported.
+        name: The name that is imported from the module, if any.
+        package: The package that `module` is relative to.
     """
     try:
         whole = importlib.util.resolve_name(module, package or "")
         for full in (whole, f"{whole}.{name}") if name else (whole,):
             if full not in sys.modules and user_source_file(full, None):
                 importlib.import_module(full)
-    except Exception:  # of the user's module: the code that imports it will say so
+    except Exception:  # raised by the user's module, whose importer will report it
         return None
     found = sys.modules.get(whole)
     return found if name is None else getattr(found, name, sys.modules.get(f"{whole}.{name}"))
 
 
 def is_user_module(module: str, name: str | None, package: str | None) -> bool:
-    """Whether an import statement is for a module of the user's own, imported or not yet.
-
-    Args:
-        module: As for `imported`.
-        name: Likewise.
-        package: Likewise.
-
-    Returns:
-        Whether it is.
-    """
+    """Whether an import statement (see `resolve_import`) refers to a module of the user."""
     try:
         whole = importlib.util.resolve_name(module, package or "")
     except (ImportError, ValueError):
@@ -162,27 +111,15 @@ def is_user_module(module: str, name: str | None, package: str | None) -> bool:
 
 
 def stable_name(thing: Any) -> str:
-    """The name that stands for a function or a class, beside its code.
+    """The name that identifies a function or a class together with its code.
 
-    Args:
-        thing: Installed, or the user's own.
-
-    Returns:
-        With the module of what is installed. That of a user's own is "__main__" or not, as it runs.
+    It includes the module only for installed code; that of a user's script is sometimes "__main__".
     """
     return versioned_name(thing) if is_installed(thing.__module__) else thing.__qualname__
 
 
 def user_source_file(module: str, package: str | None) -> Path | None:
-    """The source of a module that is the user's own, imported or not yet.
-
-    Args:
-        module: Its name, with leading dots if it is relative.
-        package: What it is relative to.
-
-    Returns:
-        The file, if there is one.
-    """
+    """The source file of a module of the user, imported or not; `None` for other modules."""
     with suppress(ImportError, ValueError, AttributeError):
         name = importlib.util.resolve_name(module, package or "")
         if name.partition(".")[0] not in _UNVERSIONED:

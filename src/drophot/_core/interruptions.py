@@ -1,4 +1,4 @@
-"""Errors that are not about the code that was running: an alarm of the user's, or no memory."""
+"""Errors that are unrelated to the code that raised them: signal handlers, exhausted memory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from drophot._core.memory import is_out_of_memory
 
 
 def must_propagate(error: BaseException) -> bool:
-    """Whether an error says nothing about the code that it came out of.
+    """Whether a caught error must be raised again because it is not about the code that was run.
 
-    A handler of a signal, such as a time limit by `signal.alarm`, runs between any two lines, and
-    what it raises seems to come from there.
-
-    Args:
-        error: What was raised, and caught.
-
-    Returns:
-        Whether memory ran out, or a signal's handler raised it.
+    This is so if memory was exhausted, or if a signal handler raised the error. A handler, such as
+    a time limit by `signal.alarm`, can run between any two lines, and its error seems to come from
+    there.
     """
     if is_out_of_memory(error):
         return True
@@ -29,7 +24,7 @@ def must_propagate(error: BaseException) -> bool:
 
 
 def _code_of(handler: object) -> CodeType | None:
-    """The code of a function, a method, a partial or an object that is called."""
+    """The code of a function, a method, a partial or a callable object."""
     while isinstance(handler, partial):
         handler = handler.func
     function = getattr(handler, "__func__", handler)

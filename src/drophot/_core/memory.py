@@ -1,4 +1,4 @@
-"""How much memory there is, and how much a training step takes."""
+"""Available memory, and out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -17,17 +17,11 @@ except ImportError:  # Windows
 
 
 def available(device: torch.device | str, *, root: Path = Path("/")) -> float:
-    """The memory that can still be had.
+    """The bytes of memory that are still available on a device; infinity if unknown.
 
-    On a CPU the least of what the machine has left, what the control groups of a container or a
-    scheduler's job leave, and what the process's own limits (`ulimit`) leave.
-
-    Args:
-        device: A GPU, or the CPU.
-        root: Where `proc` and `sys` are.
-
-    Returns:
-        Bytes; infinity where nobody says.
+    For a CPU, this is the minimum of what the machine, the control groups of a container or a
+    scheduler's job, and the limits of the process (`ulimit`) leave. `root` contains `proc` and
+    `sys`.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -47,7 +41,7 @@ def _of_machine(root: Path) -> float:
 
 
 def _of_groups(root: Path) -> Iterator[float]:
-    """What each control group that the process is in leaves, of version 2 and of version 1."""
+    """What each control group of the process leaves, for cgroup versions 1 and 2."""
     with suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = (*line.split(":", 2), "", "")[:3]
@@ -63,50 +57,38 @@ def _of_groups(root: Path) -> Iterator[float]:
                 continue
             top = root / "sys/fs/cgroup" / folder
             inside = PurePosixPath(path.lstrip("/"))
-            # A group's limit holds for the groups in it; in a container the path may be the host's.
+            # Limits of the parent groups apply, too. In a container, the path may be the host's,
+            # which does not exist here; then only the top group is read.
             for group in (top / inside, *(top / parent for parent in inside.parents)):
                 for limit in limits:
-                    with suppress(OSError, ValueError):  # "max" is no number
+                    with suppress(OSError, ValueError):  # "max" means no limit
                         most = int((group / limit).read_text())
                         taken = int((group / used).read_text())
                         yield most - taken + _number(group / "memory.stat", cache)
 
 
 def _number(file: Path, name: str) -> int:
-    """A number that stands in a file after its name, 0 if it does not."""
+    """The number after `name` in a file of such lines, or 0."""
     with suppress(OSError, ValueError):
-        return next(
-            (int(line.split()[1]) for line in file.read_text().splitlines() if _named(line, name)),
-            0,
-        )
+        lines = map(str.split, file.read_text().splitlines())
+        return next((int(line[1]) for line in lines if line[:1] == [name]), 0)
     return 0
 
 
-def _named(line: str, name: str) -> bool:
-    return line.split()[:1] == [name]
-
-
 def _of_process(root: Path) -> Iterator[float]:
-    """What the limits of this process leave: of its addresses, and of its data."""
+    """What the limits of this process leave of its address space and of its data."""
     if resource is None:
         return
     with suppress(OSError, ValueError, IndexError):
         pages = (root / "proc/self/statm").read_text().split()
-        for limit, place in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
+        for limit, column in ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5)):
             most = resource.getrlimit(limit)[0]
             if most != resource.RLIM_INFINITY:
-                yield most - int(pages[place]) * os.sysconf("SC_PAGE_SIZE")
+                yield most - int(pages[column]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory, of the CPU or of a GPU.
-
-    Args:
-        error: What was raised.
-
-    Returns:
-        Whether it does.
-    """
+    """Whether an error means that the memory of the CPU or of a GPU was exhausted."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")

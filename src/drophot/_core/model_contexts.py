@@ -1,4 +1,4 @@
-"""Look at a model without leaving a trace."""
+"""Contexts that run a model and restore what the run changes."""
 
 from __future__ import annotations
 
@@ -15,49 +15,43 @@ from drophot._core import random_state
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients, from which the model comes back as it was.
+    """Put a model in evaluation mode without gradients, and restore it; yields the model's device.
 
-    Every submodule's own mode is put back (a frozen BatchNorm stays frozen), and so are the random
-    generators, which merely iterating a DataLoader moves on: training goes on as if nobody had
-    looked. A module whose `train()` does more than set a flag, as one that merges its adapters for
-    evaluation, is put back by that method, and the weights that it changed have their bits again.
-
-    Args:
-        model: The model to look at.
-
-    Yields:
-        The device that the model's parameters are on.
+    The mode of every submodule is restored, so a frozen BatchNorm stays frozen. The random
+    generators are, too, because even iterating over a DataLoader draws from them. A module with a
+    `train()` method that does more than set a flag, such as one that merges its adapters for
+    evaluation, is restored by that method, and weights that it changed are restored bit by bit.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     modes = [(module, module.training) for module in model.modules()]
-    own = [(module, mode) for module, mode in modes if _has_own_train(module)]
+    custom = [(module, mode) for module, mode in modes if _overrides_train(module)]
     with random_state.preserved_rng(device), torch.no_grad():
         changed: list[tuple[Tensor, Tensor]] = []
         try:
-            before = _copies([module for module, _ in own])
+            before = _copies([module for module, _ in custom])
             model.eval()
             changed += [(now, was) for now, was in before if not torch.equal(now, was)]
             del before
             yield device
         finally:
-            # From the outside in, since a module's own method sets what is inside it too.
-            for module, mode in own:
+            # From the outermost module inward, because such a method also sets its submodules.
+            for module, mode in custom:
                 if module.training != mode:
                     module.train(mode)
             for module, mode in modes:
                 module.training = mode
             for now, was in changed:
-                now.data.copy_(was)  # what is merged and taken out again has other last bits
+                now.data.copy_(was)  # merging and unmerging changes the last bits
 
 
-def _has_own_train(module: nn.Module) -> bool:
+def _overrides_train(module: nn.Module) -> bool:
     kind = type(module)
-    own = kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
-    return own or "train" in vars(module) or "eval" in vars(module)
+    overridden = kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+    return overridden or "train" in vars(module) or "eval" in vars(module)
 
 
 def _copies(modules: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor of some modules, and a copy of it."""
+    """Each tensor of the modules with a copy of it."""
     tensors = {
         id(tensor): tensor
         for module in modules
@@ -69,17 +63,10 @@ def _copies(modules: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Put back attributes and buffers that a call changes: caches, counters, statistics.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
+    """Restore the attributes and buffers that a call changes: caches, counters, statistics."""
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = [(vars(module), dict(vars(module))) for module in modules]
-    held = {
+    containers = {
         id(value): (value, value.copy())
         for _, values in attributes
         for value in values.values()
@@ -92,7 +79,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
         for now, before in attributes:
             now.clear()
             now.update(before)
-        for value, before in held.values():
+        for value, before in containers.values():
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
         with torch.no_grad():
@@ -105,27 +92,22 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
 def call_hooks(
     model: nn.Module, enter: Callable[[str], object], leave: Callable[[], object]
 ) -> Iterator[None]:
-    """Be told when a call enters one of the model's modules, and when it leaves it.
+    """Call `enter(path)` and `leave()` when a call enters and leaves each of the model's modules.
 
-    Args:
-        model: The model.
-        enter: Called with the module's path.
-        leave: Called at the module's end, the last one that was entered first.
-
-    Yields:
-        Nothing; the hooks come off again, also after an error.
+    Calls of `leave` belong to the last module entered. The hooks are removed at the end, also after
+    an error.
     """
     entered: list[nn.Module] = []
 
     def hook(path: str) -> Callable[..., None]:
         def before(module: nn.Module, *_: Any) -> None:
             enter(path)
-            entered.append(module)  # after it, so that nothing is left that was not entered
+            entered.append(module)  # after `enter`, which may raise an error
 
         return before
 
     def after(module: nn.Module, *_: Any) -> None:
-        if entered and entered[-1] is module:  # else another hook failed before it was entered
+        if entered and entered[-1] is module:  # otherwise another hook failed before `before`
             entered.pop()
             leave()
 

@@ -1,4 +1,4 @@
-"""Large linear layers on a CPU, by whichever library is fastest there."""
+"""Large linear layers on a CPU, computed by oneDNN through private functions of torch."""
 
 from __future__ import annotations
 
@@ -12,28 +12,21 @@ from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeA
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# Whether someone else keeps what the backward pass needs. torch before 2.8 does not say.
+# The hooks that take over the tensors saved for backward, if any. Missing before torch 2.8.
 _hooks = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
-# Products below this many multiplications are over before Python has noticed.
+# For products with fewer multiplications, the overhead of Python dominates.
 _LARGE = 1 << 22
 _LARGE_WEIGHT = 1 << 16
 
 
 def fast_linear(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A model whose large linear layers are computed with oneDNN where MKL is slower.
+    """The forward pass of a model with large linear layers computed by oneDNN where MKL is slower.
 
-    On AMD's processors MKL uses half the width of AVX-512; oneDNN, which PyTorch brings too and
-    takes for convolutions, uses all of it. Results differ in the last bits. Gives the model itself
-    if it has no large layers, elsewhere than on a CPU with AVX-512, and where PyTorch has no
-    oneDNN.
-
-    Args:
-        model: The model, which does not change.
-        device: Where it is.
-
-    Returns:
-        To be called as the model is.
+    On AMD processors MKL uses half the width of AVX-512. oneDNN, which is part of PyTorch and used
+    for convolutions, uses all of it. Results differ in the last bits. The model does not change. It
+    is returned itself if it has no large layers, the device is not a CPU with AVX-512, or PyTorch
+    has no oneDNN.
     """
     large = any(
         isinstance(m, nn.Linear) and m.weight.numel() >= _LARGE_WEIGHT for m in model.modules()
@@ -49,7 +42,7 @@ def fast_linear(model: nn.Module, device: torch.device) -> Callable[[Tensor], Te
 
 
 def _is_faster(device: torch.device) -> bool:
-    """Whether oneDNN is there, and may be faster."""
+    """Whether oneDNN is available and may be faster."""
     return (
         device.type == "cpu"
         and torch.backends.mkldnn.is_available()
@@ -86,14 +79,14 @@ def _fits(inputs: Any, weight: Any, bias: Any = None) -> bool:
         and inputs.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and functorch.peek_interpreter_stack() is None  # no vmap or the like
-        # Activation checkpointing computes again in the backward pass, where the mode is no more.
+        and functorch.peek_interpreter_stack() is None  # not inside vmap or grad
+        # Activation checkpointing recomputes in the backward pass, outside of the mode.
         and _hooks(True) is None
     )
 
 
 class _Product(torch.autograd.Function):
-    """`a @ b.T + bias` of matrices, and so are its derivatives."""
+    """`a @ b.T + bias` of matrices; the derivatives use the same function."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""A progress bar, for those who ask for one."""
+"""Optional progress bars by tqdm."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from typing import Any
 
 
 def import_tqdm() -> Any:
-    """Find tqdm.
-
-    Returns:
-        Its bar.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
+    """Tqdm's bar, or an ImportError that says how to install it."""
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError('Progress comes from tqdm: pip install "drophot[progress]"') from error
+        raise ImportError(
+            'A progress bar requires tqdm: pip install "drophot[progress]"'
+        ) from error
     return tqdm
 
 
@@ -27,27 +22,21 @@ def import_tqdm() -> Any:
 def epoch_bar(
     progress: bool, total: int, name: str, on_epoch: Callable[[int], object] | None = None
 ) -> Iterator[Callable[[int], object]]:
-    """Show how many epochs of a training are done.
+    """Show a bar of `total` epochs if `progress` is true.
 
-    Args:
-        progress: Whether to show it at all.
-        total: All epochs.
-        name: What is being done.
-        on_epoch: Called with the epoch's number first, after each epoch.
-
-    Yields:
-        To be called with the epoch's number after each epoch.
+    Yields a function to be called with the epoch's number after each epoch. It calls `on_epoch`
+    first.
     """
     with (
         import_tqdm()(total=total, desc=name, unit="epoch", leave=False)
         if progress
-        else nullcontext() as shown
+        else nullcontext() as bar
     ):
 
-        def after(epoch: int) -> None:
+        def after_epoch(epoch: int) -> None:
             if on_epoch is not None:
                 on_epoch(epoch)
-            if shown is not None:
-                shown.update()
+            if bar is not None:
+                bar.update()
 
-        yield after
+        yield after_epoch

@@ -1,4 +1,4 @@
-"""The random numbers that data and models draw: Python's, NumPy's and torch's."""
+"""The global random generators of Python, NumPy and torch, saved and restored."""
 
 from __future__ import annotations
 
@@ -15,74 +15,59 @@ import torch
 
 logger = logging.getLogger("drophot")
 
-_PATIENCE = 5.0  # seconds of silent waiting
-_turn = RLock()
+_SILENT_WAIT = 5.0  # seconds before a warning
+_lock = RLock()
 
 
 @contextmanager
 def exclusive() -> Iterator[None]:
-    """Let no other thread of this process draw from the global generators through drophot.
+    """Exclude other threads of this process from the global generators while drophot draws.
 
-    The generators belong to the process. Two threads that train at the same time would take each
-    other's numbers, so the second one waits for the first; if that takes long, a warning says so.
-    A thread can enter again what it is in already.
-
-    Yields:
-        Nothing.
+    The generators belong to the process, so two threads that train at the same time would draw from
+    each other's sequences. The second thread waits for the first; a warning is logged if that takes
+    long. The lock is reentrant.
     """
-    turn = _turn
-    if not turn.acquire(timeout=_PATIENCE):
+    lock = _lock
+    if not lock.acquire(timeout=_SILENT_WAIT):
         logger.warning(
-            "waiting for another thread that trains or evaluates: random numbers belong to the "
-            "process, and one seed gives one result only if one thread draws at a time. To train "
-            "side by side, use processes"
+            "waiting for another thread that trains or evaluates: the random generators belong to "
+            "the process, so results are reproducible only if one thread at a time draws from "
+            "them. To train several models in parallel, use processes"
         )
-        turn.acquire()
+        lock.acquire()
     try:
         yield
     finally:
-        turn.release()
+        lock.release()
 
 
-def _renew() -> None:
-    global _turn
-    _turn = RLock()
+def _replace_lock() -> None:
+    global _lock
+    _lock = RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew)  # the thread that holds it may not live on there
+    # In a forked child, the thread that holds the lock does not exist.
+    os.register_at_fork(after_in_child=_replace_lock)
 
 
 def state(device: torch.device | None = None) -> tuple[Any, ...]:
-    """Where the global generators stand, comparable by `==`.
-
-    Args:
-        device: A device whose generator counts too.
-
-    Returns:
-        The states of Python's, NumPy's and torch's generators, and the device's.
-    """
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - what transforms draw from
+    """The states of all global generators and that of `device`, comparable with `==`."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - transforms use it
     return (
         random.getstate(),
         (name, tuple(keys), *rest),
         torch.get_rng_state().numpy().tobytes(),
-        _get(device).numpy().tobytes() if _has_its_own(device) else None,
+        _get(device).numpy().tobytes() if _has_generator(device) else None,
     )
 
 
 @contextmanager
 def preserved_rng(device: torch.device | None = None, *, seed: int | None = None) -> Iterator[None]:
-    """Put the global generators back where they stood, whatever happens inside.
+    """Restore the global generators and that of `device` at the end of the block.
 
-    Other threads that come here wait until this one is done: see `exclusive`.
-
-    Args:
-        device: A device whose generator is put back too.
-        seed: Starts the generators from here inside, where a GPU's convolutions are deterministic.
-
-    Yields:
-        Nothing.
+    Other threads wait; see `exclusive`. `seed` seeds the generators at the beginning of the block
+    and makes cuDNN deterministic inside it.
     """
     with exclusive():
         python, numpy, cpu, own = state(device)
@@ -92,7 +77,9 @@ def preserved_rng(device: torch.device | None = None, *, seed: int | None = None
                 torch.backends.cudnn.deterministic = True
                 random.seed(seed)
                 np.random.seed(seed % 2**32)  # noqa: NPY002
-                torch.default_generator.manual_seed(seed)  # torch.manual_seed moves every GPU's too
+                torch.default_generator.manual_seed(
+                    seed
+                )  # not torch.manual_seed, which seeds all GPUs
                 _seed(device, seed)
             yield
         finally:
@@ -104,8 +91,7 @@ def preserved_rng(device: torch.device | None = None, *, seed: int | None = None
                 _set(device, _tensor(own))
 
 
-def _has_its_own(device: torch.device | None) -> bool:
-    """Whether a device has a generator: CUDA, XPU and MPS do."""
+def _has_generator(device: torch.device | None) -> bool:
     return device is not None and device.type in ("cuda", "xpu", "mps")
 
 
@@ -114,7 +100,7 @@ def _module(device: Any) -> Any:
 
 
 def _arguments(device: Any) -> tuple[Any, ...]:
-    return () if device.type == "mps" else (device,)  # of which there is one
+    return () if device.type == "mps" else (device,)  # there is only one MPS device
 
 
 def _get(device: Any) -> torch.Tensor:
@@ -126,7 +112,7 @@ def _set(device: Any, state: torch.Tensor) -> None:
 
 
 def _seed(device: torch.device | None, seed: int) -> None:
-    if not _has_its_own(device):
+    if not _has_generator(device):
         return
     if device.type == "mps":  # type: ignore[union-attr]
         torch.mps.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Warnings that point at the line of the user's own that led to them."""
+"""Warnings that point to the line of the user's code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-# Where a call passes through on its way from the user's code.
+# Files between the user's code and the warning.
 _INSIDE = (
     str(Path(__file__).parents[1]),
     str(Path(torch.__file__).parent),
@@ -18,11 +18,7 @@ _INSIDE = (
 
 
 def warn(message: str) -> None:
-    """A `UserWarning` that names the caller's line, however deep in the library this is.
-
-    Args:
-        message: What to say.
-    """
+    """Issue a `UserWarning` for the first frame outside of the library and torch."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back

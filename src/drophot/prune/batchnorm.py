@@ -188,7 +188,7 @@ def _merged(
     widths = [len(layer.running_mean) for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
     shape = [len(widths), sum(widths), sum(i * width for i, width in enumerate(widths, 1))]
-    table = distributed.numbers([failure is not None, *shape], group, device)
+    table = distributed.gather_numbers([failure is not None, *shape], group, device)
     if failure is not None:
         raise failure
     if failed := table[:, 0].nonzero()[:, 0].tolist():
@@ -212,8 +212,8 @@ def _merged(
     packed = torch.cat(rows)[None]
     total = torch.zeros_like(packed[0])
     cpu = packed.device
-    for columns in distributed.tables({"sums": packed}, [1] * len(table), group, cpu):
-        total += columns["sums"][0]  # in the order of the ranks, so that all get the same bits
+    for columns in distributed.gather_tables({"sums": packed}, [1] * len(table), group, cpu):
+        total += columns["sums"][0]  # in the order of the ranks, so that all get equal bits
     found: dict[str, Sums] = {}
     for (path, width), row in zip(
         zip(layers, widths, strict=True), total.split([2 * w + 2 for w in widths]), strict=True

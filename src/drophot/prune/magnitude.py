@@ -269,7 +269,7 @@ def _warn_of_zero_layers(
         count = sum(weights[name].numel() for name in names)
         warn(
             f"`ratio={ratio:g}` is taken from the other layers, since all weights of "
-            f"{shortened(names)} are zero ({count:,} weights) and cannot be ranked. No earlier "
+            f"{shortened(names)} ({count:,} weights) are zero and cannot be ranked. No earlier "
             f"pruning removed them, so all of them are kept and can be trained. Prune again when "
             f"they have been trained, or name them in `skip`. If they were pruned, call "
             f"Masks.from_zeros(model).apply() first, which keeps all zeros."

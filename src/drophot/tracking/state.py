@@ -274,7 +274,7 @@ class State:
             return merged | {"targets": targets}
         mine = _select(self.columns | {"targets": targets}, unmerged) | {"index": unmerged}
         first, identical = None, min(lengths) >= _MIN_IDENTICAL_ROWS
-        for rows in distributed.tables(mine, lengths, group, self.device):
+        for rows in distributed.gather_tables(mine, lengths, group, self.device):
             first = first or dict(rows)
             identical = identical and all(torch.equal(rows[name], first[name]) for name in rows)
             index = rows.pop("index")
@@ -314,7 +314,7 @@ class State:
             "alone": int(self.loaded_alone),
             "rows": num_rows,
         }
-        table = distributed.numbers(list(numbers.values()), group, self.device)
+        table = distributed.gather_numbers(list(numbers.values()), group, self.device)
         of = dict(zip(numbers, table.T.tolist(), strict=True))
         self.check(numbers["fault"])
         for name in (

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from drophot._core import random_state, scalars
-from drophot._core.classifier import check_model, check_optimizer, first_nonfinite, require_logits
+from drophot._core.classifier import check_model, check_optimizer, first_nonfinite, require_outputs
 from drophot.data import batching
 from drophot.data.cache import Cache, Kept, check_cache, in_memory
 from drophot.data.samples import first_sample, tensors_of
@@ -154,7 +154,7 @@ def fit(
             before_step=before_step,
             lr_changes=every_step,
         )
-        with step_of as step, require_logits(model, num_classes):
+        with step_of as step, require_outputs(model, num_classes):
             for epoch in range(epochs):
                 model.train()
                 for inputs, targets, *more in batches_of(epoch):

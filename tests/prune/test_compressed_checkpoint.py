@@ -215,14 +215,14 @@ def entry(header: dict, name: str = "fc1.weight") -> dict:
     [
         (lambda h, f: f.pop("drophot.json"), "damaged or something else"),
         (lambda h, f: h.update(format="drophot compressed 9"), "`path`.*drophot compressed 9"),
-        (lambda h, f: h["tensors"].pop("fc1.bias"), r"difference in \['fc1.bias'\]"),
-        (lambda h, f: h["tensors"].update(more={}), r"difference in \['more'\]"),
-        (lambda h, f: entry(h).update(shape=[10**9, 10**9]), "have `fc1.weight` as the file"),
-        (lambda h, f: entry(h).update(dtype="float64"), "have `fc1.weight` as the file"),
+        (lambda h, f: h["tensors"].pop("fc1.bias"), r"`model`.*\['fc1.bias'\]"),
+        (lambda h, f: h["tensors"].update(more={}), r"`model`.*\['more'\]"),
+        (lambda h, f: entry(h).update(shape=[10**9, 10**9]), "`model`.*`fc1.weight`.*1000000000"),
+        (lambda h, f: entry(h).update(dtype="float64"), "`model`.*`fc1.weight`.*float64"),
         (lambda h, f: entry(h).update(nonzeros=10**12), "`path`.*1000000000000"),
         (lambda h, f: entry(h).update(nonzeros=-1), "`path`.*-1"),
         (lambda h, f: entry(h).update(nonzeros="all"), "`path`.*'all'"),
-        (lambda h, f: entry(h).update(nonzeros=3), "`path`.*`0.weight`"),
+        (lambda h, f: entry(h).update(nonzeros=3), "`path`.*`fc1.weight`"),
         (lambda h, f: entry(h).update(file="../../etc/passwd"), "damaged or something else"),
         (lambda h, f: entry(h).pop("dtype"), "damaged or something else"),
         (lambda h, f: entry(h).update({"same as": "nowhere"}), "damaged or something else"),
@@ -233,7 +233,7 @@ def entry(header: dict, name: str = "fc1.weight") -> dict:
         (lambda h, f: h.update(metadata=[]), "damaged or something else"),
         (lambda h, f: h.update(metadata={"fc1": "ab"}), "'ab'"),
         (lambda h, f: h.update(tensors=[]), "damaged or something else"),
-        (lambda h, f: h.update(more="x" * (1 << 21)), "bytes for 'drophot.json', of at most 1,"),
+        (lambda h, f: h.update(more="x" * (1 << 21)), "`path`.*'drophot.json'.* at most 1,"),
         (lambda h, f: h.update(format="x" * 9999), "`path`.*'x{50}'"),
         (
             lambda h, f: h["tensors"].update({f"{n}{'x' * 900}": {} for n in range(500)}),
@@ -475,7 +475,7 @@ def test_a_size_beyond_the_file_is_not_believed(tmp_path: Path) -> None:
     at = content.rindex(b"PK\x01\x02")  # the directory's last entry, that of the description
     huge = struct.pack("<II", 1_000_000, 1_000_000)
     path.write_bytes(content[: at + 20] + huge + content[at + 28 :])
-    with pytest.raises(ValueError, match=r"1,000,000 bytes for 'drophot.json', of at most [\d,]+"):
+    with pytest.raises(ValueError, match=r"'drophot.json'.*1,000,000 .* at most [\d,]+"):
         load_compressed(nn.Linear(2, 2), path)
 
 
@@ -670,7 +670,7 @@ WRITER = """
 import os, sys, torch
 from pathlib import Path
 from torch import nn
-from drophot import compressed_checkpoint
+from drophot.prune import compressed_checkpoint
 os.getpid = lambda: 1  # as in a container
 write = compressed_checkpoint._write
 def slow(archive, *rest):
@@ -758,15 +758,15 @@ def test_a_link_still_leads_to_the_file(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere/model'$"):
         save_compressed(nn.Linear(2, 2), tmp_path / "nowhere" / "model")
-    with pytest.raises(IsADirectoryError, match="`path` should be a file. Found the folder"):
+    with pytest.raises(IsADirectoryError, match="`path` .*directory"):
         save_compressed(nn.Linear(2, 2), tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="`path` should be a regular file"):
+    with pytest.raises(ValueError, match="`path` .*pipe"):
         save_compressed(nn.Linear(2, 2), tmp_path / "pipe")
     (tmp_path / "pipe").unlink()
     (tmp_path / "old").write_text("old")
     monkeypatch.setattr(os, "access", lambda *_, **__: False)  # root may write anything
-    with pytest.raises(PermissionError, match="`path` should be writable. Found .*old"):
+    with pytest.raises(PermissionError, match="`path` .*old"):
         save_compressed(nn.Linear(2, 2), tmp_path / "old")
     assert (tmp_path / "old").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -464,7 +464,7 @@ def test_masks_survive_saving_and_are_refused_elsewhere() -> None:
     wrong = {("weight" if n == "4.weight" else n): m for n, m in masks.items()}
     with pytest.raises(ValueError, match=r"`state_dict`.*\['4.weight', 'weight'\]"):
         taken.load_state_dict(wrong)
-    with pytest.raises(ValueError, match=r"4\.weight.*\(3, 16\).*torch.bool.*\(16, 3\)"):
+    with pytest.raises(ValueError, match=r"`state_dict.*\(3, 16\).*torch.bool.*\(16, 3\)"):
         taken.load_state_dict({**masks, "6.weight": masks["6.weight"].t()})
     with pytest.raises(ValueError, match=r"torch.float32"):
         taken.load_state_dict({**masks, "0.weight": masks["0.weight"].float()})
@@ -609,8 +609,8 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_changes(
     [
         (nn.BatchNorm1d(3), ValueError, "BatchNorm1d has none"),
         (nn.Sequential(), ValueError, "Sequential has none"),
-        (nn.LazyLinear(3), ValueError, "`weight` without data"),
-        (nn.Linear(3, 3, device="meta"), ValueError, "`weight` without data"),
+        (nn.LazyLinear(3), ValueError, "`weight`.*no data"),
+        (nn.Linear(3, 3, device="meta"), ValueError, "`weight`.*no data"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), ValueError, "parametrization"),
         (nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3))), ValueError, "0"),
     ],
