@@ -16,12 +16,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, ParamSpec, Protocol, get_args
 
 from torch import Tensor
 
 from drophot._core import scalars
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
+
+_P = ParamSpec("_P")
 
 
 class Named(Protocol):
@@ -68,9 +70,9 @@ class Setting:
     heading: str | None = None
     """The heading of its column in tables whose rows differ in it; otherwise its name. Settings
     with a column in every table need none."""
-    words: Mapping[object, str] = field(default_factory=dict)
+    words: Mapping[object, str] = field(default_factory=dict[object, str])
     """How tables write its values."""
-    controls: Mapping[str, object] = field(default_factory=dict)
+    controls: Mapping[str, object] = field(default_factory=dict[str, object])
     """The controls of a grid that change it, each with the value that it sets."""
     file_part: Callable[[Any], str] | None = None
     """The part of a stage's file name for a value; by default name and value, and nothing for the
@@ -80,8 +82,14 @@ class Setting:
     was added keep their identity."""
 
 
-def _declare(**known: Any) -> dict[str, Setting]:
-    return {"setting": Setting(**known)}
+def _in_metadata(make: Callable[_P, Setting]) -> Callable[_P, dict[str, Setting]]:
+    def declare(*args: _P.args, **kwargs: _P.kwargs) -> dict[str, Setting]:
+        return {"setting": make(*args, **kwargs)}
+
+    return declare
+
+
+_declare = _in_metadata(Setting)
 
 
 def _one_of(*choices: str) -> Callable[[str, Any], object]:
@@ -93,7 +101,19 @@ def _one_of(*choices: str) -> Callable[[str, Any], object]:
     return check
 
 
-def _flag(name: str, value: Any) -> bool:
+def check_flag(name: str, value: object) -> bool:
+    """Check that a value is `True` or `False`.
+
+    Args:
+        name: The argument's name, for the error.
+        value: The value.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is something else.
+    """
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be True or False, got {value!r}.")
     return value
@@ -260,7 +280,7 @@ class Settings:
     equal_steps: bool = field(
         default=False,
         metadata=_declare(
-            check=_flag,
+            check=check_flag,
             stage="train",
             varies=True,
             record_field="equal_steps",
@@ -273,7 +293,7 @@ class Settings:
     reinitialize: bool = field(
         default=False,
         metadata=_declare(
-            check=_flag,
+            check=check_flag,
             stage="finetune",
             varies=True,
             record_field="reinitialized",
@@ -286,7 +306,7 @@ class Settings:
     rewind: bool = field(
         default=False,
         metadata=_declare(
-            check=_flag,
+            check=check_flag,
             stage="finetune",
             varies=True,
             record_field="rewound",
@@ -299,7 +319,7 @@ class Settings:
     recalibrate_bn: bool = field(
         default=False,
         metadata=_declare(
-            check=_flag,
+            check=check_flag,
             stage="finetune",
             varies=True,
             record_field="recalibrated",
@@ -331,7 +351,7 @@ class Settings:
     structured: bool = field(
         default=False,
         metadata=_declare(
-            check=_flag,
+            check=check_flag,
             stage="finetune",
             record_field="structured",
             heading="removed are",

@@ -219,7 +219,10 @@ VALUES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 def test_the_same_is_the_same_in_another_process() -> None:
     """With another order of sets, other addresses and another temporary folder."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    environment = {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
+    environment = {
+        "PYTHONHASHSEED": seed,
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}:{Path(__file__).parent}",
+    }
     command = [sys.executable, "-c", "import test_identity as t; t.main()"]
     out = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, **environment}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import nan
@@ -29,7 +29,7 @@ _one_at_a_time = Lock()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What all stages of a call of `Grid.run` are computed with."""
+    """The run, store and settings that all stages of a call of `Grid.run` share."""
 
     config: RunConfig
     """The grid's pipeline, on the way to a worker without its data."""
@@ -44,7 +44,7 @@ def compute(job: Job, stage: Stage) -> Record | None:
     """Compute a stage and store its result, unless another process was faster.
 
     Args:
-        job: What it is computed with.
+        job: Shared by all stages.
         stage: The stage, whose needed stage is in the store.
 
     Returns:
@@ -148,7 +148,7 @@ def _finetune(config: RunConfig, trained: SavedModel) -> Record:
 
 
 @contextmanager
-def limited_threads(threads: int) -> Iterator[None]:
+def limited_threads(threads: int) -> Generator[None, None, None]:
     """Let torch use so many threads of the CPU within a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -20,7 +20,7 @@ from drophot.data.cache import Cache, check_cache
 from drophot.pipeline import modes
 from drophot.pipeline.provenance.experiment import Experiment
 from drophot.pipeline.released_protocol import RunProtocol, check_protocol, protocol_of
-from drophot.settings import SETTINGS, Settings
+from drophot.settings import SETTINGS, Settings, check_flag
 from drophot.training import loop
 
 ModelFactory = Callable[[], nn.Module]
@@ -44,9 +44,7 @@ class Arguments(Settings):
         Settings.__post_init__(self)
         check_settings(self)
         check_cache(self.cache)
-        if not isinstance(self.progress, bool):
-            raise TypeError(f"`progress` must be True or False, got {self.progress!r}.")
-        if self.progress:
+        if check_flag("progress", self.progress):
             progress.import_tqdm()
 
     @property

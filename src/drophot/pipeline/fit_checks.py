@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 
@@ -27,7 +27,7 @@ def is_library_fit(fit: object) -> bool:
 @contextmanager
 def watched(
     model: nn.Module, epochs: int, step: str, on_epoch: Callable[[int], object] | None
-) -> Iterator[Callable[[int], None]]:
+) -> Generator[Callable[[int], None]]:
     """Check that a training loop calls back after each epoch, and that it does not diverge.
 
     Yields what the loop has to call after each epoch; `on_epoch` is called then, too.

@@ -173,7 +173,9 @@ def as_scored(mode: Mode) -> Scored | None:
     """A built-in mode that goes by a score in its long form; `None` for any other."""
     if isinstance(mode, Scored):
         return mode
-    if isinstance(mode, Stratified) or mode == "high" or mode == "low":
+    if isinstance(mode, str):
+        return Scored(mode=mode) if mode == "high" or mode == "low" else None
+    if isinstance(mode, Stratified):
         return Scored(mode=mode)
     if isinstance(mode, ByScore):
         return Scored(mode=mode.end, balanced=mode.balanced)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,7 +17,7 @@ from drophot.data.cache import Kept
 from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import first_sample, known_targets, tensors_of
 from drophot.pipeline import fit_checks, pruning_steps, selection_steps
-from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, RunConfig
+from drophot.pipeline.config import Arguments, RunConfig
 from drophot.pipeline.provenance.experiment import describe_experiment
 from drophot.prune.prunable_weights import prunable
 from drophot.prune.unpruned_weights import uncovered_warning_silenced, warn_of_uncovered
@@ -67,8 +69,8 @@ def prepare(arguments: Arguments) -> RunConfig:
 
 
 def build(
-    factory: ModelFactory,
-    optimizer: OptimizerFactory,
+    factory: Callable[[], object],
+    optimizer: Callable[[Iterator[nn.Parameter]], object],
     train_set: Dataset[Any],
     test_set: Dataset[Any],
     *,
@@ -78,7 +80,7 @@ def build(
 
     Returns the model and its number of classes.
     """
-    samples = []
+    samples: list[tuple[Any, ...]] = []
     for name, dataset in (("train_set", train_set), ("test_set", test_set)):
         samples.append(first_sample(name, dataset))
         if len(samples[-1]) != 2:
@@ -157,7 +159,7 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
             f"`{name}` must have targets in [0, {num_classes}), the classes of the model, got "
             f"{int(targets[wrong[0]])} at position {int(wrong[0])}."
         )
-    return 0 if known is None else len(targets.unique())
+    return 0 if known is None else len(np.unique(targets.cpu().numpy()))
 
 
 def check_inputs(name: str, dataset: Dataset[Any]) -> None:
@@ -165,7 +167,7 @@ def check_inputs(name: str, dataset: Dataset[Any]) -> None:
     tensors = tensors_of(dataset)
     if tensors is None or not tensors[0].is_floating_point() or tensors[0].is_meta:
         return
-    for start, part in enumerate(tensors[0].split(_CHUNK)):
+    for start, part in enumerate(torch.split(tensors[0], _CHUNK)):
         wrong = (~part.isfinite()).flatten(1).any(1) if part.dim() > 1 else ~part.isfinite()
         if bool(wrong.any()):
             position = start * _CHUNK + int(wrong.nonzero()[0])

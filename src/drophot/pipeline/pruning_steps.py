@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -183,7 +183,7 @@ def _held(
     pruned: PrunedModel,
     pruner: schedule.Schedule | None,
     optimizer: Optimizer,
-) -> Iterator[Callable[[int], None]]:
+) -> Generator[Callable[[int], None]]:
     """Hold the removed weights at zero, and let a schedule prune further.
 
     Yields a function to call after each epoch with their number so far: it refuses a loop that

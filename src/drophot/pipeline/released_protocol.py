@@ -23,7 +23,7 @@ Pruning layer by layer is the same in both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -249,7 +249,7 @@ def select(scores: Tensor, ratio: float, mode: Literal["high", "low"]) -> Tensor
 
 
 @contextmanager
-def always_evaluating(model: nn.Module) -> Iterator[None]:
+def always_evaluating(model: nn.Module) -> Generator[None]:
     """Keep a model in evaluation mode through a training, and leave it in training mode."""
 
     def evaluate(module: nn.Module, _: object) -> None:

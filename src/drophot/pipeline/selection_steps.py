@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -176,7 +177,7 @@ def _warn_of_empty_classes(config: RunConfig, indices: Tensor) -> None:
     if known is None:
         return
     targets = known.cpu()
-    empty = sorted(set(targets.unique().tolist()) - set(targets[indices].unique().tolist()))
+    empty = np.setdiff1d(targets.numpy(), targets[indices].numpy()).tolist()
     if empty:
         settings = config.settings
         warnings.warn(
@@ -235,7 +236,7 @@ def check_features(config: RunConfig) -> None:
 
 
 def _subset(config: RunConfig, indices: Tensor) -> Dataset[Any]:
-    return Subset(config.train_set, indices.tolist())
+    return Subset(config.train_set, indices.cpu().numpy().tolist())
 
 
 def _loader(config: RunConfig, model: nn.Module) -> tuple[Any, _OnBatch | None]:
@@ -269,7 +270,7 @@ class _Shuffled(Sampler[int]):
         self.total = total
 
     def __iter__(self) -> Iterator[int]:
-        yield from torch.randperm(self.total, device="cpu").tolist()
+        yield from torch.randperm(self.total, device="cpu").numpy().tolist()
 
 
 class _SampledLoader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
@@ -59,7 +59,7 @@ class Step:
 
 
 @contextmanager
-def running(config: RunConfig, name: StepName, *, offset: int = 0) -> Iterator[Step]:
+def running(config: RunConfig, name: StepName, *, offset: int = 0) -> Generator[Step]:
     """Time a step and give it random numbers that depend on the run's seed and `offset` alone."""
     step = Step(config, name, 2 * config.settings.seed + offset)
     start = perf_counter()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 _GLOBAL = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"}
 _CELL = {"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
@@ -72,9 +72,9 @@ class Fills:
         others: Whether it writes other keys, or appends.
     """
 
-    written: set[Any] = field(default_factory=set)
-    read: set[Any] = field(default_factory=set)
-    others: set[bool] = field(default_factory=set)
+    written: set[Any] = field(default_factory=set[Any])
+    read: set[Any] = field(default_factory=set[Any])
+    others: set[bool] = field(default_factory=set[bool])
 
 
 def chains(code: CodeType, local: frozenset[str] = frozenset()) -> Iterator[Load]:
@@ -113,9 +113,9 @@ def imports(code: CodeType) -> Iterator[tuple[str, str | None, str | None]]:
                 continue
             follows = [i for i in found[position + 1 : position + 3] if i.opname != "SWAP"]
             stored = follows and follows[0].opname.startswith("STORE_")
-            variable: Any = follows[0].argval if stored else None
-            if isinstance(variable, tuple):  # two instructions in one
-                variable = variable[0]
+            variable = follows[0].argval if stored else None
+            if type(variable) is tuple:  # two instructions in one
+                variable = cast(tuple[Any, ...], variable)[0]
             if kind == "IMPORT_FROM":
                 yield module, instruction.argval if taken else None, variable
                 continue
@@ -185,12 +185,12 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, Load]]:
         found = list(dis.get_instructions(part))
         for position, instruction in enumerate(found):
             name = instruction.opname.removesuffix("_BORROW")
-            root: Any = instruction.argval
-            if isinstance(root, tuple) and name.endswith("LOAD_FAST"):  # two instructions in one
-                name, root = "LOAD_FAST", root[-1]
+            root = instruction.argval
+            if type(root) is tuple and name.endswith("LOAD_FAST"):  # two instructions in one
+                name, root = "LOAD_FAST", cast(tuple[Any, ...], root)[-1]
             if name not in names:
                 continue
-            chain, end = [str(root)], position + 1
+            chain, end = [str(cast(Any, root))], position + 1
             while end < len(found) and found[end].opname in _ATTRIBUTE:
                 chain.append(found[end].argval)
                 end += 1

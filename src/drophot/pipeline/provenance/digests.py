@@ -27,7 +27,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
         rows = max(1, len(tensor) * _CHUNK // max(1, tensor.nbytes)) if tensor.dim() else 1
-        for part in tensor.split(rows) if tensor.dim() and tensor.numel() else (tensor,):
+        for part in torch.split(tensor, rows) if tensor.dim() and tensor.numel() else (tensor,):
             part = part.detach().cpu().resolve_neg().reshape(-1).contiguous()
             found.update(part.view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]

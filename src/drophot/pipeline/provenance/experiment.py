@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import floor, isfinite, log10
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,8 @@ def _network(
     model: nn.Module, twin: nn.Module, again: dict[str, Any], unknown: list[str]
 ) -> dict[str, Any]:
     """A network as it was built; what is drawn at random, which differs in its twin, in outline."""
-    modules, others = dict(model.named_modules()), dict(twin.named_modules())
-    settings = {}
+    modules, others = _modules(model), _modules(twin)
+    settings: dict[str, Any] = {}
     for name, module in modules.items():
         own, drawn = attributes(module), attributes(others.get(name))
         settings[name] = [stable_name(type(module))] + [
@@ -110,6 +110,10 @@ def _network(
         "network": digest_of([settings, values, describe(extra)[0]]),
         "code": digest_of(codes),
     }
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(cast(Iterator[tuple[str, nn.Module]], model.named_modules()))
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

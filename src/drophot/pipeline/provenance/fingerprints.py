@@ -23,7 +23,7 @@ from collections.abc import Callable
 from functools import cache, cached_property, lru_cache, partial
 from math import isfinite
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,7 +89,7 @@ class _Reader:
         self.path: list[str] = []
 
     def value(self, thing: Any) -> Any:
-        kind = type(thing)
+        kind = cast(Any, type(thing))
         if thing is None or kind in (bool, int):
             return thing
         if kind is float:
@@ -97,12 +97,13 @@ class _Reader:
         if kind is str:
             return self._string(thing)
         if isinstance(thing, np.ndarray):
-            return describe_ndarray(thing, self.data, self.value)
+            return describe_ndarray(cast(Any, thing), self.data, self.value)
         if isinstance(thing, Tensor):
             found = describe_tensor(thing, self.data, self.value)
             return self._unknown(thing) if found is None else found
         if isinstance(thing, np.generic):
-            return self.value(thing.item()) if type(thing.item()) is not kind else repr(thing)
+            plain = cast(Any, thing).item()
+            return self.value(plain) if type(plain) is not kind else repr(cast(Any, thing))
         if isinstance(thing, PurePath):
             return self._string(str(thing))
         if kind in (bytes, bytearray):
@@ -162,9 +163,10 @@ class _Reader:
                 if self.data:  # the same files in another folder
                     found = re.sub(r'"/(?:[^"\\]|\\.)*/', '"', found)
                 return {"items": len(thing), "digest": digest_of(found)}
-        if isinstance(thing, set | frozenset):
+        kind = cast(Any, type(thing))
+        if kind in (set, frozenset):
             return _brief(sorted((self.value(item) for item in thing), key=text_of), len(thing))
-        if not isinstance(thing, dict | types.MappingProxyType):
+        if kind not in (dict, OrderedDict, types.MappingProxyType):
             return _brief([self.part(str(i), item) for i, item in enumerate(thing)], len(thing))
         if all(type(key) is str for key in thing):
             pairs: Any = {key: self.part(key, thing[key]) for key in sorted(thing)}
@@ -191,10 +193,10 @@ class _Reader:
             plain, others = globals_of(self, function, rest)
             if plain:
                 found["globals"] = _brief(plain, len(plain))
-            found["code"] = digest_of([self._code(code, function.__doc__), others])
+            found["code"] = digest_of([self.code(code, function.__doc__), others])
         return found
 
-    def _code(self, code: types.CodeType, docstring: str | None = None) -> Any:
+    def code(self, code: types.CodeType, docstring: str | None = None) -> Any:
         found, constants = bytecode.content(code, docstring)
         return [*found, [self.value(constant) for constant in constants]]
 
@@ -244,7 +246,7 @@ class _Reader:
             for where, name, _ in bytecode.imports(code)
             if is_user_module(where, name, package)
         ]
-        return {"module": module.__name__, "code": digest_of([self._code(code), self.value(uses)])}
+        return {"module": module.__name__, "code": digest_of([self.code(code), self.value(uses)])}
 
     def random(self, generator: Any) -> Any:
         if self.data or _is_global(generator):
@@ -260,7 +262,7 @@ class _Reader:
         return [type(thing).__name__, *(self.value(part) for part in parts if part is not None)]
 
     def _object(self, thing: Any) -> Any:
-        kind = type(thing)
+        kind = cast(Any, type(thing))
         found: dict[str, Any] = {"object": self.value(kind)}
         try:
             with warnings.catch_warnings():
@@ -270,15 +272,15 @@ class _Reader:
             return self._unknown(thing)
         if isinstance(reduced, str):
             return found | {"name": reduced}
-        make, arguments, state, items, pairs, *_ = (*reduced, None, None, None)
+        parts: tuple[Any, ...] = (*reduced, None, None, None)
+        make, arguments, state, items, pairs = parts[:5]
         plain = getattr(make, "__name__", "") in ("__newobj__", "__newobj_ex__", "_reconstructor")
         if not plain:
             found["call"] = self.value(make)
         if rest := [a for a in arguments if a is not kind and not (plain and a is object)]:
             found["with"] = self.value(rest)
-        slots = state[1] if isinstance(state, tuple) and len(state) == 2 else None
-        state = (state[0] or {}) | slots if isinstance(slots, dict) else state
-        if isinstance(state, dict) and all(type(name) is str for name in state):
+        state = _attributes_in(state)
+        if _has_names(state):
             state = _lasting(thing, state)
         for name, value in (("state", state), ("items", items), ("pairs", pairs)):
             if value is not None and value != {}:
@@ -296,7 +298,7 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     ((types.MethodDescriptorType, types.WrapperDescriptorType), _Reader.descriptor),
     ((types.MemberDescriptorType, types.GetSetDescriptorType), _Reader.descriptor),
     (types.ModuleType, _Reader.module),
-    (types.CodeType, _Reader._code),
+    (types.CodeType, _Reader.code),
     ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
     (logging.Logger, lambda _, __: "a logger"),
     (type(os.environ), lambda _, __: "os.environ"),
@@ -304,9 +306,25 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
 )
 
 
+def _attributes_in(state: Any) -> Any:
+    """The state of an object as pickle has it; with slots, both dictionaries in one."""
+    if isinstance(state, tuple):
+        parts = cast(tuple[Any, ...], state)
+        if len(parts) == 2 and isinstance(parts[1], dict):
+            return cast(Any, (parts[0] or {}) | parts[1])
+        return parts
+    return state
+
+
+def _has_names(state: Any) -> bool:
+    if not isinstance(state, dict):
+        return False
+    return all(type(name) is str for name in cast(dict[Any, Any], state))
+
+
 def _lasting(thing: Any, state: dict[str, Any]) -> dict[str, Any]:
     """An object's attributes without its logs, caches and counters."""
-    methods = [getattr(type(thing), name, None) for name in _CALLED]
+    methods = [getattr(cast(Any, type(thing)), name, None) for name in _CALLED]
     codes = [m.__code__ for m in methods if isinstance(m, types.FunctionType)]
     rest = without_accumulated(codes)
     empty = _MODULE if isinstance(thing, nn.Module) else ()

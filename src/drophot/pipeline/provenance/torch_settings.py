@@ -8,7 +8,7 @@ them on its workers.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def surrounded(found: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+def surrounded(found: Mapping[str, Any], device: torch.device) -> Generator[None]:
     """Set all switches as they were elsewhere, and put them back.
 
     Args:
@@ -132,6 +132,14 @@ def _backend(path: str, default: Any) -> dict[str, _Switch]:
     }
 
 
+def _by_backend(defaults: Mapping[str, object]) -> dict[str, _Switch]:
+    return {
+        name: switch
+        for path, default in defaults.items()
+        for name, switch in _backend(path, default).items()
+    }
+
+
 def _attention(name: str) -> dict[str, _Switch]:
     get = getattr(torch.backends.cuda, f"{name}_sdp_enabled", None)
     if get is None:
@@ -143,9 +151,13 @@ def _attention(name: str) -> dict[str, _Switch]:
 
 # In this order: the first are for all operations that have no precision of their own.
 _PRECISIONS = {
-    **dict.fromkeys(("", "cudnn.", "mkldnn.", "cuda.matmul."), "ieee"),
-    **dict.fromkeys(("cudnn.conv.", "cudnn.rnn."), "tf32"),
-    **dict.fromkeys(("mkldnn.matmul.", "mkldnn.conv.", "mkldnn.rnn."), "ieee"),
+    f"{backend}fp32_precision": default
+    for default, backends in (
+        ("ieee", ("", "cudnn.", "mkldnn.", "cuda.matmul.")),
+        ("tf32", ("cudnn.conv.", "cudnn.rnn.")),
+        ("ieee", ("mkldnn.matmul.", "mkldnn.conv.", "mkldnn.rnn.")),
+    )
+    for backend in backends
 }
 _SWITCHES: dict[str, _Switch] = {
     "default_dtype": _Switch(
@@ -169,18 +181,18 @@ _SWITCHES: dict[str, _Switch] = {
         _older(lambda: torch.backends.cudnn.allow_tf32),
         lambda value: value == _BY_BACKEND or setattr(torch.backends.cudnn, "allow_tf32", value),
     ),
+    **_by_backend(_PRECISIONS),
+    **_by_backend({
+        "cuda.matmul.allow_fp16_reduced_precision_reduction": True,
+        "cuda.matmul.allow_bf16_reduced_precision_reduction": True,
+        "cuda.matmul.allow_fp16_accumulation": False,
+        "cudnn.enabled": True,
+        "cudnn.benchmark": False,
+        "mkldnn.enabled": True,
+        "mkldnn.deterministic": False,
+    }),
+    **_attention("flash"),
+    **_attention("mem_efficient"),
+    **_attention("math"),
+    **_attention("cudnn"),
 }
-for _path, _default in _PRECISIONS.items():
-    _SWITCHES |= _backend(f"{_path}fp32_precision", _default)
-for _path, _default in {
-    "cuda.matmul.allow_fp16_reduced_precision_reduction": True,
-    "cuda.matmul.allow_bf16_reduced_precision_reduction": True,
-    "cuda.matmul.allow_fp16_accumulation": False,
-    "cudnn.enabled": True,
-    "cudnn.benchmark": False,
-    "mkldnn.enabled": True,
-    "mkldnn.deterministic": False,
-}.items():
-    _SWITCHES |= _backend(_path, _default)
-for _path in ("flash", "mem_efficient", "math", "cudnn"):
-    _SWITCHES |= _attention(_path)
