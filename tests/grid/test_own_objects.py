@@ -130,7 +130,7 @@ def test_one_scoring_of_a_seed_follows_the_own_score_too(found: list[Record], st
     [
         ({"modes": ["random", Scored(Margin(scale=2.0), "low")]}, "modes", "margin-low"),
         ({"modes": [Confident(offset=1)]}, "modes", "confident"),
-        ({"importance": Centred(power=2)}, "importance", "Centred"),
+        ({"importance": Centred(power=2)}, "importance", "1 there, 2 here"),
         ({"protocol": replace(REGROWN, baseline_in_eval_mode=True)}, "protocol", ""),
     ],
     ids=["score", "selector", "importance", "protocol"],

@@ -63,7 +63,7 @@ class Axes:
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
         for seed, coreset in product(self.seeds, coresets):
             for ratio in (dense if coreset is BASELINE else []) + self.prune_ratios:
-                for change in self.pruning_changes if ratio > 0 else [{}]:
+                for change in self.pruning_changes if ratio > 0 else self.pruning_changes[:1]:
                     yield {"seed": seed, **coreset, "prune_ratio": ratio, **change}
 
 
@@ -115,7 +115,7 @@ def checked_axes(
 
 def _checked(name: str, values: Iterable[Any], pipeline: DropHot) -> list[Any]:
     """The values of one axis as the pipeline takes them."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise TypeError(f"`{name}` must be a list, got {values!r}. Pass [{values!r}].")
     found = list(values)
     if not found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import nan
@@ -148,7 +148,7 @@ def _finetune(config: RunConfig, trained: SavedModel) -> Record:
 
 
 @contextmanager
-def limited_threads(threads: int) -> Iterator[None]:
+def limited_threads(threads: int) -> Generator[None, None, None]:
     """Let torch use so many threads of the CPU within a block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -149,12 +149,16 @@ class _Dispatch:
             del self.waiting[stage]
             self.running.append((future, stage))
             if callable(call_back := getattr(future, "add_done_callback", None)):
-                call_back(lambda _: self.ended.set())
+                call_back(self.wake)
             else:
                 self.calls_back = False
             pending.add(stage)
             if isinstance(processes := getattr(self.executor, "_processes", None), dict):
                 self.processes |= processes
+
+    def wake(self, _: object) -> None:
+        """Let `run` look at the futures, called by one that is done."""
+        self.ended.set()
 
     def take(self, future: SubmittedCall, stage: Stage) -> None:
         """Process the result or the error of a stage."""
@@ -177,7 +181,7 @@ class _Dispatch:
             self.fail(stage, error)
             return
         self.alone.discard(stage)
-        if not (isinstance(found, tuple) and found[:1] == (stage.name,)):
+        if not _is_result_of(stage, found):
             raise TypeError(
                 f"`executor` must return the result of the submitted function, got "
                 f"{type(found).__name__} for the stage {stage.name} from "
@@ -272,6 +276,11 @@ def _is_sendable(error: Exception) -> bool:
     except Exception:
         return False
     return True
+
+
+def _is_result_of(stage: Stage, found: object) -> bool:
+    """Whether an executor returned what `_work` returns for a stage."""
+    return isinstance(found, tuple) and found[:1] == (stage.name,)
 
 
 def _done(running: list[tuple[SubmittedCall, Stage]]) -> list[tuple[SubmittedCall, Stage]]:

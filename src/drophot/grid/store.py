@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from drophot.grid.stages import Stage, to_compute
 from drophot.records import Record, fingerprint, from_line, to_line
@@ -96,7 +96,7 @@ class Store:
             OSError: If the disk is full. A read-only medium is left unchanged.
         """
         names = [path.name for path in (self.folder / "stages").glob("*.json")]
-        lines = []
+        lines = list[str]()
         for name in sorted(names, key=lambda name: (order.get(name, len(order)), name)):
             content = self.load(name)
             if content is not None:
@@ -242,10 +242,10 @@ def _read_grid(path: Path) -> _Grid | None:
     try:
         content = json.loads(_read(path))
         configuration, modes = content["configuration"], content.get("modes", {})
-        whole = content["fingerprint"] == fingerprint(configuration) and isinstance(modes, dict)
+        is_whole = content["fingerprint"] == fingerprint(configuration) and isinstance(modes, dict)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
-    return _Grid(configuration, modes) if whole else None
+    return _Grid(configuration, cast("dict[str, Any]", modes)) if is_whole else None
 
 
 def _difference(folder: Path, old: Any, new: Any) -> str:
@@ -262,11 +262,14 @@ def _difference(folder: Path, old: Any, new: Any) -> str:
 
 
 def _differences(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any, Any]]:
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0:
-        old, new = ({str(i): v for i, v in enumerate(values)} for values in (old, new))
+    if isinstance(old, list) and isinstance(new, list):
+        before, after = cast("list[Any]", old), cast("list[Any]", new)
+        if len(before) == len(after) > 0:
+            old, new = ({str(i): v for i, v in enumerate(values)} for values in (before, after))
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in (*old, *(key for key in new if key not in old)):
-            yield from _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), (*path, key))
+        there, here = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
+        for key in (*there, *(key for key in here if key not in there)):
+            yield from _differences(there.get(key, _NOTHING), here.get(key, _NOTHING), (*path, key))
     elif json.dumps(old) != json.dumps(new):
         yield path, old, new
 

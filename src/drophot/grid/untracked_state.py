@@ -27,7 +27,7 @@ def remainder(model: nn.Module, twin: nn.Module) -> dict[str, Any]:
         TypeError: If training changed something that a file cannot hold.
     """
     found: dict[str, Any] = {}
-    modules, others = dict(model.named_modules()), dict(twin.named_modules())
+    modules, others = _modules(model), _modules(twin)
     if changed := sorted(modules.keys() ^ others.keys()):
         raise TypeError(
             f"`model` must have the same modules after training as before, so that another process "
@@ -65,8 +65,14 @@ def put_back(model: nn.Module, found: dict[str, Any]) -> None:
             setattr(module, name, value)
 
 
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    return dict(model.named_modules())  # pyright: ignore[reportUnknownArgumentType]
+
+
 def _values(module: nn.Module) -> dict[str, Any]:
-    buffers = {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+    # torch has no public way to tell which buffers are persistent.
+    names = module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+    buffers = {name: module.get_buffer(name) for name in names}
     return buffers | {name: v for name, v in vars(module).items() if name not in _PARTS}
 
 

@@ -34,9 +34,7 @@ def tensors_of(config: RunConfig) -> dict[str, tuple[Tensor, ...]]:
     """The tensors of the datasets of a run that are nothing but tensors."""
     datasets = {"train_set": config.train_set, "test_set": config.test_set}
     return {
-        name: cast(TensorDataset, data).tensors
-        for name, data in datasets.items()
-        if is_plainly(data, TensorDataset)
+        name: data.tensors for name, data in datasets.items() if is_plainly(data, TensorDataset)
     }
 
 

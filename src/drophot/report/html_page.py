@@ -12,7 +12,6 @@ from statistics import mean
 from typing import Any
 
 from drophot.records import (
-    CELL_FIELDS,
     Record,
     cell_of,
     check_records,
@@ -24,7 +23,7 @@ from drophot.records import (
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot.report.tables import Table, percent
-from drophot.settings import SCORING_ONLY
+from drophot.settings import RECORD_FIELDS, SCORING_ONLY, varying
 
 _HOW = {
     "n": "The number of seeds. Each seed has its own initial weights, order and random coresets.",
@@ -279,11 +278,12 @@ def _summary(source: Source) -> str:
 
 
 def _seconds(records: Sequence[Record]) -> str:
+    varied = {RECORD_FIELDS.get(name, name) for name in varying()}
     # A stage that cells share has the same seconds in each of them.
     found: dict[str, dict[tuple[object, ...], float]] = {}
     for runs in group_by_cell(records):
         # The settings that all cells of a grid share.
-        grid = shared_settings(runs[0], set(CELL_FIELDS) - {"model", "protocol", "structured"})
+        grid = shared_settings(runs[0], varied)
         for run in runs:
             for step, seconds in run.seconds.items():
                 found.setdefault(step, {})[grid, run.seed, seconds] = seconds
