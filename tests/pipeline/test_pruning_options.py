@@ -237,7 +237,7 @@ def test_structured_is_a_smaller_network_that_is_trained_on() -> None:
         ({"schedule": "iterative", "finetune_epochs": 0}, "`prunings` should be at most the steps"),
         ({"schedule": "iterative", "prunings": 0}, "`prunings` .*0"),
         ({"recalibrate_bn": True}, "`recalibrate_bn` needs a model with BatchNorm"),
-        ({"scope": "all"}, "`scope` should be one of"),
+        ({"scope": "all"}, "`scope`.*all"),
         ({"structured": True, "prune_ratio": 0.01}, "`ratio` should remove at least one channel"),
     ],
 )
@@ -387,7 +387,7 @@ def test_a_scripted_model_is_refused() -> None:
 
 def test_the_cure_for_a_parametrized_layer_names_it_only_if_it_has_a_name() -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="`weight` computed") as caught:
+    with pytest.raises(ValueError, match="`weight`.*parametrization") as caught:
         magnitude_prune(layer, 0.5)
     assert "skip" not in str(caught.value)
     with pytest.raises(ValueError, match=r"skip=\('1',\)"):
