@@ -175,10 +175,10 @@ def test_fit_takes_the_weights_of_a_loader() -> None:
 def test_a_loader_of_other_things_is_named(batch: Any, found: str) -> None:
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match=f"a loader, should give batches .* Found {found}"):
+    with pytest.raises(TypeError, match=f"`dataset`, .*{found}"):
         fit(model, iter([batch]), 1, optimizer=optimizer)
     pair = (torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(TypeError, match="which `on_batch` needs.* Found tuple of 2"):
+    with pytest.raises(TypeError, match="`on_batch`.*tuple of 2"):
         fit(model, iter([pair]), 1, optimizer=optimizer, on_batch=print)
 
 
