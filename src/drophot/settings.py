@@ -55,7 +55,7 @@ SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What the library knows of a setting besides its name, type and default."""
+    """The properties of a setting besides its name, type and default."""
 
     check: Callable[[str, Any], object]
     """Called with the setting's name and the user's value; returns the plain value or raises."""
@@ -124,7 +124,7 @@ def _at_least(least: int) -> Callable[[str, Any], object]:
 
 
 def _name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any], object]:
-    """A check for one of some short names, or an object with a name of its own."""
+    """A check for one of some short names, or an object that has a name."""
 
     def check(name: str, value: Any) -> object:
         if isinstance(value, str) and value in choices:

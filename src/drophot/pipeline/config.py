@@ -61,7 +61,7 @@ class RunConfig:
     factory: ModelFactory
     optimizer: OptimizerFactory
     train_set: Dataset[Any]
-    """Samples `(input, target, index)`, in memory where that is right."""
+    """Samples `(input, target, index)`, in memory if that is safe: see `in_memory`."""
     test_set: Dataset[Any]
     device: torch.device
     fit: loop.Fit
