@@ -220,8 +220,8 @@ def read(path: Path | str) -> list[Record]:
     return found
 
 
-# A cell of a grid is a configuration without the seed. Older records lack the configuration; what
-# their fields show of it stands in.
+# A cell of a grid is a configuration without the seed. Older records do not hold their
+# configuration; their fields are used instead.
 
 CELL_FIELDS = ("model", *(own for name, own in RECORD_FIELDS.items() if name != "seed"))
 """The fields of a record that hold a setting of its cell."""
@@ -270,7 +270,7 @@ def group_by_cell(records: Iterable[Record], argument: str = "records") -> list[
 
     Args:
         records: The records. A run that is given twice counts once.
-        argument: What errors call the records.
+        argument: The name of the argument in errors.
 
     Returns:
         The cells, each with one record for each seed.

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
 from helpers.runs import drop_hot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,7 +73,7 @@ def begin(store: Path, workers: int, pause: float = 0.0) -> subprocess.Popen[byt
         "DROPHOT_TEST_LOG": str(store) + ".log",
         "DROPHOT_TEST_PAUSE": str(pause),
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join(sys.path),
     }
     # To a file: the workers of a driver that was killed hold its pipes open.
     with Path(str(store) + ".errors").open("ab") as errors:

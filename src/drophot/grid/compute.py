@@ -29,7 +29,7 @@ _one_at_a_time = Lock()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What all stages of a call of `Grid.run` are computed with."""
+    """The run, store and settings that all stages of a call of `Grid.run` share."""
 
     config: RunConfig
     """The grid's pipeline, on the way to a worker without its data."""
@@ -44,7 +44,7 @@ def compute(job: Job, stage: Stage) -> Record | None:
     """Compute a stage and store its result, unless another process was faster.
 
     Args:
-        job: What it is computed with.
+        job: Shared by all stages.
         stage: The stage, whose needed stage is in the store.
 
     Returns:

@@ -52,7 +52,7 @@ def send(
     Args:
         executor: Computes the stages; `None` computes them in this process, one after the other.
         todo: The stages in order, each with the one among them that it has to wait for.
-        job: What all stages are computed with.
+        job: The run, store and settings that all stages share.
         finished: Called with each finished stage and its record.
         limit: The number of stages that fit into memory at once, if it is known.
 

@@ -1,4 +1,4 @@
-"""What a grid has to know about an executor before it submits stages to it."""
+"""Checks and properties of executors, before a grid submits stages to them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from drophot.settings import SETTINGS, Mode
 
 
 class SubmittedCall(Protocol):
-    """What an executor returns for a call, such as a `concurrent.futures.Future`."""
+    """The result of `submit`, such as a `concurrent.futures.Future`."""
 
     def result(self) -> Any:
         """Wait for the call, and return its result or raise its error."""
@@ -80,7 +80,7 @@ def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads:
 
 
 def _parts(config: RunConfig, modes: Iterable[Mode]) -> list[tuple[str, object]]:
-    """What a run is made of that may not be sendable, by the names of the arguments."""
+    """The parts of a run that may not be sendable, with the names of their arguments."""
     parts: list[tuple[str, object]] = [
         ("model", config.factory),
         ("optimizer", config.optimizer),

@@ -1,4 +1,4 @@
-"""The configuration that a store belongs to: what its results depend on besides their cell."""
+"""The configuration of a store: everything that its results depend on, except their cell."""
 
 from __future__ import annotations
 

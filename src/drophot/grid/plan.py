@@ -72,7 +72,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What some stages cost."""
+    """The cost of some stages."""
 
     seconds: float | None
     """On one worker, if it is known."""

@@ -22,7 +22,7 @@ class SavedModel:
     state: dict[str, Any]
     """The network's `state_dict`, on the CPU."""
     remainder: dict[str, Any]
-    """What training changed in the network besides."""
+    """Other state of the network that training changed."""
     indices: Tensor
     """The positions of the samples that it was trained on."""
     accuracy: float

@@ -14,7 +14,7 @@ Cell = Mapping[str, object]
 """The settings of a cell in which it may differ from the others, by name."""
 
 BASELINE: Cell = {"mode": "baseline", "data_ratio": 1.0}
-"""What a cell that keeps all samples has in place of a mode and a ratio."""
+"""The mode and the ratio of a cell that keeps all samples."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -127,7 +127,7 @@ def open_store(
 
     Args:
         folder: The folder, which is created if it does not exist.
-        configuration: What all results of the store depend on.
+        configuration: The settings and data that all results of the store depend on.
         plan: The extent of the grid, which reports read from the folder; `None` writes nothing.
         modes: The user's own modes by name, of which none may have changed.
 
