@@ -1,12 +1,13 @@
 """A training step compared with its lower bound, and the effect of each optimization and of size.
 
-- The floor: the step's operations over the rate of this machine's matrix product, and the bytes
-  that its operators read and write over the bandwidth of a copy; then where the time goes.
-- The parts: batches of 64 through drophot's step with all of its parts (`onednn_linear`, which is
-  off by default, among them), without one of them, and without any (plain eager PyTorch), in turn
-  in one run, each time in a process of its own. "without oneDNN for large layers" is the default.
-- The sizes: seconds a sample and the peak memory of a process that trains for an epoch, for N
-  samples in memory and models from FCNet to ResNet-50.
+- The bound: the operations of the step over the rate of a matrix product on this machine, and the
+  bytes that its operators read and write over the bandwidth of a copy. Then the time per operator.
+- The parts: batches of 64 through the step of drophot with all of its parts, including
+  `onednn_linear`, which is off by default; without one of them; and without any (plain eager
+  PyTorch), alternately in one run, each in a separate process. "without oneDNN for large layers" is
+  the default.
+- The sizes: seconds per sample and peak memory of a process that trains for an epoch, for N samples
+  in memory and models from FCNet to ResNet-50.
 """
 
 import json

@@ -36,6 +36,8 @@ class Record:
         ('random', 4, 0.5)
         >>> record.finetuned_accuracy == record.finetune_curve[-1]
         True
+        >>> from_line(to_line(record)) == record
+        True
     """
 
     model: str
@@ -119,7 +121,14 @@ def fingerprint(configuration: Mapping[str, Any]) -> str:
 
 
 def to_line(record: Record) -> str:
-    """Convert a record to a line of JSON, without the newline."""
+    """Convert a record to a line of JSON, without the newline.
+
+    Args:
+        record: The record.
+
+    Returns:
+        The line, for `from_line`.
+    """
     return json.dumps(asdict(record))
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from drophot import fit
 from drophot._core.onednn_linear import fast_linear
-from drophot.training.step import fast_forward
+from drophot.training.step import fast_forward, onednn_linear
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(
@@ -157,7 +157,7 @@ def test_doubles_are_left_alone() -> None:
 
 def test_mixed_precision_is_left_alone() -> None:
     layer, inputs = large(), torch.randn(64, 512)
-    with torch.autocast("cpu", torch.bfloat16):
+    with onednn_linear(), torch.autocast("cpu", torch.bfloat16):
         found = fast_forward(layer, CPU)(inputs)
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, layer(inputs))
@@ -240,7 +240,10 @@ def test_the_model_itself_stays_as_it_is() -> None:
     handle = layer.register_forward_hook(lambda _, __, outputs: seen.append(outputs))
     names = set(vars(layer)), [*layer.state_dict()]
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    assert products(lambda: fit(layer, data, 1, optimizer=optimizer)) > 0
+    assert products(lambda: fit(layer, data, 1, optimizer=optimizer)) == 0, "it is an option"
+    seen.clear()
+    with onednn_linear():
+        assert products(lambda: fit(layer, data, 1, optimizer=optimizer)) > 0
     assert len(seen) == 1, "one call of one batch of 64"
     assert seen[0].shape == (64, 256)
     handle.remove()

@@ -2,13 +2,14 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio, num_kept, num_removed
 
 
 @given(st.integers(1, 10**6), st.integers(1, 256))
+@example(5, 128)  # 2.5 is rounded up
 def test_counts_are_rounded_half_up_and_one_sample_is_always_kept(total: int, parts: int) -> None:
     ratio = parts / 256  # exact in binary
     rounded = int(Fraction(parts, 256) * total + Fraction(1, 2))

@@ -1,4 +1,4 @@
-"""Channels that are gone against channels of zeros; which are gone is seen from the values."""
+"""Compares a pruned network with zeroed channels; the values tell which ones were removed."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from drophot.structured import Pruned, prune_channels, rebuild
 
 
 def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
-    """The network in float64, where no two values of a tensor are equal."""
+    """The network in float64, with distinct values in each tensor."""
     model = model.double().eval()
     random = torch.Generator().manual_seed(seed)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -24,7 +24,7 @@ def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def kept_by_value(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Which entries of a tensor are still there: `(*dense.shape)`, and in the same order."""
+    """Which entries of a tensor are kept, `(*dense.shape)`; their order must not change."""
     kept = torch.isin(dense, pruned)
     assert int(kept.sum()) == pruned.numel()
     assert torch.equal(dense[kept], pruned.reshape(-1))
@@ -32,7 +32,7 @@ def kept_by_value(dense: Tensor, pruned: Tensor) -> Tensor:
 
 
 def with_zeros(dense: nn.Module, pruned: nn.Module) -> nn.Module:
-    """The dense network with zeros where the pruned one has no values any more.
+    """The dense network with zeros for all values that the pruned one has lost.
 
     Norms over channels are those over the channels that are kept.
     """
@@ -53,7 +53,7 @@ def with_zeros(dense: nn.Module, pruned: nn.Module) -> nn.Module:
 
 
 def _over(norm: Any, kept: Tensor) -> Callable[[Tensor], Tensor]:
-    """A norm over the channels that are kept, whose others are zero."""
+    """A norm over the kept channels; the others are zero."""
 
     def layer_norm(x: Tensor) -> Tensor:
         if x.shape[-1] != len(kept):  # torchvision's LayerNorm2d
@@ -87,7 +87,7 @@ def _put(x: Tensor, kept: Tensor, values: Tensor) -> Tensor:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors in what a network gives."""
+    """All tensors in the output of a network."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
@@ -98,7 +98,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def assert_same_numbers(dense: nn.Module, pruned: nn.Module, *others: Any) -> None:
-    """See that the pruned network gives what the dense one of zeros gives, for these inputs."""
+    """Check that the pruned network gives the values of the dense one with zeros."""
     zeros = with_zeros(dense, pruned)
     with torch.no_grad():
         for inputs in others:
@@ -115,7 +115,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pruned_by_law(model: nn.Module, *inputs: Any, ratio: float = 0.5) -> Pruned:
-    """Prune a network by the first inputs, hold it to the law for all, and rebuild it."""
+    """Prune a network by the first inputs, check its values for all, and rebuild it."""
     new = deepcopy(model)
     model = distinct(model)
     dense = deepcopy(model)

@@ -1,4 +1,4 @@
-"""A time limit of the user's ends pruning at any moment, and the model is as it was."""
+"""A user's time limit stops pruning at any moment, and the model is unchanged."""
 
 import signal
 import sys
@@ -23,7 +23,7 @@ INPUTS = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 
 
 class LimitError(Exception):
-    """As the user's own alarm raises it."""
+    """The error of the user's alarm."""
 
 
 def ring(kind: type[Exception], *_: Any) -> None:
@@ -46,7 +46,7 @@ def handle() -> Iterator[Callable[[Any], object]]:
 
 
 class Rolled(nn.Module):
-    """An operator that no rule knows, which is tried instead, and one that cannot be cut."""
+    """An operator without a rule, which is tried, and one that keeps its channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Rolled(nn.Module):
 
 
 def at_call(number: int, counted: Counter[str]) -> Callable[[FrameType, str, Any], None]:
-    """Raise the signal when so many of drophot's functions were called."""
+    """Raise the signal at the n-th call of a function of drophot."""
 
     def watch(frame: FrameType, event: str, _: Any) -> None:
         if frame.f_code.co_flags & CO_GENERATOR:
@@ -115,7 +115,7 @@ def test_an_alarm_at_any_moment_comes_out_as_it_is(
     ids=["object", "method", "partial"],
 )
 def test_whatever_the_handler_is(handle: Callable[[Any], object], handler: Any) -> None:
-    """In the network's own code, whose other errors count as "it cannot do with fewer channels"."""
+    """An alarm in the network's own code, where other errors mean that channels are kept."""
     handle(handler)
 
     class Rings(Rolled):

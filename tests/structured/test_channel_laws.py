@@ -1,4 +1,4 @@
-"""Networks of many kinds, pruned: the numbers of zeroed channels, or layers that are named."""
+"""Many kinds of networks give the values of zeroed channels, or name the layers that are kept."""
 
 import json
 from copy import deepcopy
@@ -23,7 +23,7 @@ def numbers(*shape: int, seed: int = 0) -> Tensor:
 
 
 def pruned_as_zeros(model: nn.Module, x: Tensor, *others: Tensor, ratio: float = 0.5) -> Pruned:
-    """Prune a network and hold it to the law, with other inputs and rebuilt from its file too."""
+    """Prune a network and compare it with zeroed channels, also for other inputs and rebuilt."""
     new = deepcopy(model)
     model = distinct(model)
     dense = deepcopy(model)
@@ -38,7 +38,7 @@ def pruned_as_zeros(model: nn.Module, x: Tensor, *others: Tensor, ratio: float =
 
 
 class Numbered(nn.Module):
-    """A width, and numbers that are equal to it by chance."""
+    """A width, and numbers that happen to be equal to it."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_a_width_that_is_a_scale_too_keeps_its_channels() -> None:
 
 
 class Kept(nn.Module):
-    """Its width is in whatever it is given to keep it in."""
+    """A module that keeps its width in a given container."""
 
     def __init__(self, keep: Any, read: Any) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def test_a_width_is_found_wherever_it_is_kept(keep: Any, read: Any) -> None:
 
 
 class Attention(nn.Module):
-    """Attention in the ways in which it is written."""
+    """Attention, written in several ways."""
 
     def __init__(self, scale: str = "default", heads: int = 4, cached: bool = False) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class Standardised(nn.Conv2d):
 
 
 class Op(nn.Module):
-    """Something between two layers, of images."""
+    """A module between two layers of an image network."""
 
     def __init__(self, op: Any, channels: int = 16, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ def test_recurrent_layers_are_pruned(kind: Any, settings: dict) -> None:
 
 
 class Table(nn.Module):
-    """A buffer that is in no file, and a cache that the first call fills."""
+    """A buffer that is not saved, and a cache that the first call fills."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +346,7 @@ def test_tensors_as_attributes_and_parameters_as_inputs(kind: Any) -> None:
 
 
 class InTraining(nn.Module):
-    """Part of it runs in training only."""
+    """A network of which a part runs in training mode only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -366,7 +366,7 @@ def test_what_runs_in_training_only_is_pruned_with_the_rest() -> None:
 
 
 class Raw(nn.Module):
-    """Weights of no known layer."""
+    """Weights that belong to no known layer."""
 
     def __init__(self) -> None:
         super().__init__()

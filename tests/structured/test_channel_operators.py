@@ -1,4 +1,4 @@
-"""Operators on images between two layers: pruned by the law, or left and named."""
+"""Operators on images between two layers: these are pruned right, or kept and named."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,7 +15,7 @@ from drophot.structured import prune_channels
 
 
 class Between(nn.Module):
-    """Something between two layers."""
+    """A module between two layers."""
 
     def __init__(self, op: Any, channels: int = 16) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Between(nn.Module):
 
 
 class With(nn.Module):
-    """A function of a module and its input, and what the module keeps."""
+    """A function of a module and its input, with the attributes of the module."""
 
     def __init__(self, function: Callable[[Any, Tensor], Tensor], **own: Any) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ def test_what_is_taken_over_channels_is_taken_over_those_that_are_kept(name: str
 
 
 class Noisy(nn.Module):
-    """An operator of ours that torch has never seen, which says how often it is called."""
+    """A custom operator."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ def test_an_operator_that_nobody_knows_is_tried(dim: int, left: int) -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_it_is_tried_with_values_of_its_own(value: float) -> None:
-    """Where all inputs are equal, an operator that mixes channels looks as one that does not."""
+    """If all inputs are equal, an operator that mixes channels looks like one that does not."""
     model = Between(Noisy(1))
     nn.init.constant_(model.a.weight, 0)
     nn.init.constant_(model.a.bias, value)

@@ -1,4 +1,4 @@
-"""Attention, recurrent networks and graphs, pruned: the law, or layers that are named."""
+"""Attention, recurrent networks and graphs are pruned right, or their layers are named."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ def operator_by_operator() -> Iterator[None]:
 
 
 class Around(nn.Module):
-    """Something between two layers, of one sequence or of two."""
+    """A module between two layers, for one sequence or two."""
 
     def __init__(self, inner: nn.Module, two: bool = False) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def test_attention_to_another_sequence(name: str) -> None:
 
 
 class Attention(nn.Module):
-    """Attention with something done to queries and keys."""
+    """Attention with a function of queries and keys."""
 
     def __init__(self, kind: str, heads: int = 2) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Cells(nn.Module):
 
 
 class ByHand(nn.Module):
-    """An LSTM from two linear layers, its first state in one of the ways in which it is made."""
+    """An LSTM made of two linear layers, with its first state made in a given way."""
 
     def __init__(self, state: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
@@ -277,7 +277,7 @@ def test_graphs(sends: Callable[[Tensor], Tensor]) -> None:
 
 
 class Codes(nn.Module):
-    """The nearest of some vectors, and a memory that is read by attention."""
+    """A lookup of the nearest vector, and a memory that is read by attention."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks of Transformers, torchvision and timm: pruned as asked, or what is not is said."""
+"""Networks of Transformers, torchvision and timm are pruned as asked, or the result says why."""
 
 import copy
 import re
@@ -35,7 +35,7 @@ def test_the_conv1d_of_transformers() -> None:
 
 
 class Conv1D(nn.Module):
-    """Another one of that name, whose weight may be anything."""
+    """A class of the same name whose weight has another meaning."""
 
     def __init__(self) -> None:
         super().__init__()

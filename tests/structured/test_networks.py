@@ -1,4 +1,4 @@
-"""The table of real networks: its oracle tells right from wrong, and no run loses its rows."""
+"""The benchmark of real networks: its oracle tells right from wrong, and no run loses rows."""
 
 import sys
 from argparse import Namespace

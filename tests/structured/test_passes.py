@@ -1,4 +1,4 @@
-"""How often a network is run to prune its channels: not more often the deeper it is."""
+"""The number of passes that pruning takes does not grow with the depth of the network."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from drophot.structured import Pruned, prune_channels
 
 
 class Residual(nn.Module):
-    """A block of its own inner width, of which its code knows something."""
+    """A residual block whose code reads its inner width."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Reshaped(Residual):
 
 
 class Unflattened(Residual):
-    """torch says no to other sizes before there is an operator."""
+    """torch raises an error for other sizes before an operator is called."""
 
     def mix(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.parts, self.size)).relu().flatten(1)
@@ -44,7 +44,7 @@ class Parts(Residual):
 
 
 class Asserted(Residual):
-    """Its own code says no."""
+    """The block's code raises an error for other widths."""
 
     def mix(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.inner:
@@ -53,7 +53,7 @@ class Asserted(Residual):
 
 
 class Literal(Residual):
-    """What cannot be mended, so that channels stay."""
+    """A block that has to keep its channels."""
 
     def mix(self, x: Tensor) -> Tensor:
         if x.shape[-1] % 8:
@@ -62,7 +62,7 @@ class Literal(Residual):
 
 
 class Otherwise(Residual):
-    """The code goes another way."""
+    """A block that takes another branch for other widths."""
 
     def mix(self, x: Tensor) -> Tensor:
         return x if x.shape[-1] % 8 == 0 else x.sigmoid()
@@ -84,7 +84,7 @@ class Attention(Residual):
 
 
 def passes(block: Callable[[int, int], nn.Module], depth: int) -> tuple[int, Pruned]:
-    """How often a stack of blocks is run."""
+    """The number of passes for a stack of blocks."""
     torch.manual_seed(0)
     inner = [8 * (3 + 2 * (i % 4)) for i in range(depth)]
     model = nn.Sequential(nn.Linear(6, 16), *(block(16, n) for n in inner), nn.Linear(16, 3))

@@ -1,4 +1,4 @@
-"""What the result of structured pruning says, what an error says, and what parameters keep."""
+"""The result of structured pruning, its errors, and the attributes that parameters keep."""
 
 import re
 from collections.abc import Callable
@@ -107,7 +107,7 @@ def test_an_output_is_said_to_be_one_also_where_its_weight_is_an_embedding() -> 
 
 def test_parameters_of_an_unknown_kind_are_named_with_their_share() -> None:
     class Filter(nn.Module):
-        """Weights that no layer of torch's holds, used in a way that is not known."""
+        """Weights that belong to no layer of torch, used in an unknown way."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -227,7 +227,7 @@ def test_what_goes_does_not_depend_on_the_batch(batch: int, width: int, heads: i
 
 
 class Scales(nn.Module):
-    """Has a width and a buffer, and is used without being called, as positions often are."""
+    """A module with a width and a buffer that is read but not called, as for positions."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A pruned network gives equal numbers after `rebuild` in a process that never saw it pruned."""
+"""A pruned network gives the same values after `rebuild` in another process."""
 
 import json
 import subprocess
@@ -70,7 +70,7 @@ NAMES = [*LANGUAGE, *VISION]
 
 
 def made(name: str) -> Any:
-    """A network of random weights, those of the process."""
+    """A network with the random weights of this process."""
     if name in LANGUAGE:
         transformers = pytest.importorskip("transformers")
         model, config, settings = LANGUAGE[name]
@@ -95,7 +95,7 @@ def inputs(name: str, batch: int) -> dict[str, Tensor] | Tensor:
 
 @torch.no_grad()
 def answers(name: str, model: Any) -> list[Tensor]:
-    """What it gives for two sizes of batch, with a cache and without."""
+    """The outputs for two batch sizes, with and without a cache."""
     found = []
     for batch in (2, 3):
         given = inputs(name, batch)
@@ -112,7 +112,7 @@ def answers(name: str, model: Any) -> list[Tensor]:
 
 
 def load(folder: str) -> None:
-    """In the other process: build each network, load it, and save what it gives."""
+    """Build each network in the other process, load it, and save its outputs."""
     for path in sorted(Path(folder).glob("*.json")):
         torch.manual_seed(1)
         model = rebuild(made(path.stem), json.loads(path.read_text()))
@@ -122,7 +122,7 @@ def load(folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Tensor]]]:
-    """What each pruned network gives here, and the folder with what it gives elsewhere."""
+    """The outputs of each pruned network, and the folder with those of the other process."""
     folder, here = tmp_path_factory.mktemp("rebuilt"), {}
     for name in NAMES:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Structured pruning against networks built smaller by hand, and against channels of zeros."""
+"""Structured pruning compared with networks built smaller by hand and with zeroed channels."""
 
 import json
 import warnings
@@ -21,6 +21,7 @@ from drophot.structured import Change, channel_pruning, prune_channels, rebuild
 models = pytest.importorskip("torchvision.models", reason="the extra `vision` is not installed")
 from torchvision.models import VisionTransformer  # noqa: E402 - only where it is there
 from torchvision.models.convnext import CNBlockConfig  # noqa: E402
+from torchvision.models.resnet import Bottleneck, ResNet  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DIGITS = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -54,7 +55,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention as it is written by hand: its inner width is its own."""
+    """Attention written by hand, with an inner width that differs from the stream's."""
 
     def __init__(self, width: int = 12, heads: int = 2, inner: int = 16) -> None:
         super().__init__()
@@ -99,11 +100,11 @@ CONVOLUTIONAL = {
     "attention": (Attention, IMAGES),
     "shuffle": (Shuffle, IMAGES),
     "resnet18": (models.resnet18, IMAGES),
-    "resnet50": (models.resnet50, IMAGES),
-    "resnext50": (models.resnext50_32x4d, IMAGES),
+    "bottlenecks": (partial(ResNet, Bottleneck, [1, 2, 1, 1], width_per_group=16), IMAGES),
+    "resnext": (partial(ResNet, Bottleneck, [1, 2, 1, 1], groups=8, width_per_group=4), IMAGES),
     "mobilenet_v3": (models.mobilenet_v3_small, IMAGES),
     "vgg11_bn": (models.vgg11_bn, IMAGES),
-    "densenet121": (models.densenet121, IMAGES),
+    "densenet": (partial(models.DenseNet, 8, (2, 3, 2, 2), 16), IMAGES),
     "efficientnet_b0": (models.efficientnet_b0, IMAGES),
     "squeezenet": (models.squeezenet1_1, IMAGES),
     "regnet": (models.regnet_y_400mf, IMAGES),
@@ -123,8 +124,17 @@ NORMALISED = {  # over the channels, so that a channel that is gone differs from
 ALL = CONVOLUTIONAL | NORMALISED
 
 
-@pytest.mark.parametrize("name", sorted(ALL.keys() - {"vgg11_bn"}))  # which is large
-@pytest.mark.parametrize("ratio", [0.3, 0.6])
+LARGE = {"resnet18", "efficientnet_b0", "regnet"}  # where one ratio has to do
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        (name, ratio)
+        for name in sorted(ALL.keys() - {"vgg11_bn"})
+        for ratio in ((0.6,) if name in LARGE else (0.3, 0.6))
+    ],
+)
 def test_a_channel_that_is_gone_is_one_of_zeros(name: str, ratio: float) -> None:
     factory, inputs = ALL[name]
     torch.manual_seed(0)
@@ -213,7 +223,7 @@ def lenet_by_hand(model: nn.Module, kept: dict[str, Tensor]) -> nn.Module:
 
 
 def least_by_hand(model: nn.Module, name: str, after: str, places: int, remove: int) -> set[int]:
-    """The channels of a layer whose weights, made and taken, are least: squares, share by share."""
+    """The channels of a layer with the least squared weights, in it and in the next layer."""
     made = model.get_submodule(name).weight.detach()
     taken = model.get_submodule(after).weight.detach()
     one, other = [], []
@@ -314,7 +324,7 @@ def test_heads_lose_equally_many_and_queries_the_same_as_keys() -> None:
 
 
 def test_heads_go_as_a_whole_where_the_scale_follows_from_their_width() -> None:
-    """48 wide in 3 heads: 0.4 of the heads are one, and 16 of the stream."""
+    """Of 3 heads and a width of 48, a ratio of 0.4 removes one head and 16 channels."""
     model = tiny_vit()
     pruned = prune_channels(model, 0.4, IMAGES)
     attention = model.encoder.layers[0].self_attention
@@ -505,7 +515,7 @@ def test_a_ratio_of_nothing_changes_nothing() -> None:
 
 
 class Capricious(nn.Module):
-    """Does something else at each call."""
+    """A network that calls other operators each time."""
 
     calls = 0
 
@@ -593,7 +603,7 @@ def test_a_failure_half_way_leaves_the_model_as_it_was(at: int) -> None:
     calls = 0
 
     def breaks(*_: object) -> None:
-        """Raise in one of the passes in which the first layer is smaller already."""
+        """Raise an error in one of the passes in which the first layer is already smaller."""
         nonlocal calls
         calls += model.conv_proj.weight.shape != state["conv_proj.weight"].shape
         if calls == at:
@@ -632,7 +642,7 @@ def test_a_failure_after_the_last_check_leaves_it_so_too(monkeypatch: pytest.Mon
 def test_a_network_that_does_something_else_each_time_is_refused() -> None:
     model = Capricious()
     weight = model.a.weight
-    with pytest.raises(ValueError, match="`model`.*`relu`|`model`.*a matrix product"):
+    with pytest.raises(ValueError, match="`model`.*`b`"):
         prune_channels(model, 0.5, torch.ones(2, 4))
     assert model.a.weight is weight
 

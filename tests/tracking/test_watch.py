@@ -407,7 +407,10 @@ def test_copies_and_pickles_of_a_model_are_not_tracked() -> None:
         ([torch.zeros(2), torch.tensor([0, 1])], "pair.*a list of 1.*`targets=lambda"),
         ([0, 0, 0, torch.tensor([0, 1])], "a list of 3.*`targets=lambda"),
         ({"x": 0, "index": torch.tensor([0])}, "the keys x.*`targets=lambda"),
-        ({"label": 0, "target": 0, "index": torch.tensor([0])}, "the keys label, target; say"),
+        (
+            {"label": 0, "target": 0, "index": torch.tensor([0])},
+            "the keys label, target.*`targets=lambda",
+        ),
     ],
 )
 def test_batches_that_cannot_be_taken_apart(batch: Any, message: str) -> None:

@@ -34,10 +34,10 @@ def gather_tables(
     """Gather the rows of every rank in one collective call, bit by bit.
 
     Args:
-        mine: This rank's columns, each of as many rows as it has, of any dtype.
-        lengths: How many rows each rank has.
-        group: The ranks that take part.
-        device: Where the columns are, and where those of the others are wanted.
+        mine: The columns of this rank, with the same number of rows each, of any dtype.
+        lengths: The number of rows of each rank.
+        group: The process group.
+        device: Where the columns are, and where those of the other ranks are wanted.
 
     Yields:
         The columns of each rank, in the order of the ranks.
@@ -51,7 +51,7 @@ def gather_tables(
     gathered = _gather(torch.cat(words, dim=1), group, device)
     for length, packed in zip(lengths, gathered, strict=True):
         parts = packed[:length].to(device).split(widths, dim=1)
-        yield {  # copies, because a number must start at a multiple of its size
+        yield {  # copied, because numbers must be aligned to their size
             name: part
             .clone(memory_format=torch.contiguous_format)
             .view(-1)

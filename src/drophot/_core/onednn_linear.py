@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _autograd as autograd
-from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-
-# The hooks that take over the tensors saved for backward, if any. Missing before torch 2.8.
-_hooks = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 # For products with fewer multiplications, the overhead of Python dominates.
 _LARGE = 1 << 22
@@ -79,10 +75,30 @@ def _fits(inputs: Any, weight: Any, bias: Any = None) -> bool:
         and inputs.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
-        and functorch.peek_interpreter_stack() is None  # not inside vmap or grad
-        # Activation checkpointing recomputes in the backward pass, outside of the mode.
-        and _hooks(True) is None
+        and not _is_intercepted()
     )
+
+
+def _is_intercepted() -> bool:
+    """Whether a function transform such as vmap is active, or hooks of saved tensors.
+
+    Activation checkpointing sets such hooks, and recomputes in the backward pass, outside of the
+    mode.
+    """
+    active_transform, saved_tensor_hooks = _private_functions()
+    return active_transform() is not None or saved_tensor_hooks(True) is not None
+
+
+@cache
+def _private_functions() -> tuple[Callable[[], Any], Callable[[bool], Any]]:
+    """The innermost active function transform, and the hooks of tensors saved for backward."""
+    # Imported when they are used, so that nothing else depends on them.
+    from torch._C import _autograd as autograd
+    from torch._C import _functorch as functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+    # torch before 2.8 does not have this function.
+    hooks = getattr(autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+    return functorch.peek_interpreter_stack, hooks
 
 
 class _Product(torch.autograd.Function):

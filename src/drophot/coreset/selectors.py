@@ -98,7 +98,7 @@ def check_selector(argument: str, selector: Selector) -> None:
             f"got {selector.name!r}."
         )
     unknown = [need for need in selector.needs if need not in NEEDS]
-    if unknown or isinstance(selector.needs, str):
+    if unknown:
         raise ValueError(
             f"The `needs` of selector {selector.name!r} must be a collection of "
             f"{', '.join(map(repr, NEEDS))}, got {selector.needs!r}."

@@ -116,7 +116,14 @@ class Stratified:
         return select_by_score(self.draw, evidence.scores, ratio, targets=targets, seed=seed)
 
     def check(self, ratio: float) -> None:
-        """Raise a ValueError if the cutoff leaves less than the ratio to keep."""
+        """Refuse a ratio that is larger than the share that the cutoff leaves.
+
+        Args:
+            ratio: The share kept.
+
+        Raises:
+            ValueError: If the ratio and the cutoff sum to more than 1.
+        """
         if ratio + self.cutoff > 1 + 1e-9:
             raise ValueError(
                 f"`cutoff` and the ratio must sum to at most 1, got cutoff={self.cutoff} and "
@@ -126,7 +133,17 @@ class Stratified:
     def draw(
         self, scores: Tensor, size: int, seed: int, positions: IntArray | None = None
     ) -> IntArray:
-        """The positions of the samples kept, in no particular order; see `draw_balanced`."""
+        """Draw samples from the strata.
+
+        Args:
+            scores: Shape `(N,)`.
+            size: The number of samples to draw.
+            seed: Breaks ties.
+            positions: The positions of these samples in the dataset; `None` means 0 to `N - 1`.
+
+        Returns:
+            The positions of the samples drawn, in no particular order.
+        """
         total = len(scores)
         positions = np.arange(total) if positions is None else positions
         remaining = max(size, total - num_removed(total, self.cutoff))

@@ -1,4 +1,4 @@
-"""What weights are ranked by: their magnitudes, or an importance function of the user."""
+"""Rank weights by magnitude, or by an importance function of the user."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Ranking:
     values: Mapping[str, Tensor]
     """By parameter name: the weights themselves, or their importances."""
     earlier: Mapping[str, Tensor]
-    """The masks of an earlier pruning. What these removed comes first and counts as removed."""
+    """The masks of an earlier pruning. Weights that they removed are removed first, and count."""
     signed: bool = False
     """Whether the values are compared with their signs, instead of by magnitude."""
 
@@ -90,7 +90,7 @@ def rank_by(
     *,
     scope: str,
 ) -> Ranking:
-    """Call an importance function for each weight, and check and copy what it returns."""
+    """Call an importance function for each weight, and check and copy the returned tensors."""
     values = {}
     for name, weight in weights.items():
         returned = importance(name, weight)

@@ -15,7 +15,7 @@ HOOKS = ("step_pre_hooks", "step_post_hooks", "load_state_dict_post_hooks")
 
 
 def unwrapped(optimizer: Any) -> list[Optimizer]:
-    """The torch optimizers of a wrapper and of what it wraps, the outermost first, each once.
+    """An optimizer and the optimizers that it wraps, the outermost first, each once.
 
     Wrappers (accelerate, Lightning, SAM, Lookahead, ZeroRedundancyOptimizer and others) keep
     optimizers in their attributes. A wrapper that was never initialised as an optimizer has no

@@ -31,10 +31,21 @@ class OperatorCall:
 
     Attributes:
         name: The operator's name, without its namespace.
-        module: Path of the module in whose `forward` the operator is called.
+        module: The path of the module in whose `forward` the operator is called.
         inputs: All tensors among the arguments, in order.
         outputs: All tensors that the operator returned, in order.
         graph: Internal: the entries of all tensors and how they are coupled.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from drophot.structured import prune_channels
+        >>> def relu_rule(call, x):
+        ...     call.couple((x, 1), (call.outputs[0], 1))
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> rules = {torch.ops.aten.relu: relu_rule}
+        >>> prune_channels(model, 0.5, torch.ones(2, 4), rules=rules).layers["0.weight"]
+        Change(before=8, after=4)
     """
 
     name: str

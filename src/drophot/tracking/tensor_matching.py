@@ -105,7 +105,8 @@ def equal_on_device(
 ) -> Tensor | None:
     """Whether inputs on a device have a batch's values at the probed positions.
 
-    Returns a bool on the device, so that nobody waits, or `None` if nothing can be compared.
+    Returns a bool on the device, so that the step does not wait, or `None` if nothing can be
+    compared.
     `inputs_probed` and `batch_probed` tell that the tensors are probes already.
     """
     for z in inputs:

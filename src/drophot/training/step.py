@@ -98,12 +98,14 @@ def onednn_linear() -> Iterator[None]:
         Nothing.
 
     Example:
-        >>> from drophot import fit
+        >>> from drophot import evaluate, fit
         >>> from torch.utils.data import TensorDataset
-        >>> model = nn.Linear(4, 2)
-        >>> data = TensorDataset(torch.randn(8, 4), torch.arange(8) % 2)
+        >>> model = nn.Linear(4, 4)
+        >>> data = TensorDataset(torch.eye(4), torch.arange(4))
         >>> with onednn_linear():
-        ...     fit(model, data, 1, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+        ...     fit(model, data, 20, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
+        >>> evaluate(model, data)
+        1.0
     """
     token = _uses_onednn.set(True)
     try:
