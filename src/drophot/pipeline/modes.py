@@ -7,10 +7,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from drophot._core.setting_checks import is_builtin
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified
-from drophot.settings import SAMPLING_MODES, Mode, Named, is_builtin
+from drophot.settings import SAMPLING_MODES, Mode, Named
 from drophot.tracking.statistics import Score, Statistic
 
 
