@@ -374,7 +374,7 @@ def varying(stage: StageName = "finetune") -> list[str]:
 
 
 def file_part(name: str, value: object) -> str:
-    """The part of a stage's file name that says which value a setting has, empty for most defaults."""
+    """The part of a stage's file name for the value of a setting; empty for most defaults."""
     setting = SETTINGS[name]
     if setting.file_part is not None:
         return setting.file_part(value)
