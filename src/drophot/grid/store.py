@@ -68,8 +68,10 @@ class Store:
         """Raise an `OSError` if the folder cannot be written to, before a stage is computed."""
         path = self.folder / "stages" / f".{uuid.uuid4().hex}.tmp"
         try:
-            path.touch(exist_ok=False)
-            path.unlink()
+            try:
+                path.touch(exist_ok=False)
+            finally:  # also after Ctrl-C
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise OSError(*_still_intact(path.parent, error)) from error
 
