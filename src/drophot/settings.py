@@ -12,7 +12,6 @@ step that it changes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from drophot._core import scalars
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
+from drophot._core.setting_checks import check_flag, check_importance, name_or_object, one_of
 
 _P = ParamSpec("_P")
 
@@ -55,7 +55,7 @@ SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What the library knows of a setting besides its name, type and default."""
+    """The properties of a setting besides its name, type and default."""
 
     check: Callable[[str, Any], object]
     """Called with the setting's name and the user's value; returns the plain value or raises."""
@@ -92,86 +92,8 @@ def _in_metadata(make: Callable[_P, Setting]) -> Callable[_P, dict[str, Setting]
 _declare = _in_metadata(Setting)
 
 
-def _one_of(*choices: str) -> Callable[[str, Any], object]:
-    def check(name: str, value: Any) -> object:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"`{name}` must be one of {_listed(choices)}, got {value!r}.")
-        return value
-
-    return check
-
-
-def check_flag(name: str, value: object) -> bool:
-    """Check that a value is `True` or `False`.
-
-    Args:
-        name: The argument's name, for the error.
-        value: The value.
-
-    Returns:
-        The value.
-
-    Raises:
-        TypeError: If it is something else.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
-    return value
-
-
 def _at_least(least: int) -> Callable[[str, Any], object]:
     return lambda name, value: scalars.integer(name, value, least=least)
-
-
-def _name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any], object]:
-    """A check for one of some short names, or an object with a name of its own."""
-
-    def check(name: str, value: Any) -> object:
-        if isinstance(value, str) and value in choices:
-            return value
-        called = getattr(value, "name", None)
-        if isinstance(value, str) or not isinstance(called, str):
-            raise ValueError(
-                f"`{name}` must be one of {_listed(choices)}, or {objects}, got {value!r}."
-            )
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", called):
-            raise ValueError(
-                f"`{name}` has the name {called!r}, which file names cannot contain. Use letters, "
-                f"digits, '.', '_' and '-' only."
-            )
-        if called in (*choices, "baseline") and not is_builtin(value):
-            raise ValueError(
-                f"`{name}` has the name {called!r}, which the library uses itself. Give your "
-                f"object another name, so that records tell the two apart."
-            )
-        return value
-
-    return check
-
-
-def _importance(name: str, value: Any) -> object:
-    if value is not None and not callable(value):
-        raise TypeError(
-            f"`{name}` must be a function of a weight's name and the weight, or None for its "
-            f"magnitude, got {value!r}."
-        )
-    return value
-
-
-def is_builtin(value: object) -> bool:
-    """Whether an object is of one of the library's own classes.
-
-    Args:
-        value: Any object.
-
-    Returns:
-        Whether it is.
-    """
-    return type(value).__module__.partition(".")[0] == "drophot"
-
-
-def _listed(choices: tuple[str, ...]) -> str:
-    return ", ".join(f'"{choice}"' for choice in choices)
 
 
 _OBJECT_MODES = "a selector such as Stratified(), Scored() or your own"
@@ -237,7 +159,7 @@ class Settings:
 
     mode: Mode = field(
         metadata=_declare(
-            check=_name_or_object(
+            check=name_or_object(
                 (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES), _OBJECT_MODES
             ),
             stage="train",
@@ -266,12 +188,12 @@ class Settings:
     )
     forgetting: Forgetting = field(
         default="paper",
-        metadata=_declare(check=_one_of(*get_args(Forgetting)), stage="score", scoring_only=True),
+        metadata=_declare(check=one_of(*get_args(Forgetting)), stage="score", scoring_only=True),
     )
     protocol: ProtocolName | Named = field(
         default="paper",
         metadata=_declare(
-            check=_name_or_object(get_args(ProtocolName), "a RunProtocol"),
+            check=name_or_object(get_args(ProtocolName), "a RunProtocol"),
             stage="score",
             record_field="protocol",
             heading="protocol",
@@ -332,7 +254,7 @@ class Settings:
     schedule: ScheduleName = field(
         default="one-shot",
         metadata=_declare(
-            check=_one_of(*get_args(ScheduleName)),
+            check=one_of(*get_args(ScheduleName)),
             stage="finetune",
             varies=True,
             record_field="schedule",
@@ -345,7 +267,7 @@ class Settings:
     scope: Scope = field(
         default="layer",
         metadata=_declare(
-            check=_one_of(*get_args(Scope)), stage="finetune", record_field="scope", heading="scope"
+            check=one_of(*get_args(Scope)), stage="finetune", record_field="scope", heading="scope"
         ),
     )
     structured: bool = field(
@@ -359,7 +281,7 @@ class Settings:
         ),
     )
     importance: WeightImportance | None = field(
-        default=None, metadata=_declare(check=_importance, stage="finetune", optional=True)
+        default=None, metadata=_declare(check=check_importance, stage="finetune", optional=True)
     )
     score_epochs: int = field(
         default=10, metadata=_declare(check=_at_least(1), stage="score", scoring_only=True)
@@ -436,26 +358,12 @@ SCORING_ONLY: frozenset[str] = frozenset(
 
 
 def name_of(value: str | Named) -> str:
-    """The name of a mode or a protocol in records, files and tables.
-
-    Args:
-        value: A short name, or an object with a name.
-
-    Returns:
-        The name.
-    """
+    """The name of a mode or a protocol in records, files and tables."""
     return value if isinstance(value, str) else value.name
 
 
 def varying(stage: StageName = "finetune") -> list[str]:
-    """The settings that cells of a grid may differ in and that results up to a stage depend on.
-
-    Args:
-        stage: The last stage that counts.
-
-    Returns:
-        Their names, by stage, and within a stage in the order of their declaration.
-    """
+    """The settings that cells may differ in and that results up to a stage depend on, by stage."""
     reached = STAGES[: STAGES.index(stage) + 1]
     return [
         name
@@ -466,15 +374,7 @@ def varying(stage: StageName = "finetune") -> list[str]:
 
 
 def file_part(name: str, value: object) -> str:
-    """The part of a stage's file name that says which value a setting has.
-
-    Args:
-        name: The setting.
-        value: Its value.
-
-    Returns:
-        The part; empty for most defaults.
-    """
+    """The part of a stage's file name for the value of a setting; empty for most defaults."""
     setting = SETTINGS[name]
     if setting.file_part is not None:
         return setting.file_part(value)
@@ -482,13 +382,6 @@ def file_part(name: str, value: object) -> str:
 
 
 def with_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the optional settings that a configuration leaves out, at their defaults.
-
-    Args:
-        configuration: Settings by their names.
-
-    Returns:
-        All of them.
-    """
+    """Add the optional settings that a configuration leaves out, at their defaults."""
     added = {name: DEFAULTS[name] for name, setting in SETTINGS.items() if setting.optional}
     return added | dict(configuration)

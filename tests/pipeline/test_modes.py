@@ -26,7 +26,7 @@ from drophot import (
     select,
     training,
 )
-from drophot.grid.stages import Stage
+from drophot.grid.stages import stage_of
 from drophot.pipeline import selection_steps
 from drophot.settings import SAMPLING_MODES, FeatureMode
 from drophot.settings import name_of as name
@@ -362,12 +362,13 @@ def test_a_grid_whose_scoring_is_no_baseline_has_its_network_for_the_features(
 
 
 def test_what_chooses_while_it_trains_waits_for_nothing() -> None:
-    pipeline = drop_hot()
+    settings = drop_hot(data_ratio=0.3).config.settings
     for mode in ("random", BY_CLASS, *SAMPLING_MODES):
-        assert Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline) is None
+        assert stage_of({"mode": mode}, settings, kind="train").needs is None
     for mode in ("high", *FEATURE_MODES, *STRATEGIES):
-        need = Stage(kind="train", seed=0, mode=mode, data_ratio=0.3).needs(pipeline)
-        assert need == Stage(kind="score", seed=0)
+        need = stage_of({"mode": mode}, settings, kind="train").needs
+        assert need is not None
+        assert need == stage_of({}, settings, kind="score")
 
 
 def test_a_page_and_figures_of_many_modes(tmp_path: Path) -> None:

@@ -338,11 +338,11 @@ def test_batchnorm_is_a_control_too(tmp_path) -> None:
     assert one.trained_accuracy == other.trained_accuracy
     with pytest.raises(ValueError, match="`recalibrate_bn` needs a model with"):
         Grid(drop_hot(), **settings, controls=["recalibrate_bn"])
-    with pytest.raises(ValueError, match="`pipeline` should leave its controls to the grid"):
+    with pytest.raises(ValueError, match="`pipeline` .*recalibrate_bn"):
         Grid(normed(recalibrate_bn=True), **settings)
-    with pytest.raises(ValueError, match="leave its controls .*schedule='gradual'"):
+    with pytest.raises(ValueError, match="`pipeline` .*schedule='gradual'"):
         Grid(drop_hot(schedule="gradual"), **settings)
-    with pytest.raises(ValueError, match="`controls` should be of .*Found 'rewound'"):
+    with pytest.raises(ValueError, match="`controls` .*'rewound'"):
         Grid(pipeline, **settings, controls=["rewound"])
 
 

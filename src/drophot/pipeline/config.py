@@ -15,12 +15,13 @@ from torch.utils.data import Dataset
 
 from drophot._core import progress
 from drophot._core.ratios import num_kept
+from drophot._core.setting_checks import check_flag
 from drophot.coreset.selectors import Selector
 from drophot.data.cache import Cache, check_cache
 from drophot.pipeline import modes
 from drophot.pipeline.provenance.experiment import Experiment
 from drophot.pipeline.released_protocol import RunProtocol, check_protocol, protocol_of
-from drophot.settings import SETTINGS, Settings, check_flag
+from drophot.settings import SETTINGS, Settings
 from drophot.training import loop
 
 ModelFactory = Callable[[], nn.Module]
@@ -61,7 +62,7 @@ class RunConfig:
     factory: ModelFactory
     optimizer: OptimizerFactory
     train_set: Dataset[Any]
-    """Samples `(input, target, index)`, in memory where that is right."""
+    """Samples `(input, target, index)`, in memory if that is safe: see `in_memory`."""
     test_set: Dataset[Any]
     device: torch.device
     fit: loop.Fit

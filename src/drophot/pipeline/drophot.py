@@ -21,9 +21,8 @@ from drophot.settings import SETTINGS, Settings, varying
 from drophot.structured.channel_pruning import Pruned
 from drophot.tracking.dynamics import DynamicsTracker
 
-_OBJECTS = (
-    *("factory", "optimizer", "train_set", "test_set", "device", "fit", "cache", "progress"),
-)
+# The attributes of the configuration that a run shows as its own, besides the settings.
+_OBJECTS = ["factory", "optimizer", "train_set", "test_set", "device", "fit", "cache", "progress"]
 _P = ParamSpec("_P")
 
 
@@ -170,7 +169,7 @@ class DropHot:
         return other
 
     def run(self) -> Record:
-        """Take the five steps; the first only if the mode needs what is not there yet.
+        """Take the five steps, the first one only if the mode needs its results and has none.
 
         Returns:
             The record, which stays on `record` too.
@@ -308,7 +307,7 @@ def _arguments_section(docstring: str) -> str:
     return docstring.partition("    Args:\n")[2].partition("\n\n    Raises:")[0]
 
 
-if DropHot.__doc__ and Settings.__doc__:  # neither is there under `python -OO`
+if DropHot.__doc__ and Settings.__doc__:  # both are missing under `python -OO`
     DropHot.__doc__ = DropHot.__doc__.replace(
         "        **settings: The settings of the run, as in :class:`drophot.settings.Settings`.",
         _arguments_section(Settings.__doc__),

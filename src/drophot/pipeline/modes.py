@@ -1,4 +1,4 @@
-"""The modes of a run: which selector chooses the samples of step 3, and what it needs."""
+"""The modes of a run: the selector that chooses the samples of step 3, and its needs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
+from drophot._core.setting_checks import is_builtin
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified
-from drophot.settings import SAMPLING_MODES, Mode, Named, is_builtin
+from drophot.settings import SAMPLING_MODES, Mode, Named
 from drophot.tracking.statistics import Score, Statistic
 
 
@@ -160,17 +161,15 @@ def statistic_of(mode: Mode) -> Statistic | Score | None:
 
 
 def own_score_of(mode: Mode) -> Score | None:
-    """The score that step 1 has to follow for a mode besides the built-in ones, if any."""
-    statistic = statistic_of(mode)
-    return None if statistic is None or isinstance(statistic, str) else _unless_built_in(statistic)
-
-
-def _unless_built_in(score: Score) -> Score | None:
+    """The score of a user's own that step 1 has to follow for a mode, if any."""
+    score = statistic_of(mode)
+    if score is None or isinstance(score, str):
+        return None
     return None if is_builtin(score) and score.name in get_args(Statistic) else score
 
 
 def as_scored(mode: Mode) -> Scored | None:
-    """A built-in mode that goes by a score in its long form; `None` for any other."""
+    """The long form of a built-in mode that selects by a score; `None` for any other mode."""
     if isinstance(mode, Scored):
         return mode
     if isinstance(mode, str):

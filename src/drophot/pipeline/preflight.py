@@ -30,7 +30,7 @@ def prepare(arguments: Arguments) -> RunConfig:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings, given = arguments.settings, (arguments.train_set, arguments.test_set)
     with (
-        uncovered_warning_silenced(settings.structured),  # `channels` names what was left then
+        uncovered_warning_silenced(settings.structured),  # `channels` names the weights left then
         random_state.preserved_rng(device, seed=settings.seed),
     ):
         closure = not fit_checks.is_library_fit(arguments.fit)

@@ -1,4 +1,4 @@
-"""Steps 4 and 5 of a run: pruning, and training on with what was removed held at zero."""
+"""Steps 4 and 5 of a run: pruning, and fine-tuning with the removed weights held at zero."""
 
 from __future__ import annotations
 

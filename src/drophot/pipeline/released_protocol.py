@@ -151,12 +151,12 @@ def check_protocol(settings: Settings) -> None:
         (
             protocol.select is not None and mode not in ("high", "low", "random"),
             f"mode={mode!r}",
-            'it selects by itself. Use mode="high", "low" or "random".',
+            'it has its own rule for "high" and "low". Use mode="high", "low" or "random".',
         ),
         (
             protocol.counter is not None and statistic not in (None, "forgetting"),
             f"mode={mode!r}",
-            "it counts events and has no other score. Use a mode that goes by forgetting.",
+            "it counts events and has no other score. Use a mode that selects by forgetting.",
         ),
         (
             protocol.counter is not None and settings.forgetting != "paper",

@@ -222,7 +222,7 @@ def _baseline_mode(config: RunConfig, model: nn.Module) -> AbstractContextManage
 
 
 def check_features(config: RunConfig) -> None:
-    """Refuse a mode that goes by features which the model does not give."""
+    """Refuse a mode that selects by features which the model does not have."""
     selector = config.selector
     if not isinstance(selector, KCenter | FacilityLocation) or config.keeps_all:
         return

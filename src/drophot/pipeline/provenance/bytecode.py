@@ -1,8 +1,8 @@
-"""What a function's bytecode says and which outside names it uses, the same in every process.
+"""The bytecode of functions and the outside names that they use, equal in every process.
 
-The bytecode is what runs, so it also covers lambdas, functions of a notebook, and files that were
-edited after they were loaded. It does not change between patch releases of Python, and it has no
-line numbers, file names or addresses.
+Bytecode also covers lambdas, functions in a notebook, and files that were edited after they were
+loaded. It does not change between patch releases of Python, and it contains no line numbers, file
+names or addresses.
 """
 
 from __future__ import annotations
@@ -24,14 +24,9 @@ _FILLS = {"append", "appendleft", "extend", "insert", "add", "update", "setdefau
 
 
 def content(code: CodeType, docstring: str | None = None) -> tuple[list[Any], list[Any]]:
-    """What a code object does.
+    """The instructions and names of a code object as JSON can hold them, and its constants.
 
-    Args:
-        code: The code of a function, or of a function inside it.
-        docstring: Left out.
-
-    Returns:
-        The instructions with their names, as JSON can hold them; the constants.
+    The docstring is left out of the constants.
     """
     constants = list(code.co_consts)
     if docstring is not None and constants and constants[0] == docstring:
@@ -45,47 +40,36 @@ def content(code: CodeType, docstring: str | None = None) -> tuple[list[Any], li
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A name that code reads.
-
-    Args:
-        chain: The name and the attributes that are taken of it.
-        before: The constant that was loaded right before it, if any.
-        after: Likewise, right after it: a key or an argument.
-        gets: Whether `after` is a key whose value is read.
-        sets: Whether an item of the result is set.
-    """
+    """A name that code reads."""
 
     chain: tuple[str, ...]
+    """The name and the attributes that are read from it."""
     before: Any
+    """The constant that is loaded right before it, if any."""
     after: Any
+    """The constant that is loaded right after it, if any: a key or an argument."""
     gets: bool
+    """Whether `after` is a key whose value is read."""
     sets: bool
+    """Whether an item of the result is set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fills:
-    """How code fills a container.
-
-    Args:
-        written: The constant keys that it writes.
-        read: The constant keys that it reads.
-        others: Whether it writes other keys, or appends.
-    """
+    """How code fills a container."""
 
     written: set[Any] = field(default_factory=set[Any])
+    """The constant keys that it writes."""
     read: set[Any] = field(default_factory=set[Any])
+    """The constant keys that it reads."""
     others: set[bool] = field(default_factory=set[bool])
+    """Whether it writes other keys, or appends."""
 
 
 def chains(code: CodeType, local: frozenset[str] = frozenset()) -> Iterator[Load]:
-    """The globals that code reads, each with the attributes that it takes of it.
+    """The globals that code and the functions inside it read, with the attributes read from them.
 
-    Args:
-        code: The code of a function; functions inside it count too.
-        local: Names that it imports itself.
-
-    Yields:
-        A load of `("config", "lr")` for `config.lr`, likewise others.
+    `config.lr` is a load of `("config", "lr")`. `local` are names that the code imports itself.
     """
     for _, load in _loads(code, _GLOBAL):
         yield load
@@ -95,14 +79,10 @@ def chains(code: CodeType, local: frozenset[str] = frozenset()) -> Iterator[Load
 
 
 def imports(code: CodeType) -> Iterator[tuple[str, str | None, str | None]]:
-    """What code imports when it runs.
+    """The imports that code makes when it runs, those of functions inside it included.
 
-    Args:
-        code: The code of a function; functions inside it count too.
-
-    Yields:
-        The module's name, a relative one with leading dots; the name that is taken from it, if any;
-        and the variable's, if there is one. `import a.b` gives ("a.b", None, "a").
+    Yields the module's name (a relative one with leading dots), the name that is imported from it,
+    and the variable, each of the last two if there is one. `import a.b` is ("a.b", None, "a").
     """
     for part in _parts(code):
         found = list(dis.get_instructions(part))
@@ -127,13 +107,9 @@ def imports(code: CodeType) -> Iterator[tuple[str, str | None, str | None]]:
 
 @lru_cache(maxsize=1024)
 def filled(code: CodeType) -> dict[str, Fills]:
-    """The globals, variables of a closure and attributes of `self` that code appends or writes to.
+    """The globals, closure variables and attributes of `self` that code appends or writes to.
 
-    Args:
-        code: The code of a function; functions inside it count too.
-
-    Returns:
-        How it fills them, by their names, attributes as `"self.name"`.
+    Maps their names, attributes as `"self.name"`, to how they are filled.
     """
     found: dict[str, Fills] = {}
     for part, load in _loads(code, _GLOBAL | _CELL | {"LOAD_FAST"}):
@@ -156,14 +132,7 @@ def filled(code: CodeType) -> dict[str, Fills]:
 
 @lru_cache(maxsize=1024)
 def counted(code: CodeType) -> set[str]:
-    """The globals, variables of a closure and attributes that code adds to by `+=`.
-
-    Args:
-        code: The code of a function; functions inside it count too.
-
-    Returns:
-        Their names, attributes as `"self.name"`.
-    """
+    """The globals, closure variables and attributes (`"self.name"`) that code adds to by `+=`."""
     found: set[str] = set()
     for part in _parts(code):
         added = False
@@ -180,7 +149,7 @@ def counted(code: CodeType) -> set[str]:
 
 
 def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, Load]]:
-    """Loads of names, each with the code object that it is in."""
+    """The loads of some names, each with the code object that contains it."""
     for part in _parts(code):
         found = list(dis.get_instructions(part))
         for position, instruction in enumerate(found):
@@ -211,7 +180,7 @@ def _loads(code: CodeType, names: set[str]) -> Iterator[tuple[CodeType, Load]]:
 
 
 def _constant(instruction: dis.Instruction) -> Any:
-    """What an instruction loads, if that is a key: a word or a number."""
+    """The constant that an instruction loads, if it can be a key: a string or an integer."""
     value = instruction.argval
     loads = instruction.opname in ("LOAD_CONST", "LOAD_SMALL_INT")
     return value if loads and isinstance(value, str | int) else None

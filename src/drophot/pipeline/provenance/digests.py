@@ -1,4 +1,4 @@
-"""Short names for arrays and for what JSON can hold."""
+"""Digests of tensors and of values that JSON can hold."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ _CHUNK = 1 << 26  # bytes that are hashed at a time
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """The SHA-256 of tensors' values, shapes and types.
-
-    Args:
-        tensors: On any device, in any layout of memory.
-
-    Returns:
-        16 hexadecimal digits of it.
-    """
+    """16 hexadecimal digits of the SHA-256 of tensors' values, shapes and types."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -34,24 +27,10 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def digest_of(tree: Any) -> str:
-    """The SHA-256 of what JSON can hold.
-
-    Args:
-        tree: Any of it; the order of names does not matter.
-
-    Returns:
-        16 hexadecimal digits of it.
-    """
+    """16 hexadecimal digits of the SHA-256 of a value that JSON can hold."""
     return hashlib.sha256(text_of(tree).encode()).hexdigest()[:16]
 
 
 def text_of(tree: Any) -> str:
-    """The canonical JSON.
-
-    Args:
-        tree: What JSON can hold; the order of names does not matter.
-
-    Returns:
-        The text.
-    """
+    """The canonical JSON of a value, in which the order of names does not matter."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":"))

@@ -1,7 +1,7 @@
-"""What makes a run the experiment that it is: its network, optimiser, training loop and data.
+"""The identity of an experiment: its network, optimizer, training loop and data.
 
-All of it is read from what a user gave and from what the factories make of it, so that a lambda
-whose learning rate was changed is another experiment although its name is the same.
+It is read from the user's factories and from what they make. A lambda whose learning rate was
+changed is therefore another experiment, although its name is the same.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from drophot._core.installed_packages import qualified_name, stable_name
 from drophot.pipeline.provenance.digests import digest, digest_of, text_of
 from drophot.pipeline.provenance.fingerprints import attributes, describe
 
-_SAMPLES = 32  # of data that is not in memory, which are compared
-# What every module has: its parts and hooks, which are compared by themselves or by their code.
+_SAMPLES = 32  # how many samples of data that is not in memory are compared
+# The attributes of every module: parts and hooks, which are compared elsewhere or by their code.
 _PARTS = vars(nn.Module()).keys()
 
 
@@ -82,7 +82,7 @@ def describe_experiment(
 def _network(
     model: nn.Module, twin: nn.Module, again: dict[str, Any], unknown: list[str]
 ) -> dict[str, Any]:
-    """A network as it was built; what is drawn at random, which differs in its twin, in outline."""
+    """A network as it was built; random values, which differ in its twin, are summarized."""
     modules, others = _modules(model), _modules(twin)
     settings: dict[str, Any] = {}
     for name, module in modules.items():
@@ -125,7 +125,7 @@ def _summaries(model: nn.Module) -> dict[str, Any]:
 
 
 def _drawn(tensor: Tensor, again: Any) -> list[Any]:
-    """A drawn tensor in outline, without its values where the same seed draws others."""
+    """A summary of a random tensor, without its values if the same seed draws others."""
     found = _summary(tensor)
     return [str(tensor.dtype), list(tensor.shape), found if found == again else "random"]
 
@@ -149,7 +149,7 @@ def _summary(tensor: Tensor) -> list[float] | None:
 
 
 def _optimizer(made: Optimizer, told: Callable[[str, object], Any]) -> dict[str, Any]:
-    """An optimiser's type, and the settings of its groups."""
+    """The type of an optimizer, and the settings of its parameter groups."""
     groups = [
         {
             **{k: told("optimizer", v) for k, v in group.items() if k not in _OF_PARAMETERS},
@@ -166,10 +166,10 @@ def _optimizer(made: Optimizer, told: Callable[[str, object], Any]) -> dict[str,
 _OF_PARAMETERS = ("params", "param_names")
 
 
-def _data(given: Any, held: Any) -> dict[str, Any]:
-    """Data by its numbers, and what is not in memory by its code, settings and some samples."""
-    if isinstance(held, TensorDataset):
-        inputs, targets = held.tensors[:2]
+def _data(given: Any, prepared: Any) -> dict[str, Any]:
+    """A dataset by its values, or if it is not in memory by its code, settings and some samples."""
+    if isinstance(prepared, TensorDataset):
+        inputs, targets = prepared.tensors[:2]
         return {
             "samples": len(inputs),
             "inputs": f"{inputs.dtype} {list(inputs.shape[1:])} {digest([inputs])}",
@@ -177,7 +177,7 @@ def _data(given: Any, held: Any) -> dict[str, Any]:
         }
     before = attributes(given, data=True)
     samples = _samples(given)
-    after = attributes(given, data=True)  # what reading changes is no setting
+    after = attributes(given, data=True)  # an attribute that reading changes is no setting
     return {
         "samples": len(given),
         "type": describe(type(given), data=True)[0],
@@ -189,11 +189,11 @@ def _data(given: Any, held: Any) -> dict[str, Any]:
 def _samples(data: Any) -> list[str]:
     """Digests of the inputs and of the targets of some samples, unless these change."""
     size = len(data)
-    places = sorted({i * (size - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)})
+    positions = sorted({i * (size - 1) // (_SAMPLES - 1) for i in range(_SAMPLES)})
 
     def read() -> list[str]:
         with random_state.preserved_rng(seed=0):
-            columns = zip(*(data[place] for place in places), strict=True)
+            columns = zip(*(data[position] for position in positions), strict=True)
             return [digest([torch.as_tensor(part) for part in column]) for column in columns]
 
     pairs = zip(read(), read(), strict=True)
@@ -201,14 +201,7 @@ def _samples(data: Any) -> list[str]:
 
 
 def can_be_loaded(value: Any) -> bool:
-    """Whether a file with it can be read without running code.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        Whether it can.
-    """
+    """Whether `torch.load` can read the value from a file without running code."""
     content = io.BytesIO()
     try:
         torch.save(value, content)

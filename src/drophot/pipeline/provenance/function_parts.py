@@ -63,7 +63,7 @@ def globals_of(
         if value is MISSING and chain[0] in _OPAQUE:
             reader.unseen.append(f"what `{function.__qualname__}` reads by `{chain[0]}`")
         if value is MISSING or chain[0] == "__name__":
-            continue  # a built-in, or what is not there yet; "__main__" or not, as it runs
+            continue  # a built-in or not defined yet; `__name__` depends on how the script runs
         if (value := rest(chain[0], value)) is MISSING:
             continue  # a log or a counter
         value, taken = _follow(value, chain)
@@ -114,7 +114,7 @@ def _follow(value: Any, chain: tuple[str, ...]) -> tuple[Any, int]:
 
 
 def _attribute(value: Any, name: str) -> Any:
-    """What `value.name` is, where that is all that code takes of `value`."""
+    """The value of `value.name`, if code reads nothing else of `value`."""
     if isinstance(value, types.ModuleType):
         return getattr(value, name, MISSING)
     if isinstance(value, type):

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from drophot._core.setting_checks import is_builtin
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.fingerprints import describe
 from drophot.pipeline.released_protocol import RunProtocol
-from drophot.settings import SETTINGS, Settings, is_builtin
+from drophot.settings import SETTINGS, Settings
 
 _PLAIN = (bool, int, float, str, type(None))
 

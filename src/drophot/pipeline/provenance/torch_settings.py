@@ -17,7 +17,7 @@ import torch
 
 _TINY = 5e-324
 _BY_BACKEND = "by backend"
-_FULL = {"none": "ieee"}  # what was never set is as exact as what was set to be
+_FULL = {"none": "ieee"}  # a precision that was never set is the full one
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,7 @@ class _Switch:
 
 
 def surroundings(device: torch.device) -> dict[str, Any]:
-    """The switches that are not as torch has them at its start.
-
-    Args:
-        device: Where the training runs.
-
-    Returns:
-        Their values by name, as JSON can hold them.
-    """
+    """The switches that differ from torch's defaults, by name, as JSON can hold them."""
     found = {name: switch.get() for name, switch in _SWITCHES.items()}
     changed = {
         name: value
@@ -52,15 +45,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def surrounded(found: Mapping[str, Any], device: torch.device) -> Generator[None]:
-    """Set all switches as they were elsewhere, and put them back.
-
-    Args:
-        found: What `surroundings` gave there.
-        device: Where the training runs.
-
-    Yields:
-        Nothing.
-    """
+    """Set all switches to what `surroundings` found elsewhere, and restore them afterwards."""
     before = {name: switch.get() for name, switch in _SWITCHES.items()}
     try:
         _turn({name: found.get(name, switch.default) for name, switch in _SWITCHES.items()})

@@ -1,0 +1,67 @@
+"""Checks of a setting's value, called with its name and the value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+def one_of(*choices: str) -> Callable[[str, Any], object]:
+    def check(name: str, value: Any) -> object:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"`{name}` must be one of {_listed(choices)}, got {value!r}.")
+        return value
+
+    return check
+
+
+def check_flag(name: str, value: object) -> bool:
+    """The value, checked to be `True` or `False`."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, got {value!r}.")
+    return value
+
+
+def name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any], object]:
+    """A check for one of some short names, or an object that has a name."""
+
+    def check(name: str, value: Any) -> object:
+        if isinstance(value, str) and value in choices:
+            return value
+        called = getattr(value, "name", None)
+        if isinstance(value, str) or not isinstance(called, str):
+            raise ValueError(
+                f"`{name}` must be one of {_listed(choices)}, or {objects}, got {value!r}."
+            )
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", called):
+            raise ValueError(
+                f"`{name}` has the name {called!r}, which file names cannot contain. Use letters, "
+                f"digits, '.', '_' and '-' only."
+            )
+        if called in (*choices, "baseline") and not is_builtin(value):
+            raise ValueError(
+                f"`{name}` has the name {called!r}, which the library uses itself. Give your "
+                f"object another name, so that records tell the two apart."
+            )
+        return value
+
+    return check
+
+
+def check_importance(name: str, value: Any) -> object:
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"`{name}` must be a function of a weight's name and the weight, or None for its "
+            f"magnitude, got {value!r}."
+        )
+    return value
+
+
+def is_builtin(value: object) -> bool:
+    """Whether an object is of one of the library's own classes."""
+    return type(value).__module__.partition(".")[0] == "drophot"
+
+
+def _listed(choices: tuple[str, ...]) -> str:
+    return ", ".join(f'"{choice}"' for choice in choices)
