@@ -300,22 +300,18 @@ def test_replace_is_the_run_with_those_settings(changes: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"batch_size": 8}, TypeError, "`replace` should be given data_ratio, .*Found batch_size"),
-        (
-            {"scope": "global", "device": "cpu"},
-            TypeError,
-            "`replace` .*schedule. Found device, scope",
-        ),
-        ({"scores": None, "seed": 1}, TypeError, "`replace` .*schedule. Found scores"),
+        ({"batch_size": 8}, TypeError, "`replace` .*data_ratio.*`batch_size`"),
+        ({"scope": "global", "device": "cpu"}, TypeError, "`replace` .*schedule.*`device`"),
+        ({"scores": None, "seed": 1}, TypeError, "`replace` .*schedule.*`scores`"),
         ({"data_ratio": "a"}, TypeError, "`data_ratio` .*str"),
-        ({"data_ratio": 30}, ValueError, "`data_ratio` .*Found 30"),
-        ({"data_ratio": 0.001}, ValueError, "should keep a sample of each class"),
-        ({"mode": "best"}, ValueError, "`mode` .*Found 'best'"),
-        ({"prune_ratio": 1}, ValueError, "`prune_ratio` .*Found 1"),
-        ({"seed": -1}, ValueError, "`seed` .*Found -1"),
+        ({"data_ratio": 30}, ValueError, "`data_ratio` .*30"),
+        ({"data_ratio": 0.001}, ValueError, "`data_ratio` .*each class.*0.001"),
+        ({"mode": "best"}, ValueError, "`mode` .*'best'"),
+        ({"prune_ratio": 1}, ValueError, "`prune_ratio` .* 1[,.]"),
+        ({"seed": -1}, ValueError, "`seed` .*-1"),
         ({"seed": 1.5}, TypeError, "`seed` .*1.5"),
-        ({"equal_steps": 1}, TypeError, "`equal_steps` should be True or False. Found 1"),
-        ({"reinitialize": "no"}, TypeError, "`reinitialize` should be True or False. Found 'no'"),
+        ({"equal_steps": 1}, TypeError, "`equal_steps` .* 1[,.]"),
+        ({"reinitialize": "no"}, TypeError, "`reinitialize` .*'no'"),
     ],
     ids=str,
 )
@@ -335,7 +331,7 @@ def test_replace_refuses_what_the_run_refuses(
 
 def test_replace_refuses_a_batch_of_one_that_the_model_cannot_train_on() -> None:
     assert drop_hot(data_ratio=49 / 120).replace().run().kept == 49, "3 batches and 1 sample"
-    with pytest.raises(ValueError, match="`batch_size` .* Found 16, and .* keeps 49 samples"):
+    with pytest.raises(ValueError, match="`batch_size` .*16.* 49 samples"):
         drop_hot(model=Normed).replace(data_ratio=49 / 120)
 
 

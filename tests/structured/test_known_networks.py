@@ -27,10 +27,10 @@ def test_the_conv1d_of_transformers() -> None:
     counted = summary(model, torch.ones(1, 8), batch_sizes=())
     assert counted.effective_flops == (counted.flops or 0) / 2
     assert magnitude_prune(copy.deepcopy(dense), 0.5, scope="erk").sparsity == pytest.approx(0.5)
-    with pytest.warns(UserWarning, match=r"leaves layers dense.*: 2.weight \(6 inputs\)"):
+    with pytest.warns(UserWarning, match=r"leaves.* dense.*: 2.weight \(6 inputs\)"):
         masks = magnitude_prune(dense, 0.5, pattern="2:4")
     assert (masks["0.weight"].view(2, 4, 6).sum(1) == 2).all()  # along the inputs, its first
-    with pytest.raises((RuntimeError, ValueError), match="capability 8.0|cannot turn"):
+    with pytest.raises((RuntimeError, ValueError), match="capability 8.0|Conv1D"):
         to_semi_structured(dense)
 
 

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 
 def is_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Which samples are classified correctly, bool `(B,)`; never one whose logits contain NaN."""
+    """Which samples are classified correctly, bool `(B,)`.
+
+    Never one whose logits contain NaN or are all minus infinity.
+    """
     top = logits.max(dim=1)
-    return (top.indices == targets) & (top.values == top.values)  # NaN is not NaN
+    return (top.indices == targets) & (top.values > -torch.inf)  # NaN is not greater
 
 
 def first_nonfinite(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from drophot._core.classifier import is_correct
 from drophot.tracking import attach, deferred_errors, observe, packed_history, validation
 from drophot.tracking.batch_matching import Pairing
 from drophot.tracking.record import Rows, record
@@ -362,9 +363,7 @@ class ForgettingTracker:
         self._state.note(deferred_errors.unpaired(wrong))
 
     def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
-        top = logits.max(dim=1)
-        correct = (top.indices == targets) & (top.values > -torch.inf)  # nor is NaN
-        return self._record(index, correct, targets, logits.shape[1])
+        return self._record(index, is_correct(logits, targets), targets, logits.shape[1])
 
     def _record(
         self, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int = 0
