@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
+from typing import Literal
 
 import torch
 from matplotlib.figure import Figure
@@ -19,7 +20,6 @@ from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
 from drophot import DropHot
-from drophot.coreset.score_selection import Mode
 from drophot.models import fcnet
 from drophot.report import plot_steps, table
 
@@ -43,7 +43,10 @@ def main() -> None:
     train_set = TensorDataset(images[train], targets[train])
     test_set = TensorDataset(images[test], targets[test])
 
-    cells: list[tuple[Mode, float]] = [("high", options.data_ratio), ("low", options.data_ratio)]
+    cells: list[tuple[Literal["high", "low", "random"], float]] = [
+        ("high", options.data_ratio),
+        ("low", options.data_ratio),
+    ]
     cells += [("random", options.data_ratio), ("high", 1.0)]
     print(
         f"{len(train_set)} training and {len(test_set)} test samples, {options.seeds} seeds, "

@@ -285,7 +285,7 @@ class Overtaken(Plain):
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Promise:
         if self.stamps is None:
-            store = arguments[1].folder
+            store = arguments[0].store.folder
             tiniest().run(store)
             self.stamps = stamps(store)
         return super().submit(function, *arguments)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from drophot._core.installed_packages import minor_version
+from drophot._core.user_warnings import warn
 from drophot.pipeline.config import RunConfig
+from drophot.pipeline.modes import own_score_of
 from drophot.pipeline.provenance import environment
 from drophot.pipeline.provenance.fingerprints import unseen
 from drophot.pipeline.provenance.own_objects import described, own_objects, unknown_parts
@@ -23,7 +24,8 @@ class Identity:
 
     configuration: dict[str, Any]
     modes: dict[str, Any]
-    """The user's own modes by name. A store may be extended by modes, but none may change."""
+    """The modes and the user's scores by name. A store may be extended by others, but none may
+    change."""
     data: str
     """The digest of the two datasets."""
 
@@ -44,10 +46,9 @@ def identify(config: RunConfig, modes: Iterable[Mode], threads: int) -> Identity
         )
     own = [thing for run in runs for thing in own_objects(run)]
     if blind := unseen([config.factory, config.optimizer, config.fit, *own]):
-        warnings.warn(
+        warn(
             f"A store cannot tell whether these have changed: {', '.join(blind)}. Use another "
-            f"store after a change.",
-            stacklevel=4,
+            f"store after a change."
         )
     versions = environment.versions()
     found: dict[str, Any] = {
@@ -60,8 +61,10 @@ def identify(config: RunConfig, modes: Iterable[Mode], threads: int) -> Identity
     found["device"] = environment.device_name(config.device)
     data = fingerprint({name: found[name] for name in ("train_set", "test_set")})
     described_modes = {name_of(run.mode): described(run.mode) for run in runs}
+    scores = [score for run in runs if (score := own_score_of(run.mode)) is not None]
+    described_modes |= {f"score {score.name}": described(score) for score in scores}
     return Identity(
         configuration=found,
-        modes={name: it for name, it in described_modes.items() if it != name},
+        modes=described_modes,
         data=data,
     )

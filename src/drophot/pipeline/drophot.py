@@ -174,8 +174,11 @@ class DropHot:
         Returns:
             The record, which stays on `record` too.
         """
-        if selection_steps.missing(self.config, scores=self.scores, scorer=self.scorer):
+        scores, scorer = self.scores, self.scorer
+        if selection_steps.missing(self.config, scores=scores, scorer=scorer):
             self.score()
+            self.scores = self.scores if scores is None else scores
+            self.scorer = self.scorer if scorer is None else scorer
         self.select()
         self.train()
         self.prune()
@@ -242,9 +245,12 @@ class DropHot:
 
         Raises:
             RuntimeError: If nothing was selected yet.
+            TypeError: If `indices` was replaced by something other than integers.
+            ValueError: If `indices` was replaced by positions that are out of range or repeated.
         """
         if self.indices is None:
             raise RuntimeError("`train` needs a coreset: call `run.select()` first.")
+        self.indices = selection_steps.checked_positions(self.config, self.indices)
         found = selection_steps.train(self.config, self.indices)
         self.model, self.masks, self.trained_accuracy = found.model, None, found.accuracy
         self._took("train", found.seconds)
@@ -262,8 +268,10 @@ class DropHot:
         if self.model is None:
             raise RuntimeError("`prune` needs a trained model: call `run.train()` first.")
         found = pruning_steps.prune(self.config, self.model)
+        if self.masks is None:  # of the dense network, if it is pruned once more
+            self.prunable = found.num_prunable
         self.masks, self.pruner, self.channels = found.masks, found.schedule, found.channels
-        self.prunable, self.pruned_accuracy = found.num_prunable, found.accuracy
+        self.pruned_accuracy = found.accuracy
         self._took("prune", found.seconds)
         return found.masks
 

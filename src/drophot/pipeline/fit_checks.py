@@ -17,6 +17,20 @@ class LoopError(RuntimeError):
     """A training loop that does not do what `DropHot` requires, in this training or any other."""
 
 
+_SET_BY_THE_RUN = ("optimizer", "batch_size", "seed", "on_batch", "on_epoch")
+
+
+def check_bound_arguments(fit: object) -> None:
+    """Refuse a partial of `fit` that sets an argument which the run passes itself."""
+    while isinstance(fit, partial):
+        if wrong := [name for name in _SET_BY_THE_RUN if name in fit.keywords]:
+            raise ValueError(
+                f"`fit` must leave {', '.join(_SET_BY_THE_RUN)} to the run, got a partial that "
+                f"sets {wrong[0]!r}. Remove it there."
+            )
+        fit = fit.func
+
+
 def is_library_fit(fit: object) -> bool:
     """Whether a training loop is :func:`drophot.training.fit`, perhaps in a `functools.partial`."""
     while isinstance(fit, partial):

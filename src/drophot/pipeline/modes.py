@@ -7,12 +7,11 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from drophot._core.setting_checks import is_builtin
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified
 from drophot.settings import SAMPLING_MODES, Mode, Named
-from drophot.tracking.statistics import Score, Statistic
+from drophot.tracking.statistics import Score, Statistic, is_builtin_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,12 +141,6 @@ def _as_selector(mode: Named) -> Selector:
     return selector
 
 
-def needs_scoring(mode: Mode) -> bool:
-    """Whether a mode needs what step 1 gives: scores or the trained network."""
-    selector = selector_of(mode)
-    return selector is not None and not {"scores", "model"}.isdisjoint(selector.needs)
-
-
 def statistic_of(mode: Mode) -> Statistic | Score | None:
     """The score of step 1 that a mode selects by, if it needs one.
 
@@ -165,7 +158,7 @@ def own_score_of(mode: Mode) -> Score | None:
     score = statistic_of(mode)
     if score is None or isinstance(score, str):
         return None
-    return None if is_builtin(score) and score.name in get_args(Statistic) else score
+    return None if is_builtin_score(score) else score
 
 
 def as_scored(mode: Mode) -> Scored | None:

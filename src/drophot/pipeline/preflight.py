@@ -33,6 +33,7 @@ def prepare(arguments: Arguments) -> RunConfig:
         uncovered_warning_silenced(settings.structured),  # `channels` names the weights left then
         random_state.preserved_rng(device, seed=settings.seed),
     ):
+        fit_checks.check_bound_arguments(arguments.fit)
         closure = not fit_checks.is_library_fit(arguments.fit)
         probe, classes = build(arguments.model, arguments.optimizer, *given, closure=closure)
         # What this refuses, step 4 would refuse after two trainings.

@@ -61,6 +61,8 @@ class FinetunedModel:
 def prune(config: RunConfig, model: nn.Module) -> PrunedModel:
     """Step 4: remove weights or channels of a trained model, in place."""
     with running(config, "prune") as step:
+        # A grid prunes a saved model, which has no gradients: an importance finds the same here.
+        model.zero_grad(set_to_none=True)
         num_prunable = sum(weight.numel() for weight in prunable(model).values())
         masks, pruner, channels = _pruned(config, model)
         if config.settings.recalibrate_bn:

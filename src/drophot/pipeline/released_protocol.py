@@ -131,6 +131,11 @@ class _HookSelector:
 def protocol_of(protocol: str | Named) -> RunProtocol:
     """The hooks of a protocol that is given by its name or as an object."""
     if isinstance(protocol, RunProtocol):
+        if protocol.name in _BUILT_IN and protocol is not _BUILT_IN[protocol.name]:
+            raise ValueError(
+                f"`protocol` has the name {protocol.name!r}, which the library uses itself. Give "
+                f"it another name, so that records tell the two apart."
+            )
         return protocol
     if isinstance(protocol, str):
         return _BUILT_IN[protocol]
@@ -202,7 +207,6 @@ class PositionCounts:
     def __init__(self, num_samples: int, *, seed: int) -> None:
         total = scalars.integer("num_samples", num_samples, least=1)
         self.scores = torch.zeros(total, dtype=torch.int64, device="cpu")
-        self.walks = 0
         self._order = torch.Generator().manual_seed(scalars.integer("seed", seed))
         self._before: Tensor | None = None
 
@@ -220,7 +224,6 @@ class PositionCounts:
         if self._before is not None:
             self.scores += walked != self._before
         self._before = walked
-        self.walks += 1
 
 
 def select(scores: Tensor, ratio: float, mode: Literal["high", "low"]) -> Tensor:

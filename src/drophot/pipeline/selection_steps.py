@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler, Subset
 
 from drophot._core import random_state
+from drophot._core.arrays import as_indices
+from drophot._core.user_warnings import warn
 from drophot.coreset.builtin_selectors import FacilityLocation, KCenter
 from drophot.coreset.selectors import Evidence, checked_indices
 from drophot.data.batching import batches
@@ -82,6 +83,11 @@ def score(config: RunConfig, own_scores: Sequence[Score] = ()) -> Scoring:
             statistics=(*DEFAULT, *_distinct(own_scores, modes.own_score_of(settings.mode))),
         )
         counter = protocol.counter and protocol.counter(config.num_samples, settings.seed)
+        if protocol.counter is not None and counter is None:
+            raise TypeError(
+                f"`counter` of protocol {protocol.name!r} must return an object with `observe` and "
+                f"`scores`, got None."
+            )
         observer = tracker if counter is None else counter
 
         def observe(_: int) -> None:
@@ -180,12 +186,26 @@ def _warn_of_empty_classes(config: RunConfig, indices: Tensor) -> None:
     empty = np.setdiff1d(targets.numpy(), targets[indices].numpy()).tolist()
     if empty:
         settings = config.settings
-        warnings.warn(
+        warn(
             f"`data_ratio={settings.data_ratio}` and `mode={name_of(settings.mode)!r}` leave no "
             f"sample of classes {empty}, which the model will not learn in `train`. Raise "
-            f"`data_ratio`.",
-            stacklevel=4,
+            f"`data_ratio`."
         )
+
+
+def checked_positions(config: RunConfig, indices: object) -> Tensor:
+    """The positions of the kept samples, which a user may have replaced, as int64 on the CPU."""
+    found = torch.from_numpy(as_indices("indices", indices, config.num_samples))
+    samples_while_training = config.selector is None and not config.keeps_all
+    if samples_while_training and len(found) != config.num_samples:
+        raise ValueError(
+            f"`indices` must hold all {config.num_samples} positions, from which mode "
+            f"{name_of(config.settings.mode)!r} selects while it trains, got {len(found)}. To "
+            f"train on your own selection, pass a selector as `mode`."
+        )
+    if not len(found):
+        raise ValueError("`indices` must hold at least one position, got none.")
+    return found
 
 
 def train(config: RunConfig, indices: Tensor) -> TrainedModel:
@@ -197,7 +217,8 @@ def train(config: RunConfig, indices: Tensor) -> TrainedModel:
         epochs, steps = settings.train_epochs, 0
         if settings.equal_steps:
             whole = epochs * ceil(config.num_samples / settings.batch_size)
-            epochs, steps = divmod(whole, ceil(config.num_kept / settings.batch_size))
+            kept = config.num_kept if config.selector is None else len(indices)
+            epochs, steps = divmod(whole, ceil(kept / settings.batch_size))
         if config.selector is None and not config.keeps_all:
             loader, on_batch = _loader(config, model)
             steps_an_epoch = ceil(config.num_kept / settings.batch_size)

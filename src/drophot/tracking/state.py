@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drophot._core import distributed
+from drophot._core.user_warnings import warn
 from drophot.tracking import deferred_errors, packed_history
 from drophot.tracking.deferred_errors import NO_FAULT
 from drophot.tracking.validation import describe
@@ -292,12 +292,11 @@ class State:
                 shape = (-1, *(1,) * (column.dim() - 1))
                 merged[name].index_copy_(0, index, torch.where(seen.view(shape), joined, column))
         if identical:
-            warnings.warn(
+            warn(
                 f"All {len(lengths)} ranks presented the same samples with the same outcome, and "
                 f"each of them is counted. If the ranks share their batches, only one of them "
                 f"belongs in `group`; if they do not, give the loader a DistributedSampler. Only "
-                f"one rank should `observe` the whole dataset.",
-                stacklevel=4,
+                f"one rank should `observe` the whole dataset."
             )
         return merged | {"targets": targets}
 

@@ -263,6 +263,11 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
     return Statistics(by_name, fused, own)
 
 
+def is_builtin_score(score: object) -> bool:
+    """Whether an object is one of the library's scores, which their names identify."""
+    return any(score is one for one in BUILT_IN.values())
+
+
 def _lookup(name: str) -> Score:
     if name not in BUILT_IN:
         raise ValueError(

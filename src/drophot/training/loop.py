@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -14,6 +13,7 @@ from torch.utils.data import Dataset
 
 from drophot._core import random_state, scalars
 from drophot._core.classifier import check_model, check_optimizer, first_nonfinite, require_outputs
+from drophot._core.user_warnings import warn
 from drophot.data import batching
 from drophot.data.cache import Cache, Kept, check_cache, in_memory
 from drophot.data.samples import first_sample, tensors_of
@@ -173,10 +173,9 @@ def fit(
 
 def _warn_if_diverged(model: nn.Module) -> None:
     if name := first_nonfinite(model):
-        warnings.warn(
+        warn(
             f"The training diverged: `{name}` of `model` has NaN or infinite weights after `fit`. "
-            f"Lower the learning rate of `optimizer`, or look for inputs that are not finite.",
-            stacklevel=3,
+            f"Lower the learning rate of `optimizer`, or look for inputs that are not finite."
         )
 
 

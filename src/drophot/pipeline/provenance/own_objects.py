@@ -10,6 +10,7 @@ from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.fingerprints import describe
 from drophot.pipeline.released_protocol import RunProtocol
 from drophot.settings import SETTINGS, Settings
+from drophot.tracking.statistics import Spread, is_builtin_score
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -50,6 +51,8 @@ def _name(value: object) -> str:
 def _is_known_by_name(value: object) -> bool:
     if isinstance(value, _PLAIN):
         return True
+    if isinstance(value, Spread):  # its name is free
+        return is_builtin_score(value)
     if not is_builtin(value) or isinstance(value, RunProtocol) or not is_dataclass(value):
         return False
     return all(_is_known_by_name(getattr(value, one.name)) for one in fields(value))
