@@ -73,7 +73,7 @@ def test_a_foreign_line_is_named(bad: str, tmp_path: Path) -> None:
     write([one()], path)
     with path.open("a") as file:
         file.write(bad + "\n")
-    with pytest.raises(ValueError, match=r"records.jsonl` .* line 2"):
+    with pytest.raises(ValueError, match=r"line 2 of .*records.jsonl"):
         read(path)
     extra = tmp_path / "extra.jsonl"
     extra.write_text(json.dumps({**dataclasses.asdict(one()), "flavour": 1}) + "\n")
