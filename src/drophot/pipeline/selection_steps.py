@@ -195,7 +195,7 @@ def _warn_of_empty_classes(config: RunConfig, indices: Tensor) -> None:
 
 def checked_positions(config: RunConfig, indices: object) -> Tensor:
     """The positions of the kept samples, which a user may have replaced, as int64 on the CPU."""
-    found = torch.from_numpy(as_indices("indices", indices, config.num_samples))
+    found = torch.as_tensor(as_indices("indices", indices, config.num_samples))
     samples_while_training = config.selector is None and not config.keeps_all
     if samples_while_training and len(found) != config.num_samples:
         raise ValueError(
