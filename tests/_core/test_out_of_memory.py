@@ -63,7 +63,7 @@ def test_what_runs_out_of_memory_is_computed_once_more_alone(
     with caplog.at_level(logging.WARNING, logger="drophot"):
         found = tiny(fit=hungry).run(tmp_path / "store", pool)
     assert of_any_fit(found) == of_any_fit(tiny().run(tmp_path / "here"))
-    messages = [m for m in caplog.messages if "ran out of memory: once more, alone" in m]
+    messages = [m for m in caplog.messages if "ran out of memory" in m and "alone" in m]
     assert len(messages) == 4
     assert all(m.startswith("train-seed") for m in messages)
     done = hungry.done()
@@ -82,7 +82,7 @@ def test_what_runs_out_of_memory_twice_is_an_error(
     store = tmp_path / "store"
     with pytest.raises(RuntimeError, match="allocate memory") as caught:
         tiny(fit=Hungry(tmp_path, 2)).run(store, pool if kind == "processes" else Plain())
-    assert "This happened in the stage train-seed" in caught.value.__notes__[0]
+    assert "train-seed" in caught.value.__notes__[0]
     kept = stamps(store)
     assert any(name.startswith("score") for name in kept)
     (tmp_path / "fed").touch()
