@@ -105,7 +105,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(found: Any) -> None:
         assert re.search("RuntimeError.*`sync`.* 1 samples", errors["unsynced"])
         assert errors["scores"] == str([int(i == number) for i in range(10)]), "its own view"
         assert re.search(
-            "`targets`.*sample 4 with target 1.* 0 .*IndexedDataset", errors["targets"]
+            "`targets`.*sample 4 with target (0.* 1|1.* 0) .*IndexedDataset", errors["targets"]
         )
         assert errors["targets left"] == str([0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
         assert re.search(r"num_samples.*\[10, 11", errors["sizes"])
