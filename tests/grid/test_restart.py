@@ -65,7 +65,8 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore::UserWarning", __file__, str(tmp_path / "killed")]
     file = tmp_path / "killed" / "checkpoint.pt"
     for _ in range(40):
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env={**os.environ, **paths})
         before = file.stat().st_mtime_ns if file.exists() else 0
         while process.poll() is None and (
             not file.exists() or file.stat().st_mtime_ns == before
