@@ -16,7 +16,7 @@ torch.manual_seed(0)  # what the test files draw when they are imported
 torch.set_num_threads(1)  # the networks here are so small that threads wait for each other
 
 
-# A script in a subfolder, run in a process of its own, finds this file and the helpers too.
+# A script in a subfolder, run in a separate process, finds this file and the helpers too.
 PATHS = [Path(__file__).parent, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 

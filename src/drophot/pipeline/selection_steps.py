@@ -196,8 +196,7 @@ def _warn_of_empty_classes(config: RunConfig, indices: Tensor) -> None:
 def checked_positions(config: RunConfig, indices: object) -> Tensor:
     """The positions of the kept samples, which a user may have replaced, as int64 on the CPU."""
     found = torch.as_tensor(as_indices("indices", indices, config.num_samples))
-    samples_while_training = config.selector is None and not config.keeps_all
-    if samples_while_training and len(found) != config.num_samples:
+    if _selects_while_training(config) and len(found) != config.num_samples:
         raise ValueError(
             f"`indices` must hold all {config.num_samples} positions, from which mode "
             f"{name_of(config.settings.mode)!r} selects while it trains, got {len(found)}. To "
@@ -217,9 +216,9 @@ def train(config: RunConfig, indices: Tensor) -> TrainedModel:
         epochs, steps = settings.train_epochs, 0
         if settings.equal_steps:
             whole = epochs * ceil(config.num_samples / settings.batch_size)
-            kept = config.num_kept if config.selector is None else len(indices)
+            kept = config.num_kept if _selects_while_training(config) else len(indices)
             epochs, steps = divmod(whole, ceil(kept / settings.batch_size))
-        if config.selector is None and not config.keeps_all:
+        if _selects_while_training(config):
             loader, on_batch = _loader(config, model)
             steps_an_epoch = ceil(config.num_kept / settings.batch_size)
             every = BatchLoader(loader, steps_an_epoch)
@@ -236,6 +235,10 @@ def train(config: RunConfig, indices: Tensor) -> TrainedModel:
                     step.fit(model, _subset(config, indices[some]), 1, optimizer)
         accuracy = evaluate(model, config.test_set)
     return TrainedModel(model=model, accuracy=accuracy, seconds=step.seconds)
+
+
+def _selects_while_training(config: RunConfig) -> bool:
+    return config.selector is None and not config.keeps_all
 
 
 def _baseline_mode(config: RunConfig, model: nn.Module) -> AbstractContextManager[None]:
