@@ -196,7 +196,7 @@ def test_paper_grid_refuses_images_that_a_network_does_not_take(stops: Stops) ->
     for wrong in (("--model", "lenet", "--data", "cifar10"), ("--model", "resnet18")):
         code, said = stops("paper_grid.py", *wrong)
         assert code == 2
-        assert "does not take the images of --data" in said
+        assert f"--model {wrong[1]} cannot be trained on --data" in said
 
 
 @pytest.mark.parametrize(
