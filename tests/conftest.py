@@ -1,5 +1,6 @@
 """What all tests share: one thread each, and the real data where it is."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -8,12 +9,18 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from helpers.processes import PRELOADED
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 torch.manual_seed(0)  # what the test files draw when they are imported
 torch.set_num_threads(1)  # the networks here are so small that threads wait for each other
+
+
+# Processes are forked from one that has imported these: data workers, and helpers/processes.py.
+if "forkserver" in multiprocessing.get_all_start_methods():
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 # A script in a subfolder, run in a separate process, finds this file and the helpers too.

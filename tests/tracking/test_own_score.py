@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
 from helpers.one_process import assert_same
-from helpers.own_score import Batch, C, Entropy, N, Power, batches, tracker
+from helpers.own_score import Batch, C, Entropy, N, Power, batches, main, tracker
+from helpers.processes import ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -199,7 +199,7 @@ def test_watch_attach_and_observe_include_them() -> None:
 
 
 def test_ranks_equal_one_process_that_saw_everything(tmp_path: Path) -> None:
-    torchrun(2, ROOT / "tests" / "helpers" / "own_score.py", str(tmp_path), folder=tmp_path)
+    ranks(2, main, tmp_path, folder=tmp_path)
     expected = tracker()
     for epoch in range(3):
         for rank in range(2):
