@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import TEST, drop_hot, points, small
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Adam
@@ -174,6 +174,7 @@ def test_no_scores_where_none_are_needed(tmp_path: Path) -> None:
     ]
 
 
+@settings(max_examples=25)
 @given(
     st.sets(st.sampled_from([0.2, 0.3, 0.5]), min_size=1),
     st.sets(st.sampled_from(["low", "high", "random"]), min_size=1),

@@ -8,16 +8,17 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import processes
 from helpers.runs import drop_hot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +32,6 @@ from drophot.pipeline.provenance import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 
-COMMAND = [sys.executable, "-c", "import test_store; test_store.main()"]
 STAGES = 1 + 4 + 10
 
 
@@ -67,23 +67,19 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     return grid().run(tmp_path_factory.mktemp("uninterrupted"))
 
 
-def begin(store: Path, workers: int, pause: float = 0.0) -> subprocess.Popen[bytes]:
+def begin(store: Path, workers: int, pause: float = 0.0) -> BaseProcess:
     """The grid in a process of its own, in a process group of its own."""
-    environment = {
-        "DROPHOT_TEST_LOG": str(store) + ".log",
-        "DROPHOT_TEST_PAUSE": str(pause),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    # To a file: the workers of a driver that was killed hold its pipes open.
-    with Path(str(store) + ".errors").open("ab") as errors:
-        return subprocess.Popen(
-            [*COMMAND, str(store), str(workers)],
-            env={**os.environ, **environment},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
+    environment = {"DROPHOT_TEST_LOG": str(store) + ".log", "DROPHOT_TEST_PAUSE": str(pause)}
+    output = Path(str(store) + ".errors")
+    return processes.begin(
+        main, store, workers, folder=store.parent, output=output, environment=environment
+    )
+
+
+def ended(process: BaseProcess, seconds: float = 120) -> int | None:
+    """The exit code, which is None if the process is still running."""
+    process.join(seconds)
+    return process.exitcode
 
 
 def errors(store: Path) -> str:
@@ -100,9 +96,9 @@ def finished(store: Path) -> list[Path]:
     return [path for path in store.glob("stages/*") if path.suffix != ".tmp"]
 
 
-def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition: Any, process: BaseProcess) -> None:
     end = time.monotonic() + 120
-    while not condition() and process.poll() is None:
+    while not condition() and process.exitcode is None:
         assert time.monotonic() < end, "it never came that far"
         time.sleep(0.005)
 
@@ -131,19 +127,19 @@ def test_kill_9_twice_in_a_row(
 
             wait_for(came_so_far, process)
             time.sleep(chance.random() * 0.1)
-            assert process.poll() is None, "it was to be killed before its end"
+            assert process.exitcode is None, "it was to be killed before its end"
             if whom == "all":
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 process.kill()
-            process.wait()
+            process.join()
             done.append(len(finished(store)))
         if whom == "all":
             before = {path: path.stat().st_mtime_ns for path in finished(store)}
         else:
             before = {}
         process = begin(store, workers)
-        assert process.wait(120) == 0, errors(store)
+        assert ended(process) == 0, errors(store)
         assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing twice"
     finally:
         for group in groups:
@@ -262,13 +258,10 @@ def test_a_file_that_vanishes_as_it_is_written_is_written_again(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_stops_cleanly(workers: int, tmp_path: Path, wanted: list[Record]) -> None:
     store = tmp_path / "store"
-    # A shell has its background jobs ignore the signal, and what they start inherits that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = begin(store, workers, pause=0.2)
-    signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(finished(store)) >= 3, process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) != 0
+    assert ended(process, 60) not in (0, None)
     said = errors(store)
     assert "KeyboardInterrupt" in said
     assert f"Finished stages are in {store}. The same call resumes from there." in said
@@ -385,9 +378,8 @@ def test_damage_while_it_runs_is_an_error_and_nothing_is_lost(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_processes_on_one_store(workers: int, tmp_path: Path, wanted: list[Record]) -> None:
     store = tmp_path / "store"
-    processes = [begin(store, workers, pause=0.05) for _ in range(2)]
-    for process in processes:
-        assert process.wait(120) == 0, errors(store)
+    for process in [begin(store, workers, pause=0.05) for _ in range(2)]:
+        assert ended(process) == 0, errors(store)
     assert records.read(store / "records.jsonl") == wanted
     assert grid().run(store) == wanted
     assert list(store.rglob("*.tmp")) == []
@@ -608,9 +600,7 @@ def test_digests_differ(tensors: list[torch.Tensor]) -> None:
     assert digests.digest(tensors) == digests.digest([t.clone() for t in tensors])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    store, workers = Path(sys.argv[1]), int(sys.argv[2])
+def main(store: Path, workers: int) -> None:
     if workers == 0:
         grid().run(store)
         return

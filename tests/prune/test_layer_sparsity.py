@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import references
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -73,6 +73,7 @@ def test_lamp_scores_are_the_papers(layers: list[list[int]], seed: int) -> None:
         )
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.sampled_from([0.1, 0.5, 0.8, 0.95]))
 def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) -> None:
     model = network(seed)
@@ -131,6 +132,7 @@ def test_lamp_does_not_look_at_the_scale_of_a_layer(scale: float) -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp"])
+@settings(max_examples=30)
 @given(ratio=ratios, seed=st.integers(0, 50))
 def test_every_budget_is_exact_and_takes_the_least_of_each_layer(
     scope: str, ratio: float, seed: int
@@ -196,6 +198,7 @@ def test_a_global_ranking_empties_a_layer_unless_told_not_to() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "lamp"])
+@settings(max_examples=30)
 @given(
     ratio=st.floats(0, 0.99),
     share=st.floats(0.001, 0.99),

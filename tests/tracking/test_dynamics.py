@@ -50,6 +50,7 @@ def expected(history: list[tuple[Tensor, Tensor]]) -> dict[str, np.ndarray]:
     return {name: np.array([row[name] for row in rows]) for name in STATISTICS}
 
 
+@settings(max_examples=30)
 @given(histories)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_each_statistic_is_its_papers_formula(dtype: torch.dtype, history: Any) -> None:
@@ -61,6 +62,7 @@ def test_each_statistic_is_its_papers_formula(dtype: torch.dtype, history: Any) 
         np.testing.assert_allclose(found, values, rtol=2e-5, atol=2e-5)
 
 
+@settings(max_examples=30)
 @given(histories)
 def test_forgetting_is_that_of_the_plain_tracker(history: Any) -> None:
     tracker, plain = DynamicsTracker(N), ForgettingTracker(N)
@@ -78,6 +80,7 @@ def test_forgetting_is_that_of_the_plain_tracker(history: Any) -> None:
         assert torch.equal(getattr(tracker, name), getattr(plain, name))
 
 
+@settings(max_examples=30)
 @given(histories)
 def test_one_batch_or_many_give_the_same(history: Any) -> None:
     seen = batches(history)
