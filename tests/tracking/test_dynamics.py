@@ -160,7 +160,7 @@ def test_a_sample_never_presented_is_nan_and_select_says_so() -> None:
 def test_a_settled_mean_still_moves() -> None:
     """Steps below half of a float32's last bit would be lost, and the mean stay where it was."""
     tracker, index, targets = DynamicsTracker(2), torch.arange(2), torch.zeros(2, dtype=torch.int64)
-    shown = [10.0] * 500 + [10.01] * 9_500
+    shown = [10.0] * 500 + [10.01] * 4_000
     for margin in shown:
         logits = torch.tensor([[margin, 0.0], [1000 * margin, 0.0]])
         tracker.update(index, logits, targets)
