@@ -6,10 +6,7 @@ share nothing with the one that starts them either: the server ran nothing of a 
 
 import multiprocessing
 import os
-import runpy
 import signal
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -24,15 +21,17 @@ def begin(
     *arguments: Any,
     folder: Path,
     output: Path,
+    errors: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> BaseProcess:
     """Call a function in another process, in a process group of its own.
 
-    What it prints is appended to the file `output`.
+    What it prints is appended to the file `output`, errors too if they have no file of their own.
     """
+    files = str(output), str(errors or output)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     process = multiprocessing.get_context("forkserver").Process(
-        target=_call, args=(function, arguments, str(folder), str(output), variables)
+        target=_call, args=(function, arguments, str(folder), files, variables)
     )
     process.start()
     return process
@@ -42,7 +41,7 @@ def _call(
     function: Callable[..., object],
     arguments: tuple[Any, ...],
     folder: str,
-    output: str,
+    files: tuple[str, str],
     variables: dict[str, str],
 ) -> None:
     import torch
@@ -52,35 +51,24 @@ def _call(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for descriptor in (1, 2):
-        os.dup2(file, descriptor)
+    for descriptor, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     torch.set_num_threads(1)
     function(*arguments)
-    sys.stdout.flush()
 
 
-def finish(*processes: BaseProcess, output: Path) -> None:
+def finish(*processes: BaseProcess, errors: Path) -> None:
     """Wait until all processes have ended well. If one fails, the others are killed."""
+    running = list(processes)
     try:
-        while running := [process for process in processes if process.exitcode is None]:
+        while running:
             wait([process.sentinel for process in running])
-            assert not any(process.exitcode for process in processes), output.read_text()
+            running = [process for process in running if process.exitcode is None]
+            assert not any(process.exitcode for process in processes), errors.read_text()
     finally:
-        for process in processes:
+        for process in running:
             process.kill()
             process.join()
-    assert not any(process.exitcode for process in processes), output.read_text()
-
-
-def run_script(path: str, arguments: tuple[str, ...], errors: str | None) -> None:
-    """Run a script as `python -W errors path *arguments` does."""
-    if errors is not None:
-        sys.warnoptions.append(errors)  # for the processes that it spawns
-        warnings.filterwarnings("error", category=getattr(__import__("builtins"), errors))
-    sys.argv = [path, *arguments]
-    sys.path.insert(0, str(Path(path).parent))
-    runpy.run_path(path, run_name="__main__")
 
 
 def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: Path) -> None:
@@ -97,6 +85,8 @@ def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: 
         "MASTER_PORT": str(store.port),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "tests",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
@@ -110,4 +100,4 @@ def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: 
         )
         for rank in range(count)
     ]
-    finish(*started, output=output)
+    finish(*started, errors=output)
