@@ -3,34 +3,19 @@
 import re
 import runpy
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import ROOT, torchrun
-from helpers import processes
+from helpers.processes import run_script
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def run(name: str, *arguments: str, folder: Path) -> str:
-    """What an example prints in a process of its own, with `-W error::UserWarning`."""
-    with TemporaryDirectory() as other:
-        files = {kind: Path(other) / kind for kind in ("output", "errors")}
-        process = processes.begin(as_main, name, arguments, folder=folder, **files)
-        processes.finish(process, errors=files["errors"])
-        return files["output"].read_text()
-
-
-def as_main(name: str, arguments: tuple[str, ...]) -> None:
-    script = str(ROOT / "examples" / name)
-    warnings.filterwarnings("error", category=UserWarning)
-    sys.warnoptions.append("error::UserWarning")  # which the processes that it spawns get
-    sys.argv = [script, *arguments]
-    sys.path.insert(0, str(ROOT / "examples"))
-    runpy.run_path(script, run_name="__main__")
+    script = ROOT / "examples" / name
+    return run_script(script, *arguments, folder=folder, filters=["error::UserWarning"])
 
 
 Stops = Callable[..., tuple[int | str | None, str]]

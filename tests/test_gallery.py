@@ -1,11 +1,11 @@
-"""The gallery's examples, each in a folder of its own, with warnings as errors."""
+"""The gallery's examples, each run by itself, with warnings as errors."""
 
 import ast
-import runpy
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers.processes import run_script
 
 GALLERY = sorted((ROOT / "docs" / "gallery").glob("*.py"))
 
@@ -21,14 +21,9 @@ def test_an_example_ends_in_asserts(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", GALLERY, ids=lambda path: path.stem)
-@pytest.mark.filterwarnings("ignore:FigureCanvasAgg")
 def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for extra in ("matplotlib", "scipy", "sklearn"):
         pytest.importorskip(extra)
-    import matplotlib.pyplot as plt
-
-    plt.switch_backend("Agg")
-    monkeypatch.chdir(tmp_path)
-    runpy.run_path(str(path), run_name="__main__")
-    plt.close("all")
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    run_script(path, folder=tmp_path, filters=["error", "ignore:FigureCanvasAgg"])
     assert not list(tmp_path.iterdir()), "nothing is left behind"

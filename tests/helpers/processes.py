@@ -4,13 +4,19 @@
 share nothing with the one that starts them either: the server ran nothing of a test.
 """
 
+import builtins
 import multiprocessing
 import os
+import re
+import runpy
 import signal
-from collections.abc import Callable, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 PRELOADED = ["torch", "torch._dynamo", "torchvision", "hypothesis", "pytest", "drophot.grid"]
@@ -69,6 +75,28 @@ def finish(*processes: BaseProcess, errors: Path) -> None:
         for process in running:
             process.kill()
             process.join()
+
+
+def run_script(script: Path, *arguments: str, folder: Path, filters: Sequence[str]) -> str:
+    """What a script prints that is run with the options `-W` of these filters."""
+    with TemporaryDirectory() as other:
+        output, errors = Path(other) / "output", Path(other) / "errors"
+        process = begin(
+            _as_main, str(script), arguments, filters, folder=folder, output=output, errors=errors
+        )
+        finish(process, errors=errors)
+        return output.read_text()
+
+
+def _as_main(script: str, arguments: tuple[str, ...], filters: Sequence[str]) -> None:
+    for option in filters:
+        action, message, category = (option + "::").split(":")[:3]
+        kind = getattr(builtins, category or "Warning")
+        warnings.filterwarnings(action, re.escape(message), kind)
+        sys.warnoptions.append(option)  # which the processes that the script spawns get
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
 
 
 def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: Path) -> None:
