@@ -23,8 +23,10 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
-def name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any], object]:
-    """A check for one of some short names, or an object that has a name."""
+def name_or_object(
+    choices: tuple[str, ...], objects: str, *, reserved: str
+) -> Callable[[str, Any], object]:
+    """A check for one of some short names, or an object with another name than these."""
 
     def check(name: str, value: Any) -> object:
         if isinstance(value, str) and value in choices:
@@ -39,7 +41,7 @@ def name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any
                 f"`{name}` has the name {called!r}, which file names cannot contain. Use letters, "
                 f"digits, '.', '_' and '-' only."
             )
-        if called in (*choices, "baseline") and not is_builtin(value):
+        if called in (*choices, reserved) and not is_builtin(value):
             raise ValueError(
                 f"`{name}` has the name {called!r}, which the library uses itself. Give your "
                 f"object another name, so that records tell the two apart."

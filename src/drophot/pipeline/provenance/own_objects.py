@@ -6,9 +6,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from drophot._core.setting_checks import is_builtin
+from drophot.pipeline.protocol import RunProtocol
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.fingerprints import describe
-from drophot.pipeline.released_protocol import RunProtocol
 from drophot.settings import SETTINGS, Settings
 from drophot.tracking.statistics import Spread, is_builtin_score
 
