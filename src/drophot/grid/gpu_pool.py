@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 
@@ -100,7 +101,12 @@ def _names(gpus: Iterable[int] | None) -> list[str]:
     visible = [name.strip() for name in os.environ.get(_VISIBLE, "").split(",")]
     if len(visible) == count and all(name.startswith("MIG-") for name in visible):
         return [visible[number] for number in numbers]
-    return [f"GPU-{torch.cuda.get_device_properties(number).uuid}" for number in numbers]
+    return [f"GPU-{_uuid(number)}" for number in numbers]
+
+
+def _uuid(number: int) -> str:
+    properties: Any = torch.cuda.get_device_properties(number)  # pyright: ignore[reportUnknownMemberType]
+    return str(properties.uuid)
 
 
 def _service() -> Path:
