@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
 
 import torch
 
@@ -105,8 +104,8 @@ def _names(gpus: Iterable[int] | None) -> list[str]:
 
 
 def _uuid(number: int) -> str:
-    properties: Any = torch.cuda.get_device_properties(number)  # pyright: ignore[reportUnknownMemberType]
-    return str(properties.uuid)
+    # torch has no type for the properties of a device.
+    return str(torch.cuda.get_device_properties(number).uuid)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]  # noqa: E501
 
 
 def _service() -> Path:
