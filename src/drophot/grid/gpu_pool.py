@@ -105,7 +105,7 @@ def _names(gpus: Iterable[int] | None) -> list[str]:
 
 def _uuid(number: int) -> str:
     # torch has no type for the properties of a device.
-    return str(torch.cuda.get_device_properties(number).uuid)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]  # noqa: E501
+    return str(torch.cuda.get_device_properties(number).uuid)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
 
 
 def _service() -> Path:
