@@ -315,7 +315,7 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 
 def by_drophot(model: nn.Module, ratio: float, example: Any) -> dict[str, str]:
-    """Prune, and return the reasons of the layers that kept all channels."""
+    """Prune, and give the reasons of layers that are whole."""
     return dict(import_module("drophot.structured").prune_channels(model, ratio, example).whole)
 
 
