@@ -37,7 +37,7 @@ def can_be_captured(model: nn.Module, optimizer: Optimizer, loss: Loss | None) -
 
 
 def is_torch_optimizer(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is of one of torch's own classes, not of a user's subclass."""
+    """Whether an optimizer is one of torch's own classes, and not a subclass by a user."""
     return type(optimizer).__module__.startswith("torch.optim.")
 
 

@@ -30,7 +30,7 @@ def fast_step(
 ) -> Iterator[Step]:
     """A training step: `step(inputs, targets)` updates the model and returns the logits.
 
-    `step(inputs, targets, weights)` minimizes the mean of the losses times the weights `(B,)`.
+    `step(inputs, targets, weights)` minimises the mean of the losses times the weights `(B,)`.
 
     torch's own optimizers update all parameters in one call (`fused`). On a GPU the step is
     captured as a CUDA graph. Logits and targets that do not match are refused before a weight
@@ -122,8 +122,8 @@ def fast_forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], T
     dtype = torch.get_autocast_dtype(device.type)
 
     def mixed(inputs: Tensor) -> Tensor:
-        # A surrounding autocast caches the cast weights until it ends, so the next step would not
-        # see this step's update.
+        # A surrounding autocast caches the cast weights until it ends: without an autocast of its
+        # own, the next step would not see what this one has learned.
         with torch.autocast(device.type, dtype, cache_enabled=False):
             return forward(inputs)
 
@@ -168,7 +168,7 @@ _COUNTERS = {"step", "mu_product"}  # kept on the CPU by optimizers that are not
 
 
 def _move_counters_to_cpu(optimizer: Optimizer) -> None:
-    """Move the counters of optimizers that are not capturable back to the CPU."""
+    """Put counters where optimizers that are not capturable keep them and read them."""
     for group in optimizer.param_groups:
         if not group.get("capturable") and not group.get("fused"):
             for state in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
