@@ -19,8 +19,8 @@ class Record:
     """The result of one run of the five steps.
 
     Accuracies are on the test set, in [0, 1], each after the last epoch of its step, never after
-    the best one. Two records are equal if they agree in everything except their
-    seconds. `pandas.DataFrame(records)` has one row per record.
+    the best one. Two records are equal if everything but their seconds is equal.
+    `pandas.DataFrame(records)` gives a row for each.
 
     Example:
         >>> from functools import partial
@@ -53,13 +53,13 @@ class Record:
     seed: int
     """The seed of initialization, order and ties."""
     trained_accuracy: float
-    """The accuracy after training on the coreset, before pruning."""
+    """After training on the coreset, before pruning."""
     pruned_accuracy: float
-    """The accuracy right after pruning; with a schedule, right after its first pruning."""
+    """Right after pruning; with a schedule, right after its first pruning."""
     finetuned_accuracy: float
-    """The accuracy after fine-tuning on the full training set: the last entry of the curve."""
+    """After fine-tuning on the full training set: the last entry of the curve."""
     finetune_curve: tuple[float, ...]
-    """The accuracy after each epoch of fine-tuning."""
+    """After each epoch of fine-tuning."""
     sparsity: float
     """The share of prunable weights that are zero or removed after fine-tuning, as counted in the
     network. Matrices that are not prunable do not count; `DropHot` warns if they hold more than 1 %
