@@ -49,11 +49,10 @@ class DropHot:
     4. `prune`: remove the weights of least magnitude.
     5. `finetune`: continue training on the full training set with removed weights held at zero.
 
-    `run` takes all five steps. If you call them one by one, each leaves its result on the object:
-    `tracker`, `scorer` and `scores`, `indices`, `model`, `masks`, `record`. You can replace these
-    between the steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. The
-    settings can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with
-    others.
+    `run` takes all five. Called one by one, each step leaves its result on the object: `tracker`,
+    `scorer` and `scores`, `indices`, `model`, `masks`, `record`. You can replace these between the
+    steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. The settings
+    can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with others.
 
     One seed gives one record on one machine and leaves the global random state as it was. Models
     that differ in mode or ratio start from the same weights for the same seed, so that they can be
