@@ -1,4 +1,4 @@
-"""The settings of a run, each declared once with everything that the library needs to know of it.
+"""The settings of a run, each declared once with everything that the library needs to know.
 
 A field of :class:`Settings` is the only declaration of a setting. Its metadata, a :class:`Setting`,
 says how a value is checked, which stages of a grid depend on it, how a grid varies it, and where
@@ -108,8 +108,8 @@ class Settings:
 
     Args:
         data_ratio: The share of training samples **kept**, in (0, 1].
-        mode: How these are chosen. `"high"` keeps the samples that are forgotten most, `"low"`
-            those that are forgotten least, and `"random"` a random subset.
+        mode: How these are chosen. `"high"` keeps the samples that are forgotten most often,
+            `"low"` those that are forgotten least often, and `"random"` a random subset.
             :class:`drophot.Stratified` covers all scores and :class:`drophot.Scored` uses another
             score or chooses class by class. `"k_center"` and `"facility_location"` choose by the
             features of step 1's network. `"crest"`, `"fresh_subset"` and `"loss_sampling"` choose
@@ -119,8 +119,8 @@ class Settings:
             :func:`drophot.magnitude_prune`. A warning is given if they are not nearly all of the
             matrix weights.
         forgetting: When a sample counts as forgotten. `"paper"` evaluates the model after each
-            epoch, and a sample that was never right scores 0. `"toneva"` uses the logits of the
-            training batches, without an extra pass, and a sample that was never right is the
+            epoch, and a sample that was never correct scores 0. `"toneva"` uses the logits of the
+            training batches, without an extra pass, and a sample that was never correct is the
             hardest.
         protocol: `"paper"` follows the paper's text and `"released"` its released code, with all
             its faults. `"released-scores"`, `"released-masks"` and `"released-baseline"` have one
@@ -128,8 +128,8 @@ class Settings:
             :mod:`drophot.pipeline.released_protocol`.
         equal_steps: Train on the coreset for as many steps as `train_epochs` epochs of the full
             training set take.
-        reinitialize: Fine-tune the pruned network from new random weights: what the mask is worth
-            without the weights that it was found with.
+        reinitialize: Fine-tune the pruned network from new random weights, which shows the value of
+            the mask without the weights that it was found with.
         rewind: Fine-tune the pruned network from the weights that step 3 started with, as in the
             lottery ticket hypothesis.
         recalibrate_bn: Recompute the statistics of BatchNorm after pruning.
@@ -142,13 +142,13 @@ class Settings:
         structured: Remove channels instead of weights: see :mod:`drophot.structured`.
         importance: A function that gives each weight its importance, for
             :func:`drophot.magnitude_prune` or, with `structured`, for
-            :func:`drophot.structured.prune_channels`. The least important are removed. `None` is
-            the magnitude.
+            :func:`drophot.structured.prune_channels`. The least important are removed. `None` ranks
+            by magnitude.
         score_epochs: Epochs of step 1, on the full training set.
         train_epochs: Epochs of step 3, on the coreset.
         finetune_epochs: Epochs of step 5, on the full training set.
-        batch_size: Samples a step.
-        seed: Of initialization, order and ties; not negative.
+        batch_size: Samples per step.
+        seed: The seed of initialization, order and ties; not negative.
 
     Raises:
         TypeError: If a value is of the wrong kind.

@@ -12,7 +12,7 @@ from torch import Tensor
 from drophot._core.arrays import IntArray, as_integers
 from drophot._core.seeded_draw import splitmix64
 
-# Of scores (N,), a size, a seed and the samples' positions: the positions drawn, in any order.
+# Takes scores (N,), a size, a seed and the samples' positions; returns the positions drawn.
 Draw = Callable[[Tensor, int, int, IntArray | None], IntArray]
 
 

@@ -127,7 +127,7 @@ def _select_by(
     part: IntArray | None,
     seed: int,
 ) -> Tensor:
-    """The selection of a selector that is not built in, made of what `select` knows."""
+    """The selection of a user's selector, which receives the evidence that `select` has."""
     classes = None if targets is None else torch.from_numpy(check_targets(targets, len(scores)))
     if part is not None:
         indices = torch.from_numpy(part)

@@ -1,4 +1,4 @@
-"""The interface of selectors, and the checks of what goes in and comes out."""
+"""The interface of selectors, and the checks of their evidence and results."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def check_evidence(selector: Selector, evidence: Evidence, hint: str = "") -> No
 
 
 def checked_indices(selector: Selector, indices: Any, ratio: float, num_samples: int) -> Tensor:
-    """What a selector returned, in ascending order on the CPU, checked to be a valid selection."""
+    """The result of a selector, in ascending order on the CPU, checked to be a valid selection."""
     name = f"Selector {selector.name!r}"
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
         found = type(indices).__name__

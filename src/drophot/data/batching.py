@@ -1,4 +1,4 @@
-"""The batches of a dataset on a device, from tensors that are there or read sample by sample."""
+"""The batches of a dataset on a device, gathered from tensors or read sample by sample."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _rows(tensor: Tensor, positions: Tensor) -> Tensor:
 
 
 def _peek(generator: torch.Generator) -> int:
-    """The next number of a generator, which it still has to draw."""
+    """The number that a generator would draw next, without drawing it."""
     copy = torch.Generator()
     copy.set_state(generator.get_state())
     return int(torch.randint(2**31, (), generator=copy))

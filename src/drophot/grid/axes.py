@@ -79,7 +79,7 @@ def checked_axes(
     """Check the values of each axis, and that a run can combine them.
 
     Raises:
-        TypeError: If a list is not one, or a value is of the wrong kind.
+        TypeError: If an argument is not a list, or a value is of the wrong kind.
         ValueError: If a list is empty, holds a value twice or one that is out of range, or two
             values cannot be combined.
     """
@@ -89,7 +89,7 @@ def checked_axes(
                 f"`pipeline` must leave its controls to the grid, got {name}={value!r}. Pass "
                 f"controls=[{control!r}] to the grid, which compares it with the run without."
             )
-    # Each value is tried with others that go with everything; combinations are tried below.
+    # Each value is tried with others that fit any value; combinations are tried below.
     neutral = pipeline.replace(mode="random", data_ratio=1.0)
     ratios = _checked("data_ratios", data_ratios, neutral)
     axes = Axes(

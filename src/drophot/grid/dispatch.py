@@ -59,8 +59,8 @@ def send(
     Raises:
         Exception: The first error of a stage, after all other stages that can be computed. Its
             notes name every failed stage. An error that every stage would meet is raised
-            immediately: a full disk, a broken pool, a `fit` that does not call back. Stages that
-            have not started are cancelled then.
+            immediately: a full disk, a broken pool, a `fit` that does not call its callbacks.
+            Stages that have not started are cancelled then.
     """
     if executor is None:
         executor, limit = _SameProcess(), 1

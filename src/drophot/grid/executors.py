@@ -41,12 +41,12 @@ class Executor(Protocol):
 
 
 def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads: int) -> None:
-    """Refuse an object that is no executor, and a run that cannot be sent to its workers.
+    """Refuse an object that is not an executor, and a run that cannot be sent to its workers.
 
     Args:
         executor: Computes the stages.
         config: The run of the stages.
-        modes: Those of its cells.
+        modes: The modes of its cells.
         threads: The number of threads of each stage.
 
     Raises:
@@ -179,7 +179,7 @@ def why_none_started(executor: Executor) -> str:
             if "__main__" not in file.read_text():
                 guard += "It has no such line. "
     return (
-        f"No stage had started, because the workers did not come up. {guard}See what they printed. "
+        f"No stage had started, because the workers could not start. {guard}See their output. "
         f"Operating systems also kill processes when memory runs out; if so, use fewer workers."
     )
 

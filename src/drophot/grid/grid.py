@@ -141,7 +141,7 @@ class Grid:
                 the executor forks and `threads` is above 1 or the grid is on CUDA.
             TypeError: If `executor` has no `submit`, or the factory of the model or the optimizer,
                 `fit`, a dataset or an object among the settings cannot be sent to a worker.
-            RuntimeError: If your own `fit` does not call back. No other stage is tried then.
+            RuntimeError: If your own `fit` does not call its callbacks; no other stage is tried.
             ImportError: If `progress` is set and tqdm is not installed.
             OSError: If the disk is full. The results in the store stay intact.
         """

@@ -89,9 +89,9 @@ class Cost:
     """The cost of some stages."""
 
     seconds: float | None
-    """On one worker, if it is known."""
+    """Seconds on one worker, if known."""
     bytes: int
-    """In the store."""
+    """Bytes in the store."""
     memory: int
     """The bytes that each worker needs, without the data."""
 

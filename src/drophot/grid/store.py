@@ -1,4 +1,4 @@
-"""The folder of a grid, whose files are complete and checked, whatever process is killed.
+"""The folder of a grid, whose files stay complete and checked even if processes are killed.
 
     STORE/grid.json       the configuration, to read and to compare
     STORE/records.jsonl   a record in each line, in the order in which they were computed

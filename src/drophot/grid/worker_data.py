@@ -27,7 +27,7 @@ class StoredDataset(Dataset[Any]):
     path: Path
     name: str
     digest: str
-    """That of the data; a file with other data has another one."""
+    """The digest of the data."""
 
 
 def tensors_of(config: RunConfig) -> dict[str, tuple[Tensor, ...]]:

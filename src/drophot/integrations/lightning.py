@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOW_TO_RETURN_LOGITS = (
     'Return them from `training_step`: `return {"loss": loss, "logits": logits}`. If they have '
-    "another name, say so: `TrackerCallback(tracker, logits=lambda outputs: ...)`"
+    "another name, pass `TrackerCallback(tracker, logits=lambda outputs: ...)`"
 )
 
 
@@ -45,7 +45,7 @@ class TrackerCallback(Callback):
     The batch must contain its samples' index, from an :class:`drophot.IndexedDataset`: last in a
     tuple, or as `"index"` in a dict. The index and the targets are read before the step, which may
     change the batch. A step that returns None skips its batch, also for the tracker. The pass in
-    which `StochasticWeightAveraging` only updates the statistics of batch norm is not counted.
+    which `StochasticWeightAveraging` only updates the statistics of BatchNorm is not counted.
 
     Ranks are merged by `sync` at the end of every training epoch and before a checkpoint is saved.
     The tracker's state is saved in the Trainer's checkpoints, and `fit(ckpt_path=...)` restores it.
@@ -167,7 +167,7 @@ class TrackerCallback(Callback):
         """Called by Lightning after each training batch."""
         (before, taken), self._taken = self._taken, (None, None)
         if getattr(trainer.fit_loop, "_skip_backward", False):
-            # StochasticWeightAveraging updates the statistics of batch norm without training.
+            # StochasticWeightAveraging updates the statistics of BatchNorm without training.
             self._presentations_before = None
             return
         if not outputs or batch is None:  # `outputs` is {} if the step returned None

@@ -284,7 +284,7 @@ class TrackerMixin(_Base):
         return inputs
 
     def _remember(self, batch: Any) -> None:
-        """Remember the tensors that a batch is recognised by, and its labels."""
+        """Remember the tensors that a batch is recognized by, and its labels."""
         rest, labels = self._without_labels(batch)
         self._tensors += tensors(rest)
         self._label_tensors += tensors(labels)

@@ -1,4 +1,4 @@
-"""What a run is asked to do, frozen and checked: settings, factories, data, training loop."""
+"""The frozen, checked configuration of a run: settings, factories, data and training loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OptimizerFactory = Callable[[Iterator[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments(Settings):
-    """The arguments of :class:`drophot.DropHot`: the settings, and what a run is made of."""
+    """The arguments of :class:`drophot.DropHot`: settings, factories, data and training loop."""
 
     model: ModelFactory = field(kw_only=False)
     train_set: Dataset[Any] = field(kw_only=False)
@@ -79,7 +79,7 @@ class RunConfig:
 
     @property
     def selector(self) -> Selector | None:
-        """What step 2 selects by; `None` if the mode chooses while step 3 trains."""
+        """The selector of step 2; `None` if the mode chooses while step 3 trains."""
         mode = self.settings.mode
         return self.protocol.selector(mode) or modes.selector_of(mode)
 
@@ -114,6 +114,6 @@ class RunConfig:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check what concerns several settings, and objects that a user defined."""
+    """Check combinations of settings, and objects that a user defined."""
     modes.check_mode(settings.mode, settings.data_ratio)
     check_protocol(protocol_of(settings.protocol), settings)

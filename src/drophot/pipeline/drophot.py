@@ -47,7 +47,7 @@ class DropHot:
     2. `select`: keep a share of the samples, by those scores.
     3. `train`: train a new model from scratch on the kept samples.
     4. `prune`: remove the weights of least magnitude.
-    5. `finetune`: train on with the full training set, the removed weights held at zero.
+    5. `finetune`: continue training on the full training set with removed weights held at zero.
 
     `run` takes all five. Called one by one, each step leaves its result on the object: `tracker`,
     `scorer` and `scores`, `indices`, `model`, `masks`, `record`. You can replace these between the
@@ -56,12 +56,12 @@ class DropHot:
 
     One seed gives one record on one machine and leaves the global random state as it was. Models
     that differ in mode or ratio start from the same weights for the same seed, so that they can be
-    compared in pairs. With equal epochs, the network of step 1 is the one that training on
-    everything gives.
+    compared in pairs. If `score_epochs` equals `train_epochs`, the network of step 1 is also the
+    network that is trained on everything.
 
     References:
         Gupta et al., Drop it Like it's Hot: Network Pruning with Data Selection, section 4, with
-        its defaults: Adam, 1e-3, batches of 64, 10 epochs a training, pruning layer by layer.
+        its defaults: Adam, 1e-3, batches of 64, 10 epochs per training, pruning layer by layer.
 
     Args:
         model: A factory: called without arguments, it returns a new model that maps inputs to
@@ -77,7 +77,7 @@ class DropHot:
         **settings: The settings of the run, as in :class:`drophot.settings.Settings`.
 
     Raises:
-        TypeError: If an argument is of the wrong kind: a model instead of a factory, say.
+        TypeError: If an argument is of the wrong kind, such as a model instead of a factory.
         ValueError: If a value is out of range, two settings cannot be combined, a dataset is
             empty, the inputs of the two datasets differ in shape, a target is no class of the
             model, the model has no weights to prune or computes them by a parametrization, or
@@ -190,10 +190,10 @@ class DropHot:
 
         Returns:
             The scores `(N,)`, which stay on `scores` too: the score that the mode selects by, or
-            forgetting events. Of the latter, more is harder.
+            forgetting events, of which more are harder.
 
         Raises:
-            RuntimeError: If your own `fit` did not call back.
+            RuntimeError: If your own `fit` did not call its callbacks.
         """
         found = selection_steps.score(self.config)
         self.scorer, self.tracker, self.scores = found.model, found.tracker, found.scores
@@ -204,15 +204,15 @@ class DropHot:
         """A score of step 1.
 
         Args:
-            name: Its name in the tracker, such as `"el2n"`; `"forgetting"` is meant as the setting
-                of that name says.
+            name: Its name in the tracker, such as `"el2n"`. `"forgetting"` follows the setting of
+                that name.
 
         Returns:
             Shape `(N,)`.
 
         Raises:
-            RuntimeError: If there is no tracker: step 1 was not taken, or the protocol counts in
-                its own way.
+            RuntimeError: If there is no tracker, because step 1 was not taken or the protocol has
+                its own counter.
         """
         if self.tracker is None:
             raise RuntimeError(
@@ -230,7 +230,7 @@ class DropHot:
             mode that chooses while step 3 trains.
 
         Raises:
-            RuntimeError: If the mode needs scores, or step 1's network, and there are none.
+            RuntimeError: If the mode needs scores or the network of step 1, and the run has none.
             ValueError: If `scores` was replaced by one of another length.
         """
         found = selection_steps.select(self.config, scores=self.scores, scorer=self.scorer)
@@ -277,7 +277,7 @@ class DropHot:
         return found.masks
 
     def finetune(self) -> Record:
-        """Step 5: train on with the full training set, the removed weights held at zero.
+        """Step 5: continue training on the full training set with removed weights held at zero.
 
         Returns:
             The record, which stays on `record` too.

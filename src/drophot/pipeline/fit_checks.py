@@ -1,4 +1,4 @@
-"""What a run requires of a training loop, checked as early as it can be seen."""
+"""Checks, as early as possible, that a training loop does what a run requires."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from drophot.tracking.statistics import Score, Statistic, is_builtin_score
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Select by a score of step 1, from either end of it, and class by class if you like.
+    """Select by a score of step 1, from either end, and optionally class by class.
 
     It is a mode of a run or a grid. `"high"` is `Scored("forgetting", "high")`.
 
@@ -154,7 +154,7 @@ def statistic_of(mode: Mode) -> Statistic | Score | None:
 
 
 def own_score_of(mode: Mode) -> Score | None:
-    """The score of a user's own that step 1 has to follow for a mode, if any."""
+    """The user's score that step 1 has to track for a mode, if any."""
     score = statistic_of(mode)
     if score is None or isinstance(score, str):
         return None

@@ -26,7 +26,7 @@ _CHUNK = 1024  # samples looked at in one go
 
 
 def prepare(arguments: Arguments) -> RunConfig:
-    """Try a run on its data, and put the data where it is wanted."""
+    """Try a run on its data, and move the data to memory or the device."""
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings, given = arguments.settings, (arguments.train_set, arguments.test_set)
     with (
@@ -36,7 +36,7 @@ def prepare(arguments: Arguments) -> RunConfig:
         fit_checks.check_bound_arguments(arguments.fit)
         closure = not fit_checks.is_library_fit(arguments.fit)
         probe, classes = build(arguments.model, arguments.optimizer, *given, closure=closure)
-        # What this refuses, step 4 would refuse after two trainings.
+        # Otherwise step 4 would raise these errors after two trainings.
         warn_of_uncovered(probe, prunable(probe))
         cache = arguments.cache
         train = Kept(IndexedDataset(given[0]), device, cache, name="train_set").data

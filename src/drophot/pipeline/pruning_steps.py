@@ -37,7 +37,7 @@ class PrunedModel:
     schedule: schedule.Schedule | None = None
     """Prunes further in step 5."""
     channels: Pruned | None = None
-    """What was removed, if it was channels."""
+    """The removed channels, if channels were removed."""
     num_prunable: int = 0
     """The prunable weights of the network before; 0 if step 4 was not taken."""
     accuracy: float

@@ -43,7 +43,7 @@ class Scoring:
     model: nn.Module
     """The network that was trained on the full training set."""
     tracker: DynamicsTracker | None
-    """What followed the samples; `None` if the protocol counts in its own way."""
+    """The tracker of the samples; `None` if the protocol has its own counter."""
     scores: Tensor
     """Shape `(N,)`: the score that the mode selects by."""
     seconds: float
@@ -124,7 +124,7 @@ def _distinct(scores: Sequence[Score], another: Score | None) -> list[Score]:
 
 
 def statistic(tracker: DynamicsTracker, score: str | Score, forgetting: Forgetting) -> Tensor:
-    """A score of step 1, `(N,)`; `"forgetting"` is meant as the setting says."""
+    """A score of step 1, `(N,)`; `"forgetting"` follows the setting of that name."""
     name = score if isinstance(score, str) else score.name
     if name == "forgetting":
         return tracker.scores("hardest" if forgetting == "toneva" else "zero")
@@ -143,7 +143,7 @@ def missing(config: RunConfig, *, scores: Tensor | None, scorer: nn.Module | Non
 def select(
     config: RunConfig, *, scores: Tensor | None = None, scorer: nn.Module | None = None
 ) -> Selection:
-    """Step 2: keep a share of the training samples, by what step 1 found."""
+    """Step 2: keep a share of the training samples, by the results of step 1."""
     total, mode = config.num_samples, config.settings.mode
     if lack := missing(config, scores=scores, scorer=scorer):
         needed = "a trained scoring network" if lack == "scorer" else "scores"

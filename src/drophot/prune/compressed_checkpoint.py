@@ -119,7 +119,7 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
     state = model.state_dict()
     if lazy := [name for name, tensor in state.items() if is_lazy(tensor)]:
         raise ValueError(
-            f"`model` must be initialised, but `{lazy[0]}` belongs to a lazy module. Run one batch "
+            f"`model` must be initialized, but `{lazy[0]}` belongs to a lazy module. Run one batch "
             f"through the model first."
         )
     if empty := [name for name, tensor in state.items() if getattr(tensor, "is_meta", False)]:

@@ -1,4 +1,4 @@
-"""The masks of earlier prunings, by which a removed weight is told from one that is just zero."""
+"""The masks of earlier prunings, which tell removed weights from other zeros."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class LampScores:
         self.num_removed = int(np.searchsorted(keys, keys.dtype.type(0)))  # by the earlier mask
         self._keys = keys[self.num_removed :]
         largest = float(self._values(self._keys[-1:])[0]) if len(self._keys) else 0.0
-        # Scaled, so that no square overflows or vanishes; by two factors, since the product of both
-        # may not be a float.
+        # Scaled so that no square overflows or underflows. There are two factors because their
+        # product may not be representable.
         exponent = frexp(largest)[1]
         self._factors = 2.0 ** -(exponent // 2), 2.0 ** -(exponent - exponent // 2)
         starts = range(0, len(self._keys), _BLOCK)
@@ -135,6 +135,6 @@ def _score(bits: int) -> float:
 
 
 def _quotients(squares: Floats, rest: Floats, keys: NDArray[np.signedinteger]) -> Floats:
-    """Scores, of which only those of zeros are 0."""
+    """The scores; only those of zeros are 0, despite underflow."""
     quotients = np.divide(squares, rest, out=np.zeros_like(squares), where=rest > 0)
     return np.where(keys > 0, np.maximum(quotients, np.finfo(np.float64).smallest_subnormal), 0.0)

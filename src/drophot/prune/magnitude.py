@@ -40,7 +40,7 @@ def magnitude_prune(
     embeddings. A weight that is shared between layers counts once; an embedding that shares its
     weight with a Linear layer, as in most language models, is pruned with it, unless `skip` names
     one of the two. Matrices in other layers stay dense, as do the weights of layers that compute
-    another kernel from them (weight standardisation). If these hold more than 1 % of the model's
+    another kernel from them (weight standardization). If these hold more than 1 % of the model's
     matrix weights, embeddings not counted, a warning names them and their share, and `include`
     prunes them. Ties at the threshold are broken so that the removed weights are spread evenly
     among them.
@@ -48,7 +48,7 @@ def magnitude_prune(
     Weights that an earlier pruning removed stay removed and count among the removed weights, so
     pruning again only removes more. Other weights that are zero are removed first, but only as
     many as `ratio` asks for; the rest are not masked and can be trained, and a warning gives their
-    number. A layer in which every weight is zero, such as a head that is initialised at zero,
+    number. A layer in which every weight is zero, such as a head that is initialized at zero,
     cannot be ranked: with `"global"` and `"lamp"` all of it is kept, its share is taken from the
     other layers, and a warning names it. With the other scopes and with a `pattern` it loses its
     share, spread evenly.

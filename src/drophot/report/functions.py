@@ -29,13 +29,13 @@ def table(records: Iterable[Record], format: Format = "markdown") -> str:
     weights ("new" after pruning), the epochs, the optimizer and all others. Values that are too
     long to read, such as the digest of the data, are shown by 8 digits of their fingerprint, and
     long values that differ together share a column. A missing accuracy (nan) is shown as "–", and
-    a mean of fewer than `n` runs says of how many.
+    a mean of fewer than `n` runs shows their number.
 
     Args:
         records: The runs.
         format: "markdown"; "text", without bars; or "csv", with a column for each number, unrounded
-            and in [0, 1]. The columns of the settings that a record has a field for are always in a
-            CSV table.
+            and in [0, 1]. A CSV table always has the columns of settings that are fields of a
+            record.
 
     Returns:
         The table, without a newline at its end.

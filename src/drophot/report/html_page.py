@@ -1,4 +1,4 @@
-"""The HTML page of a grid: its order, words and style around given tables and figures."""
+"""The HTML page of a grid: its order, text and style around given tables and figures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _HOW = {
     "[ ]": "The 95 % confidence interval by Student's t. That of a difference is the interval of "
     "the differences within each seed. With few seeds it is wide.",
     "–": "There is no accuracy: the run diverged, or the accuracy was not measured. Means are of "
-    "the other runs, and (n = ...) says of how many.",
+    "the other runs, and (n = ...) gives their number.",
     "*": "p < 0.05 in the paired t-test after Holm's correction for all differences of the table. "
     "If no difference were real, the probability of any star in the table would be at most 5 %. A "
     "difference without a star is not proof that two modes are equal.",

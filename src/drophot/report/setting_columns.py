@@ -1,4 +1,4 @@
-"""The columns that tell rows apart: one for every setting in which they differ, in short words."""
+"""The columns that tell rows apart: one for every setting in which they differ."""
 
 from __future__ import annotations
 

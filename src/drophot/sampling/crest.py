@@ -72,7 +72,7 @@ class CrestLoader:
             is held on the model's device if that does not change the samples, as in
             :func:`drophot.fit`.
         model: Called as `model(inputs)`, returns logits `(B, C)`; trained with cross-entropy. Its
-            loss must have second derivatives, which that of a compiled model does not.
+            loss must be twice differentiable, which rules out compiled models.
         ratio: An epoch has as many steps as one on this fraction of the data, in (0, 1].
         batch_size: `m`, the number of samples in a mini-batch.
         subset: The fraction of the data in a random subset, in (0, 1]; at least two mini-batches.
@@ -242,8 +242,9 @@ class CrestLoader:
                     )
                 except RuntimeError as error:
                     error.add_note(
-                        f"CrestLoader computes second derivatives of the model's loss, which "
-                        f"{type(self.model).__name__} may not support; a compiled model does not."
+                        f"CrestLoader needs second derivatives of the loss of `model`, which "
+                        f"{type(self.model).__name__} may not support. If it is compiled, pass "
+                        f"the original module."
                     )
                     raise
             gradient += _flat(grads) / len(self._batches)

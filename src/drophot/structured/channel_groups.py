@@ -81,7 +81,7 @@ class ChannelGroups:
             scores = self._merged(scores)
 
     def _merged(self, scores: Tensor) -> Tensor:
-        """The scores after channels became one, as sums."""
+        """The scores after channels were merged: the sums of their scores."""
         before = self.channel
         self.update()
         into = torch.zeros(len(scores), dtype=torch.int64)

@@ -66,7 +66,7 @@ def prune_channels(
     Coupled channels are found in a forward pass, operator by operator, and the pruned network is
     checked in further passes. Where an operator or the network's own code cannot work with fewer
     channels, they are kept, and the result says so. The model remains a plain module of the same
-    class: it trains, saves and exports as before. Create a new optimiser for it.
+    class: it trains, saves and exports as before. Create a new optimizer for it.
 
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017,

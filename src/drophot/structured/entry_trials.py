@@ -34,7 +34,7 @@ class Independence:
     """Dimensions along which an operator treats entries independently."""
 
     dims: dict[int, int]  # the dimension of each tensor, by the tensor's position
-    step: int  # this many neighbours belong together
+    step: int  # this many neighbors belong together
     outputs: list[Origin | None]  # of each output; `None` if it has no such dimension
 
 

@@ -1,4 +1,4 @@
-"""Checks, call by call, that a network without some channels does what it did with them."""
+"""Checks, call by call, that a network without some channels behaves as with them at zero."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Pre
             pair, or the only entry among `targets`, `target`, `labels`, `label`.
 
     Raises:
-        TypeError: If the batch has no index, or its targets cannot be recognised.
+        TypeError: If the batch has no index, or its targets cannot be recognized.
     """
     if isinstance(batch, Mapping) and "index" in batch:
         rest: Any = copy.copy(batch)

@@ -45,15 +45,15 @@ class DynamicsTracker(ForgettingTracker):
     and with :class:`drophot.tracking.Spread` its standard deviation. Forgetting events are always
     kept.
 
-    All statistics are kept in float32, whatever the precision of the logits. Running means have
-    eight more bits and sums of squares are updated by Welford's method, so that thousands of
+    All statistics are kept in float32, regardless of the precision of the logits. Running means
+    have eight more bits and sums of squares are updated by Welford's method, so that thousands of
     presentations lose no digits. The state has 36 bytes per sample; each score of your own adds 5,
     its spread another 4. The built-in statistics take infinite logits as limits: a sample whose own
     class was masked by `-inf` once has an AUM of `-inf` and an infinite loss from then on; its
     other statistics are finite.
 
     Everything else is as in :class:`drophot.ForgettingTracker`: `update`, `observe`, `watch`,
-    `attach`, `sync` and the state. The caller decides here too when samples are presented. In the
+    `attach`, `sync` and the state. Here, too, the caller decides when samples are presented. In the
     papers, each training batch is a presentation.
 
     References:
@@ -155,14 +155,14 @@ class DynamicsTracker(ForgettingTracker):
         never_learned: NeverLearned = "hardest",
         missing: Missing = "raise",
     ) -> Tensor:
-        """One number for each sample. `tracker.statistics[name].hard_end` tells the hard end.
+        """One number for each sample. `tracker.statistics[name].hard_end` says which end is hard.
 
         Args:
-            statistic: The name of the statistic. `"forgetting"`, and the words `"hardest"` and
-                `"zero"` of that method, give :meth:`drophot.ForgettingTracker.scores`.
-            never_learned: For `"forgetting"`, the score of a sample that was never right.
-            missing: What to do about samples that were never presented: raise an error (`"raise"`)
-                or give them NaN (`"nan"`).
+            statistic: The name of the statistic. `"forgetting"`, `"hardest"` and `"zero"` give the
+                scores of :meth:`drophot.ForgettingTracker.scores`.
+            never_learned: For `"forgetting"`, the score of a sample that was never correct.
+            missing: How to treat samples that were never presented: raise an error (`"raise"`) or
+                give them NaN (`"nan"`).
 
         Returns:
             Scores, shape `(N,)`, on the tracker's device: float32; for `"forgetting"` int64, unless

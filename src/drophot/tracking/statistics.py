@@ -133,7 +133,7 @@ BUILT_IN: Mapping[str, Score] = MappingProxyType({
 DEFAULT = tuple(BUILT_IN)
 _FUSED = (AUM, EL2N, CONFIDENCE, LOSS)  # the columns of `built_in_values`
 
-# What else `scores` accepts, and the other columns of a tracker's table.
+# Other names that `scores` accepts, and the other columns of a tracker's table.
 _RESERVED = {"forgetting", "hardest", "zero", "index", "target", "presentations", "learned"}
 
 

@@ -84,7 +84,7 @@ def batches(
             `__getitem__` or is a `BatchLoader`, and yields batches `(inputs, targets)`, optionally
             with an index `(B,)` and weights `(B,)` of the samples' losses.
         batch_size: Samples per batch, at least 1. The last batch holds the remaining samples.
-        device: Where the batches are wanted.
+        device: The device of the batches.
         shuffle: A generator that draws the order, or the order itself. `None` keeps the dataset's
             order. The order does not depend on whether the dataset is in memory.
         channels_last: Whether images have their channels last in memory.

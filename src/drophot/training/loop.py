@@ -72,7 +72,7 @@ def fit(
         batch_size: Samples per step. The last batch of an epoch holds the remaining samples.
         seed: Draws the order of each epoch. Dropout draws from torch's global generator.
         loss: Called as `loss(logits, targets)`. Returns a scalar, or one loss per sample, shape
-            `(B,)`, of which the mean is minimised. If a loader yields weights, it has to be one
+            `(B,)`, of which the mean is minimized. If a loader yields weights, it has to be one
             loss per sample (`reduction="none"`). The default is cross-entropy, for which targets
             are classes `(B,)` or probabilities `(B, C)`.
         scheduler: A learning rate scheduler of `optimizer`. Its `step()` is called without a metric

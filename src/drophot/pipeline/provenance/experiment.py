@@ -30,7 +30,7 @@ _PARTS = vars(nn.Module()).keys()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """What a run is made of besides its settings, as JSON can hold it."""
+    """The parts of a run besides its settings, as JSON can hold them."""
 
     description: Mapping[str, Any]
     """`model`, `optimizer`, `fit`, `train_set` and `test_set`."""
@@ -54,7 +54,7 @@ def describe_experiment(
         optimizer: Makes optimizers.
         fit: The training loop.
         given: The training and the test set as the user gave them.
-        prepared: The same as they are trained on, perhaps in memory.
+        prepared: The same datasets as they are used in training, possibly in memory.
         device: Where the run takes place.
     """
     with random_state.preserved_rng(device, seed=0):

@@ -56,7 +56,7 @@ _CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
 
 
 def unseen(thing: Any) -> list[str]:
-    """What code reads in ways that cannot be compared, such as "what `fit` reads by `open`"."""
+    """Reads by code that cannot be compared, such as "what `fit` reads by `open`"."""
     reader = _Reader(data=False)
     reader.value(thing)
     return list(dict.fromkeys(reader.unseen))
