@@ -12,9 +12,9 @@ from typing import Any
 from drophot.settings import (
     BASELINE,
     RECORD_FIELDS,
-    SAMPLING_MODES,
     SCORING_ONLY,
     Mode,
+    needs_scoring,
     with_defaults,
 )
 
@@ -402,12 +402,4 @@ def free_settings(mode: str | Mode) -> frozenset[str]:
     free = {"mode"}
     if mode == BASELINE:  # it keeps all samples, whatever share and number of steps are requested
         free |= {"keep_ratio", "equal_steps"}
-    needs = getattr(mode, "needs", None)
-    if needs is None:
-        scored = mode_name(mode) not in _WITHOUT_SCORING
-    else:
-        scored = not {"scores", "model"}.isdisjoint(needs)
-    return frozenset(free if scored else free | SCORING_ONLY)
-
-
-_WITHOUT_SCORING = {BASELINE, "random", "random-balanced", *SAMPLING_MODES}
+    return frozenset(free if needs_scoring(mode) else free | SCORING_ONLY)

@@ -367,6 +367,17 @@ def name_of(value: str | Named) -> str:
     return value if isinstance(value, str) else value.name
 
 
+def needs_scoring(mode: str | Named) -> bool:
+    """Whether a mode selects by the scores or the network of step 1."""
+    needs = getattr(mode, "needs", None)
+    if needs is None:  # a name, which says nothing about a user's own selector
+        return name_of(mode) not in _WITHOUT_SCORING
+    return not {"scores", "model"}.isdisjoint(needs)
+
+
+_WITHOUT_SCORING = {BASELINE, "random", "random-balanced", *SAMPLING_MODES}
+
+
 def varying(stage: StageName = "finetune") -> list[str]:
     """The settings that cells may differ in and that results up to a stage depend on, by stage."""
     reached = STAGES[: STAGES.index(stage) + 1]

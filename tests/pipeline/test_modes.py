@@ -28,7 +28,7 @@ from drophot import (
 )
 from drophot.grid.stages import stage_of
 from drophot.pipeline import selection_steps
-from drophot.settings import SAMPLING_MODES, FeatureMode
+from drophot.settings import SAMPLING_MODES, FeatureMode, needs_scoring
 from drophot.settings import name_of as name
 from drophot.tracking.dynamics import Statistic
 
@@ -58,6 +58,7 @@ def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     assert len(run.indices) == (120 if mode in SAMPLING_MODES else 60)
     assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
     assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *SAMPLING_MODES))
+    assert needs_scoring(mode) == needs_scoring(name(mode)) == ("score" in record.seconds)
     json.dumps(run.configuration)
 
 

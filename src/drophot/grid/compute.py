@@ -117,11 +117,10 @@ def _train(config: RunConfig, scoring: SavedModel | None) -> SavedModel:
     mode, scores, scorer, seconds = config.settings.mode, None, None, dict[str, float]()
     if scoring is not None:
         seconds = scoring.seconds
-        needs = () if config.selector is None else config.selector.needs
-        if "scores" in needs:
+        if "scores" in config.needs:
             statistic = modes.statistic_of(mode) or "forgetting"
             scores = scoring.scores[statistic if isinstance(statistic, str) else statistic.name]
-        if "model" in needs:
+        if "model" in config.needs:
             scorer = scoring.model(config)
     selected = selection_steps.select(config, scores=scores, scorer=scorer)
     trained = selection_steps.train(config, selected.indices)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from drophot.pipeline import modes
-from drophot.pipeline.released_protocol import protocol_of
-from drophot.settings import BASELINE, Settings, StageName, file_part, varying
+from drophot.settings import BASELINE, Settings, StageName, file_part, needs_scoring, varying
 from drophot.tracking.statistics import Score
 
 Cell = Mapping[str, object]
@@ -67,7 +65,7 @@ def stage_of(
     needed: StageName | None = None
     if kind == "finetune":
         needed = "score" if is_baseline and scoring_is_baseline(settings) else "train"
-    elif kind == "train" and not is_baseline and _needs_scoring(own):
+    elif kind == "train" and not is_baseline and needs_scoring(own.mode):
         needed = "score"
     return Stage(
         name="-".join(filter(None, parts)) + (".json" if kind == "finetune" else ".pt"),
@@ -76,12 +74,6 @@ def stage_of(
         needs=None if needed is None else stage_of(cell, settings, scores, needed),
         scores=tuple(scores) if kind == "score" else (),
     )
-
-
-def _needs_scoring(settings: Settings) -> bool:
-    mode = settings.mode
-    selector = protocol_of(settings.protocol).selector(mode) or modes.selector_of(mode)
-    return selector is not None and not {"scores", "model"}.isdisjoint(selector.needs)
 
 
 def scoring_is_baseline(settings: Settings) -> bool:

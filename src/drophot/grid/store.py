@@ -17,7 +17,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from drophot._core.atomic_write import PART_SUFFIX, atomic_write
 from drophot.grid.stages import Stage, to_compute
 from drophot.records import Record, fingerprint, from_line, to_line
 
@@ -45,7 +45,7 @@ class Store:
 
     def save(self, name: str, content: bytes) -> None:
         """Store the result of a stage under its name."""
-        write_whole(self.folder / "stages" / name, self._head(name, content) + b"\n" + content)
+        write_file(self.folder / "stages" / name, self._head(name, content) + b"\n" + content)
 
     def load(self, name: str) -> bytes | None:
         """The result of a stage, or `None` if it is missing, damaged or of another configuration.
@@ -66,7 +66,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise an `OSError` if the folder cannot be written to, before a stage is computed."""
-        path = self.folder / "stages" / f".{uuid.uuid4().hex}.tmp"
+        path = self.folder / "stages" / f"{uuid.uuid4().hex}{PART_SUFFIX}"
         try:
             try:
                 path.touch(exist_ok=False)
@@ -106,7 +106,8 @@ class Store:
         records = self.folder / "records.jsonl"
         _refresh(records, "".join(lines).encode())
         now = records.stat().st_mtime
-        for path in (*self.folder.glob(".*.tmp"), *(self.folder / "stages").glob(".*.tmp")):
+        parts = f"*{PART_SUFFIX}"
+        for path in (*self.folder.glob(parts), *(self.folder / "stages").glob(parts)):
             try:
                 if now - path.stat().st_mtime > _STALE:
                     path.unlink()
@@ -141,7 +142,7 @@ def open_store(
     path, stages = folder / "grid.json", folder / "stages"
     saved = _read_grid(path) if path.exists() else None
     if folder.exists() and not stages.is_dir():
-        others = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp"))
+        others = sorted(p.name for p in folder.iterdir() if not p.name.endswith(PART_SUFFIX))
         if others and (saved is None or stages.exists()):
             raise ValueError(
                 f"`store` must be the folder of a grid, or a new or empty one, got {folder}, which "
@@ -168,8 +169,8 @@ def open_store(
     return Store(folder, key)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: it appears complete or not at all.
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a store atomically: it appears complete or not at all.
 
     Raises:
         OSError: If the disk is full or the file is not writable. An existing file is unchanged.
@@ -178,21 +179,14 @@ def write_whole(path: Path, content: bytes) -> None:
     if path.is_dir():
         raise ValueError(_folder_instead(path))
     for attempt in range(3):
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with part.open("xb") as file:
+            with atomic_write(path) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
             return
-        except BaseException as error:
-            part.unlink(missing_ok=True)
+        except OSError as error:
             if isinstance(error, FileNotFoundError) and path.parent.is_dir() and attempt < 2:
-                continue  # another process removed it as abandoned
-            if isinstance(error, OSError):
-                raise OSError(*_still_intact(path, error)) from error
-            raise
+                continue  # another process removed the temporary file as abandoned
+            raise OSError(*_still_intact(path, error)) from error
 
 
 def _refresh(path: Path, content: bytes) -> None:
@@ -200,7 +194,7 @@ def _refresh(path: Path, content: bytes) -> None:
     try:
         if path.is_file() and path.read_bytes() == content:
             return
-        write_whole(path, content)
+        write_file(path, content)
     except OSError as error:
         if not _is_read_only(error):
             raise

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from drophot.data.samples import is_plainly
-from drophot.grid.store import write_whole
+from drophot.grid.store import write_file
 from drophot.pipeline.config import RunConfig
 
 _FILE = "data.pt"
@@ -53,7 +53,7 @@ def store_data(config: RunConfig, folder: Path, digest: str) -> RunConfig:
     content = io.BytesIO()
     torch.save({name: [part.cpu() for part in parts] for name, parts in tensors.items()}, content)
     path = folder / _FILE
-    write_whole(path, content.getvalue())
+    write_file(path, content.getvalue())
     return _with_datasets(config, {name: StoredDataset(path, name, digest) for name in tensors})
 
 

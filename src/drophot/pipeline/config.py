@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -82,6 +82,11 @@ class RunConfig:
         """What step 2 selects by; `None` if the mode chooses while step 3 trains."""
         mode = self.settings.mode
         return self.protocol.selector(mode) or modes.selector_of(mode)
+
+    @property
+    def needs(self) -> Collection[str]:
+        """What step 2 selects by: any of "scores", "model" and "targets"."""
+        return () if self.selector is None or self.keeps_all else self.selector.needs
 
     @property
     def num_samples(self) -> int:

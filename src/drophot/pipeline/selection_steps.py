@@ -133,11 +133,9 @@ def statistic(tracker: DynamicsTracker, score: str | Score, forgetting: Forgetti
 
 def missing(config: RunConfig, *, scores: Tensor | None, scorer: nn.Module | None) -> str | None:
     """What step 1 has to give before `select` can work: "scores", "scorer" or nothing."""
-    selector = None if config.keeps_all else config.selector
-    needs = () if selector is None else selector.needs
-    if "scores" in needs and scores is None:
+    if "scores" in config.needs and scores is None:
         return "scores"
-    return "scorer" if "model" in needs and scorer is None else None
+    return "scorer" if "model" in config.needs and scorer is None else None
 
 
 def select(
@@ -167,9 +165,9 @@ def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) 
         return torch.arange(total, device="cpu")
     evidence = Evidence(
         num_samples=total,
-        scores=scores if "scores" in selector.needs else None,
-        model=scorer if "model" in selector.needs else None,
-        targets=targets_of(config.train_set) if "targets" in selector.needs else None,
+        scores=scores if "scores" in config.needs else None,
+        model=scorer if "model" in config.needs else None,
+        targets=targets_of(config.train_set) if "targets" in config.needs else None,
         dataset=config.train_set,
     )
     indices = selector.select(settings.data_ratio, evidence, settings.seed)
