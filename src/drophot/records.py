@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from drophot._core.json_values import Json
 from drophot.settings import (
     BASELINE,
     RECORD_FIELDS,
@@ -99,7 +100,7 @@ class Record:
     """Whether channels were removed, in which case `prune_ratio` is the share of channels."""
     parameters: int = 0
     """The number of parameters of the final network, zeros included; 0 in older records."""
-    settings: dict[str, Any] = field(default_factory=dict, compare=False)
+    settings: dict[str, Json] = field(default_factory=dict, compare=False)
     """The whole configuration without the seed, as JSON holds it; empty in older records."""
     cell: str = field(default="", compare=False)
     """The fingerprint of `settings`, which is the same for all seeds of a cell of a grid."""
@@ -107,7 +108,7 @@ class Record:
     """The size of the test set, or 0 if it is unknown."""
 
 
-def fingerprint(configuration: Mapping[str, Any]) -> str:
+def fingerprint(configuration: Mapping[str, Json]) -> str:
     """Compute a short name for a configuration that is equal if the configurations are equal.
 
     Args:
@@ -163,7 +164,7 @@ def from_line(line: str) -> Record:
         ) from error
 
 
-def _check_types(values: Mapping[str, Any]) -> None:
+def _check_types(values: Mapping[str, object]) -> None:
     """Refuse unknown fields, and values of another type than that of their field."""
     known = {f.name: str(f.type) for f in fields(Record)}
     if newer := sorted(values.keys() - known.keys()):
@@ -258,7 +259,7 @@ def shared_settings(record: Record, ignoring: Collection[str] = ()) -> tuple[obj
     return (*own, fingerprint(rest))
 
 
-def other_settings(record: Record) -> dict[str, Any]:
+def other_settings(record: Record) -> dict[str, Json]:
     """The settings that no field of a record holds; of an older record, what its fields show."""
     if not record.settings:
         known = {"finetune_epochs": len(record.finetune_curve), "test_samples": record.test_samples}
@@ -271,7 +272,7 @@ def other_settings(record: Record) -> dict[str, Any]:
     return {n: v for n, v in renamed.items() if n not in CELL_FIELDS or isinstance(v, dict)}
 
 
-def known_settings(record: Record) -> dict[str, Any]:
+def known_settings(record: Record) -> dict[str, Json]:
     """The same, with the fingerprint of the cell if the settings themselves are not known."""
     cell = {"cell": record.cell} if record.cell and not record.settings else {}
     return other_settings(record) | cell

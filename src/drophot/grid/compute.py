@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import nan
 from threading import Lock
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
+from drophot._core.json_values import Json
 from drophot.grid.saved_model import SavedModel, saved_model
 from drophot.grid.stages import Stage, scoring_is_baseline
 from drophot.grid.store import Store
@@ -36,7 +37,7 @@ class Job:
     store: Store
     threads: int
     """CPU threads for each stage."""
-    switches: Mapping[str, Any] | None = None
+    switches: Mapping[str, Json] | None = None
     """The global switches of torch to set in a worker; `None` leaves them alone."""
 
 

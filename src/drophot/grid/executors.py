@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.utils.data import TensorDataset
@@ -24,7 +24,7 @@ from drophot.settings import SETTINGS, Mode
 class SubmittedCall(Protocol):
     """The result of `submit`, such as a `concurrent.futures.Future`."""
 
-    def result(self) -> Any:
+    def result(self) -> object:
         """Wait for the call, and return its result or raise its error."""
         ...
 
@@ -32,7 +32,7 @@ class SubmittedCall(Protocol):
 class Executor(Protocol):
     """An object that computes calls, such as a `concurrent.futures.Executor`."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> SubmittedCall:
+    def submit(self, function: Callable[..., object], /, *arguments: object) -> SubmittedCall:
         """Start a call."""
         ...
 

@@ -23,9 +23,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
 from drophot._core.atomic_write import PART_SUFFIX, atomic_write
+from drophot._core.json_values import Json
 from drophot.grid.stages import Stage, to_compute
 from drophot.records import Record, fingerprint, from_line, to_line
 
@@ -122,9 +123,9 @@ class Store:
 
 def open_store(
     folder: Path,
-    configuration: Mapping[str, Any],
+    configuration: Mapping[str, Json],
     plan: Mapping[str, int] | None,
-    modes: Mapping[str, Any] = MappingProxyType({}),
+    modes: Mapping[str, Json] = MappingProxyType({}),
 ) -> Store:
     """Make a folder a store, or check that it is a store of this configuration.
 
@@ -152,8 +153,10 @@ def open_store(
     key = fingerprint(configuration)
     if saved is not None:
         same = {name: mode for name, mode in saved.modes.items() if name in modes}
-        there = {**saved.configuration, **({"modes": same} if same else {})}
-        here = {**configuration, **({"modes": {n: modes[n] for n in same}} if same else {})}
+        there = saved.configuration.copy()
+        here = dict(configuration)
+        if same:
+            there["modes"], here["modes"] = same, {name: modes[name] for name in same}
         if fingerprint(there) != fingerprint(here):
             raise ValueError(
                 f"`store` must be of the configuration of this grid, got another "
@@ -229,8 +232,8 @@ def _still_intact(path: Path, error: OSError) -> tuple[int | None, str, str]:
 class _Grid:
     """The content of a grid.json."""
 
-    configuration: dict[str, Any]
-    modes: dict[str, Any]
+    configuration: dict[str, Json]
+    modes: dict[str, Json]
 
 
 def _read_grid(path: Path) -> _Grid | None:
@@ -241,10 +244,10 @@ def _read_grid(path: Path) -> _Grid | None:
         is_whole = content["fingerprint"] == fingerprint(configuration) and isinstance(modes, dict)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
-    return _Grid(configuration, cast("dict[str, Any]", modes)) if is_whole else None
+    return _Grid(configuration, cast("dict[str, Json]", modes)) if is_whole else None
 
 
-def _difference(folder: Path, old: Any, new: Any) -> str:
+def _difference(folder: Path, old: Json, new: Json) -> str:
     """The first difference in words, preferably one that is readable."""
     found = list(_differences(old, new, ()))
     plain = [
@@ -257,15 +260,14 @@ def _difference(folder: Path, old: Any, new: Any) -> str:
     return f"`{first}` in {folder}: {where}{_shown(there)} there, {_shown(here)} here"
 
 
-def _differences(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any, Any]]:
-    if isinstance(old, list) and isinstance(new, list):
-        before, after = cast("list[Any]", old), cast("list[Any]", new)
-        if len(before) == len(after) > 0:
-            old, new = ({str(i): v for i, v in enumerate(values)} for values in (before, after))
+def _differences(
+    old: Json, new: Json, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Json, Json]]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0:
+        old, new = ({str(i): v for i, v in enumerate(values)} for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
-        there, here = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
-        for key in (*there, *(key for key in here if key not in there)):
-            yield from _differences(there.get(key, _NOTHING), here.get(key, _NOTHING), (*path, key))
+        for key in (*old, *(key for key in new if key not in old)):
+            yield from _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), (*path, key))
     elif json.dumps(old) != json.dumps(new):
         yield path, old, new
 
@@ -274,6 +276,6 @@ def _digest(value: str) -> re.Match[str] | None:
     return re.fullmatch(r"(.* )?[0-9a-f]{16}", value)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Json) -> str:
     text = "nothing" if value == _NOTHING else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

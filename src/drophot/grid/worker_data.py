@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ _FILE = "data.pt"
 
 
 @dataclass(frozen=True, slots=True)
-class StoredDataset(Dataset[Any]):
+class StoredDataset(Dataset[object]):
     """Takes the place of a dataset of tensors on its way to a worker."""
 
     path: Path
@@ -78,7 +78,7 @@ def _read(path: Path, digest: str, device: torch.device) -> dict[str, TensorData
     }
 
 
-def _with_datasets(config: RunConfig, datasets: Mapping[str, Dataset[Any]]) -> RunConfig:
+def _with_datasets(config: RunConfig, datasets: Mapping[str, Dataset[object]]) -> RunConfig:
     return replace(
         config,
         train_set=datasets.get("train_set", config.train_set),

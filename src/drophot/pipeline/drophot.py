@@ -7,12 +7,16 @@ import inspect
 from collections.abc import Callable, Mapping
 from math import nan
 from types import MappingProxyType
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from drophot._core.json_values import Json
+from drophot.data.cache import Cache
 from drophot.pipeline import preflight, pruning_steps, selection_steps
-from drophot.pipeline.config import Arguments, RunConfig
+from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, RunConfig
 from drophot.pipeline.provenance.run_record import configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
@@ -20,10 +24,17 @@ from drophot.records import Record
 from drophot.settings import SETTINGS, Settings, varying
 from drophot.structured.channel_pruning import Pruned
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.training.loop import Fit
 
 # The attributes of the configuration that a run shows as its own, besides the settings.
 _OBJECTS = ["factory", "optimizer", "train_set", "test_set", "device", "fit", "cache", "progress"]
 _P = ParamSpec("_P")
+
+if TYPE_CHECKING:
+    # A run shows its settings as attributes of the same types.
+    _ShowsSettings = Settings
+else:
+    _ShowsSettings = object
 
 
 def _takes(
@@ -40,7 +51,7 @@ def _takes(
     return decorate
 
 
-class DropHot:
+class DropHot(_ShowsSettings):
     """The paper's five steps on a classifier and its data.
 
     1. `score`: train a model on the full training set and count every sample's forgetting events.
@@ -117,12 +128,23 @@ class DropHot:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.config: RunConfig = preflight.prepare(Arguments(*args, **kwargs))
 
-    def __getattr__(self, name: str) -> Any:
-        if name in SETTINGS:
-            return getattr(self.config.settings, name)
-        if name in _OBJECTS:
-            return getattr(self.config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if TYPE_CHECKING:  # read-only: see `__getattr__`
+        factory: ModelFactory
+        optimizer: OptimizerFactory
+        train_set: Dataset[object]
+        test_set: Dataset[object]
+        device: torch.device
+        fit: Fit
+        cache: Cache
+        progress: bool
+    else:
+
+        def __getattr__(self, name: str) -> object:
+            if name in SETTINGS:
+                return getattr(self.config.settings, name)
+            if name in _OBJECTS:
+                return getattr(self.config, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in varying():
@@ -132,7 +154,7 @@ class DropHot:
         super().__setattr__(name, value)
 
     @property
-    def configuration(self) -> dict[str, Any]:
+    def configuration(self) -> dict[str, Json]:
         """Everything that a record depends on, as JSON can hold it; its fingerprint is of this.
 
         It holds the settings; the code and the arguments of the factories and of `fit`, and what
@@ -141,7 +163,7 @@ class DropHot:
         """
         return configuration(self.config)
 
-    def replace(self, **settings: Any) -> DropHot:
+    def replace(self, **settings: object) -> DropHot:
         """The same run with other settings and without results, on the same data in memory.
 
         Args:

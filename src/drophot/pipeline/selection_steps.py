@@ -256,7 +256,7 @@ def check_features(config: RunConfig) -> None:
             raise
 
 
-def _subset(config: RunConfig, indices: Tensor) -> Dataset[Any]:
+def _subset(config: RunConfig, indices: Tensor) -> Dataset[object]:
     return Subset(config.train_set, indices.cpu().numpy().tolist())
 
 

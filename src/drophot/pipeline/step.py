@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,7 +30,7 @@ class Step:
     def fit(
         self,
         model: nn.Module,
-        dataset: Dataset[Any],
+        dataset: Dataset[object],
         epochs: int,
         optimizer: Optimizer,
         *,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any
 
+from drophot._core.json_values import Json
 from drophot._core.setting_checks import is_builtin
 from drophot.pipeline.protocol import RunProtocol
 from drophot.pipeline.provenance.callables import factory_name
@@ -15,7 +15,7 @@ from drophot.tracking.statistics import Spread, is_builtin_score
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def described(value: object) -> Any:
+def described(value: object) -> Json:
     """A setting's value as JSON can hold it.
 
     The names of the library's own objects say everything about them. Another object is described by

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from drophot._core.json_values import Json
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.environment import device_name, versions
@@ -18,7 +19,7 @@ from drophot.records import Record, fingerprint
 from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
 
 
-def configuration(config: RunConfig) -> dict[str, Any]:
+def configuration(config: RunConfig) -> dict[str, Json]:
     """Everything that a record depends on, as JSON can hold it."""
     settings = {
         name: described(getattr(config.settings, name))
