@@ -294,10 +294,13 @@ def group_by_cell(records: Iterable[Record], argument: str = "records") -> list[
 
     Raises:
         TypeError: If an item is not a record.
-        ValueError: If there are no records, or two records of the same cell and seed differ.
+        ValueError: If there are no records, two records of the same cell and seed differ, or two
+            different objects have the same name.
     """
     found: dict[tuple[object, ...], dict[int, Record]] = {}
-    for record in check_records(records, argument):
+    records = check_records(records, argument)
+    _check_names(records, argument)
+    for record in records:
         runs = found.setdefault(cell_of(record), {})
         first = runs.setdefault(record.seed, record)
         if first is not record and _result(first) != _result(record):
@@ -312,6 +315,25 @@ def group_by_cell(records: Iterable[Record], argument: str = "records") -> list[
     if not found:
         raise ValueError(f"`{argument}` must hold at least one record, got none.")
     return [list(runs.values()) for runs in found.values()]
+
+
+def _check_names(records: Iterable[Record], argument: str) -> None:
+    """Refuse two objects of a user's that records call by the same name."""
+    known: dict[tuple[str, Json], Json] = {}
+    for record in records:
+        for setting, name in RECORD_FIELDS.items():
+            value = record.settings.get(setting)
+            unused = setting == "mode" and record.mode == BASELINE
+            if not isinstance(value, dict) or unused:
+                continue
+            called = getattr(record, name)
+            if known.setdefault((setting, called), value) != value:
+                raise ValueError(
+                    f"`{argument}` must call different objects by different names, got two of the "
+                    f"`{setting}` {called!r} whose code or attributes differ. Give each its own "
+                    f"`name`, or rename the records of one: "
+                    f"dataclasses.replace(record, {name}={called + '-2'!r})."
+                )
 
 
 def _result(record: Record) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,9 @@ Cell = Mapping[str, object]
 
 BASELINE_CELL: Cell = {"mode": BASELINE, "data_ratio": 1.0}
 """The mode and the ratio of a cell that keeps all samples."""
+
+
+_LONGEST_NAME = 200  # of at most 255 bytes, with room for suffixes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +72,20 @@ def stage_of(
     elif kind == "train" and not is_baseline and needs_scoring(own.mode):
         needed = "score"
     return Stage(
-        name="-".join(filter(None, parts)) + (".json" if kind == "finetune" else ".pt"),
+        name=_file_name("-".join(filter(None, parts)), ".json" if kind == "finetune" else ".pt"),
         kind=kind,
         settings=own,
         needs=None if needed is None else stage_of(cell, settings, scores, needed),
         scores=tuple(scores) if kind == "score" else (),
     )
+
+
+def _file_name(name: str, suffix: str) -> str:
+    """A file name of a length that every file system allows."""
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        name = f"{name[: _LONGEST_NAME - 17]}-{digest}"
+    return name + suffix
 
 
 def scoring_is_baseline(settings: Settings) -> bool:

@@ -17,7 +17,7 @@ from drophot._core.json_values import Json
 from drophot.data.cache import Cache
 from drophot.pipeline import preflight, pruning_steps, selection_steps
 from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, RunConfig
-from drophot.pipeline.provenance.run_record import configuration, record_of
+from drophot.pipeline.provenance.run_record import USUAL_STEPS, configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
 from drophot.records import Record
@@ -62,8 +62,11 @@ class DropHot(_ShowsSettings):
 
     `run` takes all five. Called one by one, each step leaves its result on the object: `tracker`,
     `scorer` and `scores`, `indices`, `model`, `masks`, `record`. You can replace these between the
-    steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. The settings
-    can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with others.
+    steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. After
+    `run.model = my_model`, the accuracy of the trained model is NaN until you set it. A record of
+    your own model or masks, or of a step that was taken twice, has a fingerprint of its own. The
+    settings can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with
+    others.
 
     One seed gives one record on one machine and leaves the global random state as it was. Models
     that differ in mode or ratio start from the same weights for the same seed, so that they can be
@@ -123,6 +126,7 @@ class DropHot(_ShowsSettings):
     pruned_accuracy: float = nan
     record: Record | None = None
     seconds: Mapping[str, float] = MappingProxyType({})  # of each step
+    _steps: tuple[str, ...] = ()  # that made the model, results that the user replaced among them
 
     @_takes(Arguments)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -152,6 +156,14 @@ class DropHot(_ShowsSettings):
         if name in SETTINGS or name in _OBJECTS:
             raise AttributeError(f"`{name}` of a run is fixed. Create another DropHot.")
         super().__setattr__(name, value)
+        if name == "model":  # the accuracies are those of another model
+            self._keep(trained_accuracy=nan, pruned_accuracy=nan, _steps=("own model",))
+        elif name == "masks":
+            self._keep(_steps=(*self._steps, "own masks"))
+
+    def _keep(self, **results: object) -> None:
+        """Set results of the run itself, which are not results that the user replaced."""
+        vars(self).update(results)
 
     @property
     def configuration(self) -> dict[str, Json]:
@@ -275,7 +287,7 @@ class DropHot(_ShowsSettings):
             raise RuntimeError("`train` needs a coreset: call `run.select()` first.")
         self.indices = selection_steps.checked_positions(self.config, self.indices)
         found = selection_steps.train(self.config, self.indices)
-        self.model, self.masks, self.trained_accuracy = found.model, None, found.accuracy
+        self._keep(model=found.model, masks=None, trained_accuracy=found.accuracy, _steps=())
         self._took("train", found.seconds)
         return found.model
 
@@ -293,7 +305,7 @@ class DropHot(_ShowsSettings):
         found = pruning_steps.prune(self.config, self.model)
         if self.masks is None:  # of the dense network, if it is pruned once more
             self.prunable = found.num_prunable
-        self.masks, self.pruner, self.channels = found.masks, found.schedule, found.channels
+        self._keep(masks=found.masks, pruner=found.schedule, channels=found.channels)
         self.pruned_accuracy = found.accuracy
         self._took("prune", found.seconds)
         return found.masks
@@ -318,7 +330,7 @@ class DropHot(_ShowsSettings):
             accuracy=self.pruned_accuracy,
         )
         found = pruning_steps.finetune(self.config, pruned)
-        self.masks = found.masks
+        self._keep(masks=found.masks)
         self._took("finetune", found.seconds)
         self.record = record_of(
             self.config,
@@ -327,11 +339,14 @@ class DropHot(_ShowsSettings):
             pruned_accuracy=self.pruned_accuracy,
             finetuned=found,
             seconds=self.seconds,
+            steps=self._steps,
         )
         return self.record
 
     def _took(self, step: str, seconds: float) -> None:
         self.seconds = {**self.seconds, step: seconds}
+        if step in USUAL_STEPS:
+            self._steps = (*self._steps, step)
 
 
 def _arguments_section(docstring: str) -> str:

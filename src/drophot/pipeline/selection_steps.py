@@ -20,6 +20,7 @@ from drophot.data.batching import batches, num_batches
 from drophot.data.samples import known_targets, targets_of
 from drophot.pipeline import fit_checks, modes
 from drophot.pipeline.config import RunConfig
+from drophot.pipeline.provenance.own_objects import unchanged
 from drophot.pipeline.released_protocol import always_evaluating
 from drophot.pipeline.step import running
 from drophot.pipeline.step_3_batches import (
@@ -169,7 +170,8 @@ def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) 
         targets=targets_of(config.train_set) if "targets" in config.needs else None,
         dataset=config.train_set,
     )
-    indices = selector.select(settings.data_ratio, evidence, settings.seed)
+    with unchanged("mode", settings.mode):
+        indices = selector.select(settings.data_ratio, evidence, settings.seed)
     return checked_indices(selector, indices, settings.data_ratio, total)
 
 
