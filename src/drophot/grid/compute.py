@@ -20,7 +20,8 @@ from drophot.pipeline import modes, pruning_steps, selection_steps
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.run_record import record_of
 from drophot.pipeline.provenance.torch_settings import with_switches
-from drophot.records import Record, from_line, to_line
+from drophot.records.json_lines import from_line, to_line
+from drophot.records.record import Record
 from drophot.tracking.statistics import Score, Statistic
 from drophot.training.loop import evaluate
 

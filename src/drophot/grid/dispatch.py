@@ -24,7 +24,7 @@ from drophot.grid.compute import Job, compute
 from drophot.grid.executors import Executor, SubmittedCall
 from drophot.grid.stages import Stage
 from drophot.pipeline.fit_checks import LoopError
-from drophot.records import Record
+from drophot.records.record import Record
 
 logger = logging.getLogger("drophot")
 

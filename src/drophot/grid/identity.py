@@ -14,7 +14,7 @@ from drophot.pipeline.provenance import environment
 from drophot.pipeline.provenance.fingerprints import unseen
 from drophot.pipeline.provenance.own_objects import described, own_objects, unknown_parts
 from drophot.pipeline.provenance.run_record import configuration
-from drophot.records import fingerprint
+from drophot.records.record import fingerprint
 from drophot.settings import Mode, name_of, varying
 
 

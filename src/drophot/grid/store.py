@@ -28,7 +28,8 @@ from typing import cast
 from drophot._core.atomic_write import PART_SUFFIX, atomic_write
 from drophot._core.json_values import Json
 from drophot.grid.stages import Stage, to_compute
-from drophot.records import Record, fingerprint, from_line, to_line
+from drophot.records.json_lines import from_line, to_line
+from drophot.records.record import Record, fingerprint
 
 _NOTHING = "(nothing)"
 # The age in seconds at which a file that was never renamed counts as abandoned, by the clock of the

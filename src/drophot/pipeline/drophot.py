@@ -20,7 +20,7 @@ from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, R
 from drophot.pipeline.provenance.run_record import USUAL_STEPS, configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
-from drophot.records import Record
+from drophot.records.record import Record
 from drophot.settings import SETTINGS, Settings, varying
 from drophot.structured.channel_pruning import Pruned
 from drophot.tracking.dynamics import DynamicsTracker

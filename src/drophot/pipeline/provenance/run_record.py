@@ -15,7 +15,7 @@ from drophot.pipeline.provenance.environment import device_name, versions
 from drophot.pipeline.provenance.own_objects import described
 from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.pipeline.pruning_steps import FinetunedModel
-from drophot.records import Record, fingerprint
+from drophot.records.record import Record, fingerprint
 from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
 
 USUAL_STEPS = ("train", "prune", "finetune")
