@@ -27,7 +27,7 @@ from drophot import (
     training,
 )
 from drophot.grid.stages import stage_of
-from drophot.pipeline import selection_steps
+from drophot.pipeline import step_3_batches
 from drophot.settings import SAMPLING_MODES, FeatureMode, needs_scoring
 from drophot.settings import name_of as name
 from drophot.tracking.dynamics import Statistic
@@ -188,7 +188,7 @@ def test_loss_sampling_weighs_and_sees_the_losses(monkeypatch: pytest.MonkeyPatc
 def test_crest_gives_its_own_weighted_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[CrestLoader] = []
     monkeypatch.setattr(
-        selection_steps,
+        step_3_batches,
         "CrestLoader",
         lambda *a, **k: made.append(CrestLoader(*a, **k)) or made[-1],
     )

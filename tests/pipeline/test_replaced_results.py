@@ -1,7 +1,6 @@
 """Results that a user replaced between the steps, and objects that must not be mistaken."""
 
 import copy
-from dataclasses import replace
 from functools import partial
 from math import isnan
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from helpers.runs import drop_hot
 from torch import Tensor, nn
 
-from drophot import Grid, Scored, evaluate, fit, report
+from drophot import Grid, Scored, evaluate, fit, report, stats
 from drophot.coreset import Evidence
 from drophot.pipeline import RunProtocol
 from drophot.tracking import Spread
@@ -255,11 +254,15 @@ class Column(First):
         self.column = column
 
 
-def test_a_report_takes_one_object_of_a_name() -> None:
+def test_a_reference_is_one_object_of_its_name() -> None:
     records = [drop_hot(mode=Column(column), score_epochs=1).run() for column in (0, 1)]
+    records.append(drop_hot(mode="random").run())
+    assert "column=0" in report.table(records)
+    assert "column=1" in report.table(records)
     with pytest.raises(ValueError, match="`records`.*`mode`.*'first'"):
-        report.table(records)
-    assert report.table([records[0], replace(records[1], mode="other")])
+        stats.compare(records, against="first")
+    (found,) = stats.compare([records[0], *records[2:]], against="first")
+    assert found.mode == "random"
 
 
 @pytest.mark.parametrize("name", ["seed", "batch_size", "on_epoch", "on_batch", "optimizer"])

@@ -69,13 +69,10 @@ def group_by_cell(records: Iterable[Record], argument: str = "records") -> list[
 
     Raises:
         TypeError: If an item is not a record.
-        ValueError: If there are no records, two records of the same cell and seed differ, or two
-            different objects have the same name.
+        ValueError: If there are no records, or two records of the same cell and seed differ.
     """
     found: dict[tuple[object, ...], dict[int, Record]] = {}
-    records = check_records(records, argument)
-    _check_names(records, argument)
-    for record in records:
+    for record in check_records(records, argument):
         runs = found.setdefault(cell_of(record), {})
         first = runs.setdefault(record.seed, record)
         if first is not record and _result(first) != _result(record):
@@ -92,7 +89,7 @@ def group_by_cell(records: Iterable[Record], argument: str = "records") -> list[
     return [list(runs.values()) for runs in found.values()]
 
 
-def _check_names(records: Iterable[Record], argument: str) -> None:
+def check_names(records: Iterable[Record], argument: str) -> None:
     """Refuse two objects of a user's that records call by the same name."""
     known: dict[tuple[str, Json], Json] = {}
     for record in records:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from drophot.records.cells import group_by_cell, shared_settings
+from drophot.records.cells import check_names, group_by_cell, shared_settings
 from drophot.records.record import Record
 from drophot.settings import BASELINE, SCORING_ONLY, Mode, needs_scoring
 
@@ -22,7 +22,8 @@ def pairs(records: Iterable[Record], against: str | Mode) -> list[list[tuple[Rec
 
     Raises:
         TypeError: If an item is not a record, or `against` is not a mode.
-        ValueError: If `group_by_cell` raises one, or no record has the mode `against`.
+        ValueError: If `group_by_cell` raises one, no record has the mode `against`, or records of
+            different objects have it.
     """
     groups = group_by_cell(records)
     mode = mode_name(against)
@@ -32,6 +33,7 @@ def pairs(records: Iterable[Record], against: str | Mode) -> list[list[tuple[Rec
             f"`against` must be a mode of the records, got {mode!r}. The modes of the records are "
             f"{', '.join(modes)}. Add the records of the reference, or choose another one."
         )
+    check_names((runs[0] for runs in groups if runs[0].mode == mode), "records")
     free = free_settings(against)
     # References that were scored alike take precedence. Of several, the first counts.
     precedence = (free - SCORING_ONLY, free)
