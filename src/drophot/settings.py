@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, ParamSpec, Protocol, get_args
+from typing import Any, Literal, ParamSpec, Protocol, cast, get_args
 
 from torch import Tensor
 
 from drophot._core import scalars
+from drophot._core.json_values import Json
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
 from drophot._core.setting_checks import check_flag, check_importance, name_or_object, one_of
 
@@ -367,6 +368,17 @@ def name_of(value: str | Named) -> str:
     return value if isinstance(value, str) else value.name
 
 
+def needs_scoring(mode: str | Named) -> bool:
+    """Whether a mode selects by the scores or the network of step 1."""
+    needs = getattr(mode, "needs", None)
+    if needs is None:  # a name, which says nothing about a user's own selector
+        return name_of(mode) not in _WITHOUT_SCORING
+    return not {"scores", "model"}.isdisjoint(needs)
+
+
+_WITHOUT_SCORING = {BASELINE, "random", "random-balanced", *SAMPLING_MODES}
+
+
 def varying(stage: StageName = "finetune") -> list[str]:
     """The settings that cells may differ in and that results up to a stage depend on, by stage."""
     reached = STAGES[: STAGES.index(stage) + 1]
@@ -386,7 +398,7 @@ def file_part(name: str, value: object) -> str:
     return "" if name in DEFAULTS and value == DEFAULTS[name] else f"{name}{value}"
 
 
-def with_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(configuration: Mapping[str, Json]) -> dict[str, Json]:
     """Add the optional settings that a configuration leaves out, at their defaults."""
     added = {name: DEFAULTS[name] for name, setting in SETTINGS.items() if setting.optional}
-    return added | dict(configuration)
+    return cast("dict[str, Json]", added | dict(configuration))

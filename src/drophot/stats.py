@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from drophot._core import scalars
-from drophot.records import CELL_FIELDS, Record, known_settings, mode_name, pairs
+from drophot.records.cells import CELL_FIELDS, known_settings
+from drophot.records.pairs import mode_name, pairs
+from drophot.records.record import Record
 from drophot.settings import Mode
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]

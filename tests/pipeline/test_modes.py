@@ -27,8 +27,8 @@ from drophot import (
     training,
 )
 from drophot.grid.stages import stage_of
-from drophot.pipeline import selection_steps
-from drophot.settings import SAMPLING_MODES, FeatureMode
+from drophot.pipeline import step_3_batches
+from drophot.settings import SAMPLING_MODES, FeatureMode, needs_scoring
 from drophot.settings import name_of as name
 from drophot.tracking.dynamics import Statistic
 
@@ -58,6 +58,7 @@ def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     assert len(run.indices) == (120 if mode in SAMPLING_MODES else 60)
     assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
     assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *SAMPLING_MODES))
+    assert needs_scoring(mode) == needs_scoring(name(mode)) == ("score" in record.seconds)
     json.dumps(run.configuration)
 
 
@@ -187,7 +188,7 @@ def test_loss_sampling_weighs_and_sees_the_losses(monkeypatch: pytest.MonkeyPatc
 def test_crest_gives_its_own_weighted_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[CrestLoader] = []
     monkeypatch.setattr(
-        selection_steps,
+        step_3_batches,
         "CrestLoader",
         lambda *a, **k: made.append(CrestLoader(*a, **k)) or made[-1],
     )
@@ -262,7 +263,7 @@ def test_a_users_own_loop_trains_in_every_mode_as_drophots_own(
         run = drop_hot(
             mode=mode,
             score_epochs=2,
-            data_ratio=0.3,
+            data_ratio=0.55,  # of which equal steps are no whole epochs
             optimizer=adam,
             equal_steps=equal_steps,
             **fit,

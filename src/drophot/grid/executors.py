@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.utils.data import TensorDataset
@@ -27,7 +27,7 @@ from drophot.settings import SETTINGS, Mode
 class SubmittedCall(Protocol):
     """The result of `submit`, such as a `concurrent.futures.Future`."""
 
-    def result(self) -> Any:
+    def result(self) -> object:
         """Wait for the call, and return its result or raise its error."""
         ...
 
@@ -35,7 +35,7 @@ class SubmittedCall(Protocol):
 class Executor(Protocol):
     """An object that computes calls, such as a `concurrent.futures.Executor`."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> SubmittedCall:
+    def submit(self, function: Callable[..., object], /, *arguments: object) -> SubmittedCall:
         """Start a call."""
         ...
 

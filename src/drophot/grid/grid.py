@@ -22,7 +22,8 @@ from drophot.grid.stages import Stage, stage_of, to_compute
 from drophot.grid.store import open_store
 from drophot.pipeline.drophot import DropHot
 from drophot.pipeline.provenance.torch_settings import changed_switches
-from drophot.records import Record, from_line
+from drophot.records.json_lines import from_line
+from drophot.records.record import Record
 from drophot.settings import Mode
 
 logger = logging.getLogger("drophot")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -129,7 +128,7 @@ def estimate(config: RunConfig, stages: Sequence[Stage], threads: int) -> Cost:
     return Cost(seconds=seconds if is_measured else None, bytes=size, memory=needed)
 
 
-def _training_seconds(config: RunConfig, model: nn.Module, samples: Dataset[Any]) -> float:
+def _training_seconds(config: RunConfig, model: nn.Module, samples: Dataset[object]) -> float:
     optimizer = config.optimizer(model.parameters())
 
     def train() -> None:

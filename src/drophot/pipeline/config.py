@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +33,8 @@ class Arguments(Settings):
     """The arguments of :class:`drophot.DropHot`: settings, factories, data and training loop."""
 
     model: ModelFactory = field(kw_only=False)
-    train_set: Dataset[Any] = field(kw_only=False)
-    test_set: Dataset[Any] = field(kw_only=False)
+    train_set: Dataset[object] = field(kw_only=False)
+    test_set: Dataset[object] = field(kw_only=False)
     optimizer: OptimizerFactory = field(default=partial(Adam, lr=1e-3))
     device: torch.device | str | None = None
     fit: loop.Fit = loop.fit
@@ -62,9 +61,9 @@ class RunConfig:
     settings: Settings
     factory: ModelFactory
     optimizer: OptimizerFactory
-    train_set: Dataset[Any]
+    train_set: Dataset[object]
     """Samples `(input, target, index)`, in memory if that is safe: see `in_memory`."""
-    test_set: Dataset[Any]
+    test_set: Dataset[object]
     device: torch.device
     fit: loop.Fit
     cache: Cache
@@ -82,6 +81,11 @@ class RunConfig:
         """The selector of step 2; `None` if the mode chooses while step 3 trains."""
         mode = self.settings.mode
         return self.protocol.selector(mode) or modes.selector_of(mode)
+
+    @property
+    def needs(self) -> Collection[str]:
+        """What step 2 selects by: any of "scores", "model" and "targets"."""
+        return () if self.selector is None or self.keeps_all else self.selector.needs
 
     @property
     def num_samples(self) -> int:
@@ -106,7 +110,7 @@ class RunConfig:
         """Seeds the random numbers of steps 1 to 4. Step 5 uses the next number."""
         return 2 * self.settings.seed
 
-    def replace(self, **settings: Any) -> RunConfig:
+    def replace(self, **settings: object) -> RunConfig:
         """The same with other settings, which are checked alone but not against the model."""
         changed = replace(self.settings, **settings)
         check_settings(changed)

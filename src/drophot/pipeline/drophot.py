@@ -7,23 +7,34 @@ import inspect
 from collections.abc import Callable, Mapping
 from math import nan
 from types import MappingProxyType
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from drophot._core.json_values import Json
+from drophot.data.cache import Cache
 from drophot.pipeline import preflight, pruning_steps, selection_steps
-from drophot.pipeline.config import Arguments, RunConfig
-from drophot.pipeline.provenance.run_record import configuration, record_of
+from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, RunConfig
+from drophot.pipeline.provenance.run_record import USUAL_STEPS, configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
-from drophot.records import Record
+from drophot.records.record import Record
 from drophot.settings import SETTINGS, Settings, varying
 from drophot.structured.channel_pruning import Pruned
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.training.loop import Fit
 
 # The attributes of the configuration that a run shows as its own, besides the settings.
 _OBJECTS = ["factory", "optimizer", "train_set", "test_set", "device", "fit", "cache", "progress"]
 _P = ParamSpec("_P")
+
+if TYPE_CHECKING:
+    # A run shows its settings as attributes of the same types.
+    _ShowsSettings = Settings
+else:
+    _ShowsSettings = object
 
 
 def _takes(
@@ -40,7 +51,7 @@ def _takes(
     return decorate
 
 
-class DropHot:
+class DropHot(_ShowsSettings):
     """The paper's five steps on a classifier and its data.
 
     1. `score`: train a model on the full training set and count every sample's forgetting events.
@@ -51,8 +62,11 @@ class DropHot:
 
     `run` takes all five. Called one by one, each step leaves its result on the object: `tracker`,
     `scorer` and `scores`, `indices`, `model`, `masks`, `record`. You can replace these between the
-    steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. The settings
-    can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with others.
+    steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. After
+    `run.model = my_model`, the accuracy of the trained model is NaN until you set it. A record of
+    your own model or masks, or of a step that was taken twice, has a fingerprint of its own. The
+    settings can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with
+    others.
 
     One seed gives one record on one machine and leaves the global random state as it was. Models
     that differ in mode or ratio start from the same weights for the same seed, so that they can be
@@ -112,17 +126,29 @@ class DropHot:
     pruned_accuracy: float = nan
     record: Record | None = None
     seconds: Mapping[str, float] = MappingProxyType({})  # of each step
+    _steps: tuple[str, ...] = ()  # that made the model, results that the user replaced among them
 
     @_takes(Arguments)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.config: RunConfig = preflight.prepare(Arguments(*args, **kwargs))
 
-    def __getattr__(self, name: str) -> Any:
-        if name in SETTINGS:
-            return getattr(self.config.settings, name)
-        if name in _OBJECTS:
-            return getattr(self.config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if TYPE_CHECKING:  # read-only: see `__getattr__`
+        factory: ModelFactory
+        optimizer: OptimizerFactory
+        train_set: Dataset[object]
+        test_set: Dataset[object]
+        device: torch.device
+        fit: Fit
+        cache: Cache
+        progress: bool
+    else:
+
+        def __getattr__(self, name: str) -> object:
+            if name in SETTINGS:
+                return getattr(self.config.settings, name)
+            if name in _OBJECTS:
+                return getattr(self.config, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in varying():
@@ -130,9 +156,17 @@ class DropHot:
         if name in SETTINGS or name in _OBJECTS:
             raise AttributeError(f"`{name}` of a run is fixed. Create another DropHot.")
         super().__setattr__(name, value)
+        if name == "model":  # the accuracies are those of another model
+            self._keep(trained_accuracy=nan, pruned_accuracy=nan, _steps=("own model",))
+        elif name == "masks":
+            self._keep(_steps=(*self._steps, "own masks"))
+
+    def _keep(self, **results: object) -> None:
+        """Set results of the run itself, which are not results that the user replaced."""
+        vars(self).update(results)
 
     @property
-    def configuration(self) -> dict[str, Any]:
+    def configuration(self) -> dict[str, Json]:
         """Everything that a record depends on, as JSON can hold it; its fingerprint is of this.
 
         It holds the settings; the code and the arguments of the factories and of `fit`, and what
@@ -141,7 +175,7 @@ class DropHot:
         """
         return configuration(self.config)
 
-    def replace(self, **settings: Any) -> DropHot:
+    def replace(self, **settings: object) -> DropHot:
         """The same run with other settings and without results, on the same data in memory.
 
         Args:
@@ -253,7 +287,7 @@ class DropHot:
             raise RuntimeError("`train` needs a coreset: call `run.select()` first.")
         self.indices = selection_steps.checked_positions(self.config, self.indices)
         found = selection_steps.train(self.config, self.indices)
-        self.model, self.masks, self.trained_accuracy = found.model, None, found.accuracy
+        self._keep(model=found.model, masks=None, trained_accuracy=found.accuracy, _steps=())
         self._took("train", found.seconds)
         return found.model
 
@@ -271,7 +305,7 @@ class DropHot:
         found = pruning_steps.prune(self.config, self.model)
         if self.masks is None:  # of the dense network, if it is pruned once more
             self.prunable = found.num_prunable
-        self.masks, self.pruner, self.channels = found.masks, found.schedule, found.channels
+        self._keep(masks=found.masks, pruner=found.schedule, channels=found.channels)
         self.pruned_accuracy = found.accuracy
         self._took("prune", found.seconds)
         return found.masks
@@ -296,7 +330,7 @@ class DropHot:
             accuracy=self.pruned_accuracy,
         )
         found = pruning_steps.finetune(self.config, pruned)
-        self.masks = found.masks
+        self._keep(masks=found.masks)
         self._took("finetune", found.seconds)
         self.record = record_of(
             self.config,
@@ -305,11 +339,14 @@ class DropHot:
             pruned_accuracy=self.pruned_accuracy,
             finetuned=found,
             seconds=self.seconds,
+            steps=self._steps,
         )
         return self.record
 
     def _took(self, step: str, seconds: float) -> None:
         self.seconds = {**self.seconds, step: seconds}
+        if step in USUAL_STEPS:
+            self._steps = (*self._steps, step)
 
 
 def _arguments_section(docstring: str) -> str:

@@ -11,7 +11,7 @@ from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified
 from drophot.settings import SAMPLING_MODES, Mode, Named
-from drophot.tracking.statistics import Score, Statistic, is_builtin_score
+from drophot.tracking.statistics import Score, Statistic, check_score, is_builtin_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Scored:
 
     Raises:
         TypeError: If the statistic is neither a name nor a score.
-        ValueError: If the statistic or the mode is unknown, or the ends differ.
+        ValueError: If the statistic or the mode is unknown, the name or the hard end of a score
+            cannot be used, or the ends differ.
 
     Example:
         >>> from drophot import Stratified
@@ -121,6 +122,8 @@ def check_statistic(statistic: object) -> None:
             f"`statistic` must be the name of a score, or an object with `name`, `hard_end` and a "
             f"call, got {statistic!r}. See drophot.tracking.Score."
         )
+    else:
+        check_score(statistic)
 
 
 def selector_of(mode: Mode) -> Selector | None:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from drophot._core.atomic_write import atomic_write
-from drophot.records import Record, group_by_cell, mode_name
+from drophot.records.cells import group_by_cell
+from drophot.records.pairs import mode_name
+from drophot.records.record import Record
 from drophot.report import html_page, plots, tables
 from drophot.report.plots import Ratio
 from drophot.report.svg_panels import Panels

@@ -11,15 +11,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from drophot.records import (
-    Record,
-    cell_of,
-    check_records,
-    free_settings,
-    from_line,
-    group_by_cell,
-    shared_settings,
-)
+from drophot.records.cells import cell_of, check_records, group_by_cell, shared_settings
+from drophot.records.json_lines import from_line
+from drophot.records.pairs import free_settings
+from drophot.records.record import Record
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot.report.tables import Table, percent

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drophot.records import CELL_FIELDS, Record, fingerprint, known_settings
+from drophot.records.cells import CELL_FIELDS, known_settings
+from drophot.records.record import Record, fingerprint
 from drophot.settings import BASELINE, RECORD_FIELDS, SETTINGS
 from drophot.stats import Comparison
 

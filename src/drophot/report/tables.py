@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from drophot import stats
-from drophot.records import Record
+from drophot.records.record import Record
 from drophot.report import setting_columns
 from drophot.report.setting_columns import FIELDS
 from drophot.settings import BASELINE, Mode

@@ -234,7 +234,7 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
     for item in statistics:
         if item == "forgetting":
             continue  # which every tracker keeps
-        score = _lookup(item) if isinstance(item, str) else _check_score(item)
+        score = _lookup(item) if isinstance(item, str) else check_score(item)
         if score.name in by_name:
             raise ValueError(
                 f"`statistics` must not name a statistic twice, got {score.name!r} twice."
@@ -277,7 +277,7 @@ def _lookup(name: str) -> Score:
     return BUILT_IN[name]
 
 
-def _check_score(score: Score) -> Score:
+def check_score(score: Score) -> Score:
     """Refuse an object that is not a score, or one whose name is taken."""
     if isinstance(score, type):
         raise TypeError(
@@ -309,5 +309,5 @@ def _check_score(score: Score) -> Score:
     if isinstance(score, Spread):
         if isinstance(score.score, Spread):
             raise TypeError(f"`score` of the spread {score.name!r} must be a score, got a Spread.")
-        _check_score(score.score)
+        check_score(score.score)
     return score

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from drophot._core import random_state
 from drophot._core.installed_packages import qualified_name, stable_name
+from drophot._core.json_values import Json
 from drophot.pipeline.provenance.digests import digest, digest_of, text_of
 from drophot.pipeline.provenance.fingerprints import attributes, describe
 
@@ -32,7 +33,7 @@ _PARTS = vars(nn.Module()).keys()
 class Experiment:
     """The parts of a run besides its settings, as JSON can hold them."""
 
-    description: Mapping[str, Any]
+    description: Mapping[str, Json]
     """`model`, `optimizer`, `fit`, `train_set` and `test_set`."""
     unknown: tuple[str, ...]
     """The parts that two processes cannot compare, each with its argument."""

@@ -52,7 +52,7 @@ _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Si
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
-_CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
+_CALLED = ("__call__", "__getitem__", "__getitems__", "forward", "select")
 
 
 def unseen(thing: Any) -> list[str]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
 
+from drophot._core.json_values import Json
 from drophot._core.setting_checks import is_builtin
 from drophot.pipeline.protocol import RunProtocol
 from drophot.pipeline.provenance.callables import factory_name
-from drophot.pipeline.provenance.fingerprints import describe
+from drophot.pipeline.provenance.fingerprints import attributes, describe
 from drophot.settings import SETTINGS, Settings
 from drophot.tracking.statistics import Spread, is_builtin_score
 
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def described(value: object) -> Any:
+def described(value: object) -> Json:
     """A setting's value as JSON can hold it.
 
     The names of the library's own objects say everything about them. Another object is described by
@@ -25,6 +27,26 @@ def described(value: object) -> Any:
         return value
     name = _name(value)
     return name if _is_known_by_name(value) else {"name": name, "object": describe(value)[0]}
+
+
+@contextmanager
+def unchanged(argument: str, value: object) -> Generator[None]:
+    """Refuse an object of the user's own that changes its identity while it is used."""
+    if _is_known_by_name(value):
+        yield
+        return
+    before, before_attributes = described(value), attributes(value)
+    yield
+    if described(value) == before:
+        return
+    after = attributes(value)
+    changed = [name for name in after if after[name] != before_attributes.get(name)]
+    what = f"the attribute `{changed[0]}`" if changed else "its state"
+    raise ValueError(
+        f"`{argument}` must be the same before and after its use, because its attributes are part "
+        f"of what identifies the run, but {_name(value)!r} changed {what}. To cache something, "
+        f"leave it out of the state: define `__getstate__` without it."
+    )
 
 
 def unknown_parts(settings: Settings) -> list[str]:
