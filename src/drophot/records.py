@@ -32,7 +32,7 @@ class Record:
         >>> model = partial(fcnet, in_features=8, hidden=4, num_classes=2)
         >>> settings = dict(data_ratio=0.5, mode="random", prune_ratio=0.5)
         >>> record = DropHot(model, data, data, **settings).run()
-        >>> record.mode, record.kept, record.sparsity
+        >>> record.mode, record.num_kept, record.sparsity
         ('random', 4, 0.5)
         >>> record.finetuned_accuracy == record.finetune_curve[-1]
         True
@@ -46,7 +46,7 @@ class Record:
     """How the kept samples were chosen: the name of the mode, or "baseline" if all were kept."""
     keep_ratio: float
     """The share of training samples to keep, as requested."""
-    kept: int
+    num_kept: int
     """The number of training samples kept, `K`; per epoch for a mode that reselects samples."""
     prune_ratio: float
     """The share of prunable weights to remove, as requested."""
@@ -241,7 +241,7 @@ def cell_of(record: Record) -> tuple[object, ...]:
     # A baseline is the same cell whatever mode was requested, because it keeps all samples.
     if record.cell and record.mode != "baseline":
         return (*(getattr(record, name) for name in CELL_FIELDS), record.cell)
-    return (*shared_settings(record), record.kept, "" if record.settings else record.cell)
+    return (*shared_settings(record), record.num_kept, "" if record.settings else record.cell)
 
 
 def shared_settings(record: Record, ignoring: Collection[str] = ()) -> tuple[object, ...]:

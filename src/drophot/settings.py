@@ -17,11 +17,10 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, Protocol, get_args
 
-from torch import Tensor
-
 from drophot._core import scalars
+from drophot._core.importance import Importance, check_importance
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
-from drophot._core.setting_checks import check_flag, check_importance, name_or_object, one_of
+from drophot._core.setting_checks import check_flag, name_or_object, one_of
 
 _P = ParamSpec("_P")
 
@@ -46,7 +45,6 @@ ScheduleName = Literal["one-shot", "gradual", "iterative"]
 ProtocolName = Literal[
     "paper", "released", "released-scores", "released-masks", "released-baseline"
 ]
-WeightImportance = Callable[[str, Tensor], Tensor]
 StageName = Literal["score", "train", "finetune"]
 
 SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
@@ -280,7 +278,7 @@ class Settings:
             words={True: "channels", False: "weights"},
         ),
     )
-    importance: WeightImportance | None = field(
+    importance: Importance | None = field(
         default=None, metadata=_declare(check=check_importance, stage="finetune", optional=True)
     )
     score_epochs: int = field(

@@ -331,10 +331,10 @@ def compare(
     Example:
         >>> same = dict(model="lenet", prune_ratio=0.8, sparsity=0.8, finetune_curve=())
         >>> same |= dict(trained_accuracy=0.97, pruned_accuracy=0.6, fingerprint="")
-        >>> same |= dict(seconds={}, device="cpu", versions={})
+        >>> same |= dict(seconds={}, device="cpu", versions={}, num_kept=6)
         >>> share = {"baseline": 1.0, "high": 0.1}
         >>> runs = [
-        ...     Record(**same, mode=m, keep_ratio=share[m], kept=6, seed=seed, finetuned_accuracy=a)
+        ...     Record(**same, mode=m, keep_ratio=share[m], seed=seed, finetuned_accuracy=a)
         ...     for m, pair in {"baseline": (0.98, 0.99), "high": (0.96, 0.98)}.items()
         ...     for seed, a in enumerate(pair)
         ... ]

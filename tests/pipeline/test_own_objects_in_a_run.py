@@ -88,7 +88,7 @@ def test_strata_have_to_know_the_hard_end_of_an_own_score() -> None:
 def test_an_own_selector_gets_what_it_needs() -> None:
     run = drop_hot(mode=Confident())
     record = run.run()
-    assert (record.mode, record.kept) == ("confident", 60)
+    assert (record.mode, record.num_kept) == ("confident", 60)
     evidence = Evidence(
         num_samples=120,
         scores=run.scores,

@@ -49,15 +49,6 @@ def name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any
     return check
 
 
-def check_importance(name: str, value: Any) -> object:
-    if value is not None and not callable(value):
-        raise TypeError(
-            f"`{name}` must be a function of a weight's name and the weight, or None for its "
-            f"magnitude, got {value!r}."
-        )
-    return value
-
-
 def is_builtin(value: object) -> bool:
     """Whether an object is of one of the library's own classes."""
     return type(value).__module__.partition(".")[0] == "drophot"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,7 +24,7 @@ from drophot.coreset.selectors import (
     checked_indices,
     is_selector,
 )
-from drophot.coreset.stratified import Stratified
+from drophot.coreset.stratified import Stratified, check_cutoff, draw_from_strata
 
 Word = Literal["high", "low", "random"]
 Mode = Word | Stratified | Selector
@@ -102,14 +103,16 @@ def select(
     if isinstance(selector, ByScore | Random | Stratified) and not (
         selector.balanced and targets is None
     ):
-        return select_by_score(selector.draw, values, ratio, targets=targets, among=part, seed=seed)
+        stratified = isinstance(selector, Stratified)
+        draw = partial(draw_from_strata, selector) if stratified else selector.draw
+        return select_by_score(draw, values, ratio, targets=targets, among=part, seed=seed)
     return _select_by(selector, values, ratio, targets, part, seed)
 
 
 def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
     """Raise a ValueError if a mode is unknown, or its cutoff leaves less than `ratio`."""
     if isinstance(mode, Stratified):
-        mode.check(ratio)
+        check_cutoff(mode, ratio)
     elif is_selector(mode):
         check_selector(name, mode)
     elif not isinstance(mode, str) or mode not in WORDS:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
-from drophot.coreset.stratified import Stratified
+from drophot.coreset.stratified import Stratified, check_cutoff
 from drophot.settings import SAMPLING_MODES, Mode, Named
 from drophot.tracking.statistics import Score, Statistic, is_builtin_score
 
@@ -181,4 +181,4 @@ def check_mode(mode: Mode, ratio: float) -> None:
         check_statistic(statistic)
     inner = mode.mode if isinstance(mode, Scored) else mode
     if isinstance(inner, Stratified):
-        inner.check(ratio)
+        check_cutoff(inner, ratio)

@@ -57,7 +57,7 @@ class OperatorCall:
 
     @property
     def reason(self) -> str:
-        """Why channels that this call mixes are kept, as `Pruned.whole` shows it."""
+        """Why channels that this call mixes are kept, as `Pruned.unpruned_layers` shows it."""
         return f"{operation(self.name)} in {inside(self.module)} needs all of its channels"
 
     def couple(self, *dims: tuple[Tensor, int]) -> None:
