@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
+from helpers.own_objects import Confident, Margin
 from helpers.runs import TRAIN, Normed, drop_hot
 from torch import Tensor, nn
 
@@ -18,39 +19,6 @@ from drophot.pipeline.released_protocol import PositionCounts, protocol_of
 from drophot.structured import prune_channels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
-
-
-@dataclass(frozen=True)
-class Margin:
-    """How far the true class is ahead, times a scale."""
-
-    scale: float = 1.0
-    name: str = "margin"
-    hard_end: Literal["high", "low"] = "low"
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        own = logits.gather(1, targets[:, None])[:, 0]
-        others = logits.scatter(1, targets[:, None], -torch.inf)
-        return self.scale * (own - others.amax(1))
-
-
-@dataclass(frozen=True)
-class Confident:
-    """The samples that the scoring network is surest of, and some that were forgotten."""
-
-    offset: int = 0
-    name: str = "confident"
-    needs: tuple[str, ...] = ("scores", "model", "targets")
-
-    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
-        assert evidence.scores is not None
-        assert evidence.model is not None
-        assert evidence.targets is not None
-        inputs = torch.stack([sample[0] for sample in evidence.dataset])
-        with torch.no_grad():
-            logits = evidence.model.eval()(inputs)
-        sure = logits.softmax(1)[torch.arange(len(inputs)), evidence.targets]
-        return select(sure + evidence.scores, ratio, seed=seed + self.offset)
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -100,16 +68,40 @@ def test_an_own_selector_gets_what_it_needs() -> None:
     assert record == drop_hot(mode=Confident()).run()
 
 
+class ByMargin:
+    name, needs, statistic = "by-margin", ("scores",), Margin()
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        assert isinstance(evidence.scores, Tensor)
+        assert evidence.scores.shape == (evidence.num_samples,)
+        return evidence.scores.argsort()[: int(ratio * evidence.num_samples)]
+
+
 def test_an_own_selector_may_ask_for_a_score() -> None:
-    class ByMargin:
-        name, needs, statistic = "by-margin", ("scores",), Margin()
-
-        def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
-            return select(evidence.scores, ratio, "low", seed=seed)
-
     run = drop_hot(mode=ByMargin())
     run.run()
     assert torch.equal(run.indices, select(run.statistic("margin"), 0.5, "low"))
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (torch.full((120,), torch.nan), "`scores` .*NaN.* 120 of 120"),
+        (torch.zeros(120, 1), r"`scores` .*\(120, 1\)"),
+        (["a"] * 120, "`scores` .*"),
+    ],
+)
+def test_scores_are_checked_before_an_own_selector_gets_them(scores: Any, words: str) -> None:
+    run = drop_hot(mode=ByMargin())
+    run.scores = scores
+    with pytest.raises((TypeError, ValueError), match=words):
+        run.select()
+
+
+def test_an_own_selector_gets_a_list_of_scores_as_a_tensor() -> None:
+    run = drop_hot(mode=ByMargin())
+    run.scores = list(range(120))
+    assert run.select().tolist() == list(range(60))
 
 
 def test_a_selector_that_needs_nothing_takes_no_scoring() -> None:

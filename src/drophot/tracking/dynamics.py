@@ -137,6 +137,12 @@ class DynamicsTracker(ForgettingTracker):
             values = to_device(values, rows.position.device).index_select(0, rows.order)
             self._means.add(self._state.columns, rows.position, rows.repeats, values)
 
+    def reset(self) -> None:
+        """Return to the initial state."""
+        super().reset()
+        for stream in self._statistics.streams:
+            stream.reset()
+
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Not available: the statistics need logits.
 
