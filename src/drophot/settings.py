@@ -95,6 +95,12 @@ def _at_least(least: int) -> Callable[[str, Any], object]:
 
 
 _OBJECT_MODES = "a selector such as Stratified(), Scored() or your own"
+# The names that Scored and Stratified give themselves.
+_STATISTIC = "((forgetting|aum|el2n|confidence|variability|loss)-)?"
+_SELECTOR_NAMES = (
+    rf"({_STATISTIC}(high|low)|random|"
+    rf"{_STATISTIC}stratified(-bins\d+)?(-cutoff\d[\d.e-]*)?(-low)?)(-balanced)?"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +164,9 @@ class Settings:
     mode: Mode = field(
         metadata=_declare(
             check=name_or_object(
-                (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES), _OBJECT_MODES
+                (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES),
+                _OBJECT_MODES,
+                reserved=_SELECTOR_NAMES,
             ),
             stage="train",
             varies=True,

@@ -243,6 +243,14 @@ def test_evidence_is_checked(given: Any, error: type[Exception], words: str) -> 
         Evidence(num_samples=3, **given)
 
 
+def test_a_subclass_of_a_built_in_selector_selects_by_its_own_method() -> None:
+    class First(Stratified):
+        def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+            return torch.arange(num_kept(ratio, evidence.num_samples))
+
+    assert select(SCORES, 0.5, First()).tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("scores", [[3, 1, 2], torch.tensor([3, 1, 2]), [3.0, 1.0, 2.0]])
 def test_a_selector_gets_scores_as_floats(scores: Any) -> None:
     found = Evidence(num_samples=3, scores=scores, targets=[0, 1, 0]).scores

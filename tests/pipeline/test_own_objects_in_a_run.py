@@ -11,12 +11,21 @@ from helpers.own_objects import Confident, Margin
 from helpers.runs import TRAIN, Normed, drop_hot
 from torch import Tensor, nn
 
-from drophot import ForgettingTracker, Masks, Scored, Stratified, magnitude_prune, select
+from drophot import (
+    DynamicsTracker,
+    ForgettingTracker,
+    Masks,
+    Scored,
+    Stratified,
+    magnitude_prune,
+    select,
+)
 from drophot.coreset import Evidence
 from drophot.pipeline import RunProtocol
 from drophot.pipeline.provenance.own_objects import unknown_parts
 from drophot.pipeline.released_protocol import PositionCounts, protocol_of
 from drophot.structured import prune_channels
+from drophot.tracking import Spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 
@@ -140,6 +149,10 @@ class Taken:
     name, needs, select = "high", (), select
 
 
+class Finer(Stratified):
+    """A subclass that has the name of its base."""
+
+
 class Partial:
     name, needs = "partial", ()
 
@@ -155,6 +168,10 @@ class Unknown:
         (Confident, "`mode` .*Confident|`mode` .*selector"),
         (Spaced(), "`mode` .*'a b'"),
         (Taken(), "`mode` .*'high'"),
+        (Confident(name="el2n-low-balanced"), "`mode` .*'el2n-low-balanced'"),
+        (Finer(cutoff=0.1), "`mode` .*'stratified-cutoff0.1'"),
+        (Scored(Margin(name="aum"), "low"), "`mode` .*'aum-low'"),
+        (Scored(Spread(score=Margin(), name="loss")), "`mode` .*'loss-high'"),
         (Partial(), "`mode` .*Partial"),
         (Unknown(), "'unknown'.*gradients"),
     ],
@@ -206,6 +223,27 @@ def test_an_own_importance_decides_which_channels_go() -> None:
     run.prune()
     assert torch.equal(run.model[0].weight, twin[0].weight)
     assert torch.equal(run.model[0].weight, before[:8])
+
+
+def saliency(name: str, weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return (weight * weight.grad).abs()
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_an_importance_that_needs_gradients_is_refused_before_any_work(structured: bool) -> None:
+    with pytest.raises(ValueError, match="`importance` .*`saliency`"):
+        drop_hot(importance=saliency, model=wide, structured=structured)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_an_importance_may_use_gradients_if_there_are_any(structured: bool) -> None:
+    def either(name: str, weight: Tensor) -> Tensor:
+        return weight.abs() if weight.grad is None else saliency(name, weight)
+
+    settings = {"model": wide, "structured": structured, "mode": "random"}
+    plain = drop_hot(**settings, importance=lambda name, weight: weight.abs()).run()
+    assert drop_hot(**settings, importance=either).run().finetune_curve == plain.finetune_curve
 
 
 # --- protocols ------------------------------------------------------------------------------------
@@ -310,6 +348,18 @@ def test_settings_that_do_not_go_with_a_hook_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         drop_hot(protocol=RunProtocol(name="own", **hooks), **settings)
+
+
+@pytest.mark.parametrize("name", ["paper", "released", "baseline"])
+def test_a_protocol_does_not_take_the_name_of_a_built_in_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`protocol` .*'{name}'"):
+        drop_hot(protocol=RunProtocol(name=name, counter=count_errors))
+
+
+def test_a_built_in_score_goes_by_its_name() -> None:
+    for name, score in DynamicsTracker(1).statistics.items():
+        run = drop_hot(mode=Scored(score))
+        assert run.configuration == drop_hot(mode=Scored(name)).configuration
 
 
 def test_hooks_are_checked() -> None:

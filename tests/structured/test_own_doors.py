@@ -9,6 +9,7 @@ import torch
 from helpers.channels import assert_same_numbers, distinct, normal
 from torch import Tensor, nn
 
+from drophot.prune import magnitude_prune
 from drophot.structured import OperatorCall, Pruned, prune_channels
 
 Rules = dict[Any, Callable[..., None]]
@@ -222,7 +223,23 @@ WRONG_RULES: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
         ValueError,
         r"`call.inputs`.*`ranked`.*\(5, 16\)",
     ),
-    "other arguments": (lambda call: None, TypeError, "1 positional argument"),
+    "too few arguments": (lambda call: None, TypeError, "`rules`.*ranked.*<lambda>"),
+    "too many arguments": (lambda call, x, y: None, TypeError, "`rules`.*ranked.*'y'"),
+    "a tensor without its dimension": (
+        lambda call, x: call.couple(x, call.outputs[0]),
+        TypeError,
+        r"`couple`.*`ranked`.*\(5, 16\)",
+    ),
+    "a pair and a number": (
+        lambda call, x: call.couple((x, 1), 1),
+        TypeError,
+        "`couple`.*`ranked`.* 1",
+    ),
+    "a dimension that is no integer": (
+        lambda call, x: call.couple((x, 1.0)),
+        TypeError,
+        "`couple`.*`ranked`.*1.0",
+    ),
     "an error of its own": (fails, OwnError, "mine"),
 }
 
@@ -242,11 +259,46 @@ def test_a_rule_that_cannot_be_is_an_error_and_nothing_is_changed(name: str) -> 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
-    [({"ranked": channels_alike}, "`rules`.*'ranked'"), ({ranked: 3}, r"`rules`.*3.*ranked")],
+    [
+        ({"ranked": channels_alike}, "`rules`.*'ranked'"),
+        ({ranked: 3}, r"`rules`.*3.*ranked"),
+        ({ranked: nn.Linear}, "`rules`.*Linear.*ranked"),
+    ],
 )
 def test_rules_map_operators_to_functions(rules: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         prune_channels(between(lambda x: ranked(x)).double(), 0.5, normal(5, 6), rules=rules)
+
+
+def test_wrong_arguments_of_a_rule_are_found_before_the_model_is_called() -> None:
+    model = between(lambda x: pytest.fail("called")).double()
+    with pytest.raises(TypeError, match="`rules`.*ranked.*'y'"):
+        prune_channels(model, 0.5, normal(5, 6), rules={ranked: lambda call, x, y: None})
+    with pytest.raises(TypeError, match="`rules`.*softmax"):
+        prune_channels(model, 0.5, normal(5, 6), rules={torch.ops.aten.softmax: lambda call: None})
+
+
+def test_arguments_that_only_some_calls_have_are_found_when_they_are_passed() -> None:
+    def rule(call: OperatorCall, x: Tensor, y: Tensor) -> None: ...
+
+    model = between(lambda x: torch.ops.aten.add(x, x, alpha=2)).double()
+    with pytest.raises(TypeError, match="`rules`.*add.*'alpha'"):
+        prune_channels(model, 0.5, normal(5, 6), rules={torch.ops.aten.add.Tensor: rule})
+
+
+@pytest.mark.parametrize(
+    ("importance", "words"),
+    [
+        (nn.Linear, "`importance`.*Linear"),
+        ("taylor", "`importance`.*taylor"),
+        (lambda weight: weight, "`importance`.*weight"),
+    ],
+)
+def test_an_importance_is_a_function_of_a_name_and_a_weight(importance: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        prune_channels(stack(), 0.5, torch.ones(2, 4), importance=importance)
+    with pytest.raises(TypeError, match=words):
+        magnitude_prune(stack(), 0.5, importance=importance)
 
 
 def stack() -> nn.Module:

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from drophot._core.signatures import signature_error
+
 
 class Importance(Protocol):
     """A function that gives each weight an importance; the least important weights are removed.
@@ -44,10 +46,17 @@ class Importance(Protocol):
 
 
 def check_importance(name: str, value: object) -> object:
-    if value is not None and not callable(value):
+    if value is None:
+        return value
+    if isinstance(value, type) or not callable(value):
+        got = f"the class {value.__qualname__}" if isinstance(value, type) else repr(value)
         raise TypeError(
-            f"`{name}` must be a function of a parameter's name and the parameter, got {value!r}. "
-            f"To rank by magnitude, leave it out."
+            f"`{name}` must be a function of a parameter's name and the parameter, got {got}. To "
+            f"rank by magnitude, leave it out."
+        )
+    if wrong := signature_error(value, "weight", None):
+        raise TypeError(
+            f"`{name}` must take two arguments, a parameter's name and the parameter, got {wrong}."
         )
     return value
 

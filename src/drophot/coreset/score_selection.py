@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
+from typing_extensions import TypeIs
 
 from drophot._core import scalars
 from drophot._core.arrays import IntArray, as_indices
@@ -100,9 +101,7 @@ def select(
     seed = scalars.integer("seed", seed)
     values = check_scores(scores)
     part = None if among is None else _check_among(among, len(values))
-    if isinstance(selector, ByScore | Random | Stratified) and not (
-        selector.balanced and targets is None
-    ):
+    if _is_builtin(selector) and not (selector.balanced and targets is None):
         stratified = isinstance(selector, Stratified)
         draw = partial(draw_from_strata, selector) if stratified else selector.draw
         return select_by_score(draw, values, ratio, targets=targets, among=part, seed=seed)
@@ -120,6 +119,12 @@ def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
             f'`{name}` must be "high", "low", "random", a Stratified() or another selector (an '
             f"object with `name`, `needs` and `select`), got {mode!r}."
         )
+
+
+def _is_builtin(selector: Selector) -> TypeIs[ByScore | Random | Stratified]:
+    """Whether a selector draws as the built-in ones do; a subclass may have its own `select`."""
+    builtin: tuple[object, ...] = (ByScore.select, Random.select, Stratified.select)
+    return getattr(type(selector), "select", None) in builtin
 
 
 def _select_by(

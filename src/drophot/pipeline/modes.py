@@ -51,19 +51,20 @@ class Scored:
 
     def __post_init__(self) -> None:
         check_statistic(self.statistic)
-        mode = self.mode
-        if not isinstance(mode, Stratified):
-            if mode not in ("high", "low", "random"):
+        mode, statistic = self.mode, self.statistic
+        if isinstance(mode, Stratified):
+            if not isinstance(statistic, str) and mode.hard != statistic.hard_end:
                 raise ValueError(
-                    f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
+                    f"`mode` has hard={mode.hard!r}, but the hard samples of score "
+                    f"{statistic.name!r} are those with {statistic.hard_end} values. Pass "
+                    f"Stratified(hard={statistic.hard_end!r})."
                 )
-            return
-        if not isinstance(self.statistic, str) and mode.hard != self.statistic.hard_end:
+        elif mode not in ("high", "low", "random"):
             raise ValueError(
-                f"`mode` has hard={mode.hard!r}, but the hard samples of score "
-                f"{self.statistic.name!r} are those with {self.statistic.hard_end} values. Pass "
-                f"Stratified(hard={self.statistic.hard_end!r})."
+                f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
             )
+        if is_builtin_score(statistic):  # its name says everything about it
+            object.__setattr__(self, "statistic", self.statistic_name)
 
     def __str__(self) -> str:
         return self.name

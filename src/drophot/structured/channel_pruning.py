@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from drophot._core.importance import Importance
+from drophot._core.importance import Importance, check_importance
 from drophot._core.interruptions import must_propagate
 from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot.prune import prunable_weights
@@ -97,8 +97,9 @@ def prune_channels(
         The counts before and after, the channels that each layer kept, and the reasons.
 
     Raises:
-        TypeError: If `ratio` is not a number, a weight does not have a floating-point dtype, or
-            `rules` does not map operators to functions.
+        TypeError: If `ratio` is not a number, a weight does not have a floating-point dtype,
+            `importance` is not a function of a name and a weight, `rules` does not map operators to
+            functions that take their arguments, or a rule does not pass pairs to `couple`.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
             take `example_inputs`, `importance` returns another shape or values that are negative or
             not finite, a rule couples dimensions that do not exist or differ in size, no channel
@@ -122,6 +123,7 @@ def prune_channels(
         (Change(before=10, after=6), 0.48)
     """
     ratio = check_prune_ratio("ratio", ratio)
+    check_importance("importance", importance)
     prunable_weights.check_module("model", model)
     left_out = prunable_weights.left_out(model, skip)
     weights = prunable_weights.with_channels(model, left_out)

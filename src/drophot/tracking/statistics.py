@@ -272,7 +272,7 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
 
 def is_builtin_score(score: object) -> bool:
     """Whether an object is one of the library's scores, which their names identify."""
-    return any(score is one for one in BUILT_IN.values())
+    return isinstance(score, _BuiltIn | Spread) and score in BUILT_IN.values()
 
 
 def _lookup(name: str) -> Score:
@@ -301,7 +301,7 @@ def _check_score(score: Score) -> Score:
             f"The `name` of a score must be a Python identifier, got {score.name!r}. Use letters, "
             f"digits and underscores, such as 'top_two_margin'."
         )
-    if score == BUILT_IN.get(score.name):
+    if is_builtin_score(score):
         return score
     if score.name in _RESERVED or score.name in BUILT_IN:
         raise ValueError(
