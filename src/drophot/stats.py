@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from drophot._core import scalars
-from drophot.records import CELL_FIELDS, Record, known_settings, mode_name, pairs
+from drophot._core.paired_t_power import pairs_needed, scipy_distributions
+from drophot.records import CELL_FIELDS, Record, check_records, known_settings, mode_name, pairs
 from drophot.settings import Mode
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
@@ -114,7 +114,7 @@ def estimate(values: Iterable[float], confidence: float = 0.95) -> Estimate:
     if len(found) == 1:
         return Estimate(n=1, mean=mean, std=math.nan, interval=(math.nan, math.nan))
     spread = stdev(found)
-    half = _distributions().t.isf((1 - confidence) / 2, len(found) - 1)
+    half = scipy_distributions().t.isf((1 - confidence) / 2, len(found) - 1)
     half = float(half) * spread / math.sqrt(len(found))
     return Estimate(n=len(found), mean=mean, std=spread, interval=(mean - half, mean + half))
 
@@ -177,7 +177,7 @@ def _paired(
         unknown = (math.nan, math.nan)
         p_value = 1.0 if n > 1 else math.nan
         return Paired(n=n, difference=mean, interval=unknown, p_value=p_value, effect_size=math.nan)
-    t, effect = _distributions().t, mean / spread
+    t, effect = scipy_distributions().t, mean / spread
     half = float(t.isf((1 - confidence) / 2, n - 1)) * spread / math.sqrt(n)
     return Paired(
         n=n,
@@ -260,32 +260,7 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
             f"`difference` must be at least 1e-100 of `std`, got {difference} and {std}. No number "
             f"of seeds detects a difference this small."
         )
-    t, nct, chi2 = _distributions().t, _distributions().nct, _distributions().chi2
-    normal = NormalDist()
-    z = -normal.inv_cdf(alpha / 2)
-    # Negative if chance alone detects it this often; the search then ends at 2.
-    roughly = (max(0.0, z + normal.inv_cdf(power)) / effect) ** 2
-    if roughly > 1e6:
-        # The search cannot resolve this many digits. Guenther's correction for the t-test (Sample
-        # size formulas for normal theory T tests, 1981) is accurate to 1 / n.
-        return math.ceil(roughly + z**2 / 2)
-
-    def enough(n: int) -> bool:
-        shift, critical = effect * math.sqrt(n), t.isf(alpha / 2, n - 1)
-        if shift > 1e3:
-            # SciPy's noncentral t is wrong or nan from about 1e5. The normal part is negligible
-            # here; only the estimated spread matters.
-            return chi2.cdf((n - 1) * (shift / critical) ** 2, n - 1) >= power
-        with np.errstate(divide="ignore", invalid="ignore"):  # SciPy 1.12 warns, but is correct
-            return nct.sf(critical, n - 1, shift) >= power
-
-    low, high = 1, 2
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return pairs_needed(effect, power, alpha)
 
 
 def compare(
@@ -324,8 +299,9 @@ def compare(
 
     Raises:
         TypeError: If an item of `records` is not a record, or `against` is not a mode.
-        ValueError: If there are no records, none has the mode `against`, two different records
-            have the same cell and seed, or `measure` is unknown.
+        ValueError: If there are no records, none has the mode `against`, different objects have
+            the name `against`, two different records have the same cell and seed, or `measure` is
+            unknown.
         ImportError: If SciPy is not installed.
 
     Example:
@@ -347,6 +323,8 @@ def compare(
             f"`measure` must be one of {', '.join(map(repr, get_args(Measure)))}, got {measure!r}."
         )
     confidence = _share("confidence", confidence)
+    records = check_records(records, "records")
+    _check_one_reference(records, mode_name(against))
     rows = [
         (runs[0][0], _test_pairs(runs, measure, confidence)) for runs in pairs(records, against)
     ]
@@ -366,6 +344,21 @@ def compare(
         )
         for (first, found), p_holm in zip(rows, adjusted, strict=True)
     ]
+
+
+def _check_one_reference(records: Sequence[Record], mode: str) -> None:
+    """Refuse references that different objects of one name have selected."""
+    found = {
+        json.dumps(known_settings(record).get("mode"), sort_keys=True)
+        for record in records
+        if record.mode == mode and record.settings
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"`against` must name one mode, got {mode!r}, the name of {len(found)} different "
+            f"objects in the records. Compare with the records of one at a time, or give the "
+            f"objects different names."
+        )
 
 
 def _test_pairs(
@@ -397,13 +390,3 @@ def _share(name: str, value: Any) -> float:
     if not 0 < found < 1:
         raise ValueError(f"`{name}` must be in (0, 1), got {found}.")
     return found
-
-
-def _distributions() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            'Statistics need SciPy, which is not installed: pip install "drophot[stats]"'
-        ) from error
-    return stats

@@ -164,3 +164,15 @@ def test_objects_of_one_name_that_differ_make_rows_of_their_own(
     mine = [r for r in other if r.mode == "confident"]
     theirs = [r for r in found if r.mode == "confident"]
     assert {r.cell for r in mine}.isdisjoint({r.cell for r in theirs})
+
+
+def test_a_comparison_does_not_choose_among_objects_of_one_name(
+    found: list[Record], tmp_path: Path
+) -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    other = grid(["random", Confident(offset=1)]).run(tmp_path)
+    with pytest.raises(ValueError, match="`against` .*'confident'.* 2 "):
+        compare([*found, *other], against="confident")
+    rows = [row for row in compare([*found, *other], against="random") if row.mode == "confident"]
+    assert len(rows) == 2
+    assert rows[0].settings["mode"] != rows[1].settings["mode"]
