@@ -9,7 +9,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from drophot.settings import RECORD_FIELDS, SAMPLING_MODES, SCORING_ONLY, Mode, with_defaults
+from drophot.settings import (
+    BASELINE,
+    RECORD_FIELDS,
+    SAMPLING_MODES,
+    SCORING_ONLY,
+    Mode,
+    with_defaults,
+)
 
 __all__ = ["Record", "fingerprint", "from_line", "read", "to_line", "write"]
 
@@ -239,7 +246,7 @@ CELL_FIELDS = ("model", *(own for name, own in RECORD_FIELDS.items() if name != 
 def cell_of(record: Record) -> tuple[object, ...]:
     """A key that is equal for all seeds of a cell, and for nothing else."""
     # A baseline is the same cell whatever mode was requested, because it keeps all samples.
-    if record.cell and record.mode != "baseline":
+    if record.cell and record.mode != BASELINE:
         return (*(getattr(record, name) for name in CELL_FIELDS), record.cell)
     return (*shared_settings(record), record.num_kept, "" if record.settings else record.cell)
 
@@ -258,7 +265,7 @@ def other_settings(record: Record) -> dict[str, Any]:
         return {name: value for name, value in known.items() if name != "test_samples" or value}
     whole = with_defaults(record.settings)
     renamed = {_IN_RECORDS.get(name, name): value for name, value in whole.items()}
-    if record.mode == "baseline":
+    if record.mode == BASELINE:
         renamed.pop("mode", None)  # all modes keep all samples
     # A field holds only the name of a user's object, which has a code and a state too.
     return {n: v for n, v in renamed.items() if n not in CELL_FIELDS or isinstance(v, dict)}
@@ -366,7 +373,7 @@ def pairs(records: Iterable[Record], against: str | Mode) -> list[list[tuple[Rec
                     by_seed.setdefault(run.seed, run)
     found = []
     for runs in groups:
-        if runs[0].mode in (mode, "baseline"):
+        if runs[0].mode in (mode, BASELINE):
             continue
         alike, scored_otherwise = (
             by_settings.get(shared_settings(runs[0], ignored), {})
@@ -393,7 +400,7 @@ def mode_name(mode: str | Mode, argument: str = "against") -> str:
 def free_settings(mode: str | Mode) -> frozenset[str]:
     """The settings in which a reference of a mode may differ from what is compared with it."""
     free = {"mode"}
-    if mode == "baseline":  # it keeps all samples, whatever share and number of steps are requested
+    if mode == BASELINE:  # it keeps all samples, whatever share and number of steps are requested
         free |= {"keep_ratio", "equal_steps"}
     needs = getattr(mode, "needs", None)
     if needs is None:
@@ -403,4 +410,4 @@ def free_settings(mode: str | Mode) -> frozenset[str]:
     return frozenset(free if scored else free | SCORING_ONLY)
 
 
-_WITHOUT_SCORING = {"baseline", "random", "random-balanced", *SAMPLING_MODES}
+_WITHOUT_SCORING = {BASELINE, "random", "random-balanced", *SAMPLING_MODES}

@@ -50,6 +50,9 @@ StageName = Literal["score", "train", "finetune"]
 SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
 """The modes that choose samples while step 3 trains."""
 
+BASELINE = "baseline"
+"""The mode of records that keep all samples, whatever mode was requested."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
@@ -166,7 +169,7 @@ class Settings:
             check=name_or_object(
                 (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES),
                 _OBJECT_MODES,
-                reserved=_SELECTOR_NAMES,
+                reserved=f"{BASELINE}|{_SELECTOR_NAMES}",
             ),
             stage="train",
             varies=True,
@@ -199,7 +202,7 @@ class Settings:
     protocol: ProtocolName | Named = field(
         default="paper",
         metadata=_declare(
-            check=name_or_object(get_args(ProtocolName), "a RunProtocol"),
+            check=name_or_object(get_args(ProtocolName), "a RunProtocol", reserved=BASELINE),
             stage="score",
             record_field="protocol",
             heading="protocol",

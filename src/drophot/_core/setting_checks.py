@@ -25,7 +25,7 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def name_or_object(
-    choices: tuple[str, ...], objects: str, reserved: str = ""
+    choices: tuple[str, ...], objects: str, *, reserved: str
 ) -> Callable[[str, Any], object]:
     """A check for one of some short names, or an object that has a name.
 
@@ -46,7 +46,7 @@ def name_or_object(
                 f"`{name}` has the name {called!r}, which file names cannot contain. Use letters, "
                 f"digits, '.', '_' and '-' only."
             )
-        is_reserved = called in (*choices, "baseline") or re.fullmatch(reserved, called)
+        is_reserved = called in choices or re.fullmatch(reserved, called)
         if is_reserved and not is_known_by_name(value):
             raise ValueError(
                 f"`{name}` has the name {called!r}, which the library uses itself. Give your "

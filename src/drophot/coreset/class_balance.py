@@ -88,6 +88,6 @@ def draw_balanced(
     for group, share in zip(members, sizes, strict=True):
         if share:
             own = scores[torch.from_numpy(group).to(scores.device)]
-            places = group if positions is None else positions[group]
-            found.append(draw(own, share, seed, places))
+            indices = group if positions is None else positions[group]
+            found.append(draw(own, share, seed, indices))
     return torch.from_numpy(np.sort(np.concatenate(found)))

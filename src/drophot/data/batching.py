@@ -75,6 +75,11 @@ def batches(
         yield (inputs, *map(as_classes, rest[:1]), *rest[1:])
 
 
+def num_batches(num_samples: int, batch_size: int) -> int:
+    """The number of batches in an epoch, the last one included if it is smaller."""
+    return -(-num_samples // batch_size)
+
+
 def at(dataset: Dataset[Any], positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """The samples at some positions of a dataset as a batch on a device."""
     tensors = tensors_of(dataset) if is_plainly(dataset, TensorDataset) else None

@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from drophot._core.ratios import num_kept
-from drophot.grid.stages import BASELINE, Cell
+from drophot.grid.stages import BASELINE_CELL, Cell
 from drophot.pipeline import modes as pipeline_modes
 from drophot.pipeline.drophot import DropHot
 from drophot.settings import CONTROLS, SETTINGS, Mode, name_of
@@ -52,7 +52,7 @@ class Axes:
     def cells(self) -> Iterator[Cell]:
         """The cells by seed, the baseline first, then by data ratio, mode and prune ratio."""
         coresets = [
-            BASELINE,
+            BASELINE_CELL,
             *(
                 {"mode": mode, "data_ratio": ratio, **change}
                 for ratio, mode, change in product(
@@ -62,7 +62,7 @@ class Axes:
         ]
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
         for seed, coreset in product(self.seeds, coresets):
-            for ratio in (dense if coreset is BASELINE else []) + self.prune_ratios:
+            for ratio in (dense if coreset is BASELINE_CELL else []) + self.prune_ratios:
                 for change in self.pruning_changes if ratio > 0 else self.pruning_changes[:1]:
                     yield {"seed": seed, **coreset, "prune_ratio": ratio, **change}
 

@@ -18,7 +18,7 @@ from drophot.grid.worker_data import load_data
 from drophot.pipeline import modes, pruning_steps, selection_steps
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.run_record import record_of
-from drophot.pipeline.provenance.torch_settings import surrounded
+from drophot.pipeline.provenance.torch_settings import with_switches
 from drophot.records import Record, from_line, to_line
 from drophot.tracking.statistics import Score, Statistic
 from drophot.training.loop import evaluate
@@ -54,7 +54,7 @@ def compute(job: Job, stage: Stage) -> Record | None:
         RuntimeError: If the result of the needed stage was damaged in the meantime.
     """
     store, device = job.store, job.config.device
-    around = nullcontext() if job.switches is None else surrounded(job.switches, device)
+    around = nullcontext() if job.switches is None else with_switches(job.switches, device)
     with _one_at_a_time, limited_threads(job.threads), around:
         found = store.load(stage.name)
         if found is None:

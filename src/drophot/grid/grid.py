@@ -21,7 +21,7 @@ from drophot.grid.plan import Plan, estimate
 from drophot.grid.stages import Stage, stage_of, to_compute
 from drophot.grid.store import open_store
 from drophot.pipeline.drophot import DropHot
-from drophot.pipeline.provenance.torch_settings import surroundings
+from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.records import Record, from_line
 from drophot.settings import Mode
 
@@ -163,7 +163,7 @@ class Grid:
         job = Job(config=config, store=opened, threads=self.threads)
         if executor is not None and todo:
             light = worker_data.store_data(config, opened.folder, identity.data)
-            job = replace(job, config=light, switches=surroundings(config.device))
+            job = replace(job, config=light, switches=changed_switches(config.device))
         total = sum(stage.epochs for stage in todo)
         try:
             with bar(total=total, bar_format=_BAR) if bar else nullcontext() as shown:

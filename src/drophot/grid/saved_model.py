@@ -83,5 +83,5 @@ def saved_model(
 
 def _built(config: RunConfig) -> nn.Module:
     """A network as its training starts with."""
-    with random_state.preserved_rng(config.device, seed=2 * config.settings.seed):
+    with random_state.preserved_rng(config.device, seed=config.training_seed):
         return config.factory().to(config.device)

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from drophot.pipeline import modes
 from drophot.pipeline.released_protocol import protocol_of
-from drophot.settings import Settings, StageName, file_part, varying
+from drophot.settings import BASELINE, Settings, StageName, file_part, varying
 from drophot.tracking.statistics import Score
 
 Cell = Mapping[str, object]
 """The settings of a cell in which it may differ from the others, by name."""
 
-BASELINE: Cell = {"mode": "baseline", "data_ratio": 1.0}
+BASELINE_CELL: Cell = {"mode": BASELINE, "data_ratio": 1.0}
 """The mode and the ratio of a cell that keeps all samples."""
 
 
@@ -58,7 +58,7 @@ def stage_of(
     """
     values = {name: cell.get(name, getattr(settings, name)) for name in varying(kind)}
     parts = [kind, *(file_part(name, value) for name, value in values.items())]
-    is_baseline = cell.get("mode") == BASELINE["mode"]
+    is_baseline = cell.get("mode") == BASELINE
     if kind == "score":
         parts += [score.name for score in scores]
     if kind == "score" or is_baseline:

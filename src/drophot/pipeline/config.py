@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil
 from typing import Any
 
 import torch
@@ -17,10 +16,12 @@ from drophot._core import progress
 from drophot._core.ratios import num_kept
 from drophot._core.setting_checks import check_flag
 from drophot.coreset.selectors import Selector
+from drophot.data.batching import num_batches
 from drophot.data.cache import Cache, check_cache
 from drophot.pipeline import modes
+from drophot.pipeline.protocol import RunProtocol, check_protocol
 from drophot.pipeline.provenance.experiment import Experiment
-from drophot.pipeline.released_protocol import RunProtocol, check_protocol, protocol_of
+from drophot.pipeline.released_protocol import protocol_of
 from drophot.settings import SETTINGS, Settings
 from drophot.training import loop
 
@@ -98,7 +99,12 @@ class RunConfig:
     @property
     def finetune_steps(self) -> int:
         settings = self.settings
-        return settings.finetune_epochs * ceil(self.num_samples / settings.batch_size)
+        return settings.finetune_epochs * num_batches(self.num_samples, settings.batch_size)
+
+    @property
+    def training_seed(self) -> int:
+        """Seeds the random numbers of steps 1 to 4. Step 5 uses the next number."""
+        return 2 * self.settings.seed
 
     def replace(self, **settings: Any) -> RunConfig:
         """The same with other settings, which are checked alone but not against the model."""
@@ -110,4 +116,4 @@ class RunConfig:
 def check_settings(settings: Settings) -> None:
     """Check what concerns several settings, and objects that a user defined."""
     modes.check_mode(settings.mode, settings.data_ratio)
-    check_protocol(settings)
+    check_protocol(protocol_of(settings.protocol), settings)

@@ -136,7 +136,8 @@ class DropHot:
         """Everything that a record depends on, as JSON can hold it; its fingerprint is of this.
 
         It holds the settings; the code and the arguments of the factories and of `fit`, and what
-        the factories make; the data; and as `ambient` the global switches of torch that are set.
+        the factories make; the data; and, under the key `ambient`, the global settings of torch
+        that differ from the defaults.
         """
         return configuration(self.config)
 

@@ -195,7 +195,7 @@ def _pruned(
 
 def _recalibrate(config: RunConfig, model: nn.Module) -> None:
     size = config.settings.batch_size
-    order = torch.Generator().manual_seed(2 * config.settings.seed)
+    order = torch.Generator().manual_seed(config.training_seed)
     found = batches(config.train_set, size, config.device, shuffle=order)
     # A last batch of one sample is left out, since BatchNorm may not take it.
     recalibrate_alone(model, (batch for batch in found if len(batch[0]) > 1 or size == 1))
@@ -206,8 +206,7 @@ def _replace_weights(config: RunConfig, pruned: PrunedModel) -> None:
     if config.settings.reinitialize:
         schedule.rewind(pruned.model, pruned.masks, _new_state(config))
     if config.settings.rewind:
-        step_3 = 2 * config.settings.seed
-        with random_state.preserved_rng(config.device, seed=step_3):
+        with random_state.preserved_rng(config.device, seed=config.training_seed):
             start = _new_state(config)
         schedule.rewind(pruned.model, pruned.masks, start)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from drophot._core.arrays import as_indices
 from drophot._core.user_warnings import warn
 from drophot.coreset.builtin_selectors import FacilityLocation, KCenter
 from drophot.coreset.selectors import Evidence, checked_indices
-from drophot.data.batching import batches
+from drophot.data.batching import batches, num_batches
 from drophot.data.samples import known_targets, targets_of
 from drophot.pipeline import fit_checks, modes
 from drophot.pipeline.config import RunConfig
@@ -215,12 +214,12 @@ def train(config: RunConfig, indices: Tensor) -> TrainedModel:
         optimizer = config.optimizer(model.parameters())
         epochs, steps = settings.train_epochs, 0
         if settings.equal_steps:
-            whole = epochs * ceil(config.num_samples / settings.batch_size)
+            whole = epochs * num_batches(config.num_samples, settings.batch_size)
             kept = config.num_kept if _selects_while_training(config) else len(indices)
-            epochs, steps = divmod(whole, ceil(kept / settings.batch_size))
+            epochs, steps = divmod(whole, num_batches(kept, settings.batch_size))
         if _selects_while_training(config):
             loader, on_batch = _loader(config, model)
-            steps_an_epoch = ceil(config.num_kept / settings.batch_size)
+            steps_an_epoch = num_batches(config.num_kept, settings.batch_size)
             every = BatchLoader(loader, steps_an_epoch)
             step.fit(model, every, epochs, optimizer, on_batch=on_batch)
             if steps:

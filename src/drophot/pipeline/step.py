@@ -61,7 +61,7 @@ class Step:
 @contextmanager
 def running(config: RunConfig, name: StepName, *, offset: int = 0) -> Generator[Step]:
     """Time a step and give it random numbers that depend on the run's seed and `offset` alone."""
-    step = Step(config, name, 2 * config.settings.seed + offset)
+    step = Step(config, name, config.training_seed + offset)
     start = perf_counter()
     with random_state.preserved_rng(config.device, seed=step.seed):
         yield step

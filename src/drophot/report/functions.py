@@ -11,7 +11,7 @@ from drophot.records import Record, group_by_cell, mode_name
 from drophot.report import html_page, plots, tables
 from drophot.report.plots import Ratio
 from drophot.report.svg_panels import Panels
-from drophot.settings import Mode
+from drophot.settings import BASELINE, Mode
 from drophot.stats import Measure
 
 if TYPE_CHECKING:
@@ -100,10 +100,10 @@ def _nothing_to_compare(runs: Iterable[Record], against: str | Mode | None) -> s
     seeds: dict[str, set[int]] = {}
     for record in runs:
         seeds.setdefault(record.mode, set()).add(record.seed)
-    chosen = ("baseline", "random") if against is None else (mode_name(against),)
+    chosen = (BASELINE, "random") if against is None else (mode_name(against),)
     reference = " or ".join(chosen)
     references = [mode for mode in seeds if mode in chosen]
-    others = [mode for mode in seeds if mode not in (*chosen, "baseline")]
+    others = [mode for mode in seeds if mode not in (*chosen, BASELINE)]
     if references and (others or len(references) == 2):
         listed = "; ".join(
             f"{mode} with seed {', '.join(map(str, sorted(found)))}"

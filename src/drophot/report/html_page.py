@@ -23,7 +23,7 @@ from drophot.records import (
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot.report.tables import Table, percent
-from drophot.settings import RECORD_FIELDS, SCORING_ONLY, varying
+from drophot.settings import BASELINE, RECORD_FIELDS, SCORING_ONLY, varying
 
 _HOW = {
     "n": "The number of seeds. Each seed has its own initial weights, order and random coresets.",
@@ -195,7 +195,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    coreset = record.mode != "baseline"
+    coreset = record.mode != BASELINE
     setting = (*(str(getattr(record, name)) for name in reversed(FIELDS)), coreset)
     mode = list(NAMES).index(record.mode) if record.mode in NAMES else len(NAMES)
     return (*setting, record.keep_ratio, record.prune_ratio, mode, record.seed)
@@ -204,12 +204,12 @@ def _order(record: Record) -> tuple[Any, ...]:
 def _figures(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """The records of each figure with their baseline, and a label."""
     inside = {"mode", "keep_ratio", "prune_ratio"}  # these differ within a figure
-    loose = inside | free_settings("baseline")
+    loose = inside | free_settings(BASELINE)
     groups: dict[tuple[object, ...], list[Record]] = {}
     baselines: dict[object, list[Record]] = {}
-    only = all(record.mode == "baseline" for record in records)
+    only = all(record.mode == BASELINE for record in records)
     for runs in group_by_cell(records):
-        if runs[0].mode == "baseline" and not only:
+        if runs[0].mode == BASELINE and not only:
             for free in (loose, loose - SCORING_ONLY):
                 key = (len(free), shared_settings(runs[0], free))
                 baselines.setdefault(key, []).extend(runs)
@@ -239,16 +239,16 @@ def _differences(source: Source, differences: Table | None) -> str:
         text += "whole table."
     else:
         text += f". {ONE_SEED}"
-    for mode, name in {"baseline": "baseline", "random": "random coreset"}.items():
+    for mode, name in {BASELINE: "baseline", "random": "random coreset"}.items():
         text += f" There is no {name} to compare with." * (mode not in modes)
     return note(text) + _table(differences)
 
 
 def _summary(source: Source) -> str:
     runs = source.records
-    kept = sorted({record.num_kept for record in runs if record.mode != "baseline"})
-    every = sorted({record.num_kept for record in runs if record.mode == "baseline"})
-    modes = list(dict.fromkeys(record.mode for record in runs if record.mode != "baseline"))
+    kept = sorted({record.num_kept for record in runs if record.mode != BASELINE})
+    every = sorted({record.num_kept for record in runs if record.mode == BASELINE})
+    modes = list(dict.fromkeys(record.mode for record in runs if record.mode != BASELINE))
     epochs = sorted({len(record.finetune_curve) for record in runs})
     seeds = sorted({record.seed for record in runs})
     text = ", ".join(dict.fromkeys(record.model for record in runs))

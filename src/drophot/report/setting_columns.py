@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drophot.records import CELL_FIELDS, Record, fingerprint, known_settings
-from drophot.settings import RECORD_FIELDS, SETTINGS
+from drophot.settings import BASELINE, RECORD_FIELDS, SETTINGS
 from drophot.stats import Comparison
 
 _OF_FIELDS = {field: SETTINGS[name] for name, field in RECORD_FIELDS.items()}
@@ -89,7 +89,7 @@ def settings(row: Record | Comparison) -> dict[str, Any]:
 
 def word(row: Record | Comparison, name: str) -> str:
     """The word for the value of a field in a row."""
-    if name == "equal_steps" and row.mode == "baseline":
+    if name == "equal_steps" and row.mode == BASELINE:
         return "all"
     value = getattr(row, name)
     return _OF_FIELDS[name].words.get(value, str(value)) if name in _OF_FIELDS else str(value)

@@ -15,7 +15,7 @@ from drophot import stats
 from drophot.records import Record
 from drophot.report import setting_columns
 from drophot.report.setting_columns import FIELDS
-from drophot.settings import Mode
+from drophot.settings import BASELINE, Mode
 
 STEPS = {
     "trained_accuracy": "before pruning",
@@ -84,7 +84,7 @@ def comparisons(
     Without `against`, cells are compared with the baseline and with random, as far as the records
     have them.
     """
-    references: list[str | Mode] = ["baseline", "random"]
+    references: list[str | Mode] = [BASELINE, "random"]
     if against is None:
         present = {record.mode for record in records}
         references = [mode for mode in references if mode in present]
@@ -105,7 +105,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     More columns than the paper's would not fit on a screen; each mode then has its own row.
     """
     extras = setting_columns.columns(found)
-    place = {id(one): number for number, one in enumerate(found)}
+    position = {id(one): number for number, one in enumerate(found)}
     lines: dict[tuple[Any, ...], dict[tuple[str, str], stats.Comparison]] = {}
     for one in found:
         names = (*FIELDS, "keep_ratio", "prune_ratio")
@@ -140,7 +140,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
             first = present[0]
             seeds = sorted({one.n for one in present})
             rows.append([
-                *(column.words[place[id(first)]] for column in extras),
+                *(column.words[position[id(first)]] for column in extras),
                 *[first.mode] * long,
                 percent(first.keep_ratio),
                 percent(first.prune_ratio),

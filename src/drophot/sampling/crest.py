@@ -135,7 +135,7 @@ class CrestLoader:
         whole = dataset if indexed else IndexedDataset(dataset)
         self.dataset = loop.in_memory(whole, device, cache=cache)
         self._total = len(dataset)  # type: ignore[arg-type]
-        self._steps = ceil(num_kept(self._total, ratio) / self.batch_size)
+        self._steps = batching.num_batches(num_kept(self._total, ratio), self.batch_size)
         self._size = min(self._total, max(num_kept(self._total, subset), 2 * self.batch_size))
         targets = check_targets(targets_of(self.dataset), self._total)
         if targets.min() < 0:
@@ -192,7 +192,7 @@ class CrestLoader:
             ]
             chosen, weights = medoids(groups, sizes)
             self._batches = torch.stack([
-                torch.cat([part[places] for part, places in zip(parts, of_classes, strict=True)])
+                torch.cat([part[indices] for part, indices in zip(parts, of_classes, strict=True)])
                 for parts, of_classes in zip(subsets, chosen, strict=True)
             ])
             self._weights = torch.stack([torch.cat(of_classes) for of_classes in weights])
@@ -210,18 +210,18 @@ class CrestLoader:
             for part, size in zip(self._classes, sizes.tolist(), strict=True)
         ]
 
-    def _errors_and_loss(self, places: Tensor, device: torch.device) -> tuple[Tensor, float]:
+    def _errors_and_loss(self, indices: Tensor, device: torch.device) -> tuple[Tensor, float]:
         """Softmax − one-hot of some samples, and their mean loss."""
         forward = fast_forward(self.model, device)
         found, total = [], 0.0
-        for part in places.split(_BATCH):
+        for part in indices.split(_BATCH):
             inputs, targets, _ = batching.at(self.dataset, part, device)
             logits = forward(inputs)
             found.append(error_vectors(logits, targets))
             total += float(
                 F.cross_entropy(_at_least_float32(logits), targets.long(), reduction="sum")
             )
-        return torch.cat(found), total / len(places)
+        return torch.cat(found), total / len(indices)
 
     def _model_loss(self, device: torch.device) -> None:
         """Update the moving averages with gradient and curvature on the new mini-batches."""
@@ -229,8 +229,8 @@ class CrestLoader:
         self._origin = _flat(weights)
         gradient, curvature = torch.zeros_like(self._origin), torch.zeros_like(self._origin)
         forward = fast_forward(self.model, device)
-        for places, weight in zip(self._batches, self._weights, strict=True):
-            inputs, targets, _ = batching.at(self.dataset, places, device)
+        for indices, weight in zip(self._batches, self._weights, strict=True):
+            inputs, targets, _ = batching.at(self.dataset, indices, device)
             # Only the plain kernel of attention has second derivatives.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 losses = F.cross_entropy(

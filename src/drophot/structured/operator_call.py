@@ -280,9 +280,11 @@ def _of_output(
     ids: Tensor, out: Tensor, dim: int, group: list[Dim], groups: list[list[Dim]]
 ) -> Tensor:
     """Aligned entries in the layout of an output, along its dimension `dim` of a group."""
-    places = {dim if g is group else (_dims(g, out) or [-1])[0]: n for n, g in enumerate(groups)}
-    places.pop(-1, None)
-    order = [places[d] for d in sorted(places)]
+    group_of_dim = {
+        dim if g is group else (_dims(g, out) or [-1])[0]: n for n, g in enumerate(groups)
+    }
+    group_of_dim.pop(-1, None)
+    order = [group_of_dim[d] for d in sorted(group_of_dim)]
     rest = [n for n in range(len(groups)) if n not in order]
-    sizes = [ids.size(places[d]) if d in places else 1 for d in range(out.dim())]
+    sizes = [ids.size(group_of_dim[d]) if d in group_of_dim else 1 for d in range(out.dim())]
     return ids.permute(order + rest).reshape(sizes)

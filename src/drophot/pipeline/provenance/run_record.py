@@ -12,10 +12,10 @@ from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.environment import device_name, versions
 from drophot.pipeline.provenance.own_objects import described
-from drophot.pipeline.provenance.torch_settings import surroundings
+from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.pipeline.pruning_steps import FinetunedModel
 from drophot.records import Record, fingerprint
-from drophot.settings import DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
+from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
 
 
 def configuration(config: RunConfig) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def configuration(config: RunConfig) -> dict[str, Any]:
         **config.experiment.description,
         **settings,
         "cache": config.cache,
-        "ambient": surroundings(config.device),
+        "ambient": changed_switches(config.device),
     }
 
 
@@ -50,7 +50,7 @@ def record_of(
     model = finetuned.model
     held = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
     if size == config.num_samples:
-        held["mode"] = "baseline"
+        held["mode"] = BASELINE
     return Record(
         **held,
         model=factory_name(config.factory, model),

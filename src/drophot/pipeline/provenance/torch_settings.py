@@ -27,7 +27,7 @@ class _Switch:
     set: Callable[[Any], object]
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
+def changed_switches(device: torch.device) -> dict[str, Any]:
     """The switches that differ from torch's defaults, by name, as JSON can hold them."""
     found = {name: switch.get() for name, switch in _SWITCHES.items()}
     changed = {
@@ -44,8 +44,8 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def surrounded(found: Mapping[str, Any], device: torch.device) -> Generator[None]:
-    """Set all switches to what `surroundings` found elsewhere, and restore them afterwards."""
+def with_switches(found: Mapping[str, Any], device: torch.device) -> Generator[None]:
+    """Set all switches to what `changed_switches` found elsewhere, and restore them afterwards."""
     before = {name: switch.get() for name, switch in _SWITCHES.items()}
     try:
         _turn({name: found.get(name, switch.default) for name, switch in _SWITCHES.items()})
