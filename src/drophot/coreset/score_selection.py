@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from typing_extensions import TypeIs
 
 from drophot._core import scalars
 from drophot._core.arrays import IntArray, as_indices
@@ -121,7 +120,7 @@ def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
         )
 
 
-def _is_builtin(selector: Selector) -> TypeIs[ByScore | Random | Stratified]:
+def _is_builtin(selector: Selector) -> TypeGuard[ByScore | Random | Stratified]:
     """Whether a selector draws as the built-in ones do; a subclass may have its own `select`."""
     builtin: tuple[object, ...] = (ByScore.select, Random.select, Stratified.select)
     return getattr(type(selector), "select", None) in builtin
