@@ -316,7 +316,9 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 def by_drophot(model: nn.Module, ratio: float, example: Any) -> dict[str, str]:
     """Prune, and give the reasons of layers that are whole."""
-    return dict(import_module("drophot.structured").prune_channels(model, ratio, example).whole)
+    return dict(
+        import_module("drophot.structured").prune_channels(model, ratio, example).unpruned_layers
+    )
 
 
 def imported() -> str:

@@ -17,12 +17,11 @@ from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, Protocol, cast, get_args
 
-from torch import Tensor
-
 from drophot._core import scalars
+from drophot._core.importance import Importance, check_importance
 from drophot._core.json_values import Json
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
-from drophot._core.setting_checks import check_flag, check_importance, name_or_object, one_of
+from drophot._core.setting_checks import check_flag, name_or_object, one_of
 
 _P = ParamSpec("_P")
 
@@ -47,7 +46,6 @@ ScheduleName = Literal["one-shot", "gradual", "iterative"]
 ProtocolName = Literal[
     "paper", "released", "released-scores", "released-masks", "released-baseline"
 ]
-WeightImportance = Callable[[str, Tensor], Tensor]
 StageName = Literal["score", "train", "finetune"]
 
 SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
@@ -101,6 +99,12 @@ def _at_least(least: int) -> Callable[[str, Any], object]:
 
 
 _OBJECT_MODES = "a selector such as Stratified(), Scored() or your own"
+# The names that Scored and Stratified give themselves.
+_STATISTIC = "((forgetting|aum|el2n|confidence|variability|loss)-)?"
+_SELECTOR_NAMES = (
+    rf"({_STATISTIC}(high|low)|random|"
+    rf"{_STATISTIC}stratified(-bins\d+)?(-cutoff\d[\d.e-]*)?(-low)?)(-balanced)?"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +170,7 @@ class Settings:
             check=name_or_object(
                 (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES),
                 _OBJECT_MODES,
-                reserved=BASELINE,
+                reserved=f"{BASELINE}|{_SELECTOR_NAMES}",
             ),
             stage="train",
             varies=True,
@@ -286,7 +290,7 @@ class Settings:
             words={True: "channels", False: "weights"},
         ),
     )
-    importance: WeightImportance | None = field(
+    importance: Importance | None = field(
         default=None, metadata=_declare(check=check_importance, stage="finetune", optional=True)
     )
     score_epochs: int = field(

@@ -52,7 +52,7 @@ each = pytest.mark.parametrize("mode", MODES, ids=name)
 def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     run = drop_hot(mode=mode, score_epochs=3)
     record = run.run()
-    assert (record.mode, record.kept, record.keep_ratio) == (name(mode), 60, 0.5)
+    assert (record.mode, record.num_kept, record.keep_ratio) == (name(mode), 60, 0.5)
     assert record.trained_accuracy > 0.3
     assert record.sparsity == pytest.approx(0.6, abs=0.02)
     assert len(run.indices) == (120 if mode in SAMPLING_MODES else 60)
@@ -67,7 +67,7 @@ def test_everything_kept_is_the_baseline(mode: Any) -> None:
     if isinstance(mode, Scored) and not isinstance(mode.mode, str):
         mode = Scored("aum", Stratified(hard="low"))
     record = drop_hot(mode=mode, data_ratio=1.0).run()
-    assert (record.mode, record.kept) == ("baseline", 120)
+    assert (record.mode, record.num_kept) == ("baseline", 120)
 
 
 @pytest.mark.parametrize("statistic", get_args(Statistic))

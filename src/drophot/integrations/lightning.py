@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from drophot._core.user_warnings import warn
 from drophot.tracking import attach
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.tracking.presenter import Presenter, Taken
@@ -230,11 +230,10 @@ class TrackerCallback(Callback):
     ) -> None:
         """Called by Lightning on every rank when it resumes from a checkpoint."""
         if self.state_key not in (states := checkpoint.get("callbacks", {})):
-            warnings.warn(
+            warn(
                 f"The checkpoint has no state of the tracker named {self.state_key!r}, only "
                 f"{', '.join(map(repr, states)) or 'no callbacks'}. The training before it is not "
-                f"counted.",
-                stacklevel=2,
+                f"counted."
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class DropHot(_ShowsSettings):
         >>> settings = dict(data_ratio=0.5, mode="high", prune_ratio=0.5)
         >>> adam = partial(torch.optim.Adam, lr=0.05)
         >>> record = DropHot(network, data, data, **settings, optimizer=adam).run()
-        >>> record.finetuned_accuracy, record.sparsity, record.kept
+        >>> record.finetuned_accuracy, record.sparsity, record.num_kept
         (1.0, 0.5, 16)
     """
 

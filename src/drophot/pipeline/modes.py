@@ -9,7 +9,7 @@ from torch import Tensor
 
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
-from drophot.coreset.stratified import Stratified
+from drophot.coreset.stratified import Stratified, check_cutoff
 from drophot.settings import SAMPLING_MODES, Mode, Named
 from drophot.tracking.statistics import Score, Statistic, check_score, is_builtin_score
 
@@ -52,19 +52,20 @@ class Scored:
 
     def __post_init__(self) -> None:
         check_statistic(self.statistic)
-        mode = self.mode
-        if not isinstance(mode, Stratified):
-            if mode not in ("high", "low", "random"):
+        mode, statistic = self.mode, self.statistic
+        if isinstance(mode, Stratified):
+            if not isinstance(statistic, str) and mode.hard != statistic.hard_end:
                 raise ValueError(
-                    f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
+                    f"`mode` has hard={mode.hard!r}, but the hard samples of score "
+                    f"{statistic.name!r} are those with {statistic.hard_end} values. Pass "
+                    f"Stratified(hard={statistic.hard_end!r})."
                 )
-            return
-        if not isinstance(self.statistic, str) and mode.hard != self.statistic.hard_end:
+        elif mode not in ("high", "low", "random"):
             raise ValueError(
-                f"`mode` has hard={mode.hard!r}, but the hard samples of score "
-                f"{self.statistic.name!r} are those with {self.statistic.hard_end} values. Pass "
-                f"Stratified(hard={self.statistic.hard_end!r})."
+                f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
             )
+        if is_builtin_score(statistic):  # its name says everything about it
+            object.__setattr__(self, "statistic", self.statistic_name)
 
     def __str__(self) -> str:
         return self.name
@@ -184,4 +185,4 @@ def check_mode(mode: Mode, ratio: float) -> None:
         check_statistic(statistic)
     inner = mode.mode if isinstance(mode, Scored) else mode
     if isinstance(inner, Stratified):
-        inner.check(ratio)
+        check_cutoff(inner, ratio)

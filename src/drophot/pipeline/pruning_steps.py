@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core import random_state
+from drophot._core.importance import Importance, importance_name
+from drophot._core.interruptions import must_propagate
 from drophot.data.batching import batches
 from drophot.data.samples import first_sample
 from drophot.pipeline.config import RunConfig
@@ -118,7 +120,8 @@ def check_model(config: RunConfig) -> None:
             f"{settings.prunings}. Raise `finetune_epochs` or lower `prunings`."
         )
     removes_channels = settings.structured and settings.prune_ratio > 0
-    if not (settings.recalibrate_bn or removes_channels):
+    importance = settings.importance
+    if not (settings.recalibrate_bn or removes_channels or importance):
         return
     with random_state.preserved_rng(config.device, seed=settings.seed):
         probe = config.factory().to(config.device)
@@ -127,9 +130,43 @@ def check_model(config: RunConfig) -> None:
                 f"`recalibrate_bn` needs a model with BatchNorm layers, and "
                 f"{type(probe).__name__} has none. Remove it."
             )
+        if importance:
+            _check_reads_no_gradient(importance, probe)
         if removes_channels:
-            ratio, importance = settings.prune_ratio, settings.importance
+            ratio = settings.prune_ratio
             prune_channels(probe, ratio, _sample(config), importance=importance)
+
+
+def _check_reads_no_gradient(importance: Importance, model: nn.Module) -> None:
+    """Refuse an importance that fails without gradients, and succeeds with gradients of zero."""
+    weights = prunable(model)
+    if not weights:
+        return  # pruning raises the error
+    name, weight = next(iter(weights.items()))
+    weight.grad = None
+    error = _error_of(importance, name, weight)
+    if error is None:
+        return
+    weight.grad = torch.zeros_like(weight)
+    works_with_gradients = _error_of(importance, name, weight) is None
+    weight.grad = None
+    if works_with_gradients:
+        raise ValueError(
+            f"`importance` must not need `weight.grad`, since a run prunes without gradients: "
+            f"`{importance_name(importance)}` raised {type(error).__name__} for `{name}`. To rank "
+            f"by gradients, call `magnitude_prune` or `prune_channels` after a backward pass."
+        ) from error
+
+
+def _error_of(importance: Importance, name: str, weight: nn.Parameter) -> Exception | None:
+    try:
+        with torch.no_grad():
+            importance(name, weight)
+    except Exception as error:
+        if must_propagate(error):
+            raise
+        return error
+    return None
 
 
 def _pruned(

@@ -58,9 +58,6 @@ class LampScores:
             self._cached = number, self._scores(number)
         return number * _BLOCK + int(np.searchsorted(self._cached[1], score, side))
 
-    def all(self) -> Floats:
-        return np.concatenate([np.empty(0), *map(self._scores, range(len(self._first)))])
-
     def _scores(self, number: int) -> Floats:
         """The scores of one block."""
         keys, rest = self._block(number), self._sums(number)
@@ -120,14 +117,6 @@ def lamp_counts(scores: Mapping[str, LampScores], remove: int) -> dict[str, int]
         name: layer.num_removed + less + tied
         for (name, layer), less, tied in zip(scores.items(), below, more, strict=True)
     }
-
-
-def lamp_scores(weight: Tensor) -> Tensor:
-    """The LAMP score of each weight of a layer, in float64."""
-    keys = order_statistics.magnitude_keys(weight)
-    scores = torch.empty(weight.numel(), dtype=torch.float64)
-    scores[keys.cpu().argsort(stable=True)] = torch.from_numpy(LampScores(weight).all())
-    return scores.view(weight.shape)
 
 
 def _score(bits: int) -> float:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from drophot._core import order_statistics
 from drophot._core.exact_arithmetic import exact
+from drophot._core.importance import Importance, check_importance
 from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot._core.user_warnings import warn
 from drophot.prune import earlier_masks, semi_structured
-from drophot.prune.importance import Importance, Ranking, check_importance, rank_by
+from drophot.prune.importance import Ranking, rank_by
 from drophot.prune.layer_sparsity import Scope, removal_groups
 from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import check_changeable, check_finite, names_of, prunable
@@ -164,7 +165,7 @@ def pruning_options(
             f"`pattern` cannot be combined with `scope` or `min_kept`, since each group of weights "
             f"loses the same number, got scope={scope!r} and min_kept={min_kept}. Leave them out."
         )
-    check_importance(importance)
+    check_importance("importance", importance)
     return PruningOptions(
         scope=scope,
         min_kept=min_kept,

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot._core import scalars
+from drophot._core.importance import Importance, importance_name
 from drophot._core.ratios import check_prune_ratio
 from drophot.prune import earlier_masks
 from drophot.prune.current_parameters import current, own_names
 from drophot.prune.holding import Hold, is_counting
-from drophot.prune.importance import Importance, importance_name
 from drophot.prune.layer_sparsity import Scope, check_minimum
 from drophot.prune.magnitude import prune_to_ratio, pruning_options
 from drophot.prune.masks import Masks

@@ -24,7 +24,7 @@ def cell_of(record: Record) -> tuple[object, ...]:
     # A baseline is the same cell whatever mode was requested, because it keeps all samples.
     if record.cell and record.mode != BASELINE:
         return (*(getattr(record, name) for name in CELL_FIELDS), record.cell)
-    return (*shared_settings(record), record.kept, "" if record.settings else record.cell)
+    return (*shared_settings(record), record.num_kept, "" if record.settings else record.cell)
 
 
 def shared_settings(record: Record, ignoring: Collection[str] = ()) -> tuple[object, ...]:

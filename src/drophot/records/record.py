@@ -29,7 +29,7 @@ class Record:
         >>> model = partial(fcnet, in_features=8, hidden=4, num_classes=2)
         >>> settings = dict(data_ratio=0.5, mode="random", prune_ratio=0.5)
         >>> record = DropHot(model, data, data, **settings).run()
-        >>> record.mode, record.kept, record.sparsity
+        >>> record.mode, record.num_kept, record.sparsity
         ('random', 4, 0.5)
         >>> record.finetuned_accuracy == record.finetune_curve[-1]
         True
@@ -43,7 +43,7 @@ class Record:
     """How the kept samples were chosen: the name of the mode, or "baseline" if all were kept."""
     keep_ratio: float
     """The share of training samples to keep, as requested."""
-    kept: int
+    num_kept: int
     """The number of training samples kept, `K`; per epoch for a mode that reselects samples."""
     prune_ratio: float
     """The share of prunable weights to remove, as requested."""

@@ -241,8 +241,8 @@ def _differences(source: Source, differences: Table | None) -> str:
 
 def _summary(source: Source) -> str:
     runs = source.records
-    kept = sorted({record.kept for record in runs if record.mode != BASELINE})
-    every = sorted({record.kept for record in runs if record.mode == BASELINE})
+    kept = sorted({record.num_kept for record in runs if record.mode != BASELINE})
+    every = sorted({record.num_kept for record in runs if record.mode == BASELINE})
     modes = list(dict.fromkeys(record.mode for record in runs if record.mode != BASELINE))
     epochs = sorted({len(record.finetune_curve) for record in runs})
     seeds = sorted({record.seed for record in runs})

@@ -64,7 +64,7 @@ def accuracies(found: Sequence[Sequence[Record]]) -> Table:
             *(column.words[number] for column in extras),
             first.mode,
             percent(first.keep_ratio),
-            f"{first.kept:,}",
+            f"{first.num_kept:,}",
             percent(first.prune_ratio),
             f"{len(runs)}",
             *(_spread([100 * getattr(run, step) for run in runs]) for step in STEPS),
@@ -153,7 +153,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
 def accuracies_csv(found: Sequence[Sequence[Record]]) -> str:
     """A row for each cell, with a column for each number, unrounded."""
     rows = []
-    names = (*FIELDS, "mode", "keep_ratio", "kept", "prune_ratio")
+    names = (*FIELDS, "mode", "keep_ratio", "num_kept", "prune_ratio")
     more = setting_columns.differing([runs[0] for runs in found])
     for number, runs in enumerate(found):
         row: dict[str, object] = {name: getattr(runs[0], name) for name in names}

@@ -10,7 +10,6 @@ is the only one and no other tracker waits.
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from drophot._core.user_warnings import warn
 from drophot.tracking.tensor_matching import (
     Batch,
     equal_on_device,
@@ -72,11 +72,11 @@ class Pass:
         self.abandoned = False  # the iterator was deleted
         self._warned = False
 
-    def warn(self, more_than: int, stacklevel: int) -> None:
+    def warn(self, more_than: int) -> None:
         """Warn once if more than so many batches were handed out and none was counted."""
         if not self.counted and self.handed_out > more_than and not self._warned:
             self._warned = True
-            warnings.warn(_NOTHING_COUNTED, stacklevel=stacklevel + 1)
+            warn(_NOTHING_COUNTED)
 
 
 class Call(NamedTuple):
@@ -185,7 +185,7 @@ class Pairing:
     def warn(self) -> None:
         """Warn of each current pass if none of its batches was counted."""
         for one in self._passes:
-            one.warn(1, stacklevel=4)
+            one.warn(1)
 
     def match(self, tracker: Tracker, hook: Any, call: Call) -> None:
         """Count a forward in training mode if it belongs to a batch that waits.
@@ -256,12 +256,11 @@ class Pairing:
             return
         self._unclaimed += 1
         if self._unclaimed == self._last_pass_length:
-            warnings.warn(
+            warn(
                 f"The attached model was trained on {self._last_pass_length} batches that no "
                 f"watched loader handed out. They are not counted. Iterate over `watch(loader)` "
                 f"again in each epoch (`itertools.cycle` does not), or remove the handle of "
-                f"`attach`.",
-                stacklevel=2,
+                f"`attach`."
             )
 
     def _known(self) -> Iterator[Batch]:

@@ -133,9 +133,15 @@ class DynamicsTracker(ForgettingTracker):
             if self._statistics.own:
                 own = values[:, len(self._statistics.fused) :]
                 self._state.check_finite(index, own)
-            rows = self._judge(index, logits, targets)
+            rows = self._record_logits(index, logits, targets)
             values = to_device(values, rows.position.device).index_select(0, rows.order)
             self._means.add(self._state.columns, rows.position, rows.repeats, values)
+
+    def reset(self) -> None:
+        """Return to the initial state."""
+        super().reset()
+        for stream in self._statistics.streams:
+            stream.reset()
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Not available: the statistics need logits.
@@ -231,7 +237,7 @@ def _square_column(score: Score) -> str:
     return "squares" if score == CONFIDENCE else f"squares_{score.name}"
 
 
-def _square_columns(kept: Statistics) -> dict[str, int]:
+def _square_columns(statistics: Statistics) -> dict[str, int]:
     """The columns of sums of squares, and the value that each is of."""
-    spreads = [score for score in kept.by_name.values() if isinstance(score, Spread)]
-    return {_square_column(spread.score): kept.column(spread) for spread in spreads}
+    spreads = [score for score in statistics.by_name.values() if isinstance(score, Spread)]
+    return {_square_column(spread.score): statistics.column(spread) for spread in spreads}

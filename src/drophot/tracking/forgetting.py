@@ -105,7 +105,7 @@ class ForgettingTracker:
         if len(index) == 0:
             return
         with torch.no_grad():
-            self._judge(index, logits, to_device(targets, logits.device, torch.int64))
+            self._record_logits(index, logits, to_device(targets, logits.device, torch.int64))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Present a batch whose correctness the caller has determined, for any other task.
@@ -362,7 +362,7 @@ class ForgettingTracker:
     def _note_unpaired(self, wrong: Tensor) -> None:
         self._state.note(deferred_errors.unpaired(wrong))
 
-    def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
+    def _record_logits(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
         return self._record(index, is_correct(logits, targets), targets, logits.shape[1])
 
     def _record(

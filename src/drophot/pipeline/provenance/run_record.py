@@ -62,7 +62,7 @@ def record_of(
     return Record(
         **fields,
         model=factory_name(config.factory, model),
-        kept=size,
+        num_kept=size,
         trained_accuracy=trained_accuracy,
         pruned_accuracy=pruned_accuracy,
         finetuned_accuracy=finetuned.accuracy,
