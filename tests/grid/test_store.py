@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from drophot import Grid, Record, fit, records
 from drophot.grid import store as grid_store
-from drophot.grid.store import Store, open_store, write_whole
+from drophot.grid.store import Store, open_store, write_file
 from drophot.pipeline.provenance import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
@@ -93,7 +93,7 @@ def log(store: Path) -> list[str]:
 
 def finished(store: Path) -> list[Path]:
     """The files of stages that are there, but for what is being written."""
-    return [path for path in store.glob("stages/*") if path.suffix != ".tmp"]
+    return [path for path in store.glob("stages/*") if path.suffix != ".part"]
 
 
 def wait_for(condition: Any, process: BaseProcess) -> None:
@@ -204,12 +204,12 @@ def test_what_a_killed_process_left_half_written_is_removed_when_it_is_old(tmp_p
     store = open_store(tmp_path / "store", {"a": 1}, {})
 
     def die() -> None:
-        grid_store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # of this copy of the process
         store.save("score-seed0.pt", b"x" * 1000)
 
     assert forked(die) == signal.SIGKILL
     (left,) = (tmp_path / "store" / "stages").iterdir()
-    assert left.suffix == ".tmp"
+    assert left.suffix == ".part"
     store.tidy({})
     assert left.exists(), "another process may be writing it"
     os.utime(left, (0, 0))
@@ -231,7 +231,7 @@ def test_a_clock_that_is_off_costs_no_other_machines_file(
         with monkeypatch.context() as other:
             other.setattr(time, "time", lambda: now + 3600 * hours)
             store.tidy({})
-        assert len(list(tmp_path.glob("store/stages/.*.tmp"))) == 1
+        assert len(list(tmp_path.glob("store/stages/*.part"))) == 1
 
     monkeypatch.setattr(os, "fsync", tidied_meanwhile)
     store.save("score-seed0.pt", b"hours of work")
@@ -246,7 +246,7 @@ def test_a_file_that_vanishes_as_it_is_written_is_written_again(
     def remove(descriptor: int) -> None:
         sync(descriptor)
         monkeypatch.setattr(os, "fsync", sync)
-        for part in tmp_path.glob("store/stages/.*.tmp"):
+        for part in tmp_path.glob("store/stages/*.part"):
             part.unlink()
 
     monkeypatch.setattr(os, "fsync", remove)
@@ -266,7 +266,7 @@ def test_ctrl_c_stops_cleanly(workers: int, tmp_path: Path, wanted: list[Record]
     assert "KeyboardInterrupt" in said
     assert f"Finished stages are in {store}. The same call resumes from there." in said
     assert 3 <= len(finished(store)) < STAGES
-    assert list(store.rglob("*.tmp")) == []
+    assert list(store.rglob("*.part")) == []
     assert grid().run(store) == wanted
 
 
@@ -382,7 +382,7 @@ def test_two_processes_on_one_store(workers: int, tmp_path: Path, wanted: list[R
         assert ended(process) == 0, errors(store)
     assert records.read(store / "records.jsonl") == wanted
     assert grid().run(store) == wanted
-    assert list(store.rglob("*.tmp")) == []
+    assert list(store.rglob("*.part")) == []
 
 
 def test_a_stage_that_another_process_finished_is_not_computed_again(
@@ -463,7 +463,7 @@ def test_a_file_that_cannot_grow_is_an_error_and_nothing_is_lost(
     assert forked(run) == 0
     text = said.read_text()
     assert "intact" in text
-    assert list(store.rglob("*.tmp")) == []
+    assert list(store.rglob("*.part")) == []
     kept = {path: path.read_bytes() for path in store.glob("stages/*")}
     assert len(kept) <= STAGES
     assert grid().run(store) == wanted
@@ -573,11 +573,11 @@ def test_stages_that_were_removed_by_hand_are_computed_again(
 
 def test_what_is_written_whole_replaces_or_leaves(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_whole(path, b"one")
-    write_whole(path, b"two")
+    write_file(path, b"one")
+    write_file(path, b"two")
     assert path.read_bytes() == b"two"
     with pytest.raises(OSError, match="intact"):
-        write_whole(tmp_path / "no" / "file", b"")
+        write_file(tmp_path / "no" / "file", b"")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -193,8 +193,8 @@ def test_about_the_share_that_was_asked_for_goes(halved: Halved) -> None:
     for layer, change in pruned.layers.items():
         shape = model.get_parameter(layer).shape
         assert change.after in shape[:2]
-        assert len(pruned.kept[layer]) == change.after
-        assert (change.after < change.before) == (layer not in pruned.whole)
+        assert len(pruned.kept_channels[layer]) == change.after
+        assert (change.after < change.before) == (layer not in pruned.unpruned_layers)
 
 
 def test_what_is_left_is_a_plain_module_that_trains_on(halved: Halved) -> None:
@@ -267,7 +267,7 @@ def test_lenet_against_one_that_is_built_smaller_by_hand(ratio: float) -> None:
     model = lenet()
     old = deepcopy(model)
     pruned = prune_channels(model, ratio, DIGITS)
-    kept = {name.removesuffix(".weight"): index for name, index in pruned.kept.items()}
+    kept = {name.removesuffix(".weight"): index for name, index in pruned.kept_channels.items()}
     for name, after, places in (
         ("conv1", "conv2", 1),
         ("conv2", "fc1", 16),
@@ -284,7 +284,7 @@ def test_lenet_against_one_that_is_built_smaller_by_hand(ratio: float) -> None:
         assert name == other
         assert torch.equal(tensor, same)
     torch.testing.assert_close(model(DIGITS), by_hand(DIGITS))
-    assert pruned.whole == {"fc3.weight": "an output of the network"}
+    assert pruned.unpruned_layers == {"fc3.weight": "an output of the network"}
 
 
 @given(
@@ -318,7 +318,7 @@ def test_the_scale_of_a_layer_does_not_matter(scale: float) -> None:
     model = lenet()
     other = deepcopy(model)
     other.conv2.weight.data.mul_(scale)
-    kept, same = (prune_channels(m, 0.5, DIGITS).kept for m in (model, other))
+    kept, same = (prune_channels(m, 0.5, DIGITS).kept_channels for m in (model, other))
     assert all(torch.equal(index, same[name]) for name, index in kept.items())
 
 
@@ -327,19 +327,21 @@ def test_coupled_layers_lose_the_same_channels_and_count_alike() -> None:
     model = models.resnet18()
     pruned = prune_channels(model, 0.5, IMAGES)
     stream = ["layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"]
-    first, *others = (pruned.kept[f"{name}.weight"] for name in stream)
+    first, *others = (pruned.kept_channels[f"{name}.weight"] for name in stream)
     assert all(torch.equal(first, other) for other in others)
     # One of them alone does not decide: in the sum of shares each has the same weight.
     torch.manual_seed(0)
     loud = models.resnet18()
     loud.get_parameter(f"{stream[0]}.weight").data.mul_(1000)
-    assert torch.equal(prune_channels(loud, 0.5, IMAGES).kept[f"{stream[0]}.weight"], first)
+    assert torch.equal(
+        prune_channels(loud, 0.5, IMAGES).kept_channels[f"{stream[0]}.weight"], first
+    )
 
 
 def test_heads_lose_equally_many_and_queries_the_same_as_keys() -> None:
     torch.manual_seed(0)
     model = Attention()
-    kept = prune_channels(model, 0.5, IMAGES).kept["qkv.weight"]
+    kept = prune_channels(model, 0.5, IMAGES).kept_channels["qkv.weight"]
     q, k, v = (kept[(kept >= 16 * i) & (kept < 16 * i + 16)] - 16 * i for i in range(3))
     assert torch.equal(q, k)
     for part in (q, v):
@@ -356,7 +358,7 @@ def test_heads_go_as_a_whole_where_the_scale_follows_from_their_width() -> None:
     assert (attention.embed_dim, attention.num_heads, attention.head_dim) == (32, 2, 16)
     assert attention.in_proj_weight.shape == (96, 32)
     assert model.hidden_dim == 32
-    assert list(pruned.whole) == ["heads.head.weight"]
+    assert list(pruned.unpruned_layers) == ["heads.head.weight"]
 
 
 @pytest.mark.parametrize(("groups", "left"), [(2, 2), (4, 4), (8, 4), (24, 12)])
@@ -369,7 +371,7 @@ def test_groups_get_narrower_or_fewer(groups: int, left: int) -> None:
     assert grouped.groups == left
     assert (grouped.in_channels, grouped.out_channels) == (12, 12)
     assert grouped.weight.shape == (12, 12 // left, 3, 3)
-    kept = pruned.kept["1.weight"] // (24 // groups)
+    kept = pruned.kept_channels["1.weight"] // (24 // groups)
     assert torch.equal(kept.unique(return_counts=True)[1], torch.full((left,), 12 // left))
 
 
@@ -389,7 +391,7 @@ def test_parts_of_equal_size_lose_equally_many() -> None:
     model.b.weight.data[:, 8:].mul_(1e-3)
     pruned = prune_channels(model, 0.5, torch.ones(2, 3))
     assert pruned.layers["a.weight"] == (16, 8)
-    assert (pruned.kept["a.weight"] < 8).sum() == 4
+    assert (pruned.kept_channels["a.weight"] < 8).sum() == 4
 
 
 def test_what_is_put_beside_the_input_keeps_the_inputs_place() -> None:
@@ -404,8 +406,8 @@ def test_what_is_put_beside_the_input_keeps_the_inputs_place() -> None:
     model = Beside()
     pruned = prune_channels(model, 0.5, torch.ones(2, 3))
     assert pruned.layers == {"a.weight": (8, 4), "b.weight": (11, 7), "c.weight": (2, 2)}
-    assert pruned.kept["b.weight"][:3].tolist() == [0, 1, 2]
-    assert torch.equal(pruned.kept["b.weight"][3:] - 3, pruned.kept["a.weight"])
+    assert pruned.kept_channels["b.weight"][:3].tolist() == [0, 1, 2]
+    assert torch.equal(pruned.kept_channels["b.weight"][3:] - 3, pruned.kept_channels["a.weight"])
 
 
 def test_shared_weights_stay_shared() -> None:
@@ -448,7 +450,7 @@ def test_what_is_skipped_keeps_its_shape() -> None:
     assert {name: tensor.shape for name, tensor in model.layer3.state_dict().items()} == shapes
     assert model.layer2[0].conv1.out_channels == 64
     assert model.layer2[1].conv2.out_channels == 128  # what layer3 is given
-    assert pruned.whole["layer3.0.conv1.weight"].startswith("`skip` names layer3")
+    assert pruned.unpruned_layers["layer3.0.conv1.weight"].startswith("`skip` names layer3")
     with pytest.raises(ValueError, match="layer9"):
         prune_channels(model, 0.5, IMAGES, skip=["layer9"])
 
@@ -500,7 +502,7 @@ def test_an_unknown_operator_keeps_its_channels() -> None:
     model = Sorted()
     pruned = prune_channels(model, 0.5, torch.ones(2, 3))
     assert pruned.layers == {"a.weight": (8, 8), "b.weight": (8, 4), "c.weight": (2, 2)}
-    assert "sort" in pruned.whole["a.weight"]
+    assert "sort" in pruned.unpruned_layers["a.weight"]
 
 
 def test_a_width_that_the_code_knows_by_heart_stays() -> None:
@@ -515,17 +517,17 @@ def test_a_width_that_the_code_knows_by_heart_stays() -> None:
     model = Fixed()
     pruned = prune_channels(model, 0.5, torch.ones(2, 3))
     assert pruned.layers == {"a.weight": (8, 8), "b.weight": (6, 3), "c.weight": (2, 2)}
-    assert "a reshape" in pruned.whole["a.weight"]
+    assert "a reshape" in pruned.unpruned_layers["a.weight"]
 
 
 def test_the_result_says_it() -> None:
     pruned = prune_channels(lenet(), 0.5, DIGITS)
     lines = str(pruned).splitlines()
-    assert lines[0] == "asked to remove 50.0% of the channels"
+    assert lines[0] == "requested: remove 50.0% of the channels"
     assert lines[1].split() == ["channels", "236", "to", "123", "47.9%", "removed"]
     assert lines[2].split() == ["parameters", "44,426", "to", "11,418", "74.3%", "removed"]
     assert lines[5:] == [
-        "kept back 5 of 118 channels asked for:",
+        "not removed: 5 of 118 requested channels:",
         "         5  an output of the network",
     ]
     assert pruned.parameters.removed == 1 - 11_418 / 44_426
@@ -615,7 +617,7 @@ def test_an_unused_part_stays_and_is_named(skip: tuple[str, ...]) -> None:
     pruned = prune_channels(model, 0.5, torch.ones(2, 4), skip=skip)
     assert pruned.layers["a.weight"] == (8, 4)
     assert model.aux.weight.shape == (2, 8)
-    assert "aux.weight" in pruned.whole
+    assert "aux.weight" in pruned.unpruned_layers
 
 
 @pytest.mark.parametrize("at", [1, 2, 3])
