@@ -7,13 +7,14 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers.executors import Plain, Watching, points, served, stamps, tiny
+from helpers.executors import Plain, Watching, points, stamps, tiny
 
 from drophot import DropHot, Grid, Record, fit
 from drophot._core import memory
@@ -51,7 +52,7 @@ def of_any_fit(records: list[Record]) -> list[Record]:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    with served() as executor:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
         yield executor
 
 

@@ -18,7 +18,7 @@ from helpers.executors import (
     Noting,
     Promise,
     Watching,
-    served,
+    spawned,
     stamps,
     tiniest,
     tiny,
@@ -30,7 +30,7 @@ from drophot import fit, records
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    with served() as executor:
+    with spawned() as executor:
         yield executor
 
 
@@ -155,7 +155,7 @@ def test_futures_that_can_be_waited_for_are_not_looked_at_all_the_time(
 def test_a_worker_that_dies(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     grid, store = tiny(fit=Noting(tmp_path)), tmp_path / "store"
     (tmp_path / "fault").write_text("die")
-    with served() as mortal, pytest.raises(BrokenProcessPool) as caught:
+    with spawned() as mortal, pytest.raises(BrokenProcessPool) as caught:
         grid.run(store, mortal)
     named = re.findall(r"(?:score|train|finetune)-\S*\.(?:pt|json)", caught.value.__notes__[0])
     assert len(named) == 1, "of the stages that ran, and those that waited for a worker"

@@ -72,11 +72,6 @@ def spawned(workers: int = 2) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
-def served(workers: int = 2) -> ProcessPoolExecutor:
-    """Workers that need not import torch: `helpers/processes.py` says why."""
-    return ProcessPoolExecutor(workers, mp_context=get_context("forkserver"))
-
-
 class AwkwardError(ArithmeticError):
     """Cannot be read where it is sent."""
 
