@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drophot._core import radix_select
+
 _BLOCK = 1 << 20  # numbers processed at a time, which fit in the cache and bound the memory
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -68,6 +70,8 @@ def magnitude_threshold(
         signed: Compare the values with their signs, instead of by magnitude.
     """
     dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
+    if radix_select.has_kernels(weights):
+        return _threshold_on_device(weights, remove, earlier, signed)
     pairs = zip(weights, earlier or [None] * len(weights), strict=True)
     sources = [partial(_keys, weight, dtype, mask, signed) for weight, mask in pairs]
     key, below, ties = _key_at(sources, dtype.itemsize, remove)
@@ -79,6 +83,10 @@ def count_removed(
     threshold: Threshold, weights: Sequence[Tensor], earlier: Sequence[Tensor | None] = ()
 ) -> list[int]:
     """How many elements of each weight a `pruner` removes if it is called in this order."""
+    if radix_select.has_kernels(weights):
+        counts = _counts_on_device(threshold, weights, earlier)
+        more = divide_evenly((tied for _, tied in counts), threshold.ties_removed)
+        return [less + tied for (less, _), tied in zip(counts, more, strict=True)]
     below, ties = [], []
     for weight, mask in zip(weights, earlier or [None] * len(weights), strict=True):
         less = tied = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -89,6 +97,39 @@ def count_removed(
         ties.append(int(tied))
     more = divide_evenly(ties, threshold.ties_removed)
     return [less + tied for less, tied in zip(below, more, strict=True)]
+
+
+def _threshold_on_device(
+    weights: Sequence[Tensor], remove: int, earlier: Sequence[Tensor | None], signed: bool
+) -> Threshold:
+    table, keys = _table_and_keys(weights, earlier, signed)
+    (row,) = radix_select.find_thresholds(table, keys, [remove]).tolist()
+    key, below, ties, _ = row
+    dtype = keys.dtype or torch.float32
+    # The unsigned keys of the device begin at 0, for a weight that an earlier mask removed.
+    key = key % (1 << keys.width) + _removed_key(dtype, signed)
+    all_ties = key == _removed_key(dtype, signed)
+    return Threshold(dtype, key, ties if all_ties else below, ties, signed)
+
+
+def _counts_on_device(
+    threshold: Threshold, weights: Sequence[Tensor], earlier: Sequence[Tensor | None]
+) -> list[list[int]]:
+    """How many elements of each weight are below the threshold, and how many equal it."""
+    table, keys = _table_and_keys(weights, earlier, threshold.signed)
+    key = threshold.key - _removed_key(threshold.dtype, threshold.signed)
+    key -= 1 << 64 if key >> 63 else 0  # its bits in an int64
+    state = torch.tensor([[key, 0, 0, 0]]).to(table.rows.device)
+    return table.by_tensor(radix_select.count_below(table, keys, state)).tolist()
+
+
+def _table_and_keys(
+    weights: Sequence[Tensor], earlier: Sequence[Tensor | None], signed: bool
+) -> tuple[radix_select.TensorTable, radix_select.Keys]:
+    weights = [radix_select.addressable(weight) for weight in weights]
+    table = radix_select.tensor_table(weights, [0] * len(weights), earlier=earlier)
+    keys = radix_select.float_keys((weight.dtype for weight in weights), signed=signed)
+    return table, keys
 
 
 def divide_evenly(sizes: Iterable[int], amount: int) -> list[int]:

@@ -123,7 +123,7 @@ def tensor_table(
     """Make a table of tensors, in the order of their groups.
 
     Args:
-        values: What is ranked: contiguous, or `is_addressable`.
+        values: What is ranked, as `addressable` returns it.
         groups: The number of the group of each tensor, from 0, ascending.
         earlier: For each tensor the mask of an earlier pruning, or `None`.
         weights: What is pruned, if not the values themselves.
@@ -181,9 +181,9 @@ def tensor_table(
     )
 
 
-def is_addressable(tensor: Tensor) -> bool:
-    """Whether the kernels can find the elements of a tensor: in three dimensions, say."""
-    return len(_merged_dimensions(tensor)) <= 3
+def addressable(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy of one whose elements the kernels cannot address."""
+    return tensor if len(_merged_dimensions(tensor)) <= 3 else tensor.contiguous()
 
 
 def _three_dimensions(tensor: Tensor) -> tuple[int, ...]:

@@ -11,6 +11,47 @@ from torch import Tensor
 from drophot._core import radix_select
 from drophot._core.radix_select import Keys
 from drophot._core.seeded_draw import hash_start
+from drophot.coreset.class_balance import proportional_sizes
+
+
+_MOST_CLASSES = 1 << 14  # each has a histogram of 2 KB
+
+
+def draw_balanced_on_device(
+    scores: Tensor,
+    size: int,
+    seed: int,
+    *,
+    end: str | None,
+    classes: Tensor | None,
+    positions: Tensor | None,
+) -> Tensor | None:
+    """As `class_balance.draw_balanced`: the drawn positions, int64, ascending, on the device.
+
+    `end` is "high", "low", or `None` to draw at random. `None` is returned if there are too many
+    classes for the kernels.
+    """
+    sizes, counts = [len(scores)], [size]
+    if classes is not None:
+        ordered = classes.sort(stable=True)
+        order = ordered.indices
+        sizes = ordered.values.unique_consecutive(return_counts=True)[1].tolist()
+        if len(sizes) > _MOST_CLASSES:
+            return None
+        counts = proportional_sizes(sizes, size, seed).tolist()
+        scores = scores[order]
+        positions = order if positions is None else positions[order]
+    found = draw_smallest(
+        scores,
+        sizes,
+        counts,
+        seed,
+        keyed=end is not None,
+        largest=end == "high",
+        stream=1 if end is None else 0,
+        positions=positions,
+    )
+    return found if classes is None else found.sort().values
 
 
 def draw_smallest(

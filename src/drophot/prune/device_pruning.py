@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from drophot._core import radix_select
-from drophot._core.radix_select import DTypes, Keys, TensorTable
+from drophot._core.radix_select import DTypes, TensorTable
 
 _EXPONENTS = {
     torch.float16: 0x7C00,
@@ -46,7 +48,7 @@ def count_values(
     values: Sequence[Tensor], earlier: Sequence[Tensor | None] = ()
 ) -> list[ValueCounts]:
     """Count the values of each tensor, in one launch and with one wait for the device."""
-    values = [value if radix_select.is_addressable(value) else value.contiguous() for value in values]
+    values = [radix_select.addressable(value.detach()) for value in values]
     table = radix_select.tensor_table(values, range(len(values)), earlier=earlier)
     module = _kernels()
 
@@ -116,7 +118,7 @@ def prune_groups(
 ) -> Pruned:
     """Keep the `n` largest of each `m` consecutive weights: see `semi_structured.prune_groups`."""
     targets = _Targets(weights)
-    inner = [weight[(0,) * (dim + 1)].numel() for weight, dim in zip(weights, dims, strict=True)]
+    inner = [prod(weight.shape[dim + 1 :]) for weight, dim in zip(weights, dims, strict=True)]
     table = targets.table(range(len(weights)), earlier, values, inner)
     ranked = weights if values is None else values
     keys = radix_select.float_keys((value.dtype for value in ranked), signed=values is not None)
@@ -136,10 +138,7 @@ class _Targets:
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         self._weights = [weight.detach() for weight in weights]
-        self._changed = [
-            weight if radix_select.is_addressable(weight) else weight.contiguous()
-            for weight in self._weights
-        ]
+        self._changed = [radix_select.addressable(weight) for weight in self._weights]
         self._masks = [
             torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
             for weight in self._weights
@@ -176,7 +175,7 @@ class _Targets:
         )
 
 
-def _kernels():
+def _kernels() -> Any:
     return radix_select.kernels("drophot.prune.pruning_kernels")
 
 
