@@ -145,21 +145,19 @@ def tensor_table(
         if groups[number] == len(first_chunks):
             first_chunks.append(first)
         mask = before[number]
-        rows.append(
-            (
-                values[number].data_ptr(),
-                0 if mask is None else mask.data_ptr(),
-                sizes[number],
-                first,
-                groups[number],
-                dtypes.index(pairs[number]),
-                *_three_dimensions(weights[number]),
-                weights[number].data_ptr(),
-                masks[number].data_ptr() if masks else 0,
-                inner[number] if inner else 0,
-                offsets[number] if offsets else 0,
-            )
-        )
+        rows.append((
+            values[number].data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            sizes[number],
+            first,
+            groups[number],
+            dtypes.index(pairs[number]),
+            *_three_dimensions(weights[number]),
+            weights[number].data_ptr(),
+            masks[number].data_ptr() if masks else 0,
+            inner[number] if inner else 0,
+            offsets[number] if offsets else 0,
+        ))
         first += -(-sizes[number] // chunk_size)
     table = torch.tensor(rows)
     chunks_of = (table[:, 2] + chunk_size - 1) // chunk_size

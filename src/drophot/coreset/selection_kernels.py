@@ -27,14 +27,11 @@ def mix(z):
 
 
 @triton.jit
-def hashes_at(
-    row, position, valid, start, positions, PLACED: tl.constexpr, REVERSED: tl.constexpr
-):
+def hashes_at(row, position, valid, start, positions, PLACED: tl.constexpr, REVERSED: tl.constexpr):
     """The SplitMix64 hashes of the samples' positions, as in `seeded_draw.splitmix64`."""
     place = position_in_dataset(row, position, valid, positions, PLACED)
     hashes = mix(
-        tl.load(start).to(tl.uint64, bitcast=True)
-        + (place.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
+        tl.load(start).to(tl.uint64, bitcast=True) + (place.to(tl.uint64) + 1) * 0x9E3779B97F4A7C15
     )
     if REVERSED:
         hashes = hashes ^ 0xFFFFFFFFFFFFFFFF

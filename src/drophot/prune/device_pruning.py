@@ -56,9 +56,7 @@ def count_values(
         keys = radix_select.float_keys([dtypes.values], signed=True)
         constants = radix_select.key_constants(table, dtypes.values, keys)
         names = ("FLOAT", "RAW", "KEY", "WIDTH", "MASKED", "STRIDED")
-        return {name: constants[name] for name in names} | {
-            "EXPONENT": _EXPONENTS[dtypes.values]
-        }
+        return {name: constants[name] for name in names} | {"EXPONENT": _EXPONENTS[dtypes.values]}
 
     counts = _new_counts(table)
     radix_select.launch(module.count_values, table, counts, constants_of=constants_of)
