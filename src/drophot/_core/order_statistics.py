@@ -12,7 +12,10 @@ from torch import Tensor
 
 from drophot._core import radix_select
 
-_BLOCK = 1 << 20  # numbers processed at a time, which fit in the cache and bound the memory
+# Numbers processed at a time: they fit in the cache of a CPU, and bound the memory on other devices,
+# where a block takes several launches.
+_BLOCK = 1 << 20
+_LARGE_BLOCK = 1 << 26
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The integer keys of one tensor, block by block, from the start at each call.
@@ -160,8 +163,8 @@ def pruner(threshold: Threshold) -> Callable[..., Tensor]:
         flat = weight.reshape(-1)
         for keys, block, keep in zip(
             _keys(flat if values is None else values, dtype, earlier, signed),
-            flat.split(_BLOCK),
-            mask.view(-1).split(_BLOCK),
+            _blocks(flat),
+            _blocks(mask),
             strict=True,
         ):
             torch.gt(keys, key, out=keep)
@@ -184,7 +187,7 @@ def magnitude_keys(weight: Tensor, earlier: Tensor | None = None) -> Tensor:
     They are the bits of the finite floats without the sign; -1 for a zero that `earlier` removed.
     """
     keys = torch.empty(weight.numel(), dtype=_INTEGERS[weight.dtype.itemsize], device=weight.device)
-    for block, part in zip(_keys(weight, weight.dtype, earlier), keys.split(_BLOCK), strict=True):
+    for block, part in zip(_keys(weight, weight.dtype, earlier), _blocks(keys), strict=True):
         part.copy_(block)
     return keys
 
@@ -242,7 +245,8 @@ def _removed_key(dtype: torch.dtype, signed: bool) -> int:
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.detach().reshape(-1).split(_BLOCK)
+    size = _BLOCK if tensor.device.type == "cpu" else _LARGE_BLOCK
+    yield from tensor.detach().reshape(-1).split(size)
 
 
 def _magnitude(block: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Triton kernels of `radix_select`: each reads a whole list of tensors in one launch."""
 
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
-
-from __future__ import annotations
+# No `from __future__ import annotations` here: Triton reads the annotations of a kernel.
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false
 
 import torch
 import triton
@@ -76,11 +75,11 @@ def bits_of(address, offsets, valid, FLOAT: tl.constexpr, RAW: tl.constexpr, KEY
     """The bits of floats of one dtype, exactly converted to the dtype `KEY`."""
     bits = tl.load(address.to(tl.pointer_type(RAW)) + offsets, mask=valid, other=0)
     if KEY != FLOAT:
-        if FLOAT == tl.bfloat16:
+        if tl.bfloat16 == FLOAT:
             values = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         else:
             values = bits.to(FLOAT, bitcast=True)
-        if KEY == tl.float64:
+        if tl.float64 == KEY:
             bits = values.to(KEY).to(tl.uint64, bitcast=True)
         else:
             bits = values.to(KEY).to(tl.uint32, bitcast=True)
@@ -200,9 +199,9 @@ def choose_digit(state, counts, SHIFT: tl.constexpr, ENDS_EARLY: tl.constexpr):
         rank -= tl.sum(tl.where(below, found, 0))
         prefix = (tl.load(row + PREFIX) << 8) | digit
         if ENDS_EARLY:
-            if rank == ties:
-                prefix = (prefix << SHIFT) | ((1 << SHIFT) - 1)
-                tl.store(row + ENDED, 1)
+            ended = rank == ties
+            prefix = tl.where(ended, (prefix << SHIFT) | ((1 << SHIFT) - 1), prefix)
+            tl.store(row + ENDED, ended.to(tl.int64))
         tl.store(row + PREFIX, prefix)
         tl.store(row + RANK, tl.maximum(rank, 0))
         tl.store(row + TIES, ties)
@@ -231,8 +230,7 @@ def count_below(
     found = state + tl.load(row + GROUP) * FIELDS
     threshold = tl.load(found + PREFIX)
     if ONLY_SPLIT:
-        if ties_removed(found) % tl.load(found + TIES) == 0:
-            end = start
+        end = tl.where(ties_removed(found) % tl.load(found + TIES) == 0, start, end)
     less = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
     for first in range(start, end, BLOCK):

@@ -9,6 +9,7 @@ torch brings on Linux. With the environment variable `TRITON_INTERPRET=1` they r
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,9 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+logger = logging.getLogger("drophot")
 
 _BLOCK = 2048  # elements per step of a program
 _LEAST_CHUNK = 1 << 14  # elements per program, at least
@@ -78,16 +81,31 @@ class Keys:
 
 def has_kernels(tensors: Iterable[Tensor]) -> bool:
     """Whether the tensors are on one device for which Triton compiles kernels."""
-    devices = {tensor.device for tensor in tensors}
+    devices = set()
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return False  # a subclass may have its values elsewhere
+        devices.add(tensor.device)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if len(devices) != 1:
         return False
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return devices.pop().type == ("cpu" if interpreted else "cuda") and _triton_is_installed()
+    device = devices.pop()
+    return device.type == ("cpu" if interpreted else "cuda") and _compiles_for(device)
 
 
 @cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
+def _compiles_for(device: torch.device) -> bool:
+    """Whether Triton is installed and works: it needs a C compiler and a GPU that is not too old."""
+    if find_spec("triton") is None:
+        return False
+    try:
+        state = torch.tensor([[0, 1, 0, 0]]).to(device)
+        counts = torch.ones(1, 256, dtype=torch.int64, device=device)
+        choose_digit(state, counts, 0, ends_early=False)
+    except Exception as error:
+        logger.info("selection and pruning use plain operations, as Triton has failed: %s", error)
+        return False
+    return True
 
 
 def kernels(name: str = "drophot._core.radix_kernels") -> Any:

@@ -13,7 +13,6 @@ from drophot._core.radix_select import Keys
 from drophot._core.seeded_draw import hash_start
 from drophot.coreset.class_balance import proportional_sizes
 
-
 _MOST_CLASSES = 1 << 14  # each has a histogram of 2 KB
 
 

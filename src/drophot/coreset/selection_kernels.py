@@ -1,8 +1,7 @@
 """Triton kernels of `device_selection`, for ties that hashes break."""
 
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
-
-from __future__ import annotations
+# No `from __future__ import annotations` here: Triton reads the annotations of a kernel.
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false
 
 import triton
 import triton.language as tl
@@ -86,7 +85,8 @@ def count_hash_digits(
 @triton.jit
 def write_selected(
     table, chunks, chunk_size, dtype, low, state, hash_state, before, out, start_hash, positions,
-    WRITES: tl.constexpr, HASHED: tl.constexpr, KEYED: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+    WRITES: tl.constexpr, HASHED: tl.constexpr, KEYED: tl.constexpr, PLACED: tl.constexpr,
+    BLOCK: tl.constexpr,
     FLOAT: tl.constexpr, RAW: tl.constexpr, KEY: tl.constexpr, WIDTH: tl.constexpr,
     KIND: tl.constexpr, MASKED: tl.constexpr, STRIDED: tl.constexpr, REVERSED: tl.constexpr,
 ):  # fmt: skip

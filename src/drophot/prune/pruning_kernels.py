@@ -1,8 +1,7 @@
 """Triton kernels of `device_pruning`: each processes all layers of a model in one launch."""
 
-# pyright: reportMissingImports=false, reportGeneralTypeIssues=false
-
-from __future__ import annotations
+# No `from __future__ import annotations` here: Triton reads the annotations of a kernel.
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false
 
 import triton
 import triton.language as tl
@@ -18,7 +17,6 @@ from drophot._core.radix_kernels import (
     WEIGHT,
     bits_of,
     chunk_of,
-    key_of,
     keys_at,
     offsets_of,
     removed_earlier,
