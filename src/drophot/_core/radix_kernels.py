@@ -1,7 +1,8 @@
 """Triton kernels of `radix_select`: each reads a whole list of tensors in one launch."""
 
 # No `from __future__ import annotations` here: Triton reads the annotations of a kernel.
-# pyright: reportMissingImports=false, reportInvalidTypeForm=false
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 import torch
 import triton

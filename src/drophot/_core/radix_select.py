@@ -95,7 +95,7 @@ def has_kernels(tensors: Iterable[Tensor]) -> bool:
 
 @cache
 def _compiles_for(device: torch.device) -> bool:
-    """Whether Triton is installed and works: it needs a C compiler and a GPU that is not too old."""
+    """Whether Triton works here: it needs a C compiler and a GPU that is not too old."""
     if find_spec("triton") is None:
         return False
     try:

@@ -83,13 +83,7 @@ def _select_on_device(
     seed: int,
 ) -> Tensor:
     device = scores.device
-    on_device = isinstance(targets, Tensor) and targets.device == device
-    if targets is None:
-        classes = None
-    elif on_device and targets.shape == scores.shape and targets.dtype in _SIGNED_INTEGERS:
-        classes = targets.detach()
-    else:
-        classes = torch.from_numpy(check_targets(targets, len(scores))).to(device)
+    classes = None if targets is None else _classes_on_device(targets, scores)
     positions = None if among is None else torch.from_numpy(among).to(device)
     if positions is not None:
         scores = scores[positions]
@@ -106,6 +100,18 @@ def _select_on_device(
     if found.is_cuda:
         torch.cuda.current_stream(device).synchronize()
     return indices
+
+
+def _classes_on_device(targets: Tensor | ArrayLike, scores: Tensor) -> Tensor:
+    """The checked targets; those that are already on the device stay there."""
+    if (
+        isinstance(targets, Tensor)
+        and targets.device == scores.device
+        and targets.shape == scores.shape
+        and targets.dtype in _SIGNED_INTEGERS
+    ):
+        return targets.detach()
+    return torch.from_numpy(check_targets(targets, len(scores))).to(scores.device)
 
 
 def draw_by_score(

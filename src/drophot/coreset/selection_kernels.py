@@ -1,7 +1,8 @@
 """Triton kernels of `device_selection`, for ties that hashes break."""
 
 # No `from __future__ import annotations` here: Triton reads the annotations of a kernel.
-# pyright: reportMissingImports=false, reportInvalidTypeForm=false
+# pyright: reportMissingImports=false, reportInvalidTypeForm=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 import triton
 import triton.language as tl

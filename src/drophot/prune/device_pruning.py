@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -52,7 +52,7 @@ def count_values(
     table = radix_select.tensor_table(values, range(len(values)), earlier=earlier)
     module = _kernels()
 
-    def constants_of(dtypes: DTypes) -> dict[str, object]:
+    def constants_of(dtypes: DTypes) -> Mapping[str, Any]:
         keys = radix_select.float_keys([dtypes.values], signed=True)
         constants = radix_select.key_constants(table, dtypes.values, keys)
         names = ("FLOAT", "RAW", "KEY", "WIDTH", "MASKED", "STRIDED")

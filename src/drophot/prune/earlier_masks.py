@@ -62,5 +62,9 @@ def _is_intact(weight: Tensor, mask: Tensor) -> bool:
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     """The module that a parameter belongs to, and its name there."""
-    parent, _, attribute = path.rpartition(".")
-    return model.get_submodule(parent), attribute
+    *parents, attribute = path.split(".")
+    for name in parents:  # `get_submodule` takes twice the time
+        module = model._modules[name]
+        assert module is not None
+        model = module
+    return model, attribute
