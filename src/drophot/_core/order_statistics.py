@@ -12,8 +12,8 @@ from torch import Tensor
 
 from drophot._core import radix_select
 
-# Numbers processed at a time. They fit in the cache of a CPU, and bound the memory on other devices,
-# where each block takes several launches.
+# Numbers processed at a time. They fit in the cache of a CPU. Other devices need larger blocks,
+# since each takes several launches, but a bound on the memory as well.
 _BLOCK = 1 << 20
 _LARGE_BLOCK = 1 << 26
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
