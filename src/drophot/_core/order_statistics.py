@@ -10,7 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 20  # numbers processed at a time, which fit in the cache and bound the memory
+from drophot._core import radix_select
+
+# Numbers processed at a time. They fit in the cache of a CPU. Other devices need larger blocks,
+# since each takes several launches, but a bound on the memory as well.
+_BLOCK = 1 << 20
+_LARGE_BLOCK = 1 << 26
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # The integer keys of one tensor, block by block, from the start at each call.
@@ -68,6 +73,8 @@ def magnitude_threshold(
         signed: Compare the values with their signs, instead of by magnitude.
     """
     dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
+    if radix_select.has_kernels(weights):
+        return _threshold_on_device(weights, remove, earlier, signed)
     pairs = zip(weights, earlier or [None] * len(weights), strict=True)
     sources = [partial(_keys, weight, dtype, mask, signed) for weight, mask in pairs]
     key, below, ties = _key_at(sources, dtype.itemsize, remove)
@@ -79,6 +86,10 @@ def count_removed(
     threshold: Threshold, weights: Sequence[Tensor], earlier: Sequence[Tensor | None] = ()
 ) -> list[int]:
     """How many elements of each weight a `pruner` removes if it is called in this order."""
+    if radix_select.has_kernels(weights):
+        counts = _counts_on_device(threshold, weights, earlier)
+        more = divide_evenly((tied for _, tied in counts), threshold.ties_removed)
+        return [less + tied for (less, _), tied in zip(counts, more, strict=True)]
     below, ties = [], []
     for weight, mask in zip(weights, earlier or [None] * len(weights), strict=True):
         less = tied = torch.zeros((), dtype=torch.int64, device=weight.device)
@@ -89,6 +100,39 @@ def count_removed(
         ties.append(int(tied))
     more = divide_evenly(ties, threshold.ties_removed)
     return [less + tied for less, tied in zip(below, more, strict=True)]
+
+
+def _threshold_on_device(
+    weights: Sequence[Tensor], remove: int, earlier: Sequence[Tensor | None], signed: bool
+) -> Threshold:
+    table, keys = _table_and_keys(weights, earlier, signed)
+    (row,) = radix_select.find_thresholds(table, keys, [remove]).tolist()
+    key, below, ties, _ = row
+    dtype = keys.dtype or torch.float32
+    # The unsigned keys of the device begin at 0, for a weight that an earlier mask removed.
+    key = key % (1 << keys.width) + _removed_key(dtype, signed)
+    all_ties = key == _removed_key(dtype, signed)
+    return Threshold(dtype, key, ties if all_ties else below, ties, signed)
+
+
+def _counts_on_device(
+    threshold: Threshold, weights: Sequence[Tensor], earlier: Sequence[Tensor | None]
+) -> list[list[int]]:
+    """How many elements of each weight are below the threshold, and how many equal it."""
+    table, keys = _table_and_keys(weights, earlier, threshold.signed)
+    key = threshold.key - _removed_key(threshold.dtype, threshold.signed)
+    key -= 1 << 64 if key >> 63 else 0  # its bits in an int64
+    state = torch.tensor([[key, 0, 0, 0]]).to(table.rows.device)
+    return table.by_tensor(radix_select.count_below(table, keys, state)).tolist()
+
+
+def _table_and_keys(
+    weights: Sequence[Tensor], earlier: Sequence[Tensor | None], signed: bool
+) -> tuple[radix_select.TensorTable, radix_select.Keys]:
+    weights = [radix_select.addressable(weight) for weight in weights]
+    table = radix_select.tensor_table(weights, [0] * len(weights), earlier=earlier)
+    keys = radix_select.float_keys((weight.dtype for weight in weights), signed=signed)
+    return table, keys
 
 
 def divide_evenly(sizes: Iterable[int], amount: int) -> list[int]:
@@ -119,8 +163,8 @@ def pruner(threshold: Threshold) -> Callable[..., Tensor]:
         flat = weight.reshape(-1)
         for keys, block, keep in zip(
             _keys(flat if values is None else values, dtype, earlier, signed),
-            flat.split(_BLOCK),
-            mask.view(-1).split(_BLOCK),
+            _blocks(flat),
+            _blocks(mask),
             strict=True,
         ):
             torch.gt(keys, key, out=keep)
@@ -143,7 +187,7 @@ def magnitude_keys(weight: Tensor, earlier: Tensor | None = None) -> Tensor:
     They are the bits of the finite floats without the sign; -1 for a zero that `earlier` removed.
     """
     keys = torch.empty(weight.numel(), dtype=_INTEGERS[weight.dtype.itemsize], device=weight.device)
-    for block, part in zip(_keys(weight, weight.dtype, earlier), keys.split(_BLOCK), strict=True):
+    for block, part in zip(_keys(weight, weight.dtype, earlier), _blocks(keys), strict=True):
         part.copy_(block)
     return keys
 
@@ -201,7 +245,8 @@ def _removed_key(dtype: torch.dtype, signed: bool) -> int:
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.detach().reshape(-1).split(_BLOCK)
+    size = _BLOCK if tensor.device.type == "cpu" else _LARGE_BLOCK
+    yield from tensor.detach().reshape(-1).split(size)
 
 
 def _magnitude(block: Tensor) -> Tensor:

@@ -75,9 +75,13 @@ def position_blocks(total: int, block: int = BLOCK) -> Callable[[], Iterable[Int
 
 def splitmix64(values: IntArray, seed: int, stream: int = 0) -> NDArray[np.uint64]:
     """The SplitMix64 hash of every value; different values never collide in one seed and stream."""
-    start = _mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream)
     step = np.uint64(0x9E3779B97F4A7C15)
-    return _mix(_mix(start) + (values.astype(np.uint64) + np.uint64(1)) * step)
+    return _mix(hash_start(seed, stream) + (values.astype(np.uint64) + np.uint64(1)) * step)
+
+
+def hash_start(seed: int, stream: int = 0) -> NDArray[np.uint64]:
+    """What the hashes of a seed and a stream have in common, shape `(1,)`."""
+    return _mix(_mix(np.array([seed % 2**64], dtype=np.uint64)) + np.uint64(stream))
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from drophot._core.arrays import IntArray
 from drophot.coreset.feature_extraction import features
 from drophot.coreset.greedy import Coreset
 from drophot.coreset.greedy_facility_location import facility_location
 from drophot.coreset.greedy_k_center import k_center
-from drophot.coreset.score_ranking import End, draw_by_score, draw_randomly, select_by_score
+from drophot.coreset.score_ranking import DrawByScore, End, select_by_score
 from drophot.coreset.selectors import Evidence, Selector, check_evidence
 
 
@@ -44,10 +43,9 @@ class ByScore:
         targets = evidence.targets if self.balanced else None
         return select_by_score(self.draw, evidence.scores, ratio, targets=targets, seed=seed)
 
-    def draw(
-        self, scores: Tensor, size: int, seed: int, positions: IntArray | None = None
-    ) -> IntArray:
-        return draw_by_score(scores, size, self.end, seed, positions)
+    @property
+    def draw(self) -> DrawByScore:
+        return DrawByScore(self.end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +68,9 @@ class Random:
         scores = torch.zeros((), device="cpu").expand(evidence.num_samples)  # values do not matter
         return select_by_score(self.draw, scores, ratio, targets=targets, seed=seed)
 
-    def draw(
-        self, scores: Tensor, size: int, seed: int, positions: IntArray | None = None
-    ) -> IntArray:
-        return draw_randomly(len(scores), size, seed, positions)
+    @property
+    def draw(self) -> DrawByScore:
+        return DrawByScore(None)
 
 
 @dataclass(frozen=True, slots=True)

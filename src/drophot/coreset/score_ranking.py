@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -13,11 +14,29 @@ from torch import Tensor
 from drophot._core import order_statistics
 from drophot._core.arrays import IntArray, as_real_tensor
 from drophot._core.exact_arithmetic import exact
+from drophot._core.radix_select import has_kernels
 from drophot._core.ratios import check_keep_ratio, num_kept
 from drophot._core.seeded_draw import BLOCK, draw, position_blocks
 from drophot.coreset.class_balance import Draw, check_targets, draw_balanced
+from drophot.coreset.device_selection import draw_balanced_on_device, draw_smallest
 
 End = Literal["high", "low"]
+
+_SIGNED_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawByScore:
+    """Draws the samples with the highest or lowest scores, or random ones if `end` is `None`."""
+
+    end: End | None
+
+    def __call__(
+        self, scores: Tensor, size: int, seed: int, positions: IntArray | None = None
+    ) -> IntArray:
+        if self.end is None:
+            return draw_randomly(len(scores), size, seed, positions)
+        return draw_by_score(scores, size, self.end, seed, positions)
 
 
 @exact()
@@ -45,12 +64,54 @@ def select_by_score(
     """
     ratio = check_keep_ratio("ratio", ratio)
     values = check_scores(scores)
+    if isinstance(draw, DrawByScore) and has_kernels([values]):
+        return _select_on_device(draw, values, ratio, targets, among, seed)
     classes = None if targets is None else check_targets(targets, len(values))
     if among is not None:
         values = values[torch.from_numpy(among).to(values.device)]
         classes = None if classes is None else classes[among]
     check_no_nan(values, among)
     return draw_balanced(draw, values, num_kept(len(values), ratio), seed, classes, among)
+
+
+def _select_on_device(
+    draw: DrawByScore,
+    scores: Tensor,
+    ratio: float,
+    targets: Tensor | ArrayLike | None,
+    among: IntArray | None,
+    seed: int,
+) -> Tensor:
+    device = scores.device
+    classes = None if targets is None else _classes_on_device(targets, scores)
+    positions = None if among is None else torch.from_numpy(among).to(device)
+    if positions is not None:
+        scores = scores[positions]
+        classes = None if classes is None else classes[positions]
+    check_no_nan(scores, among)
+    size = num_kept(len(scores), ratio)
+    found = draw_balanced_on_device(
+        scores, size, seed, end=draw.end, classes=classes, positions=positions
+    )
+    if found is None:
+        assert classes is not None
+        return draw_balanced(draw, scores.cpu(), size, seed, classes.cpu().numpy(), among)
+    indices = found.to("cpu", non_blocking=True)  # into pinned memory, which is faster
+    if found.is_cuda:
+        torch.cuda.current_stream(device).synchronize()
+    return indices
+
+
+def _classes_on_device(targets: Tensor | ArrayLike, scores: Tensor) -> Tensor:
+    """The checked targets; those that are already on the device stay there."""
+    if (
+        isinstance(targets, Tensor)
+        and targets.device == scores.device
+        and targets.shape == scores.shape
+        and targets.dtype in _SIGNED_INTEGERS
+    ):
+        return targets.detach()
+    return torch.from_numpy(check_targets(targets, len(scores))).to(scores.device)
 
 
 def draw_by_score(
@@ -61,6 +122,12 @@ def draw_by_score(
     `positions` are those of the scores among all samples; by default `0 … N - 1`. Ties are broken
     by hashes of positions.
     """
+    if has_kernels([scores]):
+        places = None if positions is None else torch.from_numpy(positions).to(scores.device)
+        found = draw_smallest(
+            scores, [len(scores)], [size], seed, largest=end == "high", positions=places
+        )
+        return found.cpu().numpy()
     # All samples have one order, by score and then by hash. "low" takes its first samples and
     # "high" its last ones, so the two selections overlap only if they must.
     total, high = len(scores), end == "high"

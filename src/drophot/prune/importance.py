@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from drophot._core import order_statistics
 from drophot._core.importance import Importance, importance_name
+from drophot._core.radix_select import has_kernels
+from drophot.prune.device_pruning import count_values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,13 @@ class Ranking:
         tensors, masks = [self.values[n] for n in names], [self.earlier.get(n) for n in names]
         return order_statistics.magnitude_threshold(tensors, count, masks, signed=self.signed)
 
+    def nonzero_layers(self) -> set[str]:
+        """The names of the layers whose values are not all zero."""
+        if has_kernels(self.values.values()):
+            counts = count_values([*self.values.values()])
+            return {name for name, count in zip(self.values, counts, strict=True) if count.nonzero}
+        return {name for name, value in self.values.items() if value.any()}
+
     def counts(self, names: Sequence[str], count: int) -> dict[str, int]:
         """How many weights each layer loses if these layers lose `count` together."""
         tensors, masks = [self.values[n] for n in names], [self.earlier.get(n) for n in names]
@@ -44,30 +53,41 @@ def rank_by(
     scope: str,
 ) -> Ranking:
     """Call an importance function for each weight, and check and copy the returned tensors."""
-    values = {}
+    values: dict[str, Tensor] = {}
+    rule = f"The importance function `{importance_name(importance)}` must return"
+    together = has_kernels(weights.values())  # one wait for the device, not one for each layer
     for name, weight in weights.items():
         returned = importance(name, weight)
-        rule = f"The importance function `{importance_name(importance)}` must return"
         _check_returned(returned, rule, name, weight)
         # A copy, since the function may return the weight itself, or one buffer for all layers.
         value = torch.empty(weight.shape, dtype=returned.dtype, device=weight.device)
         value.copy_(returned.detach())
         if (mask := earlier.get(name)) is not None:
             value.masked_fill_(~mask, 0)
-        least, most = value.aminmax()
-        if not (least.isfinite() and most.isfinite()):
-            bad = int((~value.isfinite()).count_nonzero())
-            raise ValueError(
-                f"{rule} finite values, got {bad} that are NaN or infinite for `{name}`. Replace "
-                f"them, with torch.nan_to_num for example, or name the layer in `skip`."
-            )
-        if scope == "lamp" and least < 0:
-            raise ValueError(
-                f'{rule} no negative values with scope="lamp", which squares them, got '
-                f"{float(least):g} for `{name}`. Return absolute values, or use another scope."
-            )
         values[name] = value
+        if not together:
+            _check_values(value, rule, name, scope)
+    if together:
+        counts = count_values([*values.values()])
+        for (name, value), count in zip(values.items(), counts, strict=True):
+            if count.not_finite or (scope == "lamp" and count.negative):
+                _check_values(value, rule, name, scope)
     return Ranking(values=values, earlier=earlier, signed=True)
+
+
+def _check_values(value: Tensor, rule: str, name: str, scope: str) -> None:
+    least, most = value.aminmax()
+    if not (least.isfinite() and most.isfinite()):
+        bad = int((~value.isfinite()).count_nonzero())
+        raise ValueError(
+            f"{rule} finite values, got {bad} that are NaN or infinite for `{name}`. Replace "
+            f"them, with torch.nan_to_num for example, or name the layer in `skip`."
+        )
+    if scope == "lamp" and least < 0:
+        raise ValueError(
+            f'{rule} no negative values with scope="lamp", which squares them, got '
+            f"{float(least):g} for `{name}`. Return absolute values, or use another scope."
+        )
 
 
 def _check_returned(returned: Any, rule: str, name: str, weight: Tensor) -> None:

@@ -28,7 +28,10 @@ class LampScores:
 
     def __init__(self, weight: Tensor, earlier: Tensor | None = None) -> None:
         self._dtype = weight.dtype
-        keys = order_statistics.magnitude_keys(weight, earlier).cpu().numpy()
+        keys = order_statistics.magnitude_keys(weight, earlier)
+        if keys.device.type != "cpu":
+            keys = keys.sort().values.cpu()
+        keys = keys.numpy()
         keys.sort()
         self.num_removed = int(np.searchsorted(keys, keys.dtype.type(0)))  # by the earlier mask
         self._keys = keys[self.num_removed :]

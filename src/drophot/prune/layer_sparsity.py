@@ -8,7 +8,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from drophot._core.radix_select import has_kernels
 from drophot._core.ratios import num_removed
+from drophot.prune.device_pruning import count_values
 from drophot.prune.importance import Ranking
 from drophot.prune.lamp import LampScores, lamp_counts
 
@@ -110,7 +112,13 @@ def erk_counts(
 def _removed_earlier(
     weights: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
 ) -> dict[str, int]:
-    return {n: int((~earlier[n]).count_nonzero()) if n in earlier else 0 for n in weights}
+    masked = [name for name in weights if name in earlier]
+    if has_kernels([weights[name] for name in masked]):
+        counts = count_values([weights[n] for n in masked], [earlier[n] for n in masked])
+        found = {name: count.removed for name, count in zip(masked, counts, strict=True)}
+    else:
+        found = {name: int((~earlier[name]).count_nonzero()) for name in masked}
+    return {name: found.get(name, 0) for name in weights}
 
 
 def _lamp_ranking(ranking: Ranking, names: Sequence[str]) -> CountByLayer:

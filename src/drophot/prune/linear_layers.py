@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -32,8 +33,13 @@ def weights_of(module: nn.Module) -> tuple[str, ...]:
         return tuple(name for name in module._flat_weights_names if name.startswith("weight_"))
     if is_conv1d(module):
         return ("weight",)
+    return _weights_of_class(type(module))
+
+
+@lru_cache(maxsize=256)
+def _weights_of_class(layer: type[nn.Module]) -> tuple[str, ...]:
     return tuple(
-        name for kind, names in PRUNABLE.items() if isinstance(module, kind) for name in names
+        name for kind, names in PRUNABLE.items() if issubclass(layer, kind) for name in names
     )
 
 
@@ -42,13 +48,18 @@ def is_conv1d(module: nn.Module) -> bool:
 
     Transformers is not imported to find out.
     """
-    if not any(
-        kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
-        for kind in type(module).__mro__
-    ):
+    if not _is_conv1d_class(type(module)):
         return False
     weight = getattr(module, "weight", None)
     return weight is None or (weight.dim() == 2 and weight.shape[1] == getattr(module, "nf", None))
+
+
+@lru_cache(maxsize=256)
+def _is_conv1d_class(layer: type[nn.Module]) -> bool:
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+        for kind in layer.__mro__
+    )
 
 
 def input_dimension(module: nn.Module, attribute: str) -> int | None:

@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from drophot._core import order_statistics
 from drophot._core.exact_arithmetic import exact
 from drophot._core.importance import Importance, check_importance
 from drophot._core.ratios import check_prune_ratio, num_removed
@@ -18,6 +17,7 @@ from drophot.prune.importance import Ranking, rank_by
 from drophot.prune.layer_sparsity import Scope, removal_groups
 from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import check_changeable, check_finite, names_of, prunable
+from drophot.prune.removal import Removal, remove_by_pattern, remove_by_rank
 from drophot.prune.unheld_masks import shortened
 from drophot.prune.unpruned_weights import warn_of_uncovered
 
@@ -192,13 +192,13 @@ def prune_to_ratio(
     for name, weight in weights.items():
         check_changeable(name, weight)
     warn_of_uncovered(model, weights, options.skip)
-    nonzero = {name for name, weight in weights.items() if check_finite(name, weight)}
+    nonzero = check_finite(weights)
     earlier = earlier_masks.masks_of(model, weights)
     if options.importance is None:
         ranking = Ranking(values=weights, earlier=earlier)
     else:
         ranking = rank_by(options.importance, weights, earlier, scope=scope)
-        nonzero |= {name for name, value in ranking.values.items() if value.any()}
+        nonzero |= ranking.nonzero_layers()
     zero_layers = {
         name
         for name in weights
@@ -211,20 +211,11 @@ def prune_to_ratio(
         )
     else:
         dims = semi_structured.input_dimensions(model, weights, m, pattern)
-        masks = {
-            name: semi_structured.prune_groups(
-                weights[name],
-                n,
-                m,
-                dim,
-                earlier.get(name),
-                None if options.importance is None else ranking.values[name],
-            )
-            for name, dim in dims.items()
-        }
-        _warn_of_kept_zeros({name: weights[name] for name in dims}, masks, ratio)
+        removal = remove_by_pattern(weights, ranking, n, m, dims)
+        masks = removal.masks
+        _warn_of_kept_zeros(removal.kept_zeros, ratio)
         target = sum(mask.numel() // m * (m - n) for mask in masks.values())
-        _warn_of_more_removed(masks, target, f'`pattern="{pattern}"`')
+        _warn_of_more_removed(removal, target, f'`pattern="{pattern}"`')
     found = Masks(model, masks)
     earlier_masks.remember(model, found)
     return found, zero_layers
@@ -242,24 +233,16 @@ def _prune_by_ranking(
     groups = removal_groups(
         ranking, ratio, options.scope, options.min_kept, left_out, formerly_zero
     )
-    thresholds = [ranking.threshold(names, count) for names, count in groups]
-    masks: dict[str, Tensor] = {}
-    may_keep_zeros: list[str] = []
-    for (names, _), threshold in zip(groups, thresholds, strict=True):
-        prune = order_statistics.pruner(threshold)
-        for name in names:
-            value = None if ranking.values[name] is weights[name] else ranking.values[name]
-            masks[name] = prune(weights[name], ranking.earlier.get(name), value)
-        if ranking.signed or threshold.key <= 0:  # else all zeros are below the threshold
-            may_keep_zeros += [name for name in names if name not in left_out]
+    removal = remove_by_rank(weights, ranking, groups)
     _warn_of_zero_layers(weights, left_out, ratio)
-    _warn_of_kept_zeros({name: weights[name] for name in may_keep_zeros}, masks, ratio)
+    kept_zeros = {n: count for n, count in removal.kept_zeros.items() if n not in left_out}
+    _warn_of_kept_zeros(kept_zeros, ratio)
     if ranking.earlier:
         sizes = [weight.numel() for weight in weights.values()]
         parts = sizes if options.scope == "layer" else [sum(sizes)]
         target = sum(num_removed(size, ratio) for size in parts)
-        _warn_of_more_removed(masks, target, f"`ratio={ratio:g}` with scope={options.scope!r}")
-    return {name: masks[name] for name in weights}
+        _warn_of_more_removed(removal, target, f"`ratio={ratio:g}` with scope={options.scope!r}")
+    return {name: removal.masks[name] for name in weights}
 
 
 def _warn_of_zero_layers(
@@ -277,13 +260,7 @@ def _warn_of_zero_layers(
         )
 
 
-def _warn_of_kept_zeros(
-    weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], ratio: float
-) -> None:
-    zeros = {
-        name: int(masks[name].count_nonzero()) - int(weight.count_nonzero())
-        for name, weight in weights.items()
-    }
+def _warn_of_kept_zeros(zeros: Mapping[str, int], ratio: float) -> None:
     if count := sum(zeros.values()):
         names = [name for name, number in zeros.items() if number]
         warn(
@@ -293,9 +270,9 @@ def _warn_of_kept_zeros(
         )
 
 
-def _warn_of_more_removed(masks: Mapping[str, Tensor], target: int, setting: str) -> None:
-    removed = sum(int((~mask).count_nonzero()) for mask in masks.values())
-    if removed > target:
+def _warn_of_more_removed(removal: Removal, target: int, setting: str) -> None:
+    removed = removal.num_removed
+    if removed is not None and removed > target:
         warn(
             f"{setting} asks for {target:,} removed weights, but {removed:,} are removed, because "
             f"weights that an earlier pruning removed do not come back. To prune less, load the "

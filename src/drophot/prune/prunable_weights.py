@@ -13,7 +13,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList
 
+from drophot._core.radix_select import has_kernels
 from drophot.prune.custom_forward import Verdicts, keeps_zeros
+from drophot.prune.device_pruning import count_values
 from drophot.prune.linear_layers import is_matrix, weights_of
 
 
@@ -262,13 +264,26 @@ def _check_weight(name: str, weight: nn.Parameter) -> None:
         )
 
 
-def check_finite(name: str, weight: nn.Parameter) -> bool:
-    """Whether a weight holds anything but zeros; NaN and infinity are an error."""
-    least, most = weight.detach().aminmax()  # the fastest check of all weights: NaN propagates
-    if not (least.isfinite() and most.isfinite()):
-        bad = int((~weight.isfinite()).count_nonzero())
-        raise ValueError(
-            f"`model` must have finite weights, but {bad} are NaN or infinite in `{name}`. The "
-            f"weights of a network that diverged cannot be ranked."
-        )
-    return bool(least) or bool(most)
+def check_finite(weights: Mapping[str, nn.Parameter]) -> set[str]:
+    """The names of the weights that are not all zero; NaN and infinity are an error."""
+    if has_kernels(weights.values()):
+        counts = dict(zip(weights, count_values([*weights.values()]), strict=True))
+        for name, count in counts.items():
+            if count.not_finite:
+                _raise_not_finite(name, count.not_finite)
+        return {name for name, count in counts.items() if count.nonzero}
+    nonzero = set()
+    for name, weight in weights.items():
+        least, most = weight.detach().aminmax()  # the fastest check of all weights: NaN propagates
+        if not (least.isfinite() and most.isfinite()):
+            _raise_not_finite(name, int((~weight.isfinite()).count_nonzero()))
+        if bool(least) or bool(most):
+            nonzero.add(name)
+    return nonzero
+
+
+def _raise_not_finite(name: str, count: int) -> None:
+    raise ValueError(
+        f"`model` must have finite weights, but {count} are NaN or infinite in `{name}`. The "
+        f"weights of a network that diverged cannot be ranked."
+    )

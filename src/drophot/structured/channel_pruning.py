@@ -127,8 +127,7 @@ def prune_channels(
     prunable_weights.check_module("model", model)
     left_out = prunable_weights.left_out(model, skip)
     weights = prunable_weights.with_channels(model, left_out)
-    for name, weight in weights.items():
-        prunable_weights.check_finite(name, weight)
+    prunable_weights.check_finite(weights)
     try:
         return _prune(
             model,

@@ -1,0 +1,103 @@
+"""Set the lowest-ranked weights to zero, and count what was removed.
+
+On a GPU, `device_pruning` processes all layers together. On other devices, one layer is pruned
+after the other, in blocks that fit in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from drophot._core import order_statistics
+from drophot._core.radix_select import has_kernels
+from drophot.prune import device_pruning, semi_structured
+from drophot.prune.importance import Ranking
+from drophot.prune.layer_sparsity import Groups
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removal:
+    """The masks of pruned weights, by name."""
+
+    masks: dict[str, Tensor]
+    kept_zeros: dict[str, int]
+    """How many zeros are not masked in each layer, 0 if a layer is missing."""
+    num_removed: int | None
+    """How many weights are removed; not counted without an earlier pruning."""
+
+
+def remove_by_rank(
+    weights: Mapping[str, nn.Parameter], ranking: Ranking, groups: Groups
+) -> Removal:
+    """Remove the lowest-ranked weights of each group of layers."""
+    if has_kernels([*weights.values(), *ranking.values.values()]):
+        names = [name for members, _ in groups for name in members]
+        found = device_pruning.prune_smallest(
+            [weights[name] for name in names],
+            [number for number, (members, _) in enumerate(groups) for _ in members],
+            [count for _, count in groups],
+            earlier=[ranking.earlier.get(name) for name in names],
+            values=[ranking.values[name] for name in names] if ranking.signed else None,
+        )
+        return _removal(names, found)
+    thresholds = [ranking.threshold(names, count) for names, count in groups]
+    masks: dict[str, Tensor] = {}
+    may_keep_zeros: list[str] = []
+    for (names, _), threshold in zip(groups, thresholds, strict=True):
+        prune = order_statistics.pruner(threshold)
+        for name in names:
+            value = ranking.values[name] if ranking.signed else None
+            masks[name] = prune(weights[name], ranking.earlier.get(name), value)
+        if ranking.signed or threshold.key <= 0:  # else all zeros are below the threshold
+            may_keep_zeros += names
+    return _counted(masks, {name: weights[name] for name in may_keep_zeros}, ranking)
+
+
+def remove_by_pattern(
+    weights: Mapping[str, nn.Parameter], ranking: Ranking, n: int, m: int, dims: Mapping[str, int]
+) -> Removal:
+    """Keep the `n` highest-ranked of each `m` consecutive weights along the given dimensions."""
+    names = [*dims]
+    chosen = {name: weights[name] for name in names}
+    values = {name: ranking.values[name] for name in names} if ranking.signed else {}
+    if has_kernels([*chosen.values(), *values.values()]):
+        found = device_pruning.prune_groups(
+            [*chosen.values()],
+            n,
+            m,
+            [*dims.values()],
+            earlier=[ranking.earlier.get(name) for name in names],
+            values=[*values.values()] or None,
+        )
+        return _removal(names, found)
+    masks = {
+        name: semi_structured.prune_groups(
+            weight, n, m, dims[name], ranking.earlier.get(name), values.get(name)
+        )
+        for name, weight in chosen.items()
+    }
+    return _counted(masks, chosen, ranking)
+
+
+def _removal(names: list[str], found: device_pruning.Pruned) -> Removal:
+    return Removal(
+        masks=dict(zip(names, found.masks, strict=True)),
+        kept_zeros=dict(zip(names, found.kept_zeros, strict=True)),
+        num_removed=sum(found.removed),
+    )
+
+
+def _counted(
+    masks: dict[str, Tensor], may_keep_zeros: Mapping[str, Tensor], ranking: Ranking
+) -> Removal:
+    kept_zeros = {
+        name: int(masks[name].count_nonzero()) - int(weight.count_nonzero())
+        for name, weight in may_keep_zeros.items()
+    }
+    removed = None
+    if ranking.earlier:
+        removed = sum(int((~mask).count_nonzero()) for mask in masks.values())
+    return Removal(masks=masks, kept_zeros=kept_zeros, num_removed=removed)
