@@ -5,6 +5,7 @@
 import logging
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -236,12 +237,13 @@ def test_models_that_a_graph_would_not_repeat_stay_plain(
         way(*rest, **options)
 
     data = samples(64, 6)
-    with caplog.at_level(logging.INFO, logger="drophot"):
+    failure = "(?s)operation not permitted.*cuda_graph=False"
+    warned = pytest.warns(UserWarning, match=failure) if isinstance(inner, Asks) else nullcontext()
+    with caplog.at_level(logging.INFO, logger="drophot"), warned:
         found = train(partial(seeded, fit), mlp(inner), data, fused_sgd)
     assert sum(counted(graphs)) == 0
     assert len(graphs) == 1, "one attempt is enough"
-    if isinstance(inner, Asks):
-        assert "not captured as a CUDA graph: operation not permitted" in caplog.text
+    assert isinstance(inner, Asks) or "not captured as a CUDA graph" in caplog.text
     assert_equal(found, train(partial(seeded, plain_fit), mlp(inner), data, fused_sgd))
 
 
