@@ -1,4 +1,4 @@
-"""What keeps a step from being captured as a CUDA graph, and what a failed capture leaves behind."""
+"""Steps that are not captured as a CUDA graph, and what a failed capture leaves behind."""
 
 # ruff: noqa: F811 (the argument `graphs` is the imported fixture)
 
@@ -19,6 +19,7 @@ from torch.optim import ASGD, SGD, Adam, NAdam, Optimizer
 
 from drophot import fit
 from drophot.prune import Schedule, magnitude_prune
+from drophot.training.mixed_precision import uncached_autocast
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 fused_sgd = partial(SGD, lr=0.1, momentum=0.9, fused=True)
@@ -165,6 +166,8 @@ def test_masks_that_are_loaded_are_held_by_a_new_graph(graphs: list[Graph]) -> N
 class Scaled(nn.Module):
     """Multiplies by a number that somebody changes."""
 
+    shift: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.calls, self.counts = 1.0, 0, False
@@ -205,7 +208,12 @@ def test_a_model_that_is_changed_between_steps_is_captured_again(
 def test_a_model_that_counts_its_calls_is_not_captured(later: bool, graphs: list[Graph]) -> None:
     def loop(way: Any, model: nn.Module, *rest: Any, **options: Any) -> None:
         model[1].counts = not later
-        way(model, *rest, on_epoch=lambda epoch: epoch or later and other_mode(model[1]), **options)
+        way(
+            model,
+            *rest,
+            on_epoch=lambda epoch: epoch or (later and other_mode(model[1])),
+            **options,
+        )
         assert model[1].calls == (8 if later else 16)
 
     data = samples(64, 6)
@@ -372,9 +380,13 @@ def test_an_autograd_graph_of_before_is_refused_with_its_cause(graphs: list[Grap
     assert replays(graphs) == [5]
 
 
-def test_steps_under_autocast_are_captured(graphs: list[Graph]) -> None:
-    """Also where the weights' casts of earlier forward passes are cached, by anybody."""
+def test_steps_under_autocast_are_captured(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where autocast has cached the weights of earlier forward passes, and their nodes."""
     data = samples(64, 6)
+    on_cpu = lambda _: uncached_autocast("cpu")  # noqa: E731
+    monkeypatch.setattr("drophot.training.step.uncached_autocast", on_cpu)
 
     def autocast() -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16)

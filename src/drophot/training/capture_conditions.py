@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
-from torch.optim import optimizer as optimizer_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from drophot._core.capturable_hooks import HookOwner, owner_of
 from drophot.data.determinism import reached
@@ -23,7 +23,7 @@ _MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", 
 _GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in _MODULE_HOOKS)
 _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
-_GLOBAL_STEP_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+_GLOBAL_STEP_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 _SCALARS = (bool, int, float, complex, str, type(None))
 
 
@@ -84,7 +84,7 @@ class Conditions:
             getattr(module, kind) for module in modules for kind in _MODULE_HOOKS
         ]
         self._step_hooks = [getattr(optimizer, kind) for kind in _STEP_HOOKS]
-        self._step_hooks += [getattr(optimizer_hooks, kind) for kind in _GLOBAL_STEP_HOOKS]
+        self._step_hooks += _GLOBAL_STEP_HOOKS
         self._kept = [*self._tensors, *modules, *_all(self._module_hooks), *_all(self._step_hooks)]
         self._owners: dict[int, HookOwner] = {}
         self.hook = self._hook(model, dict(zip(names, modules, strict=True)))
@@ -128,7 +128,7 @@ class Conditions:
     def _tensor_hooks(self) -> Iterable[dict[int, Any] | None]:
         for parameter in self._parameters:
             yield parameter._backward_hooks
-            yield parameter._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+            yield parameter._post_accumulate_grad_hooks
 
     def _hook(self, model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
         if any(getattr(module_hooks, kind) for kind in _GLOBAL_HOOKS):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 
 from drophot._core import random_state
 from drophot._core.user_warnings import warn
 from drophot.training.capture_conditions import Conditions
+from drophot.training.capture_guards import (
+    empty_graph_refused,
+    has_earlier_nodes,
+    mark_earlier_nodes,
+    noticed_hooks,
+    unchanged_on_error,
+)
 from drophot.training.loss import Loss
 
 logger = logging.getLogger("drophot")
@@ -98,13 +102,13 @@ class CapturedStep:
         """An eager step on the stream that a later capture uses."""
         if self._warm_up_steps == 0:
             torch.clear_autocast_cache()  # which keeps nodes of the parameters in use
-            _mark_earlier_nodes(self._model)
+            mark_earlier_nodes(self._model)
         self._warm_up_steps += 1
         last = self._warm_up_steps == _WARM_UP_STEPS
         before = self._conditions.held_by_step() if last and self._conditions else None
         current = torch.cuda.current_stream(self._device)
         self._side_stream.wait_stream(current)
-        with torch.cuda.stream(self._side_stream), _noticed_hooks() as hooked:
+        with torch.cuda.stream(self._side_stream), noticed_hooks() as hooked:
             logits = self._eager(*batch)
         current.wait_stream(self._side_stream)
         if before is not None and self._conditions and before != self._conditions.held_by_step():
@@ -132,7 +136,7 @@ class CapturedStep:
 
     def _capture(self, batch: tuple[Tensor, ...]) -> bool:
         """Record a step, which does not run. Nothing has changed if this fails."""
-        if _has_earlier_nodes(self._model):
+        if has_earlier_nodes(self._model):
             self._fall_back(
                 "a tensor that was computed by `model` before `fit` is still in use, such as a "
                 "loss. Delete it, or call `detach()` on it"
@@ -144,11 +148,11 @@ class CapturedStep:
         before = random_state.state()
         try:
             with (
-                _unchanged_on_error(self._model, self._optimizer, self._device),
+                unchanged_on_error(self._model, self._optimizer, self._device),
                 random_state.preserved_rng(),
                 # Selects the model's device, too, and returns to this stream after an error.
                 torch.cuda.stream(self._side_stream),
-                _empty_graph_refused(),
+                empty_graph_refused(),
             ):
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(
@@ -182,76 +186,3 @@ class CapturedStep:
         if why not in self._told:
             self._told.add(why)
             logger.info("steps are not captured as a CUDA graph: %s", why)
-
-
-_EARLIER = "drophot: before the first step"
-
-
-def _mark_earlier_nodes(model: nn.Module) -> None:
-    """Mark the autograd nodes of the parameters; those that nothing refers to vanish at once."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            get_gradient_edge(parameter).node.metadata[_EARLIER] = True
-
-
-def _has_earlier_nodes(model: nn.Module) -> bool:
-    """Whether marked nodes are still in use.
-
-    They belong to the stream on which they were created, so that a gradient that is added by one of
-    them would leave the stream that is captured.
-    """
-    return any(
-        _EARLIER in get_gradient_edge(parameter).node.metadata
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    )
-
-
-@contextmanager
-def _noticed_hooks() -> Iterator[list[str]]:
-    """List the hooks that are put on tensors inside the block, if no graph can repeat them."""
-    found: list[str] = []
-    original = torch.Tensor.register_hook
-
-    def register_hook(tensor: Tensor, hook: Callable[..., Any]) -> Any:
-        if not tensor.is_leaf:  # those of leaves stay there, where `Conditions` finds them
-            found.append(repr(hook))
-        return original(tensor, hook)
-
-    torch.Tensor.register_hook = register_hook
-    try:
-        yield found
-    finally:
-        torch.Tensor.register_hook = original
-
-
-@contextmanager
-def _empty_graph_refused() -> Iterator[None]:
-    """Turn torch's warning about a graph without operations into an error."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*CUDA Graph is empty")
-        yield
-
-
-@contextmanager
-def _unchanged_on_error(
-    model: nn.Module, optimizer: Optimizer, device: torch.device
-) -> Iterator[None]:
-    """Restore what an interrupted capture leaves behind: tensors that were never computed."""
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    states = [(state, dict(state)) for state in optimizer.state.values() if isinstance(state, dict)]
-    generators = torch.cuda.default_generators
-    generator = generators[device.index or 0] if generators else None
-    random_numbers = None if generator is None else generator.clone_state()
-    try:
-        yield
-    except BaseException:
-        for parameter, grad in grads:
-            parameter.grad = grad
-        for state, before in states:
-            state.clear()
-            state.update(before)
-        if generator is not None and random_numbers is not None:
-            # An interrupted capture leaves the state in a mode in which it refuses to draw.
-            generator.graphsafe_set_state(random_numbers)
-        raise

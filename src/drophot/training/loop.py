@@ -58,22 +58,23 @@ def fit(
     the process. Other threads wait until `fit` returns.
 
     On a GPU, the step is captured as a CUDA graph after three steps, and then repeated by one
-    launch. A graph repeats operations on the GPU, and no Python code: it follows the same branches
+    launch. A graph repeats operations on the GPU and no Python code: it takes the same branches
     each time, and a counter or a list in the forward pass or the loss does not grow. The step is
-    captured again if one of the following changes: the settings of the optimizer, such as the
-    learning rate; which parameters are trained; parameters, buffers or modules that are replaced;
-    numbers, strings and flags that are attributes of the model's modules, such as the probability of
-    dropout; or what the loss holds. Other changes are not seen, such as those of a global variable
-    or of a list. Operations are launched one by one if
+    captured again when one of these changes: the settings of the optimizer, such as the learning
+    rate; `requires_grad`; a parameter, a buffer or a module that is replaced; a number, a string or
+    a flag that is an attribute of a module, such as the probability of dropout; or a value that the
+    loss holds. Other changes are not seen, such as that of a global variable. Operations are
+    launched one by one if
 
-    - the optimizer is not one of torch's own, or has no setting `capturable` and is not `SGD`;
-    - the model has hooks, on its modules, on its parameters or on tensors in its forward pass, is
-      wrapped in `DistributedDataParallel` or `DataParallel`, or is on several devices; the hooks of
-      `Masks.hold` are captured, and hooks of the optimizer are called after each launch;
+    - the optimizer is not one of torch's own, or is neither `SGD` nor has a setting `capturable`;
+    - the model has hooks on modules, parameters or tensors, is wrapped in
+      `DistributedDataParallel` or `DataParallel`, or is on several devices. Hooks of
+      :meth:`drophot.Masks.hold` are captured, and other hooks of the optimizer are called after
+      each launch;
     - the model or the loss waits for the GPU, as `.item()` does, draws from Python's or NumPy's
       generator, or changes an attribute in each call.
 
-    The reason is logged (INFO, logger `drophot`), and a warning is given if a capture fails.
+    The reason is logged (INFO, logger `drophot`). A warning is given if a capture fails.
 
     If a weight is NaN or infinite at the end, a warning says so.
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from drophot._core.classifier import logits_of
 from drophot._core.onednn_linear import fast_linear
-from drophot.training.capture_conditions import is_torch_optimizer, obstacle
+from drophot.training.capture_conditions import obstacle
 from drophot.training.cuda_graph import CapturedStep
+from drophot.training.fused_optimizer import fused
 from drophot.training.loss import Loss, training_loss
 from drophot.training.mixed_precision import uncached_autocast
 
@@ -83,7 +84,7 @@ def fast_step(
             before_step(model)
         optimizer.step()
 
-    with _fused(model, optimizer, device), _fresh_autocast(device.type):
+    with fused(model, optimizer, device), _fresh_autocast(device.type):
         if device.type != "cuda" or not cuda_graph:
             yield _EagerStep(backward, update)
         elif why := obstacle(model, optimizer, loss):
@@ -180,71 +181,3 @@ def fast_forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], T
 
 def _forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     return fast_linear(model, device) if _uses_onednn.get() else model
-
-
-@contextmanager
-def _fused(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[None]:
-    """Let torch's own optimizers update all parameters at once, unless the user chose otherwise."""
-    before = [{name: group.get(name) for name in _SWITCHES} for group in optimizer.param_groups]
-    on_gpu, counters = False, {}
-    if is_torch_optimizer(optimizer) and not any(
-        getattr(module, "sparse", False) for module in model.modules()
-    ):
-        on_gpu = device.type == "cuda"
-        # Older versions of torch refuse a fused Adagrad on a GPU. Other devices are untested.
-        supported = device.type == "cpu" or (
-            on_gpu and not isinstance(optimizer, torch.optim.Adagrad)
-        )
-        counters = _counters(optimizer) if on_gpu else {}
-        for group in optimizer.param_groups:
-            chosen = [group.get(name, False) for name in ("fused", "foreach", "differentiable")]
-            real = all(p.is_floating_point() for p in group["params"])
-            if chosen == [None, None, False] and real and supported:
-                group["fused"] = True
-            if "capturable" in group and on_gpu:
-                group["capturable"] = True
-        for (parameter, name), value in counters.items():
-            optimizer.state[parameter][name] = torch.as_tensor(value, device=parameter.device)
-    try:
-        yield
-    finally:
-        # Parameter groups may have been added in the meantime.
-        for group, values in zip(optimizer.param_groups, before, strict=False):
-            group.update({name: values[name] for name in _SWITCHES if name in group})
-        if on_gpu:
-            _restore_counters(optimizer, counters)
-
-
-_SWITCHES = ("fused", "capturable")
-_COUNTERS = {"step", "mu_product"}  # kept on the CPU by optimizers that are not capturable
-
-
-def _counters(optimizer: Optimizer) -> dict[tuple[Tensor, str], Any]:
-    """The counters of the groups that can be captured, by parameter and name."""
-    return {
-        (parameter, name): state[name]
-        for group in optimizer.param_groups
-        if "capturable" in group
-        for parameter in group["params"]
-        if (state := optimizer.state.get(parameter))
-        for name in _COUNTERS & state.keys()
-    }
-
-
-def _restore_counters(optimizer: Optimizer, before: dict[tuple[Tensor, str], Any]) -> None:
-    """Give counters the type and the device that they have outside of a captured step."""
-    on_device = {
-        parameter
-        for group in optimizer.param_groups
-        if group.get("capturable") or group.get("fused") or isinstance(optimizer, torch.optim.ASGD)
-        for parameter in group["params"]
-    }
-    for (parameter, name), value in _counters(optimizer).items():
-        old = before.get((parameter, name))
-        if isinstance(old, Tensor):
-            value = value.to(old)
-        elif old is not None:
-            value = type(old)(value)
-        elif parameter not in on_device:
-            value = value.cpu()
-        optimizer.state[parameter][name] = value
