@@ -67,11 +67,11 @@ def empty_graph_refused() -> Iterator[None]:
 
 
 @contextmanager
-def unchanged_on_error(
-    model: nn.Module, optimizer: Optimizer, device: torch.device
-) -> Iterator[None]:
-    """Restore what an interrupted capture leaves behind: tensors that were never computed."""
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+def unchanged_on_error(optimizer: Optimizer, device: torch.device) -> Iterator[None]:
+    """Restore what an interrupted capture leaves behind.
+
+    No operation of it ran. Gradients are computed again by the next step.
+    """
     states = [(state, dict(state)) for state in optimizer.state.values() if isinstance(state, dict)]
     generators = torch.cuda.default_generators
     generator = generators[device.index or 0] if generators else None
@@ -79,8 +79,6 @@ def unchanged_on_error(
     try:
         yield
     except BaseException:
-        for parameter, grad in grads:
-            parameter.grad = grad
         for state, before in states:
             state.clear()
             state.update(before)

@@ -148,7 +148,7 @@ class CapturedStep:
         before = random_state.state()
         try:
             with (
-                unchanged_on_error(self._model, self._optimizer, self._device),
+                unchanged_on_error(self._optimizer, self._device),
                 random_state.preserved_rng(),
                 # Selects the model's device, too, and returns to this stream after an error.
                 torch.cuda.stream(self._side_stream),

@@ -7,6 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether an autocast surrounds this call; there is none for some types of devices."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def uncached_autocast(device_type: str) -> AbstractContextManager[object]:
     """The surrounding autocast, if there is one, without its cache of weights.
 
@@ -14,7 +19,7 @@ def uncached_autocast(device_type: str) -> AbstractContextManager[object]:
     earlier one, and the autograd nodes of these weights would belong to another stream than the one
     that a CUDA graph is captured on.
     """
-    if not torch.is_autocast_enabled(device_type):
+    if not autocasts(device_type):
         return nullcontext()
     dtype = torch.get_autocast_dtype(device_type)
     return torch.autocast(device_type, dtype, cache_enabled=False)

@@ -18,7 +18,7 @@ from drophot.training.capture_conditions import obstacle
 from drophot.training.cuda_graph import CapturedStep
 from drophot.training.fused_optimizer import fused
 from drophot.training.loss import Loss, training_loss
-from drophot.training.mixed_precision import uncached_autocast
+from drophot.training.mixed_precision import autocasts, uncached_autocast
 
 logger = logging.getLogger("drophot")
 
@@ -119,12 +119,12 @@ class _EagerStep:
 @contextmanager
 def _fresh_autocast(device_type: str) -> Iterator[None]:
     """Let a surrounding autocast cast weights again that it has cast before a training."""
-    if torch.is_autocast_enabled(device_type):
+    if autocasts(device_type):
         torch.clear_autocast_cache()
     try:
         yield
     finally:
-        if torch.is_autocast_enabled(device_type):
+        if autocasts(device_type):
             torch.clear_autocast_cache()
 
 
@@ -169,7 +169,7 @@ def onednn_linear() -> Iterator[None]:
 def fast_forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The model's forward pass, in the precision of the surrounding `torch.autocast`, if any."""
     forward = _forward(model, device)
-    if not torch.is_autocast_enabled(device.type):
+    if not autocasts(device.type):
         return forward
 
     def mixed(inputs: Tensor) -> Tensor:
