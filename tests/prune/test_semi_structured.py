@@ -214,6 +214,7 @@ def test_nothing_to_turn_is_an_error() -> None:
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
     reason="no GPU that computes 2:4 faster",
 )
+@pytest.mark.filterwarnings("ignore:.*SparseSemiStructuredTensor", "ignore:.*torch.jit")
 def test_on_a_gpu_the_turned_network_gives_the_same() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 128)).cuda().half()
