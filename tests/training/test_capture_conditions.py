@@ -3,13 +3,14 @@
 # ruff: noqa: F811 (the argument `graphs` is the imported fixture)
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers.graphs import graphs  # noqa: F401 (a fixture)
 from helpers.references import plain_fit
 from helpers.stand_in import Graph
@@ -244,14 +245,23 @@ def test_a_model_on_two_devices_is_not_captured(
     assert "several devices: cpu, meta" in caplog.text
 
 
-def test_a_model_in_data_parallel_is_not_captured(
-    graphs: list[Graph], caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("wrap", [nn.DataParallel, nn.parallel.DistributedDataParallel])
+def test_a_model_that_is_parallel_is_not_captured(
+    wrap: Any, graphs: list[Graph], caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = nn.DataParallel(mlp())
+    model = wrap(mlp())
     with caplog.at_level(logging.INFO, logger="drophot"):
         fit(model, samples(64, 6), 1, optimizer=SGD(model.parameters(), lr=0.1), batch_size=8)
     assert graphs == []
-    assert "DataParallel" in caplog.text
+    assert wrap.__name__ in caplog.text
 
 
 def test_capture_can_be_switched_off(graphs: list[Graph]) -> None:
