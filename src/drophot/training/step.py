@@ -84,7 +84,7 @@ def fast_step(
             before_step(model)
         optimizer.step()
 
-    with fused(model, optimizer, device), _fresh_autocast(device.type):
+    with fused(model, optimizer, device), _fresh_weights():
         if device.type != "cuda" or not cuda_graph:
             yield _EagerStep(backward, update)
         elif why := obstacle(model, optimizer, loss):
@@ -117,15 +117,12 @@ class _EagerStep:
 
 
 @contextmanager
-def _fresh_autocast(device_type: str) -> Iterator[None]:
-    """Let a surrounding autocast cast weights again that it has cast before a training."""
-    if autocasts(device_type):
-        torch.clear_autocast_cache()
+def _fresh_weights() -> Iterator[None]:
+    """Let a surrounding autocast, which caches weights, cast the trained weights afterwards."""
     try:
         yield
     finally:
-        if autocasts(device_type):
-            torch.clear_autocast_cache()
+        torch.clear_autocast_cache()
 
 
 _uses_onednn: ContextVar[bool] = ContextVar("drophot_onednn_linear", default=False)
