@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain, islice
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -64,8 +64,11 @@ class Conditions:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, loss: Loss | None, *, whole_step: bool
     ) -> None:
-        self._optimizer, self._loss, self._whole_step = optimizer, loss, whole_step
-        names, modules = zip(*model.named_modules(), strict=True)
+        self._optimizer, self._loss = optimizer, loss
+        named = dict(model.named_modules())
+        if isinstance(loss, nn.Module) and type(loss).__module__ == "torch.nn.modules.loss":
+            named["loss function"], self._loss = loss, None  # holds no more than modules do
+        modules = list(named.values())
         self._parameters = list(dict.fromkeys([*model.parameters(), *_parameters_of(optimizer)]))
         self._tensors = [*self._parameters, *model.buffers()]
         self._members = [
@@ -87,43 +90,39 @@ class Conditions:
         self._step_hooks += _GLOBAL_STEP_HOOKS
         self._kept = [*self._tensors, *modules, *_all(self._module_hooks), *_all(self._step_hooks)]
         self._owners: dict[int, HookOwner] = {}
-        self.hook = self._hook(model, dict(zip(names, modules, strict=True)))
+        self.hook = self._hook(model, named)
         """A hook that a graph would not call, in words; `None` if there is none."""
         self.captures_update = whole_step and self._repeats_step_hooks()
         """Whether the optimizer's step can be captured, too."""
 
     def current(self) -> list[Any]:
         """What a graph that was captured now would fix."""
-        try:
-            found: list[Any] = [read(attributes) for read, attributes in self._scalars]
-        except KeyError:  # an attribute was deleted
-            return [object()]
-        found += [id(member) for members in self._members for member in members.values()]
-        found += [tensor.data_ptr() for tensor in self._tensors]
-        found += [parameter.requires_grad for parameter in self._parameters]
+        found = self.held_by_step()
+        found += map(Tensor.data_ptr, self._tensors)
+        found += map(_requires_grad, self._parameters)
         for hooks in chain(self._module_hooks, self._step_hooks, self._tensor_hooks()):
             if hooks:
                 found += map(id, hooks.values())
         for owner in self._owners.values():
             found += owner.read_by_hooks()
-        found += self.held_by_loss()
-        groups = self._optimizer.param_groups
-        found += [id(parameter) for group in groups for parameter in group["params"]]
+        for group in self._optimizer.param_groups:
+            found += map(id, group["params"])
+            if self.captures_update:
+                found += [_value(setting) for name, setting in group.items() if name != "params"]
         if self.captures_update:
-            found += [_value(group[name]) for group in groups for name in group if name != "params"]
-            states = self._optimizer.state.values()
-            found += [id(value) for state in states for value in state.values()]
+            for state in self._optimizer.state.values():
+                found += map(id, state.values())
         return found
 
     def held_by_step(self) -> list[Any]:
-        """What a step must not change for a graph to repeat it, besides tensors in place."""
-        found: list[Any] = [read(attributes) for read, attributes in self._scalars]
-        found += [id(member) for members in self._members for member in members.values()]
-        return found + self.held_by_loss()
-
-    def held_by_loss(self) -> list[Any]:
-        """The values that the loss reads from Python objects."""
-        return [] if self._loss is None else values_of(self._loss)
+        """The values in Python objects that a step must not change for a graph to repeat it."""
+        try:
+            found: list[Any] = [read(attributes) for read, attributes in self._scalars]
+        except KeyError:  # an attribute was deleted
+            return [object()]
+        for members in self._members:
+            found += map(id, members.values())
+        return found if self._loss is None else found + values_of(self._loss)
 
     def _tensor_hooks(self) -> Iterable[dict[int, Any] | None]:
         for parameter in self._parameters:
@@ -162,4 +161,9 @@ def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
 
 def _value(setting: Any) -> Any:
     """A setting's number, if it is a tensor on the CPU, which may change in place."""
-    return setting.tolist() if isinstance(setting, Tensor) and setting.is_cpu else setting
+    if isinstance(setting, Tensor) and setting.is_cpu:
+        return setting.tolist()
+    return setting
+
+
+_requires_grad = attrgetter("requires_grad")
