@@ -55,7 +55,7 @@ def test_the_stand_in_refuses_tensors_of_two_devices() -> None:
     assert isinstance(there, Held)
     assert (there.device, (there + 1).sum().item(), there.cpu().device) == (DEVICE, 6, CPU)
     with pytest.raises(RuntimeError, match="same device"):
-        there + torch.ones(3)
+        _ = there + torch.ones(3)
 
 
 @pytest.mark.parametrize(

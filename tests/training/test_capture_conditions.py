@@ -247,7 +247,8 @@ def test_a_model_on_two_devices_is_not_captured(
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -382,6 +383,25 @@ def test_an_autograd_graph_of_before_is_refused_with_its_cause(graphs: list[Grap
     del loss
     fit(model, data, 1, optimizer=fused_sgd(model.parameters()), batch_size=8)
     assert replays(graphs) == [5]
+
+
+class Keeps(nn.Module):
+    """Keeps its outputs, and with them the autograd graph of the last step."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.outputs = 2 * inputs
+        return self.outputs
+
+
+def test_a_model_may_keep_the_autograd_graph_of_a_step(graphs: list[Graph]) -> None:
+    def loop(way: Any, *rest: Any, **options: Any) -> None:
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(options["optimizer"], 0.5)
+        way(*rest, scheduler=scheduler, **options)
+
+    data = samples(64, 6)
+    found = train(partial(loop, fit), mlp(Keeps()), data, fused_sgd)
+    assert replays(graphs) == [5, 5]
+    assert_equal(found, train(partial(loop, plain_fit), mlp(Keeps()), data, fused_sgd))
 
 
 def test_steps_under_autocast_are_captured(

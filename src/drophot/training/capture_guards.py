@@ -12,32 +12,38 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 
-_EARLIER = "drophot: before the first step"
+_EARLIER, _OWN = "drophot: of an earlier forward pass", "drophot: of a step"
 
 
 def mark_earlier_nodes(model: nn.Module) -> None:
-    """Mark the autograd nodes of the parameters; those that nothing refers to vanish at once."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            _metadata(parameter)[_EARLIER] = True
+    """Mark the autograd nodes of the parameters that are in use by tensors of the user."""
+    for node in _metadata(model):
+        if _OWN not in node:
+            node[_EARLIER] = True  # is lost at once if nothing refers to the node
+
+
+def mark_own_nodes(model: nn.Module) -> None:
+    """Mark the nodes that a step has created, which a model may keep in use."""
+    for node in _metadata(model):
+        if _EARLIER not in node:
+            node[_OWN] = True
 
 
 def has_earlier_nodes(model: nn.Module) -> bool:
-    """Whether marked nodes are still in use.
+    """Whether nodes of an earlier forward pass are still in use.
 
     They belong to the stream on which they were created, so that a gradient that is added by one of
     them would leave the stream that is captured.
     """
-    return any(
-        _EARLIER in _metadata(parameter)
-        for parameter in model.parameters()
-        if parameter.requires_grad
-    )
+    return any(_EARLIER in node for node in _metadata(model))
 
 
-def _metadata(parameter: nn.Parameter) -> dict[str, Any]:
-    node: Any = get_gradient_edge(parameter).node
-    return node.metadata
+def _metadata(model: nn.Module) -> Iterator[dict[str, Any]]:
+    """A dictionary for each parameter, which lives as long as its node."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            node: Any = get_gradient_edge(parameter).node
+            yield node.metadata
 
 
 @contextmanager

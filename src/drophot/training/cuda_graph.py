@@ -17,6 +17,7 @@ from drophot.training.capture_guards import (
     empty_graph_refused,
     has_earlier_nodes,
     mark_earlier_nodes,
+    mark_own_nodes,
     noticed_hooks,
     unchanged_on_error,
 )
@@ -111,6 +112,7 @@ class CapturedStep:
         with torch.cuda.stream(self._side_stream), noticed_hooks() as hooked:
             logits = self._eager(*batch)
         current.wait_stream(self._side_stream)
+        mark_own_nodes(self._model)
         if before is not None and self._conditions and before != self._conditions.held_by_step():
             self._give_up("the model or the loss changes an attribute in each call")
         if hooked:
@@ -166,6 +168,7 @@ class CapturedStep:
         if drawn:
             self._give_up("the model draws from a random generator on the CPU")
             return False
+        mark_own_nodes(self._model)
         self._graph = graph
         self._grads = [(p, p.grad) for p in self._model.parameters()]
         return True
