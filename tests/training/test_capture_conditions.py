@@ -224,12 +224,12 @@ def test_a_model_that_counts_its_calls_is_not_captured(later: bool, graphs: list
     assert_equal(found, train(partial(loop, plain_fit), mlp(Scaled()), data, fused_sgd))
 
 
-class Elsewhere(nn.Module):
-    """Holds a tensor on another device, whose operations no graph of the model's would have."""
+class Holds(nn.Module):
+    """Holds a tensor that the forward pass does not use."""
 
-    def __init__(self) -> None:
+    def __init__(self, unused: Tensor) -> None:
         super().__init__()
-        self.register_buffer("unused", torch.empty(1, device="meta"))
+        self.register_buffer("unused", unused)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs
@@ -238,11 +238,17 @@ class Elsewhere(nn.Module):
 def test_a_model_on_two_devices_is_not_captured(
     graphs: list[Graph], caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = mlp(Elsewhere())
+    model = mlp(Holds(torch.empty(1, device="meta")))
     with caplog.at_level(logging.INFO, logger="drophot"):
         fit(model, samples(64, 6), 1, optimizer=SGD(model.parameters(), lr=0.1), batch_size=8)
     assert graphs == []
     assert "several devices: cpu, meta" in caplog.text
+
+
+def test_a_model_that_holds_a_sparse_tensor_is_captured(graphs: list[Graph]) -> None:
+    model = mlp(Holds(torch.eye(3).to_sparse()))
+    fit(model, samples(64, 6), 1, optimizer=SGD(model.parameters(), lr=0.1), batch_size=8)
+    assert replays(graphs) == [5]
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Conditions:
             named["loss function"], self._loss = loss, None  # holds no more than modules do
         modules = list(named.values())
         self._parameters = list(dict.fromkeys([*model.parameters(), *_parameters_of(optimizer)]))
-        self._tensors = [*self._parameters, *model.buffers()]
+        self._tensors = list(filter(_has_memory, [*self._parameters, *model.buffers()]))
         self._members = [
             members
             for module in modules
@@ -157,6 +157,15 @@ def _all(hooks: list[dict[int, Any]]) -> list[Callable[..., Any]]:
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has an address, which sparse ones and some wrappers do not have."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _value(setting: Any) -> Any:
