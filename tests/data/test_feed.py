@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 from helpers.loops import Augmented, Listed, model_of
+from helpers.other_device import DEVICE, other_device
 from helpers.transforms import Added, Broken, Drawn, Marked, Named
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset
 from drophot import IndexedDataset, fit
 from drophot._core import random_state
 from drophot.data import workers
-from drophot.data.batching import batches
+from drophot.data.batching import at, batches
 from drophot.data.cache import in_memory
 from drophot.data.samples import targets_of
 from drophot.data.workers import Workers
@@ -338,7 +339,7 @@ from pathlib import Path
 import torch
 from torchvision import datasets, transforms
 sys.path[:0] = sys.argv[1:]
-from drophot.data.batching import batches
+from drophot.data.batching import at, batches
 from drophot.data.workers import Workers
 from helpers.transforms import Marked
 
@@ -654,3 +655,55 @@ def test_classes_of_any_integer_type_are_those_that_losses_take(dtype: torch.dty
         assert targets_of(data).dtype == torch.int64
         for _, targets in batches(data, 4, CPU):
             assert targets.dtype == torch.int64
+
+
+# --- batches that are written where they are wanted --------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inputs_are_written_to_a_given_place(layout: torch.memory_format) -> None:
+    inputs = torch.randn(20, 3, 4, 4).contiguous(memory_format=layout).requires_grad_()
+    data, last = TensorDataset(inputs, torch.arange(20)), layout == torch.channels_last
+    place = torch.zeros(8, 3, 4, 4).contiguous(memory_format=layout)
+    into = {8: place}.get
+    pairs = zip(
+        batches(data, 8, CPU, shuffle=generator(), channels_last=last, inputs_for=into),
+        batches(data, 8, CPU, shuffle=generator(), channels_last=last),
+        strict=True,
+    )
+    for (found, targets), (expected, same) in pairs:
+        assert (found is place) == (len(targets) == 8)
+        assert found.stride() == expected.stride()
+        assert not found.requires_grad
+        assert torch.equal(found, expected)
+        assert torch.equal(targets, same)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        torch.zeros(8, 3, 4, 4, dtype=torch.float64),
+        torch.zeros(8, 3, 2, 8),
+        torch.zeros(8, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.zeros(8, 3, 4, 4, device="meta"),
+    ],
+    ids=["dtype", "shape", "layout", "device"],
+)
+def test_a_place_that_does_not_fit_is_not_used(place: Tensor) -> None:
+    data = TensorDataset(torch.randn(16, 3, 4, 4), torch.arange(16))
+    for inputs, targets in batches(data, 8, CPU, inputs_for=lambda _: place):
+        assert inputs is not place
+        assert torch.equal(inputs, data.tensors[0][targets])
+
+
+@pytest.mark.parametrize("device", [DEVICE, CPU])
+def test_samples_on_another_device_are_gathered_there(device: torch.device) -> None:
+    with other_device():
+        data = TensorDataset(torch.randn(20, 3, device=DEVICE), torch.arange(20, device=DEVICE))
+        found = list(batches(data, 8, device, shuffle=generator()))
+        assert {part.device for batch in found for part in batch} == {device}
+        inputs, targets = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+        assert torch.equal(targets, torch.randperm(20, generator=generator()))
+        assert torch.equal(inputs, data.tensors[0].cpu()[targets])
+        inputs, targets = at(data, torch.tensor([3, 1]), device)
+        assert (inputs.device, targets.tolist()) == (device, [3, 1])

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 
 def tensors_of(*tree: Any) -> list[Tensor]:
@@ -40,7 +40,10 @@ class Graph(TorchDispatchMode):
         out = func(*args, **kwargs)
         there = {place(tensor) for tensor in tensors_of(args, kwargs)}
         results = [t for t in tensors_of(out) if place(t) not in there]  # neither views nor inputs
+        results = [tensor.detach() for tensor in results]
         self.new |= {place(tensor): tensor for tensor in results}
+        # A recorded operation knows memory and keeps no autograd graph in use.
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
         self.calls.append((func, args, kwargs, results))
         return out
 
@@ -69,10 +72,10 @@ class Graph(TorchDispatchMode):
 
 
 class Stream:
-    """There is but one."""
+    """A stream of a device, in which operations are not delayed."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, device: Any = None) -> None:
+        self.device = device
 
     def wait_stream(self, other: Any) -> None:
         assert isinstance(other, Stream)

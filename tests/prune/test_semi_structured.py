@@ -211,6 +211,7 @@ def test_nothing_to_turn_is_an_error() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*SparseSemiStructuredTensor", "ignore:.*torch.jit")
 def test_on_a_gpu_the_turned_network_gives_the_same() -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU does not compute 2:4 faster")

@@ -1,11 +1,13 @@
 """No step waits for the device: seen on a GPU, and without one by what each operation is given."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from conftest import torchrun
+from helpers.waiting import refuse_waiting, waiting_refused
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,9 +77,29 @@ def test_a_state_on_the_cpu_and_logits_on_a_gpu(kind: Any) -> None:
 
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    with waiting_refused():
+        yield
+
+
+@pytest.mark.usefixtures("fake_mode")
+def test_the_mode_that_refuses_waiting_is_left_in_any_case(modes: list[str]) -> None:
+    with pytest.raises(RuntimeError, match="error"), waiting_refused():
+        raise RuntimeError(*modes)
+    assert modes == ["error", "default"]
+
+
+@pytest.fixture
+def modes() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def fake_mode(modes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def select(mode: str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=2)
+
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", select)
 
 
 def batches(device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -117,7 +139,7 @@ def test_no_step_waits_on_a_gpu(kind: Any, from_loader: str, request: Any) -> No
     request.getfixturevalue("no_waiting")
     for batch in seen[1:]:
         tracker.update(*batch)
-    torch.cuda.set_sync_debug_mode("default")
+    refuse_waiting(False)
     assert_as_on_a_cpu(tracker, seen)
 
 
@@ -215,7 +237,7 @@ def test_batches_are_told_apart_without_waiting(loop: Any, shape: Any, request: 
         tracker.reset()
         request.getfixturevalue("no_waiting")
         loop(model, tracker.watch(batches))
-        torch.cuda.set_sync_debug_mode("default")
+        refuse_waiting(False)
     if loop in (others_first, ahead):
         with pytest.raises(ValueError, match="`watch`.*`update"):
             _ = tracker.presentations

@@ -5,6 +5,7 @@
 import logging
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -16,8 +17,10 @@ from helpers.graphs import graphs  # noqa: F401 (a fixture)
 from helpers.references import plain_fit
 from helpers.stand_in import Graph
 from helpers.steps import OwnAdam, assert_equal, mlp, samples, train
+from helpers.waiting import refuse_waiting
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.utils.data import TensorDataset
 
 from drophot import IndexedDataset, fit
 from drophot.models import LeNet
@@ -235,12 +238,13 @@ def test_models_that_a_graph_would_not_repeat_stay_plain(
         way(*rest, **options)
 
     data = samples(64, 6)
-    with caplog.at_level(logging.INFO, logger="drophot"):
+    failure = "(?s)operation not permitted.*cuda_graph=False"
+    warned = pytest.warns(UserWarning, match=failure) if isinstance(inner, Asks) else nullcontext()
+    with caplog.at_level(logging.INFO, logger="drophot"), warned:
         found = train(partial(seeded, fit), mlp(inner), data, fused_sgd)
     assert sum(counted(graphs)) == 0
     assert len(graphs) == 1, "one attempt is enough"
-    if isinstance(inner, Asks):
-        assert "not captured as a CUDA graph: operation not permitted" in caplog.text
+    assert isinstance(inner, Asks) or "not captured as a CUDA graph" in caplog.text
     assert_equal(found, train(partial(seeded, plain_fit), mlp(inner), data, fused_sgd))
 
 
@@ -284,12 +288,16 @@ def test_capturable_is_put_back(graphs: list[Graph]) -> None:
 )
 @pytest.mark.parametrize("conv", [False, True])
 def test_fit_on_a_gpu_is_nearly_the_plain_loop(optimizer: Any, conv: bool) -> None:
+    """In 64 bits, where no kernel rounds to TF32."""
     torch.manual_seed(0)
-    model = (LeNet() if conv else mlp(nn.BatchNorm1d(16))).cuda()
-    data = samples(62, *((1, 28, 28) if conv else (6,)))
-    found = train(fit, model, data, optimizer)
+    model = LeNet() if conv else mlp(nn.BatchNorm1d(16))
+    if not conv:
+        model[0].bias = None  # BatchNorm removes it: its gradient is noise, which Adam makes large
+    inputs, targets = samples(62, *((1, 28, 28) if conv else (6,))).tensors
+    data = TensorDataset(inputs.double(), targets)
+    found = train(fit, model.cuda().double(), data, optimizer)
     expected = train(plain_fit, model, data, optimizer)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -313,14 +321,14 @@ def test_no_step_of_an_epoch_waits_for_the_gpu(inner: nn.Module) -> None:
 
     def on_batch(*_: Any) -> None:
         steps.append(1)  # the fourth step is captured; the last is followed by a new order
-        torch.cuda.set_sync_debug_mode("error" if 4 <= len(steps) < 16 else "default")
+        refuse_waiting(4 <= len(steps) < 16)
 
     optimizer = Adam(model.parameters())
     try:
         data = IndexedDataset(samples(128, 6))
         fit(model, data, 1, optimizer=optimizer, batch_size=8, on_batch=on_batch)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        refuse_waiting(False)
     assert len(steps) == 16
 
 
@@ -328,7 +336,7 @@ def test_no_step_of_an_epoch_waits_for_the_gpu(inner: nn.Module) -> None:
 def test_dropout_draws_anew_in_each_replay() -> None:
     logits: list[Tensor] = []
     model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5)).cuda()
-    data = IndexedDataset(torch.utils.data.TensorDataset(torch.ones(64, 6), torch.zeros(64).long()))
+    data = IndexedDataset(TensorDataset(torch.ones(64, 6), torch.zeros(64).long()))
     optimizer = SGD(model.parameters(), lr=0.0)
     note = lambda _, z, __: logits.append(z)  # noqa: E731
     fit(model, data, 1, optimizer=optimizer, batch_size=8, on_batch=note)

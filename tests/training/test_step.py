@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.utils.data import TensorDataset
 
-from drophot import fit
+from drophot import evaluate, fit
 from drophot._core import random_state
 from drophot.models import LeNet, fcnet
 from drophot.training.memory_format import takes_channels_last
@@ -94,6 +94,18 @@ def test_steps_under_autocast_are_in_mixed_precision_and_see_the_newest_weights(
         found = train(fit, model, data, optimizer)
     assert [t.dtype for t in found] == [torch.float32] * 4 + [torch.bfloat16] * 6
     assert_equal(found, expected)
+
+
+def test_a_model_that_was_evaluated_under_autocast_computes_with_its_new_weights() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Conv2d(1, 4, 6), nn.Flatten()), samples(8, 1, 6, 6)
+    inputs = data.tensors[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluate(model, data)
+        model[0].weight.data.neg_()
+        found = model(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal([found], [model(inputs)])
 
 
 def test_sparse_gradients_are_trained_with() -> None:

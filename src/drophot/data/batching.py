@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def batches(
     shuffle: torch.Generator | Tensor | None = None,
     channels_last: bool = False,
     workers: Workers | None = None,
+    inputs_for: Callable[[int], Tensor | None] = lambda size: None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """One epoch of a dataset, batch by batch, on a device.
 
@@ -42,6 +43,8 @@ def batches(
         channels_last: Whether images have their channels last in memory; otherwise they are
             contiguous.
         workers: Worker processes to use in several epochs. `None` starts new ones if necessary.
+        inputs_for: Called with the size of each batch. Returns a tensor in which its inputs may be
+            written, to save a copy, or `None`.
 
     Yields:
         Tuples of tensors, like the samples' tuples, each with a first dimension of `B`. Targets of
@@ -62,9 +65,9 @@ def batches(
     else:
         order = torch.arange(size) if shuffle is None else shuffle
     tensors = tensors_of(dataset) if is_plainly(dataset, TensorDataset) else None
-    if tensors is not None and tensors[0].device.type == device.type:
-        parts = order.to(device).split(batch_size)
-        found = (tuple(_rows(t, part).detach() for t in tensors) for part in parts)
+    if tensors is not None and (is_on(device, tensors) or not tensors[0].is_cpu):
+        positions = order.to(tensors[0].device).split(batch_size)
+        found = _gathered(tensors, positions, device, inputs_for)
     else:
         parts, pin_memory = order.split(batch_size), device.type == "cuda"
         read_batches = (workers or Workers()).read(dataset, parts, seed, pin_memory=pin_memory)
@@ -85,10 +88,45 @@ def at(dataset: Dataset[Any], positions: Tensor, device: torch.device) -> tuple[
     tensors = tensors_of(dataset) if is_plainly(dataset, TensorDataset) else None
     if tensors is not None:
         positions = positions.to(tensors[0].device)
-        inputs, *rest = (_rows(tensor, positions).contiguous().detach() for tensor in tensors)
+        inputs, *rest = (
+            _rows(tensor, positions).contiguous().detach().to(device) for tensor in tensors
+        )
     else:
         inputs, *rest = (tensor.to(device) for tensor in read(dataset, positions.tolist()))
     return (inputs, *map(as_classes, rest[:1]), *rest[1:])
+
+
+def is_on(device: torch.device, tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are on a device; one without an index is the current one of its type."""
+    return all(tensor.device == torch.empty(0, device=device).device for tensor in tensors)
+
+
+def _gathered(
+    tensors: Sequence[Tensor],
+    positions: Iterable[Tensor],
+    device: torch.device,
+    inputs_for: Callable[[int], Tensor | None],
+) -> Iterator[tuple[Tensor, ...]]:
+    """The batches of tensors that are on one device, on `device`."""
+    inputs, *rest = (tensor.detach() for tensor in tensors)
+    for part in positions:
+        place = inputs_for(len(part))
+        if place is None or not _write_rows(inputs, part, place):
+            place = _rows(inputs, part).to(device)
+        yield (place, *(_rows(tensor, part).to(device) for tensor in rest))
+
+
+def _write_rows(tensor: Tensor, positions: Tensor, place: Tensor) -> bool:
+    """Write rows of a tensor to `place`, if both have the same kind and order of entries."""
+    same = tensor.shape[1:] == place.shape[1:] and tensor.dtype == place.dtype
+    if not same or tensor.device != place.device:
+        return False
+    if tensor.dim() == 4 and not tensor.is_contiguous():  # channels last, as views in that order
+        tensor, place = tensor.permute(0, 2, 3, 1), place.permute(0, 2, 3, 1)
+    if not (tensor.is_contiguous() and place.is_contiguous()):
+        return False
+    torch.index_select(tensor, 0, positions, out=place)
+    return True
 
 
 def _rows(tensor: Tensor, positions: Tensor) -> Tensor:

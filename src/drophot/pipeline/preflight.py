@@ -122,7 +122,8 @@ def build(
     model.eval()
     with torch.no_grad():
         try:
-            logits = model(torch.cat([inputs, other]).to(_device_of(model)))
+            device = _device_of(model)
+            logits = model(torch.cat([inputs.to(device), other.to(device)]))
         except Exception as error:
             raise ValueError(
                 f"`model` must accept inputs (B, {', '.join(map(str, inputs.shape[1:]))}), as the "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
+from drophot._core.capturable_hooks import set_owner
 from drophot.prune import earlier_masks
 from drophot.prune.copied_hooks import Follower, follow, hooks_of
 from drophot.prune.current_parameters import find, paths
@@ -139,6 +140,17 @@ class Hold(Follower):
                 "schedule.step() after each iteration."
             )
 
+    # --- what a CUDA graph has to know ----------------------------------------------------------
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether the hooks on the optimizer count its steps, which no graph can repeat."""
+        return self._schedule is not None
+
+    def read_by_hooks(self) -> list[tuple[int, int]]:
+        """Values that change with the masks."""
+        return self._current_versions()
+
     # --- called by hooks -----------------------------------------------------------------------
 
     def before_step(self, *_: Any) -> None:
@@ -244,6 +256,8 @@ class Hold(Follower):
             if hold is not None:
                 hold._on_accumulated(name, weight)
 
+        set_owner(on_gradient, self)
+        set_owner(on_accumulated, self)
         requires_grad = weight.requires_grad
         weight.requires_grad_(True)  # a frozen parameter takes no hooks, but may be trained later
         try:

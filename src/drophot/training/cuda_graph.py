@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -12,48 +11,37 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core import random_state
-from drophot.data.determinism import reached
-from drophot.data.process_state import values_of
+from drophot._core.user_warnings import warn
+from drophot.training.capture_conditions import Conditions
+from drophot.training.capture_guards import (
+    empty_graph_refused,
+    has_earlier_nodes,
+    mark_earlier_nodes,
+    mark_own_nodes,
+    noticed_hooks,
+    unchanged_on_error,
+)
 from drophot.training.loss import Loss
 
 logger = logging.getLogger("drophot")
 
 _WARM_UP_STEPS = 3  # eager steps before the capture, in which libraries choose their algorithms
-_MAX_OBJECTS = 200  # objects that a loss may hold to be watched for changes in each step
 
 Backward = Callable[..., Tensor]
-
-
-def can_be_captured(model: nn.Module, optimizer: Optimizer, loss: Loss | None) -> bool:
-    """Whether a graph repeats everything that a step changes."""
-    kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    # A hook is Python code, which a graph would run only once.
-    hooked = any(getattr(module, kind) for module in model.modules() for kind in kinds)
-    on_device = isinstance(optimizer, torch.optim.SGD) or all(
-        group.get("capturable") for group in optimizer.param_groups
-    )
-    watchable = loss is None or len(list(islice(reached(loss), _MAX_OBJECTS))) < _MAX_OBJECTS
-    return is_torch_optimizer(optimizer) and on_device and not hooked and watchable
-
-
-def is_torch_optimizer(optimizer: Optimizer) -> bool:
-    """Whether an optimizer is one of torch's own classes, and not a subclass by a user."""
-    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 class CapturedStep:
     """A training step on a GPU that is repeated by one launch after a few eager steps.
 
     Batches of another shape, such as the last one of an epoch, take eager steps. So do the next few
-    batches after a change that a graph cannot see: in the optimizer's settings, state and hooks, in
-    which parameters are trained, and in what the loss holds. All steps are eager if the model draws
-    from Python's or NumPy's generator, if it waits for the device, or if the loss changes something
-    that it holds in each call. Other Python code in a forward pass, such as a counter of calls,
-    runs only once.
+    batches after a change that a graph cannot see; `Conditions` finds these. All steps are eager
+    while there are hooks that a graph would not call. They stay eager if the model draws from
+    Python's or NumPy's generator or waits for the device, or if the model or the loss changes an
+    attribute in each call.
 
-    With `update_is_captured=False` the graph ends with the backward pass, and `update` is called
-    after each launch. A hook before the optimizer's step and a learning rate that changes in each
-    step need this.
+    With `captures_update=False` the graph ends with the backward pass, and `update` is called after
+    each launch. A hook before the optimizer's step and a learning rate that changes in each step
+    need this.
     """
 
     def __init__(
@@ -65,95 +53,139 @@ class CapturedStep:
         loss: Loss | None,
         device: torch.device,
         *,
-        update_is_captured: bool,
+        captures_update: bool,
+        keeps_logits: bool,
     ) -> None:
         self._backward, self._update = backward, update
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._device = device
-        self._update_is_captured = update_is_captured
+        self._captures_update, self._keeps_logits = captures_update, keeps_logits
+        self._update_is_captured = captures_update
         self._side_stream = torch.cuda.Stream(device)
-        self._captured_with: list[Any] | None = None
-        self._shapes: list[torch.Size] | None = None
+        self._conditions: Conditions | None = None
+        self._captured_with: list[Any] = []
+        self._signature: list[Any] | None = None
         self._warm_up_steps = 0
         self._possible = True
+        self._told: set[str] = set()
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: list[Tensor] = []
         self._grads: list[tuple[nn.Parameter, Tensor | None]] = []
 
     def __call__(self, *batch: Tensor) -> Tensor:
-        shapes = [tensor.shape for tensor in batch]
-        self._shapes = self._shapes or shapes
-        if not self._possible or shapes != self._shapes:
+        signature = [(tensor.shape, tensor.dtype) for tensor in batch]
+        self._signature = self._signature or signature
+        if not self._possible or signature != self._signature:
             return self._eager(*batch)
-        if self._unseen_by_graph() != self._captured_with:
+        conditions = self._conditions
+        if conditions is None or conditions.current() != self._captured_with:
             self._warm_up_steps, self._graph = 0, None
+        elif conditions.hook is not None:
+            self._tell(f"a graph would not call {conditions.hook}")
+            return self._eager(*batch)
         if self._warm_up_steps < _WARM_UP_STEPS:
-            self._warm_up_steps += 1
-            loss_before = self._loss_state()
-            logits = self._eager_on_side_stream(batch)
-            self._possible = self._loss_state() == loss_before  # else it changes in each call
-            # After the step, as the first one creates the optimizer's averages.
-            self._captured_with = self._unseen_by_graph()
-            return logits
+            return self._warm_up(batch)
         if self._graph is None and not self._capture(batch):
             return self._eager(*batch)
-        for static, new in zip(self._batch, batch, strict=True):
-            static.copy_(new)
-        self._graph.replay()  # type: ignore[union-attr]
-        logits = self._logits.clone()
-        if not self._update_is_captured:
-            for parameter, grad in self._grads:  # eager steps and hooks may have replaced them
-                parameter.grad = grad
-            self._update()
-        return logits
+        return self._replay(batch)
+
+    def inputs_for(self, size: int) -> Tensor | None:
+        """Where the inputs of the next batch, of `size` samples, can be written to save a copy."""
+        fits = self._graph is not None and len(self._batch[0]) == size
+        return self._batch[0] if fits else None
 
     def _eager(self, *batch: Tensor) -> Tensor:
         logits = self._backward(*batch)
         self._update()
         return logits
 
-    def _eager_on_side_stream(self, batch: tuple[Tensor, ...]) -> Tensor:
-        """An eager step on another stream, which a later capture requires."""
+    def _warm_up(self, batch: tuple[Tensor, ...]) -> Tensor:
+        """An eager step on the stream that a later capture uses."""
+        if self._warm_up_steps == 0:
+            torch.clear_autocast_cache()  # which keeps nodes of the parameters in use
+            mark_earlier_nodes(self._model)
+        self._warm_up_steps += 1
+        last = self._warm_up_steps == _WARM_UP_STEPS
+        before = self._conditions.held_by_step() if last and self._conditions else None
         current = torch.cuda.current_stream(self._device)
         self._side_stream.wait_stream(current)
-        with torch.cuda.stream(self._side_stream):
+        with torch.cuda.stream(self._side_stream), noticed_hooks() as hooked:
             logits = self._eager(*batch)
         current.wait_stream(self._side_stream)
+        mark_own_nodes(self._model)
+        if before is not None and self._conditions and before != self._conditions.held_by_step():
+            self._give_up("the model or the loss changes an attribute in each call")
+        if hooked:
+            self._give_up("the model or the loss puts a hook on a tensor in each call")
+        # After the step, as the first one creates the optimizer's averages.
+        self._conditions = Conditions(
+            self._model, self._optimizer, self._loss, whole_step=self._captures_update
+        )
+        self._captured_with = self._conditions.current()
         return logits
 
-    def _unseen_by_graph(self) -> list[Any]:
-        """Everything that a graph fixes when it is captured, and whose change it would not see."""
-        optimizer = self._optimizer
-        groups = optimizer.param_groups
-        fixed: list[Any] = [(p.requires_grad, p.data_ptr()) for g in groups for p in g["params"]]
-        fixed += self._loss_state()
-        if self._update_is_captured:
-            fixed += [_value(g[name]) for g in groups for name in g if name != "params"]
-            fixed += [id(value) for state in optimizer.state.values() for value in state.values()]
-            fixed += [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
-        return fixed
-
-    def _loss_state(self) -> list[Any]:
-        return [] if self._loss is None else values_of(self._loss)
+    def _replay(self, batch: tuple[Tensor, ...]) -> Tensor:
+        for static, new in zip(self._batch, batch, strict=True):
+            if static is not new:
+                static.copy_(new)
+        self._graph.replay()  # type: ignore[union-attr]
+        logits = self._logits.clone() if self._keeps_logits else self._logits
+        if not self._update_is_captured:
+            for parameter, grad in self._grads:  # eager steps and hooks may have replaced them
+                parameter.grad = grad
+            self._update()
+        return logits
 
     def _capture(self, batch: tuple[Tensor, ...]) -> bool:
+        """Record a step, which does not run. Nothing has changed if this fails."""
+        if has_earlier_nodes(self._model):
+            self._fall_back(
+                "a tensor that was computed by `model` before `fit` is still in use, such as a "
+                "loss. Delete it, or call `detach()` on it"
+            )
+            return False
         self._batch = [tensor.clone() for tensor in batch]
-        graph = torch.cuda.CUDAGraph()
-        before = random_state.state()
+        self._update_is_captured = self._conditions is not None and self._conditions.captures_update
         captured = self._eager if self._update_is_captured else self._backward
+        before = random_state.state()
         try:
-            with random_state.preserved_rng():
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with (
+                unchanged_on_error(self._optimizer, self._device),
+                random_state.preserved_rng(),
+                # Selects the model's device, too, and returns to this stream after an error.
+                torch.cuda.stream(self._side_stream),
+                empty_graph_refused(),
+            ):
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(
+                    graph, stream=self._side_stream, capture_error_mode="thread_local"
+                ):
                     self._logits = captured(*self._batch)
-                self._possible = random_state.state() == before
-        except RuntimeError as error:  # the step waits for the device, or memory is short
-            logger.info("steps are not captured as a CUDA graph: %s", error)
-            self._possible = False
-        if self._possible:
-            self._graph = graph
-            self._grads = [(p, p.grad) for p in self._model.parameters()]
-        return self._possible
+                drawn = random_state.state() != before
+        except (RuntimeError, UserWarning) as error:  # waits for the device, or memory is short
+            self._fall_back(str(error))
+            return False
+        if drawn:
+            self._give_up("the model draws from a random generator on the CPU")
+            return False
+        mark_own_nodes(self._model)
+        self._graph = graph
+        self._grads = [(p, p.grad) for p in self._model.parameters()]
+        return True
 
+    def _fall_back(self, why: str) -> None:
+        self._possible = False
+        warn(
+            f"The training step could not be captured as a CUDA graph, so its operations are "
+            f"launched one by one, which is slower: {why}. Pass `cuda_graph=False` to `fit` to "
+            f"train like this without a warning."
+        )
 
-def _value(setting: Any) -> Any:
-    """A setting's number, if it is a tensor on the CPU, which may change in place."""
-    return setting.tolist() if isinstance(setting, Tensor) and setting.is_cpu else setting
+    def _give_up(self, why: str) -> None:
+        self._possible = False
+        self._tell(why)
+
+    def _tell(self, why: str) -> None:
+        if why not in self._told:
+            self._told.add(why)
+            logger.info("steps are not captured as a CUDA graph: %s", why)

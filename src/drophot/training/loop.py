@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from drophot._core import random_state, scalars
 from drophot._core.classifier import check_model, check_optimizer, first_nonfinite, require_outputs
+from drophot._core.setting_checks import check_flag
 from drophot._core.user_warnings import warn
 from drophot.data import batching
 from drophot.data.cache import Cache, Kept, check_cache, in_memory
@@ -22,7 +23,7 @@ from drophot.training.loaders import batches, check_rereadable, is_loader, loade
 from drophot.training.loss import Loss, check_callable
 from drophot.training.memory_format import use_channels_last
 from drophot.training.schedulers import SchedulerInterval, check_scheduler
-from drophot.training.step import fast_step
+from drophot.training.step import Step, fast_step
 
 __all__ = ["Cache", "Fit", "batches", "evaluate", "first_sample", "fit", "in_memory"]
 
@@ -44,6 +45,7 @@ def fit(
     on_batch: Callable[[Tensor, Tensor, Tensor], object] | None = None,
     on_epoch: Callable[[int], object] | None = None,
     cache: Cache = "auto",
+    cuda_graph: bool = True,
 ) -> None:
     """Train a classifier: every sample once per epoch, in a new random order each time.
 
@@ -54,6 +56,25 @@ def fit(
 
     Only one thread at a time trains or evaluates through drophot, because random numbers belong to
     the process. Other threads wait until `fit` returns.
+
+    On a GPU, the step is captured as a CUDA graph after three steps, and then repeated by one
+    launch. A graph repeats operations on the GPU and no Python code: it takes the same branches
+    each time, and a counter or a list in the forward pass or the loss does not grow. The step is
+    captured again when one of these changes: the settings of the optimizer, such as the learning
+    rate; `requires_grad`; a parameter, a buffer or a module that is replaced; a number, a string or
+    a flag that is an attribute of a module, such as the probability of dropout; or a value that the
+    loss holds. Other changes are not seen, such as that of a global variable. Operations are
+    launched one by one if
+
+    - the optimizer is not one of torch's own, or is neither `SGD` nor has a setting `capturable`;
+    - the model has hooks on modules, parameters or tensors, is wrapped in
+      `DistributedDataParallel` or `DataParallel`, or is on several devices. Hooks of
+      :meth:`drophot.Masks.hold` are captured, and other hooks of the optimizer are called after
+      each launch;
+    - the model or the loss waits for the GPU, as `.item()` does, draws from Python's or NumPy's
+      generator, or changes an attribute in each call.
+
+    The reason is logged (INFO, logger `drophot`). A warning is given if a capture fails.
 
     If a weight is NaN or infinite at the end, a warning says so.
 
@@ -86,6 +107,7 @@ def fit(
         on_epoch: Called with the epoch's number, from 0, after each epoch.
         cache: Whether the decoded dataset is kept: `"auto"` decides as `in_memory` does, `True`
             always keeps it, `False` reads it again in each epoch.
+        cuda_graph: Whether steps on a GPU may be captured as a CUDA graph: see above.
 
     Raises:
         ValueError: If `epochs` is negative, `batch_size` less than 1, the dataset or an epoch of a
@@ -124,6 +146,7 @@ def fit(
     """
     check_model(model)
     check_cache(cache)
+    check_flag("cuda_graph", cuda_graph)
     epochs = scalars.integer("epochs", epochs)
     batch_size = scalars.integer("batch_size", batch_size)
     seed = scalars.integer("seed", seed)
@@ -154,11 +177,13 @@ def fit(
             loss=loss,
             before_step=before_step,
             lr_changes=every_step,
+            cuda_graph=cuda_graph,
+            keeps_logits=on_batch is not None,
         )
         with step_of as step, require_outputs(model, num_classes):
             for epoch in range(epochs):
                 model.train()
-                for inputs, targets, *more in batches_of(epoch):
+                for inputs, targets, *more in batches_of(epoch, step):
                     logits = step(inputs, targets, *more[1:])
                     if scheduler is not None and every_step:
                         scheduler.step()
@@ -180,10 +205,11 @@ def _warn_if_diverged(model: nn.Module) -> None:
         )
 
 
-def _loader_epochs(
-    loader: Any, device: torch.device, *, indexed: bool
-) -> Callable[[int], Iterator[tuple[Tensor, ...]]]:
-    return lambda epoch: loader_batches(loader, device, indexed=indexed, epoch=epoch)
+_Epochs = Callable[[int, Step], Iterator[tuple[Tensor, ...]]]
+
+
+def _loader_epochs(loader: Any, device: torch.device, *, indexed: bool) -> _Epochs:
+    return lambda epoch, _: loader_batches(loader, device, indexed=indexed, epoch=epoch)
 
 
 def _dataset_epochs(
@@ -194,7 +220,7 @@ def _dataset_epochs(
     device: torch.device,
     *,
     indexed: bool,
-) -> Callable[[int], Iterator[tuple[Tensor, ...]]]:
+) -> _Epochs:
     """A function from an epoch to its batches, in an order that one generator draws."""
     with random_state.preserved_rng():  # a random transform may draw
         width = len(first_sample("dataset", kept.data))
@@ -206,7 +232,7 @@ def _dataset_epochs(
     channels_last = use_channels_last(model, kept.data, device)
     order = torch.Generator().manual_seed(seed)
 
-    def batches_of(epoch: int) -> Iterator[tuple[Tensor, ...]]:
+    def batches_of(epoch: int, step: Step) -> Iterator[tuple[Tensor, ...]]:
         data = kept.again() if epoch else kept.data
         return batching.batches(
             data,
@@ -215,6 +241,7 @@ def _dataset_epochs(
             shuffle=order,
             channels_last=channels_last,
             workers=kept.workers,
+            inputs_for=step.inputs_for,
         )
 
     return batches_of

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from drophot._core import random_state
 from drophot._core.model_contexts import evaluating
 from drophot.data.samples import first_sample
+from drophot.training.mixed_precision import uncached_autocast
 
 
 def use_channels_last(model: nn.Module, data: Dataset[Any], device: torch.device) -> bool:
@@ -25,7 +26,7 @@ def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
     if inputs.dim() != 4 or not any(p.dim() == 4 for p in model.parameters()):
         return False
     weights = [p for p in model.parameters() if p.requires_grad]
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad(), uncached_autocast(inputs.device.type):
         try:
             logits = model(inputs.to(memory_format=torch.channels_last))
             if logits.requires_grad:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,25 @@ from torch.optim import Optimizer
 
 from drophot._core.classifier import logits_of
 from drophot._core.onednn_linear import fast_linear
-from drophot.training.cuda_graph import CapturedStep, can_be_captured, is_torch_optimizer
+from drophot.training.capture_conditions import obstacle
+from drophot.training.cuda_graph import CapturedStep
+from drophot.training.fused_optimizer import fused
 from drophot.training.loss import Loss, training_loss
+from drophot.training.mixed_precision import autocasts, uncached_autocast
 
-Step = Callable[..., Tensor]
+logger = logging.getLogger("drophot")
+
+
+class Step(Protocol):
+    """A training step."""
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        """Train on `inputs, targets` or `inputs, targets, weights`, and return the logits."""
+        ...
+
+    def inputs_for(self, size: int) -> Tensor | None:
+        """Where the inputs of the next batch, of `size` samples, can be written to save a copy."""
+        ...
 
 
 @contextmanager
@@ -27,6 +44,8 @@ def fast_step(
     loss: Loss | None = None,
     before_step: Callable[[nn.Module], object] | None = None,
     lr_changes: bool = False,
+    cuda_graph: bool = True,
+    keeps_logits: bool = True,
 ) -> Iterator[Step]:
     """A training step: `step(inputs, targets)` updates the model and returns the logits.
 
@@ -43,15 +62,19 @@ def fast_step(
         loss: `loss(logits, targets)`; `None` means cross-entropy.
         before_step: Called with the model between the backward pass and the optimizer's step.
         lr_changes: Whether the learning rate changes in each step.
+        cuda_graph: Whether the step may be captured.
+        keeps_logits: Whether the logits are used after the next step, which overwrites them
+            otherwise.
 
     Yields:
         The step. It never waits for the device. Its logits `(B, C)` have no gradient.
     """
-    forward = fast_forward(model, device)
+    forward = _forward(model, device)
 
     def backward(inputs: Tensor, targets: Tensor, *weights: Tensor) -> Tensor:
-        logits = logits_of(model, forward, inputs)
-        mean = training_loss(loss, logits, targets, *weights)
+        with uncached_autocast(device.type):
+            logits = logits_of(model, forward, inputs)
+            mean = training_loss(loss, logits, targets, *weights)
         optimizer.zero_grad()
         mean.backward()
         return logits.detach()
@@ -61,19 +84,45 @@ def fast_step(
             before_step(model)
         optimizer.step()
 
-    def eager(*batch: Tensor) -> Tensor:
-        logits = backward(*batch)
-        update()
+    with fused(model, optimizer, device), _fresh_weights():
+        if device.type != "cuda" or not cuda_graph:
+            yield _EagerStep(backward, update)
+        elif why := obstacle(model, optimizer, loss):
+            logger.info("steps are not captured as a CUDA graph: %s", why)
+            yield _EagerStep(backward, update)
+        else:
+            yield CapturedStep(
+                backward,
+                update,
+                model,
+                optimizer,
+                loss,
+                device,
+                captures_update=before_step is None and not lr_changes,
+                keeps_logits=keeps_logits,
+            )
+
+
+class _EagerStep:
+    def __init__(self, backward: Callable[..., Tensor], update: Callable[[], None]) -> None:
+        self._backward, self._update = backward, update
+
+    def __call__(self, *batch: Tensor) -> Tensor:
+        logits = self._backward(*batch)
+        self._update()
         return logits
 
-    with _fused(model, optimizer, device):
-        if device.type == "cuda" and can_be_captured(model, optimizer, loss):
-            whole = before_step is None and not lr_changes
-            yield CapturedStep(
-                backward, update, model, optimizer, loss, device, update_is_captured=whole
-            )
-        else:
-            yield eager
+    def inputs_for(self, size: int) -> Tensor | None:
+        return None
+
+
+@contextmanager
+def _fresh_weights() -> Iterator[None]:
+    """Let a surrounding autocast, which caches weights, cast the trained weights afterwards."""
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 _uses_onednn: ContextVar[bool] = ContextVar("drophot_onednn_linear", default=False)
@@ -116,61 +165,16 @@ def onednn_linear() -> Iterator[None]:
 
 def fast_forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
     """The model's forward pass, in the precision of the surrounding `torch.autocast`, if any."""
-    forward = fast_linear(model, device) if _uses_onednn.get() else model
-    if not torch.is_autocast_enabled(device.type):
+    forward = _forward(model, device)
+    if not autocasts(device.type):
         return forward
-    dtype = torch.get_autocast_dtype(device.type)
 
     def mixed(inputs: Tensor) -> Tensor:
-        # A surrounding autocast caches the cast weights until it ends: without an autocast of its
-        # own, the next step would not see what this one has learned.
-        with torch.autocast(device.type, dtype, cache_enabled=False):
+        with uncached_autocast(device.type):
             return forward(inputs)
 
     return mixed
 
 
-@contextmanager
-def _fused(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[None]:
-    """Let torch's own optimizers update all parameters at once, unless the user chose otherwise."""
-    before = [{name: group.get(name) for name in _SWITCHES} for group in optimizer.param_groups]
-    moved_counters = False
-    if is_torch_optimizer(optimizer) and not any(
-        getattr(module, "sparse", False) for module in model.modules()
-    ):
-        # Older versions of torch refuse a fused Adagrad on a GPU. Other devices are untested.
-        supported = device.type == "cpu" or (
-            device.type == "cuda" and not isinstance(optimizer, torch.optim.Adagrad)
-        )
-        for group in optimizer.param_groups:
-            chosen = [group.get(name, False) for name in ("fused", "foreach", "differentiable")]
-            real = all(p.is_floating_point() for p in group["params"])
-            if chosen == [None, None, False] and real and supported:
-                group["fused"] = True
-            if "capturable" in group and device.type == "cuda":
-                moved_counters = moved_counters or not group["capturable"]
-                group["capturable"] = True
-                for state in optimizer.state.values():
-                    for name in _COUNTERS & state.keys():
-                        state[name] = torch.as_tensor(state[name], device=device)
-    try:
-        yield
-    finally:
-        # Parameter groups may have been added in the meantime.
-        for group, values in zip(optimizer.param_groups, before, strict=False):
-            group.update({name: values[name] for name in _SWITCHES if name in group})
-        if moved_counters:
-            _move_counters_to_cpu(optimizer)
-
-
-_SWITCHES = ("fused", "capturable")
-_COUNTERS = {"step", "mu_product"}  # kept on the CPU by optimizers that are not capturable
-
-
-def _move_counters_to_cpu(optimizer: Optimizer) -> None:
-    """Put counters where optimizers that are not capturable keep them and read them."""
-    for group in optimizer.param_groups:
-        if not group.get("capturable") and not group.get("fused"):
-            for state in (optimizer.state[p] for p in group["params"] if p in optimizer.state):
-                for name in _COUNTERS & state.keys():
-                    state[name] = state[name].cpu() if torch.is_tensor(state[name]) else state[name]
+def _forward(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    return fast_linear(model, device) if _uses_onednn.get() else model

@@ -1,0 +1,33 @@
+"""Hooks that a CUDA graph may repeat, because all they do is launch operations on the device."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+
+class HookOwner(Protocol):
+    """An object whose hooks on parameters and optimizers launch operations on the device."""
+
+    @property
+    def counts_steps(self) -> bool:
+        """Whether its hooks on optimizers do more than that, which a graph would not repeat."""
+        ...
+
+    def read_by_hooks(self) -> list[Any]:
+        """Values that change when the hooks have to be captured again."""
+        ...
+
+
+def set_owner(hook: Callable[..., Any], owner: HookOwner) -> None:
+    """Declare that a CUDA graph may repeat a hook. The owner is not kept alive."""
+    hook._drophot_owner = weakref.ref(owner)  # type: ignore[attr-defined]
+
+
+def owner_of(hook: Callable[..., Any]) -> HookOwner | None:
+    """The owner of a hook that a CUDA graph may repeat, or `None` for any other hook."""
+    owner = getattr(hook, "__self__", None)
+    if owner is None:
+        owner = getattr(hook, "_drophot_owner", lambda: None)()
+    return owner if hasattr(type(owner), "read_by_hooks") else None

@@ -1,0 +1,178 @@
+"""Steps that a CUDA graph would not repeat, and what it fixes when it is captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain, islice
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as module_hooks
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from drophot._core.capturable_hooks import HookOwner, owner_of
+from drophot.data.determinism import reached
+from drophot.data.process_state import values_of
+from drophot.training.loss import Loss
+
+_MAX_OBJECTS = 200  # objects that a loss may hold to be watched for changes in each step
+_MODULE_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{kind}" for kind in _MODULE_HOOKS)
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_GLOBAL_STEP_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
+_SCALARS = (bool, int, float, complex, str, type(None))
+
+
+def obstacle(model: nn.Module, optimizer: Optimizer, loss: Loss | None) -> str | None:
+    """Why no step of a training can be captured, or `None`."""
+    if not is_torch_optimizer(optimizer):
+        return f"{type(optimizer).__name__} is not an optimizer of torch.optim"
+    if not isinstance(optimizer, torch.optim.SGD) and not all(
+        group.get("capturable") for group in optimizer.param_groups
+    ):
+        return f"torch.optim.{type(optimizer).__name__} cannot be captured"
+    for part in model.modules():
+        if isinstance(part, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            return f"the model is wrapped in {type(part).__name__}"
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(hasattr(tensor, "device_mesh") for tensor in tensors):
+        return "the model is sharded over processes"
+    if len(devices := {str(tensor.device) for tensor in tensors}) > 1:
+        return f"the model is on several devices: {', '.join(sorted(devices))}"
+    if loss is not None and len(list(islice(reached(loss), _MAX_OBJECTS))) == _MAX_OBJECTS:
+        return f"the loss holds {_MAX_OBJECTS} objects or more"
+    return None
+
+
+def is_torch_optimizer(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is one of torch's own classes, and not a subclass by a user."""
+    return type(optimizer).__module__.startswith("torch.optim.")
+
+
+class Conditions:
+    """Everything that a graph of a step fixes, as it is found when this object is created.
+
+    `current` is compared before each replay. It is therefore made of numbers and short lists, and
+    everything that can be looked up in advance is. Objects are compared by their ids; this object
+    keeps them alive, so that no id is used twice.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, loss: Loss | None, *, whole_step: bool
+    ) -> None:
+        self._optimizer, self._loss = optimizer, loss
+        named = dict(model.named_modules())
+        if isinstance(loss, nn.Module) and type(loss).__module__ == "torch.nn.modules.loss":
+            named["loss function"], self._loss = loss, None  # holds no more than modules do
+        modules = list(named.values())
+        self._parameters = list(dict.fromkeys([*model.parameters(), *_parameters_of(optimizer)]))
+        self._tensors = list(filter(_has_memory, [*self._parameters, *model.buffers()]))
+        self._members = [
+            members
+            for module in modules
+            for members in (module._modules, module._parameters, module._buffers)
+            if members
+        ]
+        self._scalars = [
+            (itemgetter(*scalars), vars(module))
+            for module in modules
+            if (scalars := [n for n, value in vars(module).items() if type(value) in _SCALARS])
+        ]
+        self._module_hooks = [getattr(module_hooks, kind) for kind in _GLOBAL_HOOKS]
+        self._module_hooks += [
+            getattr(module, kind) for module in modules for kind in _MODULE_HOOKS
+        ]
+        self._step_hooks = [getattr(optimizer, kind) for kind in _STEP_HOOKS]
+        self._step_hooks += _GLOBAL_STEP_HOOKS
+        self._kept = [*self._tensors, *modules, *_all(self._module_hooks), *_all(self._step_hooks)]
+        self._owners: dict[int, HookOwner] = {}
+        self.hook = self._hook(model, named)
+        """A hook that a graph would not call, in words; `None` if there is none."""
+        self.captures_update = whole_step and self._repeats_step_hooks()
+        """Whether the optimizer's step can be captured, too."""
+
+    def current(self) -> list[Any]:
+        """What a graph that was captured now would fix."""
+        found = self.held_by_step()
+        found += map(Tensor.data_ptr, self._tensors)
+        found += map(_requires_grad, self._parameters)
+        for hooks in chain(self._module_hooks, self._step_hooks, self._tensor_hooks()):
+            if hooks:
+                found += map(id, hooks.values())
+        for owner in self._owners.values():
+            found += owner.read_by_hooks()
+        for group in self._optimizer.param_groups:
+            found += map(id, group["params"])
+            if self.captures_update:
+                found += [_value(setting) for name, setting in group.items() if name != "params"]
+        if self.captures_update:
+            for state in self._optimizer.state.values():
+                found += map(id, state.values())
+        return found
+
+    def held_by_step(self) -> list[Any]:
+        """The values in Python objects that a step must not change for a graph to repeat it."""
+        try:
+            found: list[Any] = [read(attributes) for read, attributes in self._scalars]
+        except KeyError:  # an attribute was deleted
+            return [object()]
+        for members in self._members:
+            found += map(id, members.values())
+        return found if self._loss is None else found + values_of(self._loss)
+
+    def _tensor_hooks(self) -> Iterable[dict[int, Any] | None]:
+        for parameter in self._parameters:
+            yield parameter._backward_hooks
+            yield parameter._post_accumulate_grad_hooks
+
+    def _hook(self, model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+        if any(getattr(module_hooks, kind) for kind in _GLOBAL_HOOKS):
+            return "a hook on all modules"
+        for name, module in modules.items():
+            if any(getattr(module, kind) for kind in _MODULE_HOOKS):
+                return f"a hook on the module `{name}`" if name else "a hook on the model"
+        for name, parameter in model.named_parameters():
+            for kind in _TENSOR_HOOKS:
+                for hook in (getattr(parameter, kind) or {}).values():
+                    if (owner := owner_of(hook)) is None:
+                        return f"a hook on the parameter `{name}`"
+                    self._kept.append(hook)
+                    self._owners[id(owner)] = owner
+        return None
+
+    def _repeats_step_hooks(self) -> bool:
+        """Whether a graph repeats everything that the hooks of the optimizer do."""
+        owners = [owner_of(hook) for hook in _all(self._step_hooks)]
+        self._owners |= {id(owner): owner for owner in owners if owner is not None}
+        return all(owner is not None and not owner.counts_steps for owner in owners)
+
+
+def _all(hooks: list[dict[int, Any]]) -> list[Callable[..., Any]]:
+    return [hook for each in hooks for hook in each.values()]
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor has an address, which sparse ones and some wrappers do not have."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _value(setting: Any) -> Any:
+    """A setting's number, if it is a tensor on the CPU, which may change in place."""
+    if isinstance(setting, Tensor) and setting.is_cpu:
+        return setting.tolist()
+    return setting
+
+
+_requires_grad = attrgetter("requires_grad")
