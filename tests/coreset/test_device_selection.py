@@ -9,7 +9,6 @@ from helpers.interpreter import check_by_the_interpreter, needs_triton
 
 from drophot.coreset import Stratified, select
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 MODES = ["high", "low", "random", Stratified(bins=7)]
 
 
@@ -19,7 +18,7 @@ def test_by_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     check_by_the_interpreter(script, tmp_path, monkeypatch)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("levels", [1, 9, 1 << 40])
 @pytest.mark.parametrize(
@@ -37,7 +36,7 @@ def test_a_gpu_selects_the_same_samples(mode: Any, levels: int, dtype: torch.dty
     assert torch.equal(there, select(scores, 0.1, mode, targets=targets))
 
 
-@gpu
+@pytest.mark.gpu
 def test_floats_of_all_kinds_on_a_gpu() -> None:
     scores = torch.randint(-(2**31), 2**31, (1 << 20,)).int().view(torch.float32)
     scores[scores.isnan()] = -0.0
@@ -46,7 +45,7 @@ def test_floats_of_all_kinds_on_a_gpu() -> None:
         assert torch.equal(select(scores.cuda(), 0.4, mode), select(scores, 0.4, mode))
 
 
-@gpu
+@pytest.mark.gpu
 def test_memory_on_a_gpu() -> None:
     scores = torch.rand(10_000_000, device="cuda")
     select(scores[:100], 0.1)

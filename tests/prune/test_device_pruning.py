@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from drophot import magnitude_prune
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-
 
 @needs_triton
 def test_by_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,7 +30,7 @@ def importance(name: str, weight: nn.Parameter) -> Tensor:
     return (weight.detach() * 20).round()
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:`ratio")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(
@@ -58,7 +56,7 @@ def test_a_gpu_prunes_the_same_weights(dtype: torch.dtype, options: dict[str, An
         assert torch.equal(weight.cpu(), here.state_dict()[name]), name
 
 
-@gpu
+@pytest.mark.gpu
 def test_denormal_weights_on_a_gpu() -> None:
     here = nn.Linear(1000, 100)
     here.weight.data.mul_(1e-38)
@@ -67,7 +65,7 @@ def test_denormal_weights_on_a_gpu() -> None:
     assert torch.equal(found["weight"].cpu(), expected["weight"])
 
 
-@gpu
+@pytest.mark.gpu
 def test_memory_on_a_gpu() -> None:
     model = nn.Sequential(*(nn.Linear(2000, 2000, bias=False) for _ in range(5))).cuda()
     magnitude_prune(copy.deepcopy(model), 0.5)

@@ -23,7 +23,6 @@ from drophot import fit
 from drophot.prune import Schedule, magnitude_prune
 from drophot.training.mixed_precision import uncached_autocast
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 fused_sgd = partial(SGD, lr=0.1, momentum=0.9, fused=True)
 
 
@@ -465,7 +464,7 @@ def test_a_counter_that_is_a_number_stays_one(graphs: list[Graph]) -> None:
             state["step"] = 8.0
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "kind", [Adam, partial(Adam, fused=True), partial(Adam, capturable=True), NAdam, ASGD]
 )

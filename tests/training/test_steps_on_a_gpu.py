@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from drophot import DropHot, IndexedDataset, evaluate, fit
 from drophot.models import LeNet, fcnet
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.gpu
 sgd = partial(SGD, lr=0.1, momentum=0.9, fused=True)
 
 
