@@ -1,0 +1,326 @@
+"""The Triton kernel of `fused_update`, which presents a whole batch in one launch.
+
+Each program takes one row of the batch. The rows of a sample that occurs more than once must be
+presented in order, so the program of its first row handles all of them and the programs of the
+others return at once. A sample therefore belongs to one program, and programs need no locks.
+
+The running means rely on the exact rounding of each operation (see `running_means`). The kernel is
+compiled without fused multiply-adds, divides by `div_rn`, and keeps the order of the plain code.
+"""
+
+# No `from __future__ import annotations` here: Triton reads the annotations of a kernel.
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from drophot.tracking import deferred_errors, packed_history
+
+_LAST = tl.constexpr(packed_history.LAST)
+_SEEN = tl.constexpr(packed_history.SEEN)
+_FIRST = tl.constexpr(packed_history.FIRST)
+_EVENT = tl.constexpr(packed_history.EVENT)
+_CORRECT = tl.constexpr(packed_history.CORRECT)
+_PRESENTED = tl.constexpr(packed_history.PRESENTED)
+_PRESENTED_BITS = tl.constexpr(packed_history.PRESENTED_BITS)
+_NO_CLASS = tl.constexpr(deferred_errors.NO_CLASS)
+_HALF = tl.constexpr(deferred_errors.HALF)
+_MAX_SAMPLES = tl.constexpr(deferred_errors.MAX_SAMPLES)
+
+_LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+_ROUNDING = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds a float32 half to even
+_INDEX_BLOCK = 256  # indices that a program compares at a time
+_MAX_CLASS_BLOCK = 2048  # logits that a program reads at a time
+
+# A value of an argument must not lead to another compilation, which could happen inside a capture.
+_SIZES = ["num_samples", "num_rows", "num_classes"]
+_STRIDES = ["index_stride", "row_stride", "class_stride", "targets_stride"]
+_SQUARES = ["margin_squares", "error_squares", "confidence_squares", "loss_squares"]
+_TENSORS = ["index", "logits", "targets", "history", "first_targets", "fault", "means", "tails"]
+
+
+def launch(
+    index: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    history: Tensor,
+    first_targets: Tensor,
+    fault: Tensor,
+    statistics: list[Tensor],
+    values: int,
+    squares: int,
+) -> None:
+    """Present a batch of at least one row; see `fused_update.Layout` for the last three."""
+    means, tails, *rest = statistics or (None, None)
+    columns = iter(rest)
+    sums = [next(columns) if squares >> value & 1 else None for value in range(4)]
+    num_rows, num_classes = logits.shape
+    block = min(max(triton.next_power_of_2(num_classes), 32), _MAX_CLASS_BLOCK)
+    _present[num_rows,](
+        index,
+        logits,
+        targets,
+        history,
+        first_targets,
+        fault,
+        means,
+        tails,
+        *sums,
+        len(history),
+        num_rows,
+        num_classes,
+        index.stride(0),
+        *logits.stride(),
+        targets.stride(0),
+        EXACT=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+        VALUES=values,
+        SQUARES=squares,
+        CLASSES=block,
+        ROWS=_INDEX_BLOCK,
+        num_warps=max(1, block // 256),
+        enable_fp_fusion=False,
+    )
+
+
+@triton.jit(
+    do_not_specialize=[*_SIZES, *_STRIDES],
+    do_not_specialize_on_alignment=[*_TENSORS, *_SQUARES],
+)
+def _present(
+    index,
+    logits,
+    targets,
+    history,
+    first_targets,
+    fault,
+    means,
+    tails,
+    margin_squares,
+    error_squares,
+    confidence_squares,
+    loss_squares,
+    num_samples: tl.int64,
+    num_rows: tl.int32,
+    num_classes: tl.int32,
+    index_stride: tl.int64,
+    row_stride: tl.int64,
+    class_stride: tl.int64,
+    targets_stride: tl.int64,
+    EXACT: tl.constexpr,  # the dtype that holds the logits without rounding
+    VALUES: tl.constexpr,  # a bit for each built-in value that has a column in `means`
+    SQUARES: tl.constexpr,  # a bit for each built-in value that has sums of squares
+    CLASSES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    position = _position(tl.load(index + row * index_stride), num_samples)
+    first = _next_row(index, index_stride, num_rows, num_samples, position, -1, ROWS)
+    if first < row:
+        return
+
+    before = tl.load(history + position)
+    first_target = tl.load(first_targets + position)
+    bits = before & (_SEEN | _LAST)
+    added = before * 0
+    known = first_target
+    lanes = tl.arange(0, 4)  # the four values of `statistics.built_in_values`
+    total = lanes * 0.0
+    size = 0.0
+    latest = lanes * 0.0
+    while row < num_rows:
+        sample = tl.load(index + row * index_stride).to(tl.int64)
+        target = tl.load(targets + row * targets_stride).to(tl.int64)
+        line = logits + row * row_stride
+        correct, own, nearest, has_nan = _judge(
+            line, class_stride, num_classes, target, EXACT, CLASSES
+        )
+
+        # As in `record.record` and `deferred_errors.find_fault`.
+        short = target.to(tl.int32)
+        known = tl.where(first_target < 0, short, first_target)
+        is_class = (target >= 0) & (target < num_classes)
+        wrong = (sample != position) | (known != short)
+        value = tl.minimum(tl.maximum(target, -_HALF), _HALF - 1) + _HALF
+        code = _NO_CLASS - value - tl.minimum(tl.maximum(sample, 0), _MAX_SAMPLES - 1) * 2 * _HALF
+        code = tl.where(is_class, sample, code)
+        tl.atomic_min(fault, code, mask=wrong | (is_class == 0))
+
+        # As the table of `packed_history.steps`.
+        was_correct = bits & _LAST
+        unseen = (bits & _SEEN) == 0
+        added += _PRESENTED + correct * (_CORRECT + _LAST) - was_correct * _LAST
+        added += was_correct * (1 - correct) * _EVENT
+        added += tl.where(unseen, _SEEN + correct * _FIRST, 0)
+        bits = _SEEN + correct * _LAST
+
+        if VALUES:
+            latest = _values(
+                line, class_stride, num_classes, target, own, nearest, has_nan, CLASSES
+            )
+            total += latest
+            size += 1.0
+        row = _next_row(index, index_stride, num_rows, num_samples, position, row, ROWS)
+
+    after = before + tl.where(before < 0, 0, added)  # an overflow stays
+    tl.store(history + position, after)
+    tl.store(first_targets + position, known)
+    if VALUES == 0:
+        return
+
+    # As in `RunningMeans.add`: the mean of the batch's rows and their squared distances from it.
+    value_mean = tl.div_rn(total, lanes * 0.0 + size)
+    apart = latest - value_mean
+    value_squares = apart * apart
+    if SQUARES:
+        if size > 1:
+            value_squares = lanes * 0.0
+            row = first
+            while row < num_rows:
+                target = tl.load(targets + row * targets_stride).to(tl.int64)
+                line = logits + row * row_stride
+                _, own, nearest, has_nan = _judge(
+                    line, class_stride, num_classes, target, EXACT, CLASSES
+                )
+                apart = (
+                    _values(line, class_stride, num_classes, target, own, nearest, has_nan, CLASSES)
+                    - value_mean
+                )
+                value_squares += apart * apart
+                row = _next_row(index, index_stride, num_rows, num_samples, position, row, ROWS)
+
+    # As in `RunningMeans._pool`.
+    kept = ((VALUES >> lanes) & 1) != 0
+    column = tl.where(lanes > 0, VALUES & 1, 0) + tl.where(lanes > 1, (VALUES >> 1) & 1, 0)
+    column += tl.where(lanes > 2, (VALUES >> 2) & 1, 0)
+    num_values: tl.constexpr = (
+        (VALUES & 1) + ((VALUES >> 1) & 1) + ((VALUES >> 2) & 1) + ((VALUES >> 3) & 1)
+    )
+    cell = position * num_values + column
+    mean = tl.load(means + cell, mask=kept, other=0.0)
+    packed = tl.load(tails + cell, mask=kept, other=0).to(tl.float32)
+    tail = tl.where(packed != 0, packed * (tl.abs(mean) * 2.0**-31), 0.0)
+
+    size_before = (after >> _PRESENTED_BITS).to(tl.float32) - size
+    share = tl.div_rn(size, size_before + size)
+    apart = (value_mean - mean) + (0.0 - tail)
+    if SQUARES:
+        more = value_squares + apart * apart * size_before * share
+        if SQUARES & 1:
+            _add_squares(margin_squares + position, more, 0)
+        if SQUARES & 2:
+            _add_squares(error_squares + position, more, 1)
+        if SQUARES & 4:
+            _add_squares(confidence_squares + position, more, 2)
+        if SQUARES & 8:
+            _add_squares(loss_squares + position, more, 3)
+    step = apart * share
+    rough = mean + step
+    lost = rough - mean
+    lost = (mean - (rough - lost)) + (step - lost)
+    tail += lost
+    moved = rough + tail
+    tail -= moved - rough
+    beyond = tl.where(size_before > 0, mean + value_mean, value_mean)
+    moved = tl.where(tl.abs(beyond) < float("inf"), moved, beyond)
+    tl.store(means + cell, moved, mask=kept)
+
+    # As in `running_means._packed`. The quotient is NaN or infinite where the mean is 0 or infinite.
+    digits = tl.div_rn(tail, tl.abs(moved) * 2.0**-31)
+    digits = tl.where(tl.abs(digits) < float("inf"), digits, 0.0)
+    digits = tl.minimum(tl.maximum(digits, -127.0), 127.0)
+    digits = (digits + _ROUNDING) - _ROUNDING
+    tl.store(tails + cell, digits.to(tl.int8), mask=kept)
+
+
+@triton.jit
+def _position(index, num_samples):
+    """Indices clamped to the samples."""
+    return tl.minimum(tl.maximum(index.to(tl.int64), 0), num_samples - 1)
+
+
+@triton.jit
+def _next_row(index, stride, num_rows, num_samples, position, row, ROWS: tl.constexpr):
+    """The next row after `row` that presents the sample at `position`, or `num_rows`."""
+    found = num_rows
+    start = row + 1
+    while (start < num_rows) & (found == num_rows):
+        rows = start + tl.arange(0, ROWS)
+        inside = rows < num_rows
+        others = _position(tl.load(index + rows * stride, mask=inside, other=0), num_samples)
+        found = tl.min(tl.where(inside & (others == position), rows, num_rows), 0)
+        start += ROWS
+    return found
+
+
+@triton.jit
+def _judge(
+    line, stride, num_classes, target, EXACT: tl.constexpr, CLASSES: tl.constexpr
+):
+    """Whether the target's logit is the first of the largest, that logit, the largest other logit,
+    and whether there is a NaN."""
+    label = tl.minimum(tl.maximum(target, 0), num_classes - 1)
+    own = tl.load(line + label * stride).to(EXACT)
+    nearest = tl.full((CLASSES,), float("-inf"), tl.float32)
+    flaw = tl.zeros((CLASSES,), tl.int32)  # 1 if a logit takes precedence over `own`, 2 if NaN
+    for start in range(0, num_classes, CLASSES):
+        classes = start + tl.arange(0, CLASSES)
+        logits = tl.load(
+            line + classes * stride, mask=classes < num_classes, other=float("-inf")
+        ).to(EXACT)
+        precedes = (logits > own) | ((logits == own) & (classes < label))
+        flaw = tl.maximum(flaw, tl.where(logits != logits, 2, tl.where(precedes, 1, 0)))
+        others = tl.where(classes != label, logits.to(tl.float32), float("-inf"))
+        nearest = tl.maximum(nearest, others)
+    worst = tl.max(flaw, 0)
+    correct = (worst == 0) & (own > float("-inf")) & (target == label)
+    return correct.to(tl.int64), own.to(tl.float32), tl.max(nearest, 0), worst == 2
+
+
+@triton.jit
+def _values(line, stride, num_classes, target, own, nearest, has_nan, CLASSES: tl.constexpr):
+    """The four values of `statistics.built_in_values`."""
+    label = tl.minimum(tl.maximum(target, 0), num_classes - 1)
+    margin = own - nearest
+    largest = tl.minimum(tl.maximum(own, nearest), _LARGEST)
+    own = (tl.minimum(own, _LARGEST) - largest).to(tl.float64)
+    total = tl.zeros((CLASSES,), tl.float32)
+    squares = tl.zeros((CLASSES,), tl.float32)
+    for start in range(0, num_classes, CLASSES):
+        classes = start + tl.arange(0, CLASSES)
+        others = (classes < num_classes) & (classes != label)
+        logits = tl.load(line + classes * stride, mask=others, other=0.0).to(tl.float32)
+        powers = tl.where(others, _exp(tl.minimum(logits, _LARGEST) - largest), 0.0)
+        total += powers
+        squares += powers * powers
+    # One number each from here on: float64 is cheap, and 1 - p keeps the digits of a small `rest`.
+    rest = tl.sum(total, 0).to(tl.float64)
+    power = tl.exp(own)
+    beyond = rest + (power - 1.0)  # if `own` is not 0, `rest` is at least 1
+    error = tl.sqrt(tl.sum(squares, 0).to(tl.float64) + rest * rest) / (beyond + 1.0)
+    logarithm = tl.where(beyond < 1e-5, beyond - 0.5 * beyond * beyond, tl.log(1.0 + beyond))
+    lanes = tl.arange(0, 4)
+    values = tl.where(lanes == 2, power / (beyond + 1.0), logarithm - own)
+    values = tl.where(lanes == 1, error, values).to(tl.float32)
+    values = tl.where(lanes == 0, margin, values)
+    undefined = has_nan | (largest == float("-inf"))
+    return tl.where(undefined, float("nan"), values)
+
+
+@triton.jit
+def _exp(x):
+    """`exp(x)` of float32 numbers of at most 0, with the digits that `tl.exp` lacks for large ones.
+
+    Cody and Waite's reduction: `x` is a multiple of `log(2)`, in two parts, plus a small rest.
+    """
+    x = tl.maximum(x, -104.0)  # below, the result is 0
+    power = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = (x - power * 0.693359375) + power * 2.12194440e-4
+    return tl.exp(rest) * tl.exp2(power)
+
+
+@triton.jit
+def _add_squares(squares, more, LANE: tl.constexpr):
+    """Add one lane of `more` to a sum of squares."""
+    lanes = tl.arange(0, 4)
+    tl.store(squares, tl.load(squares) + tl.sum(tl.where(lanes == LANE, more, 0.0), 0))
