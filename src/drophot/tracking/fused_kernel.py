@@ -30,8 +30,6 @@ _MAX_SAMPLES = tl.constexpr(deferred_errors.MAX_SAMPLES)
 
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _ROUNDING = tl.constexpr(1.5 * 2.0**23)  # adding and subtracting it rounds a float32 half to even
-_INDEX_BLOCK = 256  # indices that a program compares at a time
-_MAX_CLASS_BLOCK = 2048  # logits that a program reads at a time
 
 # A value of an argument must not lead to another compilation, which could happen inside a capture.
 _SIZES = ["num_samples", "num_rows", "num_classes"]
@@ -50,13 +48,19 @@ def launch(
     statistics: list[Tensor],
     values: int,
     squares: int,
+    *,
+    index_block: int = 256,
+    class_block: int = 2048,
 ) -> None:
-    """Present a batch of at least one row; see `fused_update.Layout` for the last three."""
+    """Present a batch of at least one row; `fused_update.Layout` explains `statistics` and what follows.
+
+    A program compares `index_block` indices and reads at most `class_block` logits at a time.
+    """
     means, tails, *rest = statistics or (None, None)
     columns = iter(rest)
     sums = [next(columns) if squares >> value & 1 else None for value in range(4)]
     num_rows, num_classes = logits.shape
-    block = min(max(triton.next_power_of_2(num_classes), 32), _MAX_CLASS_BLOCK)
+    block = min(max(triton.next_power_of_2(num_classes), 32), class_block)
     _present[num_rows,](
         index,
         logits,
@@ -77,7 +81,7 @@ def launch(
         VALUES=values,
         SQUARES=squares,
         CLASSES=block,
-        ROWS=_INDEX_BLOCK,
+        ROWS=index_block,
         num_warps=max(1, block // 256),
         enable_fp_fusion=False,
     )
@@ -165,31 +169,44 @@ def _present(
     after = before + tl.where(before < 0, 0, added)  # an overflow stays
     tl.store(history + position, after)
     tl.store(first_targets + position, known)
-    if VALUES == 0:
-        return
 
-    # As in `RunningMeans.add`: the mean of the batch's rows and their squared distances from it.
-    value_mean = tl.div_rn(total, lanes * 0.0 + size)
-    apart = latest - value_mean
-    value_squares = apart * apart
-    if SQUARES:
-        if size > 1:
-            value_squares = lanes * 0.0
-            row = first
-            while row < num_rows:
-                target = tl.load(targets + row * targets_stride).to(tl.int64)
-                line = logits + row * row_stride
-                _, own, nearest, has_nan = _judge(
-                    line, class_stride, num_classes, target, EXACT, CLASSES
-                )
-                apart = (
-                    _values(line, class_stride, num_classes, target, own, nearest, has_nan, CLASSES)
-                    - value_mean
-                )
-                value_squares += apart * apart
-                row = _next_row(index, index_stride, num_rows, num_samples, position, row, ROWS)
+    if VALUES:
+        # As in `RunningMeans.add`: the mean of the sample's rows, and their squared distances.
+        row_mean = tl.div_rn(total, lanes * 0.0 + size)
+        row_squares = (latest - row_mean) * (latest - row_mean)
+        if SQUARES:
+            if size > 1:
+                row_squares = lanes * 0.0
+                row = first
+                while row < num_rows:
+                    target = tl.load(targets + row * targets_stride).to(tl.int64)
+                    line = logits + row * row_stride
+                    _, own, nearest, has_nan = _judge(
+                        line, class_stride, num_classes, target, EXACT, CLASSES
+                    )
+                    latest = _values(
+                        line, class_stride, num_classes, target, own, nearest, has_nan, CLASSES
+                    )
+                    row_squares += (latest - row_mean) * (latest - row_mean)
+                    row = _next_row(index, index_stride, num_rows, num_samples, position, row, ROWS)
+        size_before = (after >> _PRESENTED_BITS).to(tl.float32) - size
+        share = tl.div_rn(size, size_before + size)
+        apart = _pool_means(means, tails, position, row_mean, size_before, share, VALUES)
+        more = row_squares + apart * apart * size_before * share
+        if SQUARES & 1:
+            _add_squares(margin_squares + position, more, 0)
+        if SQUARES & 2:
+            _add_squares(error_squares + position, more, 1)
+        if SQUARES & 4:
+            _add_squares(confidence_squares + position, more, 2)
+        if SQUARES & 8:
+            _add_squares(loss_squares + position, more, 3)
 
-    # As in `RunningMeans._pool`.
+
+@triton.jit
+def _pool_means(means, tails, position, row_mean, size_before, share, VALUES: tl.constexpr):
+    """Add a mean to that of a sample, as `RunningMeans._pool` does. Returns how far they differ."""
+    lanes = tl.arange(0, 4)
     kept = ((VALUES >> lanes) & 1) != 0
     column = tl.where(lanes > 0, VALUES & 1, 0) + tl.where(lanes > 1, (VALUES >> 1) & 1, 0)
     column += tl.where(lanes > 2, (VALUES >> 2) & 1, 0)
@@ -201,19 +218,7 @@ def _present(
     packed = tl.load(tails + cell, mask=kept, other=0).to(tl.float32)
     tail = tl.where(packed != 0, packed * (tl.abs(mean) * 2.0**-31), 0.0)
 
-    size_before = (after >> _PRESENTED_BITS).to(tl.float32) - size
-    share = tl.div_rn(size, size_before + size)
-    apart = (value_mean - mean) + (0.0 - tail)
-    if SQUARES:
-        more = value_squares + apart * apart * size_before * share
-        if SQUARES & 1:
-            _add_squares(margin_squares + position, more, 0)
-        if SQUARES & 2:
-            _add_squares(error_squares + position, more, 1)
-        if SQUARES & 4:
-            _add_squares(confidence_squares + position, more, 2)
-        if SQUARES & 8:
-            _add_squares(loss_squares + position, more, 3)
+    apart = (row_mean - mean) + (0.0 - tail)
     step = apart * share
     rough = mean + step
     lost = rough - mean
@@ -221,16 +226,17 @@ def _present(
     tail += lost
     moved = rough + tail
     tail -= moved - rough
-    beyond = tl.where(size_before > 0, mean + value_mean, value_mean)
+    beyond = tl.where(size_before > 0, mean + row_mean, row_mean)
     moved = tl.where(tl.abs(beyond) < float("inf"), moved, beyond)
     tl.store(means + cell, moved, mask=kept)
 
-    # As in `running_means._packed`. The quotient is NaN or infinite where the mean is 0 or infinite.
+    # As `running_means._packed`. The quotient is not finite where the mean is 0 or infinite.
     digits = tl.div_rn(tail, tl.abs(moved) * 2.0**-31)
     digits = tl.where(tl.abs(digits) < float("inf"), digits, 0.0)
     digits = tl.minimum(tl.maximum(digits, -127.0), 127.0)
     digits = (digits + _ROUNDING) - _ROUNDING
     tl.store(tails + cell, digits.to(tl.int8), mask=kept)
+    return apart
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def present(state: State, layout: Layout, index: Tensor, logits: Tensor, targets
         layout.squares,
     )
     if torch.compiler.is_compiling():
-        torch.ops.drophot.present(*arguments)
+        _OPERATOR(*arguments)
         return True
     kernel = (index.dtype, logits.dtype, targets.dtype, logits.shape[1], logits.device, layout)
     works = _works.get(kernel)
@@ -73,14 +73,14 @@ def present(state: State, layout: Layout, index: Tensor, logits: Tensor, targets
     if works is None:
         works = _works[kernel] = _try(arguments)
     elif works:
-        torch.ops.drophot.present(*arguments)
+        _OPERATOR(*arguments)
     return works
 
 
 def _try(arguments: tuple[object, ...]) -> bool:
     """Present the first batch of its types, if the kernel can be compiled."""
     try:
-        torch.ops.drophot.present(*arguments)
+        _OPERATOR(*arguments)
     except Exception as error:  # no C compiler, a GPU that is too old, or another version of Triton
         logger.info("trackers use plain operations, as Triton has failed: %s", error)
         return False
@@ -123,3 +123,6 @@ def _present(
 @torch.library.register_fake("drophot::present")
 def _present_nothing(*_: object) -> None:
     """The operator returns nothing."""
+
+
+_OPERATOR = torch.ops.drophot.present.default
