@@ -19,7 +19,6 @@ from drophot.tracking import (
     validation,
 )
 from drophot.tracking.batch_matching import Pairing
-from drophot.tracking.fused_update import Layout
 from drophot.tracking.record import Rows, record
 from drophot.tracking.state import Columns, State, join_histories, to_device
 from drophot.tracking.validation import describe
@@ -56,6 +55,9 @@ class ForgettingTracker:
     once. On a GPU, where reading a value would make the step wait, they are collected on the device
     and raised by `counts`, `learned`, `presentations`, `scores`, `state_dict` and `sync`.
 
+    On a GPU, `update` is one launch of a Triton kernel if torch comes with Triton and the batch has
+    at most 4,096 rows, and several operations of torch otherwise.
+
     References:
         Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network
         Learning, ICLR 2019, https://arxiv.org/abs/1812.05159. Gupta et al., Drop it Like it's
@@ -82,7 +84,8 @@ class ForgettingTracker:
         tensor([2, 0, 2])
     """
 
-    _layout: Layout | None = Layout()  # None if the state has columns that need plain operations
+    # None if the state has columns that only plain operations update.
+    _layout: fused_update.Layout | None = fused_update.Layout()
 
     def __init__(self, num_samples: int, *, device: torch.device | str | None = None) -> None:
         self.num_samples = validation.check_size(num_samples)
@@ -378,8 +381,6 @@ class ForgettingTracker:
         if self._layout is None or not fused_update.is_supported(index, logits, targets):
             return False
         self._place_state(logits.device)
-        if self._state.device != logits.device:
-            return False
         return fused_update.present(self._state, self._layout, index, logits, targets)
 
     def _place_state(self, device: torch.device) -> None:

@@ -9,6 +9,8 @@ compiled without fused multiply-adds, divides by `div_rn`, and keeps the order o
 """
 
 # No `from __future__ import annotations` here: Triton reads the annotations of a kernel.
+# pyright: reportMissingImports=false, reportCallIssue=false, reportInvalidTypeForm=false
+# pyright: reportArgumentType=false
 
 import torch
 import triton
@@ -52,9 +54,9 @@ def launch(
     index_block: int = 256,
     class_block: int = 2048,
 ) -> None:
-    """Present a batch of at least one row; `fused_update.Layout` explains `statistics` and what follows.
+    """Present a batch of at least one row. `fused_update.Layout` explains the last three arguments.
 
-    A program compares `index_block` indices and reads at most `class_block` logits at a time.
+    Each program compares `index_block` indices and reads at most `class_block` logits at a time.
     """
     means, tails, *rest = statistics or (None, None)
     columns = iter(rest)
@@ -77,11 +79,11 @@ def launch(
         index.stride(0),
         *logits.stride(),
         targets.stride(0),
-        EXACT=tl.float64 if logits.dtype == torch.float64 else tl.float32,
-        VALUES=values,
-        SQUARES=squares,
-        CLASSES=block,
-        ROWS=index_block,
+        dtype=tl.float64 if logits.dtype == torch.float64 else tl.float32,
+        value_bits=values,
+        square_bits=squares,
+        class_block=block,
+        index_block=index_block,
         num_warps=max(1, block // 256),
         enable_fp_fusion=False,
     )
@@ -111,15 +113,15 @@ def _present(
     row_stride: tl.int64,
     class_stride: tl.int64,
     targets_stride: tl.int64,
-    EXACT: tl.constexpr,  # the dtype that holds the logits without rounding
-    VALUES: tl.constexpr,  # a bit for each built-in value that has a column in `means`
-    SQUARES: tl.constexpr,  # a bit for each built-in value that has sums of squares
-    CLASSES: tl.constexpr,
-    ROWS: tl.constexpr,
+    dtype: tl.constexpr,  # the dtype that holds the logits without rounding
+    value_bits: tl.constexpr,  # a bit for each built-in value that has a column in `means`
+    square_bits: tl.constexpr,  # a bit for each built-in value that has sums of squares
+    class_block: tl.constexpr,
+    index_block: tl.constexpr,
 ):
     row = tl.program_id(0)
     position = _position(tl.load(index + row * index_stride), num_samples)
-    first = _next_row(index, index_stride, num_rows, num_samples, position, -1, ROWS)
+    first = _next_row(index, index_stride, num_rows, num_samples, position, -1, index_block)
     if first < row:
         return
 
@@ -137,7 +139,7 @@ def _present(
         target = tl.load(targets + row * targets_stride).to(tl.int64)
         line = logits + row * row_stride
         correct, own, nearest, has_nan = _judge(
-            line, class_stride, num_classes, target, EXACT, CLASSES
+            line, class_stride, num_classes, target, dtype, class_block
         )
 
         # As in `record.record` and `deferred_errors.find_fault`.
@@ -158,23 +160,23 @@ def _present(
         added += tl.where(unseen, _SEEN + correct * _FIRST, 0)
         bits = _SEEN + correct * _LAST
 
-        if VALUES:
+        if value_bits:
             latest = _values(
-                line, class_stride, num_classes, target, own, nearest, has_nan, CLASSES
+                line, class_stride, num_classes, target, own, nearest, has_nan, class_block
             )
             total += latest
             size += 1.0
-        row = _next_row(index, index_stride, num_rows, num_samples, position, row, ROWS)
+        row = _next_row(index, index_stride, num_rows, num_samples, position, row, index_block)
 
     after = before + tl.where(before < 0, 0, added)  # an overflow stays
     tl.store(history + position, after)
     tl.store(first_targets + position, known)
 
-    if VALUES:
+    if value_bits:
         # As in `RunningMeans.add`: the mean of the sample's rows, and their squared distances.
         row_mean = tl.div_rn(total, lanes * 0.0 + size)
         row_squares = (latest - row_mean) * (latest - row_mean)
-        if SQUARES:
+        if square_bits:  # noqa: SIM102 - known when the kernel is compiled
             if size > 1:
                 row_squares = lanes * 0.0
                 row = first
@@ -182,36 +184,41 @@ def _present(
                     target = tl.load(targets + row * targets_stride).to(tl.int64)
                     line = logits + row * row_stride
                     _, own, nearest, has_nan = _judge(
-                        line, class_stride, num_classes, target, EXACT, CLASSES
+                        line, class_stride, num_classes, target, dtype, class_block
                     )
                     latest = _values(
-                        line, class_stride, num_classes, target, own, nearest, has_nan, CLASSES
+                        line, class_stride, num_classes, target, own, nearest, has_nan, class_block
                     )
                     row_squares += (latest - row_mean) * (latest - row_mean)
-                    row = _next_row(index, index_stride, num_rows, num_samples, position, row, ROWS)
+                    row = _next_row(
+                        index, index_stride, num_rows, num_samples, position, row, index_block
+                    )
         size_before = (after >> _PRESENTED_BITS).to(tl.float32) - size
         share = tl.div_rn(size, size_before + size)
-        apart = _pool_means(means, tails, position, row_mean, size_before, share, VALUES)
+        apart = _pool_means(means, tails, position, row_mean, size_before, share, value_bits)
         more = row_squares + apart * apart * size_before * share
-        if SQUARES & 1:
+        if square_bits & 1:
             _add_squares(margin_squares + position, more, 0)
-        if SQUARES & 2:
+        if square_bits & 2:
             _add_squares(error_squares + position, more, 1)
-        if SQUARES & 4:
+        if square_bits & 4:
             _add_squares(confidence_squares + position, more, 2)
-        if SQUARES & 8:
+        if square_bits & 8:
             _add_squares(loss_squares + position, more, 3)
 
 
 @triton.jit
-def _pool_means(means, tails, position, row_mean, size_before, share, VALUES: tl.constexpr):
+def _pool_means(means, tails, position, row_mean, size_before, share, value_bits: tl.constexpr):
     """Add a mean to that of a sample, as `RunningMeans._pool` does. Returns how far they differ."""
     lanes = tl.arange(0, 4)
-    kept = ((VALUES >> lanes) & 1) != 0
-    column = tl.where(lanes > 0, VALUES & 1, 0) + tl.where(lanes > 1, (VALUES >> 1) & 1, 0)
-    column += tl.where(lanes > 2, (VALUES >> 2) & 1, 0)
+    kept = ((value_bits >> lanes) & 1) != 0
+    column = tl.where(lanes > 0, value_bits & 1, 0) + tl.where(lanes > 1, (value_bits >> 1) & 1, 0)
+    column += tl.where(lanes > 2, (value_bits >> 2) & 1, 0)
     num_values: tl.constexpr = (
-        (VALUES & 1) + ((VALUES >> 1) & 1) + ((VALUES >> 2) & 1) + ((VALUES >> 3) & 1)
+        (value_bits & 1)
+        + ((value_bits >> 1) & 1)
+        + ((value_bits >> 2) & 1)
+        + ((value_bits >> 3) & 1)
     )
     cell = position * num_values + column
     mean = tl.load(means + cell, mask=kept, other=0.0)
@@ -246,34 +253,34 @@ def _position(index, num_samples):
 
 
 @triton.jit
-def _next_row(index, stride, num_rows, num_samples, position, row, ROWS: tl.constexpr):
+def _next_row(index, stride, num_rows, num_samples, position, row, index_block: tl.constexpr):
     """The next row after `row` that presents the sample at `position`, or `num_rows`."""
     found = num_rows
     start = row + 1
     while (start < num_rows) & (found == num_rows):
-        rows = start + tl.arange(0, ROWS)
+        rows = start + tl.arange(0, index_block)
         inside = rows < num_rows
         others = _position(tl.load(index + rows * stride, mask=inside, other=0), num_samples)
         found = tl.min(tl.where(inside & (others == position), rows, num_rows), 0)
-        start += ROWS
+        start += index_block
     return found
 
 
 @triton.jit
-def _judge(
-    line, stride, num_classes, target, EXACT: tl.constexpr, CLASSES: tl.constexpr
-):
-    """Whether the target's logit is the first of the largest, that logit, the largest other logit,
-    and whether there is a NaN."""
+def _judge(line, stride, num_classes, target, dtype: tl.constexpr, class_block: tl.constexpr):
+    """Whether a row is correct, the logit of its target, the largest other one, and if one is NaN.
+
+    A row is correct if the first of its largest logits is that of the target, as in `is_correct`.
+    """
     label = tl.minimum(tl.maximum(target, 0), num_classes - 1)
-    own = tl.load(line + label * stride).to(EXACT)
-    nearest = tl.full((CLASSES,), float("-inf"), tl.float32)
-    flaw = tl.zeros((CLASSES,), tl.int32)  # 1 if a logit takes precedence over `own`, 2 if NaN
-    for start in range(0, num_classes, CLASSES):
-        classes = start + tl.arange(0, CLASSES)
+    own = tl.load(line + label * stride).to(dtype)
+    nearest = tl.full((class_block,), float("-inf"), tl.float32)
+    flaw = tl.zeros((class_block,), tl.int32)  # 1 if a logit takes precedence over `own`, 2 if NaN
+    for start in range(0, num_classes, class_block):
+        classes = start + tl.arange(0, class_block)
         logits = tl.load(
             line + classes * stride, mask=classes < num_classes, other=float("-inf")
-        ).to(EXACT)
+        ).to(dtype)
         precedes = (logits > own) | ((logits == own) & (classes < label))
         flaw = tl.maximum(flaw, tl.where(logits != logits, 2, tl.where(precedes, 1, 0)))
         others = tl.where(classes != label, logits.to(tl.float32), float("-inf"))
@@ -284,16 +291,16 @@ def _judge(
 
 
 @triton.jit
-def _values(line, stride, num_classes, target, own, nearest, has_nan, CLASSES: tl.constexpr):
+def _values(line, stride, num_classes, target, own, nearest, has_nan, class_block: tl.constexpr):
     """The four values of `statistics.built_in_values`."""
     label = tl.minimum(tl.maximum(target, 0), num_classes - 1)
     margin = own - nearest
     largest = tl.minimum(tl.maximum(own, nearest), _LARGEST)
     own = (tl.minimum(own, _LARGEST) - largest).to(tl.float64)
-    total = tl.zeros((CLASSES,), tl.float32)
-    squares = tl.zeros((CLASSES,), tl.float32)
-    for start in range(0, num_classes, CLASSES):
-        classes = start + tl.arange(0, CLASSES)
+    total = tl.zeros((class_block,), tl.float32)
+    squares = tl.zeros((class_block,), tl.float32)
+    for start in range(0, num_classes, class_block):
+        classes = start + tl.arange(0, class_block)
         others = (classes < num_classes) & (classes != label)
         logits = tl.load(line + classes * stride, mask=others, other=0.0).to(tl.float32)
         powers = tl.where(others, _exp(tl.minimum(logits, _LARGEST) - largest), 0.0)
@@ -326,7 +333,7 @@ def _exp(x):
 
 
 @triton.jit
-def _add_squares(squares, more, LANE: tl.constexpr):
+def _add_squares(squares, more, lane: tl.constexpr):
     """Add one lane of `more` to a sum of squares."""
     lanes = tl.arange(0, 4)
-    tl.store(squares, tl.load(squares) + tl.sum(tl.where(lanes == LANE, more, 0.0), 0))
+    tl.store(squares, tl.load(squares) + tl.sum(tl.where(lanes == lane, more, 0.0), 0))

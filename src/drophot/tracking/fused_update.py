@@ -49,9 +49,11 @@ def is_supported(index: Tensor, logits: Tensor, targets: Tensor) -> bool:
 def present(state: State, layout: Layout, index: Tensor, logits: Tensor, targets: Tensor) -> bool:
     """Present a supported batch, not empty, in one launch.
 
-    Returns whether it was presented. If not, because the kernel cannot be compiled here or it would
-    be compiled while a CUDA graph is captured, nothing has changed.
+    Returns whether it was presented. If not, nothing has changed: the state is on another device,
+    or the kernel cannot be compiled here or would be compiled while a CUDA graph is captured.
     """
+    if state.device != logits.device:
+        return False
     arguments = (
         to_device(index, logits.device),
         logits,
@@ -115,9 +117,7 @@ def _present(
 
     # Triton launches on the current device, which may be another one than that of the tensors.
     with torch.cuda.device_of(logits):
-        launch(
-            index, logits, targets, history, first_targets, fault, statistics, values, squares
-        )
+        launch(index, logits, targets, history, first_targets, fault, statistics, values, squares)
 
 
 @torch.library.register_fake("drophot::present")
