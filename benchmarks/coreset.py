@@ -129,7 +129,7 @@ def _greedy(peer: str, samples: int, features: int, ratio: float) -> dict[str, A
     values = clusters(samples, features)
     size = int(ratio * samples)
     try:
-        PEERS[peer](values[:200], 20)  # compiles what has to be compiled
+        PEERS[peer](values[:200], 20)  # compiles code before it is measured
     except ImportError as error:
         return {"error": str(error)}
     before, start = peak(), perf_counter()
@@ -166,7 +166,7 @@ def ours(selector: Any) -> Callable[[Tensor, int], Ranked]:
 
 
 def numpy_k_center(values: Tensor, size: int) -> Ranked:
-    """Direct implementation: distances to the newest centre, their minimum, its argmax."""
+    """Direct implementation: distances to the newest center, their minimum, its argmax."""
     x = values.numpy()
     away = np.full(len(x), np.inf, dtype=np.float32)
     ranking, start = [0], perf_counter()

@@ -1,24 +1,24 @@
-"""Half of the channels of 217 real networks, by drophot and by Torch-Pruning.
+"""Remove half of the channels of 217 real networks with drophot and with Torch-Pruning.
 
-Networks of timm, torchvision, Transformers and segmentation-models-pytorch (`zoo.py`) with random
-weights, in float64. Each network and tool runs in a separate process, on one thread, with a limit
-of time and of memory. Its row is appended to `results/networks.csv` when it is done: a command that
-was killed resumes where it was. `--part 2/8` runs the second of eight parts, `--only timm/vit` the
-networks with that in their names, `--again crashed wrong` the rows with these outcomes once more;
-`--table` counts what is there.
+The networks are from timm, torchvision, Transformers and segmentation-models-pytorch (`zoo.py`),
+with random weights in float64. Each network and tool runs in a separate process with one thread and
+limits on time and memory. A finished run appends a row to `results/networks.csv`, so a command that
+was killed resumes. `--part 2/8` runs the second of eight parts, `--only timm/vit` the networks
+whose names contain this text, and `--again crashed wrong` repeats the rows with these outcomes.
+`--table` counts the outcomes in the file.
 
 Outcomes:
 
-- `right`: the pruned network gives what the dense one gives where the removed entries are zero, for
-  another batch and for another size where the network takes one (`oracle.py`).
-- `right but for attention's scale`: the same, if the dense network had the pruned one's scale.
-- `nothing removed`: right, since it is the dense network.
-- `refused`: a ValueError that names the argument; the network is untouched.
-- `not checked`: pruned, and it runs, but the law could not be stated; `off` says why.
+- `right`: the pruned network computes the same as the dense one with the removed entries at zero,
+  for another batch, and for another input size if the network accepts one (`oracle.py`).
+- `right but for attention's scale`: the same, if the dense network uses the pruned one's scale.
+- `nothing removed`: right, because it is still the dense network.
+- `refused`: a ValueError that names the argument; the network is unchanged.
+- `not checked`: the pruned network runs, but could not be compared; the column `off` says why.
 - `wrong`, `broken` (the forward pass fails after pruning), `crashed`, `timed out`, `out of memory`.
 
-Torch-Pruning is used as in its examples: MagnitudeImportance(p=2), the layers that make the
-network's outputs ignored, the number of heads given, and attributes of attention repaired after.
+Torch-Pruning is used as in its examples: with MagnitudeImportance(p=2), the output layers of the
+network ignored and the number of heads given. Attributes of attention are repaired afterwards.
 """
 
 from __future__ import annotations
@@ -62,16 +62,18 @@ RATIO = 0.5
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--part", default="1/1")
-    parser.add_argument("--only", nargs="+", default=[""], help="in the network's name")
+    parser.add_argument("--only", nargs="+", default=[""], help="text in the names of the networks")
     parser.add_argument("--tools", nargs="+", default=TOOLS, choices=TOOLS)
-    parser.add_argument("--again", nargs="*", default=[], help="outcomes to do again")
+    parser.add_argument("--again", nargs="*", default=[], help="outcomes to repeat")
     parser.add_argument(
-        "--seconds", type=int, default=30, help="of a core, for a network and a tool"
+        "--seconds", type=int, default=30, help="limit of processor time per network and tool"
     )
-    parser.add_argument("--wall", type=int, default=600, help="seconds on the clock")
+    parser.add_argument("--wall", type=int, default=600, help="limit of wall-clock seconds")
     parser.add_argument("--gib", type=float, default=10, help="of memory")
     parser.add_argument("--out", type=Path, default=TABLE)
-    parser.add_argument("--table", action="store_true", help="count what is there, and end")
+    parser.add_argument(
+        "--table", action="store_true", help="count the outcomes in the file and exit"
+    )
     options = parser.parse_args()
     if options.table:
         print(counted(read(options.out)))
@@ -117,7 +119,7 @@ def counted(rows: list[dict[str, str]]) -> str:
 
 
 def outcomes(rows: list[dict[str, str]]) -> str:
-    """How many of each outcome, and the median of what was removed where it is right."""
+    """The number of each outcome, and the median share removed where the result is right."""
     lines = []
     for tool in TOOLS:
         mine = [row for row in rows if row["tool"] == tool]
@@ -132,7 +134,7 @@ def outcomes(rows: list[dict[str, str]]) -> str:
 
 
 def in_a_process(name: str, tool: str, options: Namespace) -> dict[str, Any]:
-    """A row, whatever happens to the process that makes it."""
+    """The row of a run, even if its process crashes or is killed."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
     process = context.Process(target=work, args=(name, tool, theirs, options), daemon=True)
@@ -262,7 +264,7 @@ def checked(
 
 
 def double(name: str) -> tuple[nn.Module, Any, Any]:
-    """A network in float64, made in it or turned into it, or in float32 if it runs in no other."""
+    """A network created in or converted to float64, or in float32 if it does not run otherwise."""
     for made, runs in ((torch.float64,) * 2, (torch.float32, torch.float64), (torch.float32,) * 2):
         torch.set_default_dtype(made)
         model, inputs, others = zoo.make(name)
@@ -279,13 +281,13 @@ def double(name: str) -> tuple[nn.Module, Any, Any]:
 
 
 def large(inputs: Any) -> bool:
-    """Whether one sample is enough work."""
+    """Whether one sample is enough work, so that no second one is needed."""
     tensors = tensors_of(inputs(1, 0))
     return sum(t.numel() for t in tensors) > 3 * 200 * 200
 
 
 def operations(model: nn.Module, inputs: Any) -> int | str:
-    """Two for each multiply-add, as torch counts them."""
+    """The operations as torch counts them, two for each multiply-add."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counter = FlopCounterMode(display=False)
     try:
@@ -314,11 +316,13 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 def by_drophot(model: nn.Module, ratio: float, example: Any) -> dict[str, str]:
     """Prune, and give the reasons of layers that are whole."""
-    return dict(import_module("drophot.structured").prune_channels(model, ratio, example).whole)
+    return dict(
+        import_module("drophot.structured").prune_channels(model, ratio, example).unpruned_layers
+    )
 
 
 def imported() -> str:
-    """The libraries, once, and their versions."""
+    """Load the libraries, and return their versions."""
     names = ("drophot.structured", "torch_pruning", "timm", "torchvision.models.detection")
     for name in (*names, "segmentation_models_pytorch", "transformers"):
         import_module(name)
@@ -328,7 +332,7 @@ def imported() -> str:
         assert getattr(library, config)
     small = nn.Sequential(
         nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
-    )  # loads what is loaded late
+    )  # loads lazily imported modules
     for tool in (by_drophot, by_torch_pruning):
         tool(deepcopy(small), RATIO, torch.ones(2, 4))
     packages = ("torch", "torchvision", "timm", "transformers", "segmentation-models-pytorch")

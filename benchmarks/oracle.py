@@ -1,10 +1,10 @@
-"""Whether a network that lost channels gives what the dense one gives where these are zero.
+"""Check that a network without some channels computes what the dense one does with these at zero.
 
-Nothing here knows how channels were chosen or what was tied to what. Which entries a tensor still
-has is seen from its values, which are all different; the others become zero in the dense network.
-What takes norms, means or a softmax over channels does so over those that are left: both networks
-are called on the same inputs, and such an operator, where its input is smaller in the pruned
-network, is given the part of the dense network's input that has the pruned one's values.
+The check does not depend on how channels were chosen or coupled. All values of a tensor are
+different, so its values show which entries remain; the other entries become zero in the dense
+network. Norms, means and softmax over channels use only the remaining ones: both networks are
+called on the same inputs, and if the input of such an operator is smaller in the pruned network,
+the dense network's operator receives the entries whose values the pruned network has.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ OVER = {
 
 
 class NotChecked(Exception):  # noqa: N818 (not a fault)
-    """The law cannot be stated for this network."""
+    """The comparison is not possible for this network."""
 
 
 class Wrong(Exception):  # noqa: N818 (of a network, not of this code)
-    """The numbers are others."""
+    """The results differ."""
 
 
 def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A network in evaluation mode where no two values of a tensor are equal."""
+    """A network in evaluation mode in which no two values of a tensor are equal."""
     random = torch.Generator().manual_seed(seed)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point():
@@ -51,7 +51,7 @@ def distinct(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _spread(tensor: Tensor, random: torch.Generator) -> None:
-    """Values at equal distances, in random order, with the mean and spread of those there were."""
+    """Equally spaced values in random order, with the mean and spread of the original ones."""
     mean, spread = tensor.mean(), tensor.std(correction=0)
     order = torch.randperm(tensor.numel(), generator=random).view(tensor.shape)
     steps = (order.to(tensor.dtype) + 0.5) / tensor.numel() - 0.5
@@ -59,7 +59,7 @@ def _spread(tensor: Tensor, random: torch.Generator) -> None:
 
 
 def kept_by_value(dense: Tensor, pruned: Tensor) -> Tensor:
-    """Which entries of a tensor are still there: `(*dense.shape)`."""
+    """Whether each entry of a tensor remains: a bool tensor of the shape of `dense`."""
     if dense.shape == pruned.shape and torch.equal(dense, pruned):
         return torch.ones_like(dense, dtype=torch.bool)
     if len(dense.unique()) < dense.numel():
@@ -73,7 +73,7 @@ def kept_by_value(dense: Tensor, pruned: Tensor) -> Tensor:
 
 
 def with_zeros(dense: nn.Module, pruned: nn.Module) -> nn.Module:
-    """The dense network with zeros where the pruned one has no values any more."""
+    """The dense network with zeros in place of the entries that the pruned one has lost."""
     model = deepcopy(dense)
     smaller = dict(pruned.named_modules())
     for path, module in model.named_modules():
@@ -92,7 +92,7 @@ def with_zeros(dense: nn.Module, pruned: nn.Module) -> nn.Module:
 
 
 class _Seen(TorchDispatchMode):
-    """Keep what operators over channels are called with."""
+    """Record the inputs of operators over channels."""
 
     def __init__(self, names: set[str]) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class _Seen(TorchDispatchMode):
 
 
 class _Kept(TorchDispatchMode):
-    """Operators over channels take those that the pruned network's are called with."""
+    """Call operators over channels with the entries that the pruned network has."""
 
     def __init__(self, names: set[str], calls: Sequence[tuple[str, Any, Any]]) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ class _Kept(TorchDispatchMode):
 
 
 def _reduced(name: str, args: Sequence[Any], dims: int) -> list[int]:
-    """The dimensions of its first tensor that an operator mixes the entries of."""
+    """The dimensions of an operator's first tensor whose entries it mixes."""
     if name in ("native_batch_norm", "_native_batch_norm_legit"):
         training = next(arg for arg in args if isinstance(arg, bool))
         return [d for d in range(dims) if d != 1 or dims == 2] if training else []
@@ -183,9 +183,9 @@ def _reduced(name: str, args: Sequence[Any], dims: int) -> list[int]:
 
 
 def matched(given: list[Tensor], small: list[Tensor], name: str) -> list[list[Tensor]]:
-    """For each tensor and dimension which entries have the values of the pruned network's.
+    """For each tensor and dimension, the entries that have the values of the pruned network.
 
-    Weights come first: their values are all different, and those that are gone are zero.
+    Weights come first: their values are all different, and the removed ones are zero.
     """
     known: dict[tuple[int, int], Tensor] = {}
     found: dict[int, list[Tensor]] = {}
@@ -231,7 +231,7 @@ def _close(some: Tensor, others: Tensor) -> bool:
 
 
 def _in_order(rows: Tensor, wanted: Tensor, name: str) -> Tensor:
-    """The rows that have these values, each after the one before; `(len(wanted),)`."""
+    """The rows that have these values, in ascending order: `(len(wanted),)`."""
     close = torch.cdist(wanted, rows, p=float("inf")) <= 1e-6 * wanted.abs().max().clamp(min=1e-30)
     places, start = [], 0
     for row in close:
@@ -252,7 +252,7 @@ def _part(tensor: Tensor, places: list[Tensor]) -> Tensor:
 
 
 def _positions(whole: Sequence[int], some: Sequence[int], places: list[Tensor]) -> list[Tensor]:
-    """For each dimension of an output where its entries go, from those of the input."""
+    """For each dimension of an output, the entries that remain, from those of the input."""
     found = []
     for d, (n, k) in enumerate(zip(whole, some, strict=True)):
         if n == k:
@@ -267,7 +267,7 @@ def _positions(whole: Sequence[int], some: Sequence[int], places: list[Tensor]) 
 
 
 class _Scales(TorchFunctionMode):
-    """Attention whose scale is not said takes that of the widths given, or notes its width."""
+    """Attention without an explicit scale uses that of the given widths, or records its width."""
 
     def __init__(self, widths: list[int] | None = None) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ class _Scales(TorchFunctionMode):
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors in what a network gives."""
+    """All tensors in the output of a network."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, dict):
@@ -299,7 +299,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 
 def call(model: nn.Module, inputs: Any) -> list[Tensor]:
-    """All tensors that a network gives."""
+    """All tensors that a network returns."""
     with torch.no_grad():
         if isinstance(inputs, dict):
             return tensors_of(model(**inputs))
@@ -307,18 +307,18 @@ def call(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def compare(dense: nn.Module, pruned: nn.Module, inputs: Sequence[Any], *, scale: bool) -> float:
-    """The largest difference for any of these inputs, over the size of what the network gives.
+    """The largest difference for any of these inputs, relative to the size of the outputs.
 
     Args:
-        dense: The network as it was, of distinct values.
-        pruned: What is left of it.
-        inputs: What both are called with.
-        scale: Whether attention whose scale is not said has that of the dense network; otherwise
-            that of the pruned one is taken for right.
+        dense: The network before pruning, with distinct values.
+        pruned: The pruned network.
+        inputs: The inputs that both are called with.
+        scale: Whether attention without an explicit scale must have the scale of the dense network;
+            otherwise that of the pruned one is accepted.
 
     Raises:
-        Wrong: If the numbers are others.
-        NotChecked: If that cannot be said.
+        Wrong: If the results differ.
+        NotChecked: If they cannot be compared.
     """
     zeros = with_zeros(dense, pruned)
     worst = 0.0

@@ -134,7 +134,7 @@ def draw() -> None:
         runs = [r for r in runs if not r.equal_steps]
         full = 100 - 100 * mean(r.trained_accuracy for r in runs if r.mode == "baseline")
         ax.axhline(full, color="black", linestyle="-.", linewidth=1, label="everything")
-        for mode, (name, colour, marker, style) in DRAWN.items():
+        for mode, (name, color, marker, style) in DRAWN.items():
             points = [
                 [
                     100 - 100 * r.trained_accuracy
@@ -148,7 +148,7 @@ def draw() -> None:
             found = [stats.estimate(values) for values in points]
             middle = [mean(values) for values in points]
             error = [(e.interval[1] - e.interval[0]) / 2 for e in found]
-            looks: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": style}
+            looks: dict[str, Any] = {"color": color, "marker": marker, "linestyle": style}
             ax.errorbar([100 * s for s in SHARES], middle, error, label=name, capsize=2, **looks)
         ax.set(xscale="log", yscale="log", ylim=(2, 110), xlabel="training samples kept, %")
         ax.set_title(title, fontsize=10)
@@ -159,7 +159,7 @@ def draw() -> None:
             axis.set_ticks(ticks, [str(tick) for tick in ticks])
             axis.set_ticks([], minor=True)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("test error, % (less is better)")
+    axes[0].set_ylabel("test error, % (lower is better)")
     handles = {  # each once, from either panel
         label: handle
         for ax in axes
@@ -171,7 +171,7 @@ def draw() -> None:
     figure.savefig(FIGURE, metadata={"Date": None})
 
 
-# Okabe and Ito's colours, with markers and line styles that also work without colour.
+# Okabe and Ito's colors, with markers and line styles that also work without color.
 DRAWN = {
     "random": ("random", "#009E73", "^", ":"),
     "fresh_subset": ("random, new each epoch", "#56B4E9", "v", "-"),
@@ -453,7 +453,9 @@ def filled(text: str, found: dict[str, str]) -> str:
     for name, table in found.items():
         marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         if not re.search(marks, text, re.S):
-            raise ValueError(f"docs/results.md should have a place for {name!r}. Found none.")
+            raise ValueError(
+                f"docs/results.md must have the marker <!-- {name} -->, but it is missing."
+            )
         text = re.sub(marks, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S)
     return text
 

@@ -11,7 +11,7 @@ from oracle import call, tensors_of
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-# What Transformers calls the projections of attention.
+# The names of attention's projections in Transformers.
 SPLIT = (("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"))
 
 
@@ -58,7 +58,7 @@ def by_torch_pruning(model: nn.Module, ratio: float, example: Any) -> dict[str, 
 
 
 def last(model: nn.Module, example: Any) -> list[nn.Module]:
-    """The layers whose outputs are the network's, or that have as many as there are classes."""
+    """The layers that produce the network's outputs, or have one output per class."""
     made: list[tuple[nn.Module, int]] = []
 
     def keep(module: nn.Module, _: Any, out: Any) -> None:

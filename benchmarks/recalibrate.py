@@ -60,7 +60,7 @@ def main() -> None:
     )
     options.store.mkdir(exist_ok=True)
     networks = trained(run, options.store)
-    order = torch.randperm(len(run.train_set), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(run.config.num_samples, generator=torch.Generator().manual_seed(0))
     samples = Subset(run.train_set, order[: options.samples].tolist())
     loader = DataLoader(samples, batch_size=64)
     figures = []

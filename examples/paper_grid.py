@@ -27,14 +27,14 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, ImageFolder
 from drophot import DropHot, Grid, report
 from drophot.models import fcnet, lenet, resnet18, resnet50
 
-GREY = {"fcnet": fcnet, "lenet": lenet}  # for images of 28x28, in grey
-COLOURED = {"resnet18": resnet18, "resnet50": resnet50}
+GRAY = {"fcnet": fcnet, "lenet": lenet}  # for images of 28x28, in gray
+COLORED = {"resnet18": resnet18, "resnet50": resnet50}
 DATA = {"mnist": MNIST, "cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="fcnet", choices=[*GREY, *COLOURED])
+    parser.add_argument("--model", default="fcnet", choices=[*GRAY, *COLORED])
     parser.add_argument("--data", default="mnist", choices=[*DATA, "folder"])
     parser.add_argument("--data-root", default="data", help="where MNIST/raw or similar is")
     parser.add_argument("--download", action="store_true", help="download missing data")
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path("paper_grid"), help="folder of results")
     parser.add_argument("--plan", action="store_true", help="print an estimate and stop")
     options = parser.parse_args()
-    if (options.model in GREY) != (options.data == "mnist"):
+    if (options.model in GRAY) != (options.data == "mnist"):
         parser.error(f"--model {options.model} cannot be trained on --data {options.data}")
     try:
         train_set, test_set = read(options)
@@ -63,9 +63,9 @@ def main() -> None:
         fix = "Choose another --data-root." if options.data == "folder" else "Add --download."
         parser.error(f"found no {options.data} in {options.data_root} ({error}). {fix}")
 
-    model = GREY.get(options.model)
+    model = GRAY.get(options.model)
     if model is None:
-        model = partial(COLOURED[options.model], len(train_set.classes))  # type: ignore[attr-defined]
+        model = partial(COLORED[options.model], len(train_set.classes))  # type: ignore[attr-defined]
     finetune = options.finetune_epochs
     pipeline = DropHot(
         model,

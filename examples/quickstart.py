@@ -50,7 +50,7 @@ def main() -> None:
     cells += [("random", options.data_ratio), ("high", 1.0)]
     print(
         f"{len(train_set)} training and {len(test_set)} test samples, {options.seeds} seeds, "
-        f"{len(cells)} runs a seed, {options.epochs} epochs a training: about "
+        f"{len(cells)} runs per seed, {options.epochs} epochs per training: about "
         f"{5 + 0.14 * options.epochs * options.seeds:.0f} seconds on one core."
     )
     start = perf_counter()

@@ -1,8 +1,8 @@
 """Your own training loop. The lines that drophot adds are marked with #+.
 
-It trains on scikit-learn's digits (1,797 real images, no download) and counts forgetting events
-meanwhile. Then it trains a new network on the third of the samples that was forgotten most, removes
-80 % of its weights and fine-tunes the remaining weights on all samples.
+It trains on scikit-learn's digits (1,797 real images, no download) and counts forgetting events.
+Then it trains a new network on the third of the samples that was forgotten most often, removes 80 %
+of its weights and fine-tunes the remaining weights on all samples.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -64,7 +64,7 @@ print(f"trained on {len(coreset)} of them: {100 * evaluate(model, test_set):.2f}
 
 masks = magnitude_prune(model, 0.8)  # +
 print(f"pruned: {100 * evaluate(model, test_set):.2f} %. {masks}")
-with masks.hold(optimizer):  # + zeros stay zero, whatever the momentum
+with masks.hold(optimizer):  # + zeros stay zero, despite momentum
     train(model, train_set, optimizer)
 print(f"fine-tuned: {100 * evaluate(model, test_set):.2f} %, zeros {masks.sparsity:.2f}")
 assert all((model.get_parameter(name)[~mask] == 0).all() for name, mask in masks.items())

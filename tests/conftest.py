@@ -1,19 +1,30 @@
 """What all tests share: one thread each, and the real data where it is."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
+from helpers.processes import PRELOADED
+
+try:
+    import hypothesis
+except ImportError:  # .ci/gpu leaves out the files that need it
+    hypothesis = None
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 
 torch.manual_seed(0)  # what the test files draw when they are imported
 torch.set_num_threads(1)  # the networks here are so small that threads wait for each other
+
+
+# Processes are forked from one that has imported these: data workers, and helpers/processes.py.
+if "forkserver" in multiprocessing.get_all_start_methods():
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 # A script in a subfolder, run in a separate process, finds this file and the helpers too.
@@ -50,8 +61,16 @@ def torchrun(processes: int, script: str | Path, *arguments: str, folder: Path) 
 
 
 # No time limits, since machines differ; the same examples each time where nobody can look.
-hypothesis.settings.register_profile("drophot", deadline=None, derandomize="CI" in os.environ)
-hypothesis.settings.load_profile("drophot")
+if hypothesis is not None:
+    hypothesis.settings.register_profile("drophot", deadline=None, derandomize="CI" in os.environ)
+    hypothesis.settings.load_profile("drophot")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
 @pytest.fixture(autouse=True)

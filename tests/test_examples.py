@@ -6,16 +6,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import conftest
 import pytest
 from conftest import ROOT, torchrun
+from helpers.processes import run_script
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
 def run(name: str, *arguments: str, folder: Path) -> str:
     script = ROOT / "examples" / name
-    return conftest.run("-W", "error::UserWarning", script, *arguments, folder=folder)
+    return run_script(script, *arguments, folder=folder, filters=["error::UserWarning"])
 
 
 Stops = Callable[..., tuple[int | str | None, str]]

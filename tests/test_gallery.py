@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT
+from helpers.processes import run_script
 
 GALLERY = sorted((ROOT / "docs" / "gallery").glob("*.py"))
 
@@ -24,5 +25,5 @@ def test_an_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     for extra in ("matplotlib", "scipy", "sklearn"):
         pytest.importorskip(extra)
     monkeypatch.setenv("MPLBACKEND", "Agg")
-    run("-W", "error", "-W", "ignore:FigureCanvasAgg", path, folder=tmp_path)
+    run_script(path, folder=tmp_path, filters=["error", "ignore:FigureCanvasAgg"])
     assert not list(tmp_path.iterdir()), "nothing is left behind"

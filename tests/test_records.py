@@ -20,7 +20,7 @@ records = st.builds(
     model=text,
     mode=st.sampled_from(["high", "low", "random"]),
     keep_ratio=share,
-    kept=st.integers(1, 10**9),
+    num_kept=st.integers(1, 10**9),
     prune_ratio=share,
     seed=st.integers(0, 2**40),
     trained_accuracy=share,
@@ -88,7 +88,7 @@ def test_a_foreign_line_is_named(bad: str, tmp_path: Path) -> None:
         *[("trained_accuracy", value) for value in ("x", None, [0.5], True)],
         *[("finetune_curve", value) for value in (0.5, ["x"], [None], "0.5")],
         *[("seconds", value) for value in ([1], {"train": "x"})],
-        *[("versions", {"torch": 2}), ("equal_steps", 1), ("model", 3), ("kept", 1.5)],
+        *[("versions", {"torch": 2}), ("equal_steps", 1), ("model", 3), ("num_kept", 1.5)],
     ],
     ids=str,
 )

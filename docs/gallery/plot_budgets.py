@@ -38,7 +38,7 @@ scopes = {"global": ("#0072B2", ""), "layer": ("#E69F00", "//")}
 scopes |= {"erk": ("#009E73", ".."), "lamp": ("#F0E442", "xx")}
 figure, ax = plt.subplots(figsize=(8, 3.8), layout="constrained")
 kept, accuracies = {}, {}
-for number, (scope, (colour, hatch)) in enumerate(scopes.items()):
+for number, (scope, (color, hatch)) in enumerate(scopes.items()):
     pruned = copy.deepcopy(model)
     masks = magnitude_prune(pruned, 0.9, scope=scope)
     assert abs(masks.sparsity - 0.9) < 1e-4  # the total, whatever the scope
@@ -49,7 +49,7 @@ for number, (scope, (colour, hatch)) in enumerate(scopes.items()):
         kept[scope],
         width=0.2,
         label=f"{scope}: accuracy {accuracies[scope]:.0%}",
-        color=colour,
+        color=color,
         hatch=hatch,
         edgecolor="black",
     )

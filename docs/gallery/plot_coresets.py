@@ -4,7 +4,7 @@ Which samples each method keeps
 
 The data are three classes in the plane, one of them more spread out than the others. Six methods
 keep 5 % of 1,200 samples. The scores are EL2N (Paul et al. 2021), the mean error over the training
-of a small network. K-center and facility location use only the positions of the samples. Grey
+of a small network. K-center and facility location use only the positions of the samples. Gray
 samples are not kept, and the markers show the classes.
 """
 
@@ -53,9 +53,9 @@ looks = [("o", "#0072B2"), ("^", "#D55E00"), ("s", "#009E73")]
 figure, axes = plt.subplots(2, 3, figsize=(8, 5.6), layout="constrained", sharex=True, sharey=True)
 for ax, (name, kept) in zip(axes.flat, coresets.items(), strict=True):
     ax.scatter(*points.T.numpy(), s=4, color="0.8", linewidths=0)
-    for label, (marker, colour) in enumerate(looks):
+    for label, (marker, color) in enumerate(looks):
         x, y = points[kept[targets[kept] == label]].T.numpy()
-        ax.scatter(x, y, s=24, marker=marker, color=colour)
+        ax.scatter(x, y, s=24, marker=marker, color=color)
     ax.set(title=name, xticks=[], yticks=[], aspect="equal")
 plt.show()
 

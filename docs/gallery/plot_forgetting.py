@@ -26,8 +26,8 @@ optimizer = torch.optim.Adam(model.parameters())
 fit(model, dataset, 20, optimizer=optimizer, on_batch=tracker.update)
 
 # %%
-# ``counts`` has only the events. ``scores()`` ranks samples that were never right, and so could not
-# be forgotten, above all others. Most digits are learned and never forgotten.
+# ``counts`` has only the events. ``scores()`` ranks samples that were never correct, and therefore
+# never forgotten, above all others. Most digits are learned and never forgotten.
 
 counts = tracker.counts
 often = select(counts, 10 / len(dataset))  # the share kept: ten samples

@@ -33,7 +33,7 @@ optimizer = torch.optim.Adam(model.parameters())
 fit(model, dataset, 10, optimizer=optimizer, on_batch=tracker.update)
 
 # %%
-# AUROC is the probability that a flipped sample has a lower AUM than a correctly labelled one.
+# AUROC is the probability that a flipped sample has a lower AUM than a correctly labeled one.
 
 aum, flipped = tracker.scores("aum").numpy(), flipped.numpy()
 auroc = roc_auc_score(flipped, -aum)
@@ -56,7 +56,7 @@ for ax, sample in zip(side.subplots(3, 4).flat, worst, strict=True):
 plt.show()
 
 # %%
-# Forgetting counts do not find wrong labels: a sample that is never right is never forgotten.
+# Forgetting counts do not find wrong labels: a sample that is never correct is never forgotten.
 
 suspects = select(aum, flipped.mean(), "low")  # the same number as were flipped
 assert auroc > 0.98

@@ -1,4 +1,4 @@
-"""Find the training samples that matter, train on those, prune, and see what it cost."""
+"""Find the training samples that matter, train on them, prune, and measure what it cost."""
 
 import logging as _logging
 from importlib import import_module as _import_module

@@ -1,3 +1,3 @@
-"""Forgetting events: `drophot.tracking` by the name that papers use."""
+"""Forgetting events: `drophot.tracking` under the name that papers use."""
 
 from drophot.tracking.forgetting import ForgettingTracker as ForgettingTracker

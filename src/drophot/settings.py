@@ -1,4 +1,4 @@
-"""The settings of a run, each declared once with everything that the library needs to know of it.
+"""The settings of a run, each declared once with everything that the library needs to know.
 
 A field of :class:`Settings` is the only declaration of a setting. Its metadata, a :class:`Setting`,
 says how a value is checked, which stages of a grid depend on it, how a grid varies it, and where
@@ -15,13 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, ParamSpec, Protocol, get_args
-
-from torch import Tensor
+from typing import Any, Literal, ParamSpec, Protocol, cast, get_args
 
 from drophot._core import scalars
+from drophot._core.importance import Importance, check_importance
+from drophot._core.json_values import Json
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
-from drophot._core.setting_checks import check_flag, check_importance, name_or_object, one_of
+from drophot._core.setting_checks import check_flag, name_or_object, one_of
 
 _P = ParamSpec("_P")
 
@@ -46,11 +46,13 @@ ScheduleName = Literal["one-shot", "gradual", "iterative"]
 ProtocolName = Literal[
     "paper", "released", "released-scores", "released-masks", "released-baseline"
 ]
-WeightImportance = Callable[[str, Tensor], Tensor]
 StageName = Literal["score", "train", "finetune"]
 
 SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
 """The modes that choose samples while step 3 trains."""
+
+BASELINE = "baseline"
+"""The mode of records that keep all samples, whatever mode was requested."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +99,12 @@ def _at_least(least: int) -> Callable[[str, Any], object]:
 
 
 _OBJECT_MODES = "a selector such as Stratified(), Scored() or your own"
+# The names that Scored and Stratified give themselves.
+_STATISTIC = "((forgetting|aum|el2n|confidence|variability|loss)-)?"
+_SELECTOR_NAMES = (
+    rf"({_STATISTIC}(high|low)|random|"
+    rf"{_STATISTIC}stratified(-bins\d+)?(-cutoff\d[\d.e-]*)?(-low)?)(-balanced)?"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +113,8 @@ class Settings:
 
     Args:
         data_ratio: The share of training samples **kept**, in (0, 1].
-        mode: How these are chosen. `"high"` keeps the samples that are forgotten most, `"low"`
-            those that are forgotten least, and `"random"` a random subset.
+        mode: How these are chosen. `"high"` keeps the samples that are forgotten most often,
+            `"low"` those that are forgotten least often, and `"random"` a random subset.
             :class:`drophot.Stratified` covers all scores and :class:`drophot.Scored` uses another
             score or chooses class by class. `"k_center"` and `"facility_location"` choose by the
             features of step 1's network. `"crest"`, `"fresh_subset"` and `"loss_sampling"` choose
@@ -116,8 +124,8 @@ class Settings:
             :func:`drophot.magnitude_prune`. A warning is given if they are not nearly all of the
             matrix weights.
         forgetting: When a sample counts as forgotten. `"paper"` evaluates the model after each
-            epoch, and a sample that was never right scores 0. `"toneva"` uses the logits of the
-            training batches, without an extra pass, and a sample that was never right is the
+            epoch, and a sample that was never correct scores 0. `"toneva"` uses the logits of the
+            training batches, without an extra pass, and a sample that was never correct is the
             hardest.
         protocol: `"paper"` follows the paper's text and `"released"` its released code, with all
             its faults. `"released-scores"`, `"released-masks"` and `"released-baseline"` have one
@@ -125,8 +133,8 @@ class Settings:
             :mod:`drophot.pipeline.released_protocol`.
         equal_steps: Train on the coreset for as many steps as `train_epochs` epochs of the full
             training set take.
-        reinitialize: Fine-tune the pruned network from new random weights: what the mask is worth
-            without the weights that it was found with.
+        reinitialize: Fine-tune the pruned network from new random weights, which shows the value of
+            the mask without the weights that it was found with.
         rewind: Fine-tune the pruned network from the weights that step 3 started with, as in the
             lottery ticket hypothesis.
         recalibrate_bn: Recompute the statistics of BatchNorm after pruning.
@@ -139,13 +147,13 @@ class Settings:
         structured: Remove channels instead of weights: see :mod:`drophot.structured`.
         importance: A function that gives each weight its importance, for
             :func:`drophot.magnitude_prune` or, with `structured`, for
-            :func:`drophot.structured.prune_channels`. The least important are removed. `None` is
-            the magnitude.
+            :func:`drophot.structured.prune_channels`. The least important are removed. `None` ranks
+            by magnitude.
         score_epochs: Epochs of step 1, on the full training set.
         train_epochs: Epochs of step 3, on the coreset.
         finetune_epochs: Epochs of step 5, on the full training set.
-        batch_size: Samples a step.
-        seed: Of initialization, order and ties; not negative.
+        batch_size: Samples per step.
+        seed: The seed of initialization, order and ties; not negative.
 
     Raises:
         TypeError: If a value is of the wrong kind.
@@ -160,7 +168,9 @@ class Settings:
     mode: Mode = field(
         metadata=_declare(
             check=name_or_object(
-                (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES), _OBJECT_MODES
+                (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES),
+                _OBJECT_MODES,
+                reserved=f"{BASELINE}|{_SELECTOR_NAMES}",
             ),
             stage="train",
             varies=True,
@@ -193,7 +203,7 @@ class Settings:
     protocol: ProtocolName | Named = field(
         default="paper",
         metadata=_declare(
-            check=name_or_object(get_args(ProtocolName), "a RunProtocol"),
+            check=name_or_object(get_args(ProtocolName), "a RunProtocol", reserved=BASELINE),
             stage="score",
             record_field="protocol",
             heading="protocol",
@@ -280,7 +290,7 @@ class Settings:
             words={True: "channels", False: "weights"},
         ),
     )
-    importance: WeightImportance | None = field(
+    importance: Importance | None = field(
         default=None, metadata=_declare(check=check_importance, stage="finetune", optional=True)
     )
     score_epochs: int = field(
@@ -362,6 +372,17 @@ def name_of(value: str | Named) -> str:
     return value if isinstance(value, str) else value.name
 
 
+def needs_scoring(mode: str | Named) -> bool:
+    """Whether a mode selects by the scores or the network of step 1."""
+    needs = getattr(mode, "needs", None)
+    if needs is None:  # a name, which says nothing about a user's own selector
+        return name_of(mode) not in _WITHOUT_SCORING
+    return not {"scores", "model"}.isdisjoint(needs)
+
+
+_WITHOUT_SCORING = {BASELINE, "random", "random-balanced", *SAMPLING_MODES}
+
+
 def varying(stage: StageName = "finetune") -> list[str]:
     """The settings that cells may differ in and that results up to a stage depend on, by stage."""
     reached = STAGES[: STAGES.index(stage) + 1]
@@ -381,7 +402,7 @@ def file_part(name: str, value: object) -> str:
     return "" if name in DEFAULTS and value == DEFAULTS[name] else f"{name}{value}"
 
 
-def with_defaults(configuration: Mapping[str, Any]) -> dict[str, Any]:
+def with_defaults(configuration: Mapping[str, Json]) -> dict[str, Json]:
     """Add the optional settings that a configuration leaves out, at their defaults."""
     added = {name: DEFAULTS[name] for name, setting in SETTINGS.items() if setting.optional}
-    return added | dict(configuration)
+    return cast("dict[str, Json]", added | dict(configuration))

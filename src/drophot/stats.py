@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from drophot._core import scalars
-from drophot.records import CELL_FIELDS, Record, known_settings, mode_name, pairs
+from drophot._core.paired_t_power import pairs_needed, scipy_distributions
+from drophot.records.cells import CELL_FIELDS, known_settings
+from drophot.records.pairs import mode_name, pairs
+from drophot.records.record import Record
 from drophot.settings import Mode
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
@@ -114,7 +115,7 @@ def estimate(values: Iterable[float], confidence: float = 0.95) -> Estimate:
     if len(found) == 1:
         return Estimate(n=1, mean=mean, std=math.nan, interval=(math.nan, math.nan))
     spread = stdev(found)
-    half = _distributions().t.isf((1 - confidence) / 2, len(found) - 1)
+    half = scipy_distributions().t.isf((1 - confidence) / 2, len(found) - 1)
     half = float(half) * spread / math.sqrt(len(found))
     return Estimate(n=len(found), mean=mean, std=spread, interval=(mean - half, mean + half))
 
@@ -177,7 +178,7 @@ def _paired(
         unknown = (math.nan, math.nan)
         p_value = 1.0 if n > 1 else math.nan
         return Paired(n=n, difference=mean, interval=unknown, p_value=p_value, effect_size=math.nan)
-    t, effect = _distributions().t, mean / spread
+    t, effect = scipy_distributions().t, mean / spread
     half = float(t.isf((1 - confidence) / 2, n - 1)) * spread / math.sqrt(n)
     return Paired(
         n=n,
@@ -260,32 +261,7 @@ def seeds_needed(difference: float, std: float, power: float = 0.8, alpha: float
             f"`difference` must be at least 1e-100 of `std`, got {difference} and {std}. No number "
             f"of seeds detects a difference this small."
         )
-    t, nct, chi2 = _distributions().t, _distributions().nct, _distributions().chi2
-    normal = NormalDist()
-    z = -normal.inv_cdf(alpha / 2)
-    # Negative if chance alone detects it this often; the search then ends at 2.
-    roughly = (max(0.0, z + normal.inv_cdf(power)) / effect) ** 2
-    if roughly > 1e6:
-        # The search cannot resolve this many digits. Guenther's correction for the t-test (Sample
-        # size formulas for normal theory T tests, 1981) is accurate to 1 / n.
-        return math.ceil(roughly + z**2 / 2)
-
-    def enough(n: int) -> bool:
-        shift, critical = effect * math.sqrt(n), t.isf(alpha / 2, n - 1)
-        if shift > 1e3:
-            # SciPy's noncentral t is wrong or nan from about 1e5. The normal part is negligible
-            # here; only the estimated spread matters.
-            return chi2.cdf((n - 1) * (shift / critical) ** 2, n - 1) >= power
-        with np.errstate(divide="ignore", invalid="ignore"):  # SciPy 1.12 warns, but is correct
-            return nct.sf(critical, n - 1, shift) >= power
-
-    low, high = 1, 2
-    while not enough(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
+    return pairs_needed(effect, power, alpha)
 
 
 def compare(
@@ -324,17 +300,18 @@ def compare(
 
     Raises:
         TypeError: If an item of `records` is not a record, or `against` is not a mode.
-        ValueError: If there are no records, none has the mode `against`, two different records
-            have the same cell and seed, or `measure` is unknown.
+        ValueError: If there are no records, none has the mode `against`, different objects have
+            the name `against`, two different records have the same cell and seed, or `measure` is
+            unknown.
         ImportError: If SciPy is not installed.
 
     Example:
         >>> same = dict(model="lenet", prune_ratio=0.8, sparsity=0.8, finetune_curve=())
         >>> same |= dict(trained_accuracy=0.97, pruned_accuracy=0.6, fingerprint="")
-        >>> same |= dict(seconds={}, device="cpu", versions={})
+        >>> same |= dict(seconds={}, device="cpu", versions={}, num_kept=6)
         >>> share = {"baseline": 1.0, "high": 0.1}
         >>> runs = [
-        ...     Record(**same, mode=m, keep_ratio=share[m], kept=6, seed=seed, finetuned_accuracy=a)
+        ...     Record(**same, mode=m, keep_ratio=share[m], seed=seed, finetuned_accuracy=a)
         ...     for m, pair in {"baseline": (0.98, 0.99), "high": (0.96, 0.98)}.items()
         ...     for seed, a in enumerate(pair)
         ... ]
@@ -397,13 +374,3 @@ def _share(name: str, value: Any) -> float:
     if not 0 < found < 1:
         raise ValueError(f"`{name}` must be in (0, 1), got {found}.")
     return found
-
-
-def _distributions() -> Any:
-    try:
-        from scipy import stats
-    except ImportError as error:
-        raise ImportError(
-            'Statistics need SciPy, which is not installed: pip install "drophot[stats]"'
-        ) from error
-    return stats

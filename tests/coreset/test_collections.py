@@ -72,7 +72,7 @@ def grid(many: Many) -> list[Any]:
 def records() -> list[Record]:
     same: dict[str, Any] = {"model": "lenet", "prune_ratio": 0.8, "sparsity": 0.8}
     same |= {"finetune_curve": (), "trained_accuracy": 0.97, "pruned_accuracy": 0.6}
-    same |= {"fingerprint": "", "seconds": {}, "device": "cpu", "versions": {}, "kept": 6}
+    same |= {"fingerprint": "", "seconds": {}, "device": "cpu", "versions": {}, "num_kept": 6}
     return [
         Record(**same, mode=mode, keep_ratio=share, seed=seed, finetuned_accuracy=accuracy)
         for mode, share, accuracies in (

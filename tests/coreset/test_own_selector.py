@@ -223,3 +223,36 @@ def test_names_are_those_of_records() -> None:
     assert Stratified().name == "stratified"
     settings = Stratified(bins=20, cutoff=0.1, hard="low", balanced=True)
     assert settings.name == "stratified-bins20-cutoff0.1-low-balanced"
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"scores": torch.zeros(3, 1)}, ValueError, r"`scores` .*\(3, 1\)"),
+        ({"scores": torch.zeros(2)}, ValueError, "`scores` .*3.* 2"),
+        ({"scores": torch.tensor(1.0)}, ValueError, r"`scores` .*\(\)"),
+        ({"scores": [0.0, float("nan"), 1.0]}, ValueError, "`scores` .*NaN.* 1 of 3"),
+        ({"scores": torch.zeros(3, dtype=torch.complex64)}, TypeError, "`scores` .*complex64"),
+        ({"scores": "abc"}, TypeError, "`scores` .*"),
+        ({"targets": torch.zeros(3, 1, dtype=torch.int64)}, ValueError, r"`targets` .*\(3, 1\)"),
+        ({"targets": torch.zeros(3)}, TypeError, "`targets` .*float32"),
+    ],
+)
+def test_evidence_is_checked(given: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Evidence(num_samples=3, **given)
+
+
+def test_a_subclass_of_a_built_in_selector_selects_by_its_own_method() -> None:
+    class First(Stratified):
+        def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+            return torch.arange(num_kept(ratio, evidence.num_samples))
+
+    assert select(SCORES, 0.5, First()).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("scores", [[3, 1, 2], torch.tensor([3, 1, 2]), [3.0, 1.0, 2.0]])
+def test_a_selector_gets_scores_as_floats(scores: Any) -> None:
+    found = Evidence(num_samples=3, scores=scores, targets=[0, 1, 0]).scores
+    assert found.is_floating_point()
+    assert found.tolist() == [3.0, 1.0, 2.0]

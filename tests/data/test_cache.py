@@ -271,18 +271,18 @@ def corrected(data: Any, at: int) -> None:
 
 
 HELD: dict[str, Callable[[], Any]] = {
-    "a list": lambda: [(torch.zeros(2), 0) for _ in range(3000)],
-    "tensors": lambda: TensorDataset(torch.zeros(3000, 2), torch.zeros(3000).long()),
-    "pictures": lambda: TensorDataset(torch.zeros(3000, 2, 1, 1), torch.zeros(3000).long()),
-    "torchvision's": lambda: torchvisions(torch.zeros(3000).long()),
-    "a list of its own": lambda: Labelled([0] * 3000),
-    "a dictionary": lambda: Labelled(dict.fromkeys(range(3000), 0)),
-    "an array": lambda: Labelled(np.zeros(3000, dtype=np.int64)),
-    "a tensor": lambda: Labelled(torch.zeros(3000).long()),
+    "a list": lambda: [(torch.zeros(2), 0) for _ in range(1500)],
+    "tensors": lambda: TensorDataset(torch.zeros(1500, 2), torch.zeros(1500).long()),
+    "pictures": lambda: TensorDataset(torch.zeros(1500, 2, 1, 1), torch.zeros(1500).long()),
+    "torchvision's": lambda: torchvisions(torch.zeros(1500).long()),
+    "a list of its own": lambda: Labelled([0] * 1500),
+    "a dictionary": lambda: Labelled(dict.fromkeys(range(1500), 0)),
+    "an array": lambda: Labelled(np.zeros(1500, dtype=np.int64)),
+    "a tensor": lambda: Labelled(torch.zeros(1500).long()),
 }
 
 
-@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(2000))])
+@pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(1400))])
 @pytest.mark.parametrize("at", [0, 1234])
 @pytest.mark.parametrize("name", HELD)
 def test_a_single_label_that_is_corrected_between_epochs_is_seen(

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, run
 from helpers.loops import Augmented, Listed, model_of
 from helpers.transforms import Added, Broken, Drawn, Marked, Named
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
@@ -625,6 +625,7 @@ class WithTargets(TensorDataset):
         return self.tensors[1]
 
 
+@settings(max_examples=30)
 @given(st.dictionaries(st.integers(0, 19), st.integers(0, 3), max_size=5))
 def test_targets_are_those_of_the_samples_whatever_an_attribute_says(
     others: dict[int, int],

@@ -330,7 +330,7 @@ def test_replace_refuses_what_the_run_refuses(
 
 
 def test_replace_refuses_a_batch_of_one_that_the_model_cannot_train_on() -> None:
-    assert drop_hot(data_ratio=49 / 120).replace().run().kept == 49, "3 batches and 1 sample"
+    assert drop_hot(data_ratio=49 / 120).replace().run().num_kept == 49, "3 batches and 1 sample"
     with pytest.raises(ValueError, match="`batch_size` .*16.* 49 samples"):
         drop_hot(model=Normed).replace(data_ratio=49 / 120)
 

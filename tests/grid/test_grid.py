@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import TEST, drop_hot, points, small
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import Adam
@@ -80,12 +80,16 @@ def test_every_record_is_the_one_of_the_pipeline_alone(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     pipeline = drop_hot(**({"score_epochs": 2, "train_epochs": 2, "finetune_epochs": 1} | changes))
-    found = grid(pipeline, controls=["equal_steps", "reinitialize"]).run(tmp_path)
+    ratios, seeds = ([0.5], [3]) if changes else (LISTS["data_ratios"], LISTS["seeds"])
+    wanted = grid(
+        pipeline, data_ratios=ratios, seeds=seeds, controls=["equal_steps", "reinitialize"]
+    )
+    found = wanted.run(tmp_path)
     assert found == [alone(pipeline, record) for record in found]
     cells = {
         (r.seed, r.mode, r.keep_ratio, r.prune_ratio, r.equal_steps, r.reinitialized) for r in found
     }
-    assert len(cells) == len(found) == 2 * (3 + 2 * 3 * 2 * 3)
+    assert len(cells) == len(found) == len(seeds) * (3 + len(ratios) * 3 * 2 * 3)
 
 
 def test_every_cell_once_the_baseline_always_and_dense_too(tmp_path: Path) -> None:
@@ -174,6 +178,7 @@ def test_no_scores_where_none_are_needed(tmp_path: Path) -> None:
     ]
 
 
+@settings(max_examples=25)
 @given(
     st.sets(st.sampled_from([0.2, 0.3, 0.5]), min_size=1),
     st.sets(st.sampled_from(["low", "high", "random"]), min_size=1),

@@ -4,53 +4,20 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import pytest
-import torch
 from helpers.executors import stamps
+from helpers.own_objects import Confident, Margin, Noise
 from helpers.runs import drop_hot
 from torch import Tensor, nn
 
-from drophot import DropHot, Grid, Record, Scored, records, select
-from drophot.coreset import Evidence
+from drophot import DropHot, Grid, Record, Scored, records
 from drophot.pipeline import RunProtocol
 from drophot.report import differences, html, table
 from drophot.stats import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
-
-
-@dataclass(frozen=True)
-class Margin:
-    """How far the true class is ahead, times a scale."""
-
-    scale: float = 1.0
-    name: str = "margin"
-    hard_end: Literal["high", "low"] = "low"
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        own = logits.gather(1, targets[:, None])[:, 0]
-        others = logits.scatter(1, targets[:, None], -torch.inf)
-        return self.scale * (own - others.amax(1))
-
-
-@dataclass(frozen=True)
-class Confident:
-    """The samples that the scoring network is surest of."""
-
-    offset: int = 0
-    name: str = "confident"
-    needs: tuple[str, ...] = ("model", "targets")
-
-    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
-        # No assert here: pytest rewrites those, and workers would import other code.
-        model, dataset = cast("nn.Module", evidence.model), cast("Any", evidence.dataset)
-        inputs = torch.stack([sample[0] for sample in dataset])
-        with torch.no_grad():
-            logits = model.eval()(inputs)
-        sure = logits.softmax(1)[torch.arange(len(inputs)), evidence.targets]
-        return select(sure, ratio, seed=seed + self.offset)
 
 
 @dataclass(frozen=True)
@@ -154,6 +121,17 @@ def test_a_store_can_be_extended_by_modes_of_ones_own(found: list[Record], tmp_p
         grid([Confident(offset=1)]).run(tmp_path)
 
 
+def test_random_numbers_of_a_score_change_nothing_in_other_cells(tmp_path: Path) -> None:
+    class Dropout(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(2, 16), nn.Dropout(), nn.Linear(16, 3))
+
+    settings: dict[str, Any] = {"forgetting": "toneva", "model": Dropout}
+    both = grid(["high", Scored(Noise())], **settings).run(tmp_path / "both")
+    alone = grid(["high"], **settings).run(tmp_path / "alone")
+    assert [record for record in both if record.mode in ("high", "baseline")] == alone
+
+
 def test_two_scores_of_one_name_are_refused() -> None:
     modes = [Scored(Margin(), "low"), Scored(Margin(scale=2.0), "high")]
     with pytest.raises(ValueError, match="`modes` .*'margin'"):
@@ -186,3 +164,15 @@ def test_objects_of_one_name_that_differ_make_rows_of_their_own(
     mine = [r for r in other if r.mode == "confident"]
     theirs = [r for r in found if r.mode == "confident"]
     assert {r.cell for r in mine}.isdisjoint({r.cell for r in theirs})
+
+
+def test_a_comparison_does_not_choose_among_objects_of_one_name(
+    found: list[Record], tmp_path: Path
+) -> None:
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    other = grid(["random", Confident(offset=1)]).run(tmp_path)
+    with pytest.raises(ValueError, match="`against` .*'confident'.* 2 "):
+        compare([*found, *other], against="confident")
+    rows = [row for row in compare([*found, *other], against="random") if row.mode == "confident"]
+    assert len(rows) == 2
+    assert rows[0].settings["mode"] != rows[1].settings["mode"]

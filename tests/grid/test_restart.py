@@ -1,16 +1,14 @@
 """A training that is killed, `kill -9`, wherever it happens to be, and started again."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from helpers.one_process import assert_same
+from helpers.processes import begin
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -62,20 +60,20 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     (tmp_path / "killed").mkdir()
     whole = train(tmp_path / "whole")
     chance, ends = random.Random(0), []
-    command = [sys.executable, "-W", "ignore::UserWarning", __file__, str(tmp_path / "killed")]
     file = tmp_path / "killed" / "checkpoint.pt"
     for _ in range(40):
-        paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, env={**os.environ, **paths})
+        output = tmp_path / "output"
+        process = begin(train, tmp_path / "killed", 0.03, folder=tmp_path, output=output)
         before = file.stat().st_mtime_ns if file.exists() else 0
-        while process.poll() is None and (
+        while process.exitcode is None and (
             not file.exists() or file.stat().st_mtime_ns == before
-        ):  # importing torch takes its time; then somewhere within the next steps
+        ):  # then somewhere within the next steps
             time.sleep(0.01)
         time.sleep(chance.uniform(0, 0.4))
         if len(ends) < 4:
-            process.send_signal(signal.SIGKILL)
-        ends.append(process.wait())
+            process.kill()
+        process.join()
+        ends.append(process.exitcode)
         if ends[-1] == 0:
             break
     assert ends.count(-signal.SIGKILL) >= 3, ends
@@ -86,7 +84,3 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     assert killed["tracker"]["history"].count_nonzero() == SIZE
     for name, value in whole["model"].items():
         assert torch.equal(killed["model"][name], value), name
-
-
-if __name__ == "__main__":
-    train(Path(sys.argv[1]), pause=0.03)

@@ -8,16 +8,17 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import processes
 from helpers.runs import drop_hot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,12 +27,11 @@ from torch.utils.data import Dataset
 
 from drophot import Grid, Record, fit, records
 from drophot.grid import store as grid_store
-from drophot.grid.store import Store, open_store, write_whole
+from drophot.grid.store import Store, open_store, write_file
 from drophot.pipeline.provenance import digests
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 
-COMMAND = [sys.executable, "-c", "import test_store; test_store.main()"]
 STAGES = 1 + 4 + 10
 
 
@@ -67,23 +67,19 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     return grid().run(tmp_path_factory.mktemp("uninterrupted"))
 
 
-def begin(store: Path, workers: int, pause: float = 0.0) -> subprocess.Popen[bytes]:
+def begin(store: Path, workers: int, pause: float = 0.0) -> BaseProcess:
     """The grid in a process of its own, in a process group of its own."""
-    environment = {
-        "DROPHOT_TEST_LOG": str(store) + ".log",
-        "DROPHOT_TEST_PAUSE": str(pause),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    # To a file: the workers of a driver that was killed hold its pipes open.
-    with Path(str(store) + ".errors").open("ab") as errors:
-        return subprocess.Popen(
-            [*COMMAND, str(store), str(workers)],
-            env={**os.environ, **environment},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=errors,
-        )
+    environment = {"DROPHOT_TEST_LOG": str(store) + ".log", "DROPHOT_TEST_PAUSE": str(pause)}
+    output = Path(str(store) + ".errors")
+    return processes.begin(
+        main, store, workers, folder=store.parent, output=output, environment=environment
+    )
+
+
+def ended(process: BaseProcess, seconds: float = 120) -> int | None:
+    """The exit code, which is None if the process is still running."""
+    process.join(seconds)
+    return process.exitcode
 
 
 def errors(store: Path) -> str:
@@ -97,12 +93,12 @@ def log(store: Path) -> list[str]:
 
 def finished(store: Path) -> list[Path]:
     """The files of stages that are there, but for what is being written."""
-    return [path for path in store.glob("stages/*") if path.suffix != ".tmp"]
+    return [path for path in store.glob("stages/*") if path.suffix != ".part"]
 
 
-def wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
+def wait_for(condition: Any, process: BaseProcess) -> None:
     end = time.monotonic() + 120
-    while not condition() and process.poll() is None:
+    while not condition() and process.exitcode is None:
         assert time.monotonic() < end, "it never came that far"
         time.sleep(0.005)
 
@@ -131,19 +127,19 @@ def test_kill_9_twice_in_a_row(
 
             wait_for(came_so_far, process)
             time.sleep(chance.random() * 0.1)
-            assert process.poll() is None, "it was to be killed before its end"
+            assert process.exitcode is None, "it was to be killed before its end"
             if whom == "all":
                 os.killpg(process.pid, signal.SIGKILL)
             else:
                 process.kill()
-            process.wait()
+            process.join()
             done.append(len(finished(store)))
         if whom == "all":
             before = {path: path.stat().st_mtime_ns for path in finished(store)}
         else:
             before = {}
         process = begin(store, workers)
-        assert process.wait(120) == 0, errors(store)
+        assert ended(process) == 0, errors(store)
         assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing twice"
     finally:
         for group in groups:
@@ -208,12 +204,12 @@ def test_what_a_killed_process_left_half_written_is_removed_when_it_is_old(tmp_p
     store = open_store(tmp_path / "store", {"a": 1}, {})
 
     def die() -> None:
-        grid_store.os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)  # of this copy of the process
         store.save("score-seed0.pt", b"x" * 1000)
 
     assert forked(die) == signal.SIGKILL
     (left,) = (tmp_path / "store" / "stages").iterdir()
-    assert left.suffix == ".tmp"
+    assert left.suffix == ".part"
     store.tidy({})
     assert left.exists(), "another process may be writing it"
     os.utime(left, (0, 0))
@@ -235,7 +231,7 @@ def test_a_clock_that_is_off_costs_no_other_machines_file(
         with monkeypatch.context() as other:
             other.setattr(time, "time", lambda: now + 3600 * hours)
             store.tidy({})
-        assert len(list(tmp_path.glob("store/stages/.*.tmp"))) == 1
+        assert len(list(tmp_path.glob("store/stages/*.part"))) == 1
 
     monkeypatch.setattr(os, "fsync", tidied_meanwhile)
     store.save("score-seed0.pt", b"hours of work")
@@ -250,7 +246,7 @@ def test_a_file_that_vanishes_as_it_is_written_is_written_again(
     def remove(descriptor: int) -> None:
         sync(descriptor)
         monkeypatch.setattr(os, "fsync", sync)
-        for part in tmp_path.glob("store/stages/.*.tmp"):
+        for part in tmp_path.glob("store/stages/*.part"):
             part.unlink()
 
     monkeypatch.setattr(os, "fsync", remove)
@@ -262,18 +258,15 @@ def test_a_file_that_vanishes_as_it_is_written_is_written_again(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ctrl_c_stops_cleanly(workers: int, tmp_path: Path, wanted: list[Record]) -> None:
     store = tmp_path / "store"
-    # A shell has its background jobs ignore the signal, and what they start inherits that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = begin(store, workers, pause=0.2)
-    signal.signal(signal.SIGINT, before)
     wait_for(lambda: len(finished(store)) >= 3, process)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(60) != 0
+    assert ended(process, 60) not in (0, None)
     said = errors(store)
     assert "KeyboardInterrupt" in said
     assert f"Finished stages are in {store}. The same call resumes from there." in said
     assert 3 <= len(finished(store)) < STAGES
-    assert list(store.rglob("*.tmp")) == []
+    assert list(store.rglob("*.part")) == []
     assert grid().run(store) == wanted
 
 
@@ -385,12 +378,11 @@ def test_damage_while_it_runs_is_an_error_and_nothing_is_lost(
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_processes_on_one_store(workers: int, tmp_path: Path, wanted: list[Record]) -> None:
     store = tmp_path / "store"
-    processes = [begin(store, workers, pause=0.05) for _ in range(2)]
-    for process in processes:
-        assert process.wait(120) == 0, errors(store)
+    for process in [begin(store, workers, pause=0.05) for _ in range(2)]:
+        assert ended(process) == 0, errors(store)
     assert records.read(store / "records.jsonl") == wanted
     assert grid().run(store) == wanted
-    assert list(store.rglob("*.tmp")) == []
+    assert list(store.rglob("*.part")) == []
 
 
 def test_a_stage_that_another_process_finished_is_not_computed_again(
@@ -471,7 +463,7 @@ def test_a_file_that_cannot_grow_is_an_error_and_nothing_is_lost(
     assert forked(run) == 0
     text = said.read_text()
     assert "intact" in text
-    assert list(store.rglob("*.tmp")) == []
+    assert list(store.rglob("*.part")) == []
     kept = {path: path.read_bytes() for path in store.glob("stages/*")}
     assert len(kept) <= STAGES
     assert grid().run(store) == wanted
@@ -581,11 +573,11 @@ def test_stages_that_were_removed_by_hand_are_computed_again(
 
 def test_what_is_written_whole_replaces_or_leaves(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_whole(path, b"one")
-    write_whole(path, b"two")
+    write_file(path, b"one")
+    write_file(path, b"two")
     assert path.read_bytes() == b"two"
     with pytest.raises(OSError, match="intact"):
-        write_whole(tmp_path / "no" / "file", b"")
+        write_file(tmp_path / "no" / "file", b"")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -608,9 +600,7 @@ def test_digests_differ(tensors: list[torch.Tensor]) -> None:
     assert digests.digest(tensors) == digests.digest([t.clone() for t in tensors])
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    store, workers = Path(sys.argv[1]), int(sys.argv[2])
+def main(store: Path, workers: int) -> None:
     if workers == 0:
         grid().run(store)
         return

@@ -1,11 +1,10 @@
-"""What a rank does in `tests/prune/test_batchnorm.py`, under torchrun with two processes.
+"""What a rank does in `tests/prune/test_batchnorm.py`, one of two.
 
 Models and batches are functions, so that the test can show all batches to one process.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -107,7 +106,3 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,11 +1,7 @@
-"""Scores of a user's own, and what a rank does with them in `tests/tracking/test_own_score.py`.
-
-Under torchrun its argument is a folder.
-"""
+"""Scores of a user's own, and what a rank does with them in `tests/tracking/test_own_score.py`."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,7 +80,3 @@ def main(folder: Path) -> None:
     torch.save(states, folder / f"{rank}.pt")
     dist.barrier()  # no rank leaves while another one still communicates
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

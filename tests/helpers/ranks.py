@@ -1,4 +1,4 @@
-"""What a rank does in `tests/tracking/test_sync.py`, under torchrun; its argument is a folder.
+"""What a rank does in `tests/tracking/test_sync.py`; `main` gets a folder.
 
 Every case is a function of the rank, so that the test can replay in one process what all saw.
 """
@@ -6,7 +6,6 @@ Every case is a function of the rank, so that the test can replay in one process
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -235,7 +234,3 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()  # nobody leaves while another still listens
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -10,7 +10,7 @@ def one(**changes: Any) -> Record:
         "model": "lenet",
         "mode": "high",
         "keep_ratio": 0.1,
-        "kept": 6000,
+        "num_kept": 6000,
         "prune_ratio": 0.8,
         "seed": 0,
         "trained_accuracy": 0.9,

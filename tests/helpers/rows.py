@@ -28,7 +28,7 @@ def grid(
                         one(
                             mode=mode,
                             keep_ratio=keep,
-                            kept=round(60_000 * keep),
+                            num_kept=round(60_000 * keep),
                             prune_ratio=prune,
                             seed=seed,
                             trained_accuracy=end - 0.02,

@@ -3,13 +3,12 @@
 import copy
 import os
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run, torchrun
+from helpers import processes
 from helpers.one_process import assert_same, in_one_process
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
@@ -415,7 +414,9 @@ def test_a_copy_of_the_callback_is_on_its_own(tmp_path: Path) -> None:
 
 def test_processes_that_fit_launches_bring_the_state_back(tmp_path: Path) -> None:
     """Three epochs by fork, three more by spawn, in a process that has not used torch before."""
-    run(__file__, "launched", str(tmp_path), folder=tmp_path)
+    output = tmp_path / "output"
+    process = processes.begin(launched, tmp_path, folder=tmp_path, output=output)
+    processes.finish(process, errors=output)
     found = torch.load(tmp_path / "launched.pt")
     assert found == {"ddp_fork": [3], "ddp_spawn": [6], "files": []}
 
@@ -443,7 +444,7 @@ def second(batch: Any) -> Tensor:
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    torchrun(2, __file__, "ranks", str(tmp_path), folder=tmp_path)
+    processes.ranks(2, main, tmp_path, folder=tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert_same(torch.load(tmp_path / "failed.pt"), ranks[0]["first epoch"], 0.0)
     for rank in ranks:
@@ -505,7 +506,3 @@ def main(folder: Path) -> None:
         trainer(folder, callback, epochs=3, **options).fit(Classifier(), loader())
         shared[name] = callback.tracker.presentations.unique().tolist()
     torch.save(found | {"shared": shared}, folder / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    {"ranks": main, "launched": launched}[sys.argv[1]](Path(sys.argv[2]))

@@ -2,13 +2,12 @@
 
 import importlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import torchrun
+from helpers import processes
 from helpers.one_process import assert_same, in_one_process
 from torch import Tensor
 
@@ -647,7 +646,7 @@ def test_a_model_without_logits_is_an_error_unless_one_says_how(tmp_path: Path) 
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    torchrun(2, __file__, str(tmp_path), folder=tmp_path)
+    processes.ranks(2, main, tmp_path, folder=tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert sum(len(index) for rank in ranks for _, index, *_ in rank["shown"]) >= 3 * SIZE
     expected = in_one_process(SIZE, [rank["shown"] for rank in ranks])
@@ -672,7 +671,3 @@ def main(folder: Path) -> None:
     runner.train()
     found |= {"alone": runner.tracker.state_dict(), "alone shown": runner.shown}
     torch.save(found, folder / f"{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

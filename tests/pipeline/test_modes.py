@@ -27,8 +27,8 @@ from drophot import (
     training,
 )
 from drophot.grid.stages import stage_of
-from drophot.pipeline import selection_steps
-from drophot.settings import SAMPLING_MODES, FeatureMode
+from drophot.pipeline import step_3_batches
+from drophot.settings import SAMPLING_MODES, FeatureMode, needs_scoring
 from drophot.settings import name_of as name
 from drophot.tracking.dynamics import Statistic
 
@@ -52,12 +52,13 @@ each = pytest.mark.parametrize("mode", MODES, ids=name)
 def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     run = drop_hot(mode=mode, score_epochs=3)
     record = run.run()
-    assert (record.mode, record.kept, record.keep_ratio) == (name(mode), 60, 0.5)
+    assert (record.mode, record.num_kept, record.keep_ratio) == (name(mode), 60, 0.5)
     assert record.trained_accuracy > 0.3
     assert record.sparsity == pytest.approx(0.6, abs=0.02)
     assert len(run.indices) == (120 if mode in SAMPLING_MODES else 60)
     assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
     assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *SAMPLING_MODES))
+    assert needs_scoring(mode) == needs_scoring(name(mode)) == ("score" in record.seconds)
     json.dumps(run.configuration)
 
 
@@ -66,7 +67,7 @@ def test_everything_kept_is_the_baseline(mode: Any) -> None:
     if isinstance(mode, Scored) and not isinstance(mode.mode, str):
         mode = Scored("aum", Stratified(hard="low"))
     record = drop_hot(mode=mode, data_ratio=1.0).run()
-    assert (record.mode, record.kept) == ("baseline", 120)
+    assert (record.mode, record.num_kept) == ("baseline", 120)
 
 
 @pytest.mark.parametrize("statistic", get_args(Statistic))
@@ -187,7 +188,7 @@ def test_loss_sampling_weighs_and_sees_the_losses(monkeypatch: pytest.MonkeyPatc
 def test_crest_gives_its_own_weighted_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[CrestLoader] = []
     monkeypatch.setattr(
-        selection_steps,
+        step_3_batches,
         "CrestLoader",
         lambda *a, **k: made.append(CrestLoader(*a, **k)) or made[-1],
     )
@@ -262,7 +263,7 @@ def test_a_users_own_loop_trains_in_every_mode_as_drophots_own(
         run = drop_hot(
             mode=mode,
             score_epochs=2,
-            data_ratio=0.3,
+            data_ratio=0.55,  # of which equal steps are no whole epochs
             optimizer=adam,
             equal_steps=equal_steps,
             **fit,

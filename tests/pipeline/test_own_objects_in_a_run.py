@@ -3,54 +3,31 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
+from helpers.own_objects import Confident, Margin
 from helpers.runs import TRAIN, Normed, drop_hot
 from torch import Tensor, nn
 
-from drophot import ForgettingTracker, Masks, Scored, Stratified, magnitude_prune, select
+from drophot import (
+    DynamicsTracker,
+    ForgettingTracker,
+    Masks,
+    Scored,
+    Stratified,
+    magnitude_prune,
+    select,
+)
 from drophot.coreset import Evidence
 from drophot.pipeline import RunProtocol
 from drophot.pipeline.provenance.own_objects import unknown_parts
 from drophot.pipeline.released_protocol import PositionCounts, protocol_of
 from drophot.structured import prune_channels
+from drophot.tracking import Spread
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
-
-
-@dataclass(frozen=True)
-class Margin:
-    """How far the true class is ahead, times a scale."""
-
-    scale: float = 1.0
-    name: str = "margin"
-    hard_end: Literal["high", "low"] = "low"
-
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        own = logits.gather(1, targets[:, None])[:, 0]
-        others = logits.scatter(1, targets[:, None], -torch.inf)
-        return self.scale * (own - others.amax(1))
-
-
-@dataclass(frozen=True)
-class Confident:
-    """The samples that the scoring network is surest of, and some that were forgotten."""
-
-    offset: int = 0
-    name: str = "confident"
-    needs: tuple[str, ...] = ("scores", "model", "targets")
-
-    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
-        assert evidence.scores is not None
-        assert evidence.model is not None
-        assert evidence.targets is not None
-        inputs = torch.stack([sample[0] for sample in evidence.dataset])
-        with torch.no_grad():
-            logits = evidence.model.eval()(inputs)
-        sure = logits.softmax(1)[torch.arange(len(inputs)), evidence.targets]
-        return select(sure + evidence.scores, ratio, seed=seed + self.offset)
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -88,7 +65,7 @@ def test_strata_have_to_know_the_hard_end_of_an_own_score() -> None:
 def test_an_own_selector_gets_what_it_needs() -> None:
     run = drop_hot(mode=Confident())
     record = run.run()
-    assert (record.mode, record.kept) == ("confident", 60)
+    assert (record.mode, record.num_kept) == ("confident", 60)
     evidence = Evidence(
         num_samples=120,
         scores=run.scores,
@@ -100,16 +77,40 @@ def test_an_own_selector_gets_what_it_needs() -> None:
     assert record == drop_hot(mode=Confident()).run()
 
 
+class ByMargin:
+    name, needs, statistic = "by-margin", ("scores",), Margin()
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        assert isinstance(evidence.scores, Tensor)
+        assert evidence.scores.shape == (evidence.num_samples,)
+        return evidence.scores.argsort()[: int(ratio * evidence.num_samples)]
+
+
 def test_an_own_selector_may_ask_for_a_score() -> None:
-    class ByMargin:
-        name, needs, statistic = "by-margin", ("scores",), Margin()
-
-        def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
-            return select(evidence.scores, ratio, "low", seed=seed)
-
     run = drop_hot(mode=ByMargin())
     run.run()
     assert torch.equal(run.indices, select(run.statistic("margin"), 0.5, "low"))
+
+
+@pytest.mark.parametrize(
+    ("scores", "words"),
+    [
+        (torch.full((120,), torch.nan), "`scores` .*NaN.* 120 of 120"),
+        (torch.zeros(120, 1), r"`scores` .*\(120, 1\)"),
+        (["a"] * 120, "`scores` .*"),
+    ],
+)
+def test_scores_are_checked_before_an_own_selector_gets_them(scores: Any, words: str) -> None:
+    run = drop_hot(mode=ByMargin())
+    run.scores = scores
+    with pytest.raises((TypeError, ValueError), match=words):
+        run.select()
+
+
+def test_an_own_selector_gets_a_list_of_scores_as_a_tensor() -> None:
+    run = drop_hot(mode=ByMargin())
+    run.scores = list(range(120))
+    assert run.select().tolist() == list(range(60))
 
 
 def test_a_selector_that_needs_nothing_takes_no_scoring() -> None:
@@ -148,6 +149,10 @@ class Taken:
     name, needs, select = "high", (), select
 
 
+class Finer(Stratified):
+    """A subclass that has the name of its base."""
+
+
 class Partial:
     name, needs = "partial", ()
 
@@ -163,6 +168,10 @@ class Unknown:
         (Confident, "`mode` .*Confident|`mode` .*selector"),
         (Spaced(), "`mode` .*'a b'"),
         (Taken(), "`mode` .*'high'"),
+        (Confident(name="el2n-low-balanced"), "`mode` .*'el2n-low-balanced'"),
+        (Finer(cutoff=0.1), "`mode` .*'stratified-cutoff0.1'"),
+        (Scored(Margin(name="aum"), "low"), "`mode` .*'aum-low'"),
+        (Scored(Spread(score=Margin(), name="loss")), "`mode` .*'loss-high'"),
         (Partial(), "`mode` .*Partial"),
         (Unknown(), "'unknown'.*gradients"),
     ],
@@ -214,6 +223,27 @@ def test_an_own_importance_decides_which_channels_go() -> None:
     run.prune()
     assert torch.equal(run.model[0].weight, twin[0].weight)
     assert torch.equal(run.model[0].weight, before[:8])
+
+
+def saliency(name: str, weight: Tensor) -> Tensor:
+    assert weight.grad is not None
+    return (weight * weight.grad).abs()
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_an_importance_that_needs_gradients_is_refused_before_any_work(structured: bool) -> None:
+    with pytest.raises(ValueError, match="`importance` .*`saliency`"):
+        drop_hot(importance=saliency, model=wide, structured=structured)
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_an_importance_may_use_gradients_if_there_are_any(structured: bool) -> None:
+    def either(name: str, weight: Tensor) -> Tensor:
+        return weight.abs() if weight.grad is None else saliency(name, weight)
+
+    settings = {"model": wide, "structured": structured, "mode": "random"}
+    plain = drop_hot(**settings, importance=lambda name, weight: weight.abs()).run()
+    assert drop_hot(**settings, importance=either).run().finetune_curve == plain.finetune_curve
 
 
 # --- protocols ------------------------------------------------------------------------------------
@@ -318,6 +348,18 @@ def test_settings_that_do_not_go_with_a_hook_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         drop_hot(protocol=RunProtocol(name="own", **hooks), **settings)
+
+
+@pytest.mark.parametrize("name", ["paper", "released", "baseline"])
+def test_a_protocol_does_not_take_the_name_of_a_built_in_one(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`protocol` .*'{name}'"):
+        drop_hot(protocol=RunProtocol(name=name, counter=count_errors))
+
+
+def test_a_built_in_score_goes_by_its_name() -> None:
+    for name, score in DynamicsTracker(1).statistics.items():
+        run = drop_hot(mode=Scored(score))
+        assert run.configuration == drop_hot(mode=Scored(name)).configuration
 
 
 def test_hooks_are_checked() -> None:

@@ -28,7 +28,7 @@ def test_the_record_says_what_happened() -> None:
     assert isinstance(record, Record)
     assert run.record is record
     assert record.model == "fcnet"
-    assert (record.mode, record.keep_ratio, record.kept) == ("high", 0.5, 60)
+    assert (record.mode, record.keep_ratio, record.num_kept) == ("high", 0.5, 60)
     assert (record.prune_ratio, record.seed, record.device) == (0.6, 0, "cpu")
     assert record.finetuned_accuracy == record.finetune_curve[-1]
     assert len(record.finetune_curve) == 2
@@ -141,7 +141,7 @@ def test_run_takes_scores_and_the_record_takes_indices_that_are_there() -> None:
     run.indices = torch.arange(50)
     run.train()
     run.prune()
-    assert run.finetune().kept == 50
+    assert run.finetune().num_kept == 50
 
 
 def test_the_coreset_is_made_of_the_samples_that_were_scored() -> None:
@@ -167,7 +167,7 @@ def test_scores_are_not_computed_where_nothing_depends_on_them(mode: Any, ratio:
     record = run.run()
     assert run.scores is None
     assert "score" not in record.seconds
-    assert record.kept == 120 * ratio
+    assert record.num_kept == 120 * ratio
 
 
 def test_everything_kept_is_the_same_baseline_in_every_mode() -> None:
@@ -560,7 +560,7 @@ def test_wrong_arguments_are_named_before_any_training(
 
 
 def test_a_batch_of_one_is_fine_where_the_model_can_train_on_it() -> None:
-    assert drop_hot(batch_size=59).run().kept == 60
+    assert drop_hot(batch_size=59).run().num_kept == 60
 
 
 def test_a_model_that_is_its_own_class_is_a_factory() -> None:

@@ -1,6 +1,8 @@
 """Results that a user replaced between the steps, and objects that must not be mistaken."""
 
+import copy
 from functools import partial
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from helpers.runs import drop_hot
 from torch import Tensor, nn
 
-from drophot import Grid, Scored, evaluate, fit
+from drophot import Grid, Scored, evaluate, fit, report, stats
 from drophot.coreset import Evidence
 from drophot.pipeline import RunProtocol
 from drophot.tracking import Spread
@@ -149,6 +151,118 @@ def test_a_store_tells_objects_of_one_name_apart(first: Any, second: Any, tmp_pa
     with pytest.raises(ValueError, match="`store`.*`modes`"):
         grid(second).run(tmp_path)
     grid(first).run(tmp_path)
+
+
+def test_a_network_of_ones_own_has_no_accuracy_of_another() -> None:
+    run = drop_hot(mode="random")
+    first = run.run()
+    run.model = copy.deepcopy(run.model)
+    assert isnan(run.trained_accuracy)
+    assert isnan(run.pruned_accuracy)
+    run.trained_accuracy = 0.75
+    run.prune()
+    record = run.finetune()
+    assert record.trained_accuracy == 0.75
+    assert record.fingerprint != first.fingerprint
+    assert run.run() == first
+
+
+def test_what_was_fine_tuned_twice_or_by_masks_of_ones_own_is_told_apart() -> None:
+    run = drop_hot(mode="random")
+    first = run.run()
+    second = run.finetune()
+    assert (second.fingerprint, second.cell) != (first.fingerprint, first.cell)
+    run.select()
+    run.train()
+    run.prune()
+    assert run.finetune() == first
+    run.train()
+    run.masks = run.prune()
+    assert run.finetune().fingerprint not in (first.fingerprint, second.fingerprint)
+    assert run.replace().run() == first
+
+
+class BadEnd(Logit):
+    hard_end = "hard"
+
+
+@pytest.mark.parametrize(
+    ("score", "words"), [(BadEnd("mine"), "`hard_end`.*'hard'"), (Logit("two words"), "two words")]
+)
+def test_a_score_is_checked_before_a_run_starts(score: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Scored(score)
+
+
+class Unscored(First):
+    statistic = "entropy"
+
+
+def test_the_score_that_a_selector_names_is_checked_before_a_run_starts() -> None:
+    with pytest.raises(ValueError, match="`statistic`.*'entropy'"):
+        drop_hot(mode=Unscored())
+
+
+class Caching(First):
+    """Keeps what it found, for the next call."""
+
+    def __init__(self) -> None:
+        self.cache: Any = None
+        self.by_seed: dict[int, Tensor] = {}
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        self.by_seed[seed] = evidence.scores
+        return super().select(ratio, evidence, seed)
+
+
+class Assigning(Caching):
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        self.cache = evidence.scores
+        return super().select(ratio, evidence, seed)
+
+
+class Hiding(Assigning):
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def test_a_selector_that_changes_in_use_is_refused_and_one_that_caches_is_not(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match="`mode`.*'first'.*`cache`.*__getstate__"):
+        grid(Assigning()).run(tmp_path / "assigning")
+    for number, selector in enumerate((Caching(), Hiding())):
+        found = grid(selector).run(tmp_path / str(number))
+        assert grid(selector).run(tmp_path / str(number)) == found
+
+
+class LongName(First):
+    name = "x" * 250
+
+
+def test_a_long_name_makes_no_long_file_name(tmp_path: Path) -> None:
+    found = grid(LongName()).run(tmp_path)
+    assert found[-1].mode == LongName.name
+    assert max(len(path.name) for path in (tmp_path / "stages").iterdir()) <= 220
+    other = LongName()
+    other.name = "x" * 249 + "y"
+    assert grid(other).run(tmp_path)[-1].mode == other.name
+
+
+class Column(First):
+    def __init__(self, column: int) -> None:
+        self.column = column
+
+
+def test_a_reference_is_one_object_of_its_name() -> None:
+    records = [drop_hot(mode=Column(column), score_epochs=1).run() for column in (0, 1)]
+    records.append(drop_hot(mode="random").run())
+    assert "column=0" in report.table(records)
+    assert "column=1" in report.table(records)
+    with pytest.raises(ValueError, match="`records`.*`mode`.*'first'"):
+        stats.compare(records, against="first")
+    (found,) = stats.compare([records[0], *records[2:]], against="first")
+    assert found.mode == "random"
 
 
 @pytest.mark.parametrize("name", ["seed", "batch_size", "on_epoch", "on_batch", "optimizer"])

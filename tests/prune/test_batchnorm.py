@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
 from helpers import batchnorm_ranks as worker
-from helpers import references
+from helpers import processes, references
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -288,7 +287,7 @@ def test_a_wrapped_model() -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(2, ROOT / "tests" / "helpers" / "batchnorm_ranks.py", str(folder), folder=folder)
+    processes.ranks(2, worker.main, folder, folder=folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -1,5 +1,6 @@
 """How a share is divided among layers: ERK, LAMP, a minimum for each."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from fractions import Fraction
 from math import ceil, floor, prod
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import references
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from drophot.prune import Masks, magnitude_prune
-from drophot.prune.lamp import lamp_scores
+from drophot.prune.lamp import LampScores
 from drophot.prune.layer_sparsity import erk_counts
 
 shapes = st.lists(
@@ -26,6 +27,16 @@ def network(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=2), nn.Linear(16, 40), nn.Linear(40, 5)
+    )
+
+
+def has_lamp_scores(weight: Tensor, expected: Sequence[float], rtol: float) -> bool:
+    """Whether the scores in ascending order are the expected ones."""
+    layer, scores = LampScores(weight), np.sort(expected)
+    return all(
+        layer.count(score * (1 + rtol), below=False) >= np.searchsorted(scores, score, "right")
+        and layer.count(score * (1 - rtol), below=True) <= np.searchsorted(scores, score, "left")
+        for score in np.unique(scores).tolist()
     )
 
 
@@ -65,14 +76,10 @@ def test_lamp_scores_are_the_papers(layers: list[list[int]], seed: int) -> None:
     for layer in layers:
         weights = torch.tensor(layer, dtype=torch.float64)[torch.randperm(len(layer))]
         expected = references.lamp_scores(weights.tolist())
-        torch.testing.assert_close(
-            lamp_scores(weights),
-            torch.tensor(expected, dtype=torch.float64),
-            rtol=1e-12,
-            atol=0,
-        )
+        assert has_lamp_scores(weights, expected, rtol=1e-12)
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 1000), st.sampled_from([0.1, 0.5, 0.8, 0.95]))
 def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) -> None:
     model = network(seed)
@@ -91,7 +98,8 @@ def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) ->
 @pytest.mark.parametrize("scale", [1e-200, 1e200])
 def test_lamp_of_numbers_whose_squares_are_none(scale: float) -> None:
     weights = torch.randn(50, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(lamp_scores(weights * scale), lamp_scores(weights))
+    expected = references.lamp_scores(weights.tolist())
+    assert has_lamp_scores(weights * scale, expected, rtol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +112,7 @@ def test_the_least_number_beside_the_largest_is_no_zero(dtype: torch.dtype, leas
         model.weight[:5] = least
     masks = magnitude_prune(model, 0.1, scope="lamp")
     assert masks.sparsity == 0.1
-    assert (lamp_scores(model.weight.masked_fill(~masks["weight"], least)) > 0).all()
+    assert LampScores(model.weight.masked_fill(~masks["weight"], least)).count(0, below=False) == 0
 
 
 def test_lamp_of_more_weights_than_a_block_with_runs_of_equal_ones() -> None:
@@ -114,8 +122,8 @@ def test_lamp_of_more_weights_than_a_block_with_runs_of_equal_ones() -> None:
     weight[:5] = 0
     sizes, inverse, numbers = np.unique(weight.abs(), return_inverse=True, return_counts=True)
     rest = np.cumsum((sizes.astype(np.float64) ** 2 * numbers)[::-1])[::-1]
-    expected = (sizes.astype(np.float64) ** 2 / rest)[inverse].reshape(weight.shape)
-    torch.testing.assert_close(lamp_scores(weight), torch.from_numpy(expected), rtol=1e-10, atol=0)
+    expected = (sizes.astype(np.float64) ** 2 / rest)[inverse].ravel()
+    assert has_lamp_scores(weight, expected.tolist(), rtol=1e-10)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e18])
@@ -131,6 +139,7 @@ def test_lamp_does_not_look_at_the_scale_of_a_layer(scale: float) -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "erk", "lamp"])
+@settings(max_examples=30)
 @given(ratio=ratios, seed=st.integers(0, 50))
 def test_every_budget_is_exact_and_takes_the_least_of_each_layer(
     scope: str, ratio: float, seed: int
@@ -196,6 +205,7 @@ def test_a_global_ranking_empties_a_layer_unless_told_not_to() -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "lamp"])
+@settings(max_examples=30)
 @given(
     ratio=st.floats(0, 0.99),
     share=st.floats(0.001, 0.99),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import torchrun
+from helpers import processes
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim import SGD, AdamW
@@ -308,7 +308,7 @@ def main(folder: Path) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    torchrun(2, __file__, str(tmp_path), folder=tmp_path)
+    processes.ranks(2, main, tmp_path, folder=tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     masks = ranks[0]["masks"]
     inputs = torch.cat([
@@ -330,12 +330,6 @@ def test_two_ranks(tmp_path: Path) -> None:
         for name in ("FSDP1", "FSDP2"):
             for how in ("hold", "apply", "load"):
                 assert "sharded over processes" in rank[f"{name}, {how}"], (name, how)
-
-
-if __name__ == "__main__":
-    import sys
-
-    main(Path(sys.argv[1]))
 
 
 @pytest.mark.parametrize("wrapped", ["saved", "loaded"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import references
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -51,10 +51,10 @@ def fixed(values: Mapping[str, Tensor]) -> Importance:
     return given
 
 
-def quietly(function: Callable[..., Masks], *args: Any, **settings: Any) -> Masks:
+def quietly(function: Callable[..., Masks], *args: Any, **options: Any) -> Masks:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return function(*args, **settings)
+        return function(*args, **options)
 
 
 @given(dtype=st.sampled_from(DTYPES), seed=st.integers(0, 100), ratio=ratios, signed=st.booleans())
@@ -90,6 +90,7 @@ def test_equal_importances_are_removed_evenly_from_all_layers(seed: int, ratio: 
     assert distances <= {total // max(remove, 1), total // max(remove, 1) + 1}
 
 
+@settings(max_examples=30)
 @given(scope=st.sampled_from(["layer", "erk"]), seed=st.integers(0, 100), ratio=ratios)
 def test_a_layer_loses_as_many_as_by_magnitude_and_its_lowest(
     scope: Any, seed: int, ratio: float
@@ -103,6 +104,7 @@ def test_a_layer_loses_as_many_as_by_magnitude_and_its_lowest(
         assert (~masks[name]).flatten().nonzero()[:, 0].tolist() == sorted(lowest.tolist())
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 100), ratio=st.floats(0, 0.95))
 def test_lamp_normalises_importances_as_it_does_magnitudes(seed: int, ratio: float) -> None:
     model = network()
@@ -126,7 +128,7 @@ def test_a_pattern_keeps_the_most_important_of_each_group(seed: int, row: list[i
     assert magnitude_prune(nn.Linear(8, 1), 0.5, pattern="2:4", importance=fixed(lower)) == masks
 
 
-settings = st.one_of(
+OPTIONS = st.one_of(
     st.fixed_dictionaries({
         "scope": st.sampled_from(["global", "lamp"]),
         "min_kept": st.floats(0, 0.2),
@@ -135,8 +137,9 @@ settings = st.one_of(
 )
 
 
+@settings(max_examples=30)
 @given(
-    options=settings,
+    options=OPTIONS,
     shares=st.lists(st.floats(0, 0.7), min_size=1, max_size=3).map(sorted),
     dtype=st.sampled_from(DTYPES),
     levels=st.sampled_from([0, 1, 4]),
@@ -169,6 +172,7 @@ def test_the_magnitude_as_an_importance_gives_the_masks_of_the_built_in_one(
         assert all(map(torch.equal, own.parameters(), built_in.parameters()))
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 100), dtype=st.sampled_from(DTYPES))
 def test_the_same_with_a_pattern(seed: int, dtype: torch.dtype) -> None:
     one, other = network(seed).to(dtype), network(seed).to(dtype)

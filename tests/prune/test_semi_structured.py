@@ -210,11 +210,10 @@ def test_nothing_to_turn_is_an_error() -> None:
         to_semi_structured(nn.ReLU())
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0),
-    reason="no GPU that computes 2:4 faster",
-)
+@pytest.mark.gpu
 def test_on_a_gpu_the_turned_network_gives_the_same() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU does not compute 2:4 faster")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 128)).cuda().half()
     magnitude_prune(model, 0.5, pattern="2:4")

@@ -23,7 +23,7 @@ from drophot.report import differences, plot_curves, plot_ratios, plot_steps, ta
 RUNS = [
     one(seed=0, trained_accuracy=0.90),
     one(seed=1, trained_accuracy=0.94),
-    one(mode="baseline", keep_ratio=1.0, kept=60_000),
+    one(mode="baseline", keep_ratio=1.0, num_kept=60_000),
 ]
 PLOTS: list[Callable[..., Any]] = [plot_steps, plot_curves, plot_ratios]
 

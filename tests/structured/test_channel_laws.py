@@ -87,7 +87,7 @@ def test_a_width_that_is_a_scale_too_keeps_its_channels() -> None:
     pruned = pruned_as_zeros(model, numbers(2, 8), numbers(5, 8))
     assert pruned.layers["a.weight"] == (16, 16)
     assert pruned.layers["b.weight"] == (12, 6)
-    assert "reshape" in pruned.whole["a.weight"]
+    assert "reshape" in pruned.unpruned_layers["a.weight"]
 
 
 class Kept(nn.Module):
@@ -119,7 +119,7 @@ class Kept(nn.Module):
 )
 def test_a_width_is_found_wherever_it_is_kept(keep: Any, read: Any) -> None:
     pruned = pruned_as_zeros(Kept(keep(), read), numbers(2, 3, 4, 4), numbers(3, 3, 4, 4))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     assert any(change == (16, 8) for name, change in pruned.attributes.items() if "kept" in name)
 
 
@@ -152,7 +152,7 @@ def test_the_scale_of_attention_is_that_of_the_dense_network(scale: str, batch: 
     model = Attention(scale)
     pruned = pruned_as_zeros(model, numbers(batch, 5, 6), numbers(2, 9, 6))
     assert pruned.layers["embed.weight"] == (32, 16)
-    assert pruned.layers["qkv.weight"] == (96, 48) or "qkv.weight" in pruned.whole
+    assert pruned.layers["qkv.weight"] == (96, 48) or "qkv.weight" in pruned.unpruned_layers
 
 
 def test_heads_that_cannot_go_stay_as_wide_as_they_are() -> None:
@@ -172,7 +172,7 @@ def test_heads_that_cannot_go_stay_as_wide_as_they_are() -> None:
     pruned = pruned_as_zeros(Fixed(), numbers(2, 9, 8), numbers(3, 7, 8))
     assert pruned.layers["v.weight"] == (32, 16)
     assert pruned.layers["q.weight"] == (32, 32)
-    assert "0.5" in pruned.whole["q.weight"]
+    assert "0.5" in pruned.unpruned_layers["q.weight"]
 
 
 @dataclass
@@ -198,7 +198,7 @@ def test_outputs_keep_their_shape_in_whatever_object_they_are(kind: Any) -> None
     pruned = pruned_as_zeros(model, numbers(2, 8), numbers(5, 8))
     assert pruned.layers["a.weight"] == (16, 16)
     assert pruned.layers["b.weight"] == (12, 6)
-    assert pruned.whole["a.weight"] == "an output of the network"
+    assert pruned.unpruned_layers["a.weight"] == "an output of the network"
 
 
 class Standardised(nn.Conv2d):
@@ -265,7 +265,7 @@ OPS = {
 def test_operators_of_images_are_pruned(name: str) -> None:
     op, channels = OPS[name]
     pruned = pruned_as_zeros(Op(op, channels), numbers(2, 3, 8, 8), numbers(3, 3, 12, 12))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     assert pruned.parameters.removed > 0.5
 
 
@@ -294,7 +294,7 @@ class Recurrent(nn.Module):
 def test_recurrent_layers_are_pruned(kind: Any, settings: dict) -> None:
     model = Recurrent(kind, **settings)
     pruned = pruned_as_zeros(model, numbers(2, 5, 6), numbers(3, 7, 6))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     assert (model.mixes.input_size, model.mixes.hidden_size) == (8, 6)
     model(numbers(2, 5, 6)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -318,7 +318,7 @@ class Table(nn.Module):
 def test_buffers_and_caches_are_those_of_a_fresh_process() -> None:
     model, x = Table(), numbers(3, 8)
     pruned = prune_channels(model.double(), 0.5, x)
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     assert model.cache is None
     again = rebuild(Table().double(), json.loads(json.dumps(pruned.description)))
     again.load_state_dict(model.state_dict())
@@ -382,7 +382,7 @@ def test_weights_of_no_known_layer_are_pruned_or_named() -> None:
     pruned = pruned_as_zeros(Raw(), numbers(2, 6), numbers(3, 6))
     assert pruned.layers["first.weight"] == (8, 4)
     assert "w" in pruned.layers
-    assert pruned.layers["w"].after < 16 or "w" in pruned.whole
+    assert pruned.layers["w"].after < 16 or "w" in pruned.unpruned_layers
 
 
 class Fails(nn.Module):

@@ -152,7 +152,7 @@ def test_what_keeps_channels_apart_is_pruned(name: str) -> None:
     pruned = pruned_by_law(
         Between(*op), normal(2, 3, 8, 8), normal(3, 3, 8, 8), normal(3, 3, 12, 12, seed=1)
     )
-    assert set(pruned.whole) <= {"head.weight", "op.weight"}
+    assert set(pruned.unpruned_layers) <= {"head.weight", "op.weight"}
     assert pruned.layers["a.weight"] == (16, 8)
     assert pruned.layers["b.weight"] == (12, 6)
 
@@ -178,7 +178,7 @@ class Standardised(nn.Conv2d):
 def test_standardised_weights_in_groups_are_those_of_a_smaller_layer(groups: int) -> None:
     model = Between(Standardised(16, 16, 3, padding=1, groups=groups)).double().eval()
     pruned = prune_channels(model, 0.5, normal(2, 3, 8, 8))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     left = 2 if groups == 2 else 4
     alone = Standardised(8, 8, 3, padding=1, groups=left).double()
     alone.load_state_dict(model.op.state_dict())
@@ -220,9 +220,9 @@ def test_what_mixes_channels_or_counts_them_keeps_them_and_is_named(name: str) -
     op = op if isinstance(op, tuple) else (op, 16)
     pruned = pruned_by_law(Between(*op), normal(2, 3, 8, 8), normal(3, 3, 12, 12, seed=1))
     assert pruned.layers["b.weight"] == (12, 6)
-    left = [key for key in pruned.whole if key != "head.weight"]
+    left = [key for key in pruned.unpruned_layers if key != "head.weight"]
     assert left
-    assert any(word in pruned.whole[key] for key in left)
+    assert any(word in pruned.unpruned_layers[key] for key in left)
     assert all(pruned.layers[key].removed == 0 for key in left)
 
 
@@ -242,7 +242,7 @@ def test_what_is_taken_over_channels_is_taken_over_those_that_are_kept(name: str
     model = distinct(Between(OVER[name]))
     dense = deepcopy(model)
     pruned = prune_channels(model, 0.5, normal(2, 3, 8, 8))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     zeros: Any = with_zeros(dense, model)
     kept = kept_by_value(dense.a.bias.detach(), model.a.bias.detach())
 
@@ -276,9 +276,9 @@ def reversed_sum(x: Tensor, dim: int) -> Tensor:
 def test_an_operator_that_nobody_knows_is_tried(dim: int, left: int) -> None:
     pruned = pruned_by_law(Between(Noisy(dim)), normal(2, 3, 8, 8), normal(3, 3, 9, 7, seed=1))
     assert pruned.layers["a.weight"] == (16, left)
-    assert ("a.weight" in pruned.whole) == (left == 16)
+    assert ("a.weight" in pruned.unpruned_layers) == (left == 16)
     if left == 16:
-        assert "`reversed_sum` in `op`" in pruned.whole["a.weight"]
+        assert "`reversed_sum` in `op`" in pruned.unpruned_layers["a.weight"]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
@@ -288,4 +288,4 @@ def test_it_is_tried_with_values_of_its_own(value: float) -> None:
     nn.init.constant_(model.a.weight, 0)
     nn.init.constant_(model.a.bias, value)
     pruned = prune_channels(model, 0.5, torch.zeros(2, 3, 8, 8))
-    assert "reversed_sum" in pruned.whole["a.weight"]
+    assert "reversed_sum" in pruned.unpruned_layers["a.weight"]

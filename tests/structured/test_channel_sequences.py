@@ -65,7 +65,7 @@ TWO: dict[str, Callable[[], nn.Module]] = {
 def test_attention_to_another_sequence(name: str) -> None:
     model = Around(TWO[name](), two=True)
     pruned = pruned_by_law(model, normal(2, 5, 6), normal(3, 7, 6, seed=1))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     assert pruned.parameters.removed > 0.7
 
 
@@ -128,7 +128,7 @@ def test_positions_and_norms_of_queries_and_keys(kind: str) -> None:
     model = Around(Attention(kind))
     pruned = pruned_by_law(model, normal(2, 5, 6), normal(3, 7, 6, seed=1))
     fixed = {"inner.mix.weight", "inner.table"}  # the number of heads, or not used
-    assert set(pruned.whole) <= {"head.weight", *fixed}
+    assert set(pruned.unpruned_layers) <= {"head.weight", *fixed}
     assert pruned.layers["inner.qkv.weight"] == (96, 48)
     assert pruned.layers["a.weight"] == (32, 16)
 
@@ -152,7 +152,7 @@ class OverChannels(nn.Module):
 def test_attention_over_channels_is_that_of_a_smaller_network() -> None:
     model = distinct(Around(OverChannels()))
     pruned = prune_channels(model, 0.5, normal(2, 5, 6))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     smaller = OverChannels().double()
     smaller.qkv, smaller.out = nn.Linear(16, 48).double(), nn.Linear(16, 16).double()
     smaller.load_state_dict(model.inner.state_dict())
@@ -226,7 +226,7 @@ RECURRENT: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", RECURRENT)
 def test_recurrent_networks_in_the_ways_in_which_they_are_written(name: str) -> None:
     pruned = pruned_by_law(RECURRENT[name](), normal(2, 4, 6), normal(3, 6, 6, seed=1))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     assert pruned.parameters.removed > 0.6
 
 
@@ -238,7 +238,7 @@ def test_a_recurrent_layer_that_cannot_get_narrower_is_named() -> None:
     assert pruned.layers["a.weight"] == (12, 6)
     for name in ("mixes.weight_ih_l0", "mixes.weight_hh_l0"):
         assert pruned.layers[name] == (64, 64)
-        assert "a new tensor" in pruned.whole[name]
+        assert "a new tensor" in pruned.unpruned_layers[name]
 
 
 EDGES = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]])
@@ -273,7 +273,7 @@ class Graph(nn.Module):
 @pytest.mark.parametrize("sends", [by_index, by_scatter, by_matrix])
 def test_graphs(sends: Callable[[Tensor], Tensor]) -> None:
     pruned = pruned_by_law(Graph(sends), normal(5, 6), normal(7, 6, seed=1))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
 
 
 class Codes(nn.Module):
@@ -305,7 +305,7 @@ def test_a_fused_encoder_layer_gives_what_its_operators_give() -> None:
     inner = nn.TransformerEncoder(layer(nn.TransformerEncoderLayer), 2, enable_nested_tensor=False)
     model = Around(inner)
     pruned = pruned_by_law(model, normal(2, 5, 6), normal(3, 7, 6, seed=1))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     fused = deepcopy(model).double().eval()
     prune_channels(fused, 0.5, normal(2, 5, 6))
     with torch.no_grad():

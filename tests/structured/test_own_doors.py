@@ -9,6 +9,7 @@ import torch
 from helpers.channels import assert_same_numbers, distinct, normal
 from torch import Tensor, nn
 
+from drophot.prune import magnitude_prune
 from drophot.structured import OperatorCall, Pruned, prune_channels
 
 Rules = dict[Any, Callable[..., None]]
@@ -109,7 +110,7 @@ def between(middle: Callable[[Tensor], Tensor]) -> nn.Module:
 def test_without_a_rule_the_layers_around_an_operator_are_left_and_named() -> None:
     pruned = pruned_right(fused(), normal(5, 6), normal(4, 6, seed=1))
     assert pruned.layers["0.weight"] == (16, 16)
-    assert "`linear_relu` in `1`" in pruned.whole["0.weight"]
+    assert "`linear_relu` in `1`" in pruned.unpruned_layers["0.weight"]
     assert pruned.layers["2.weight"] == (8, 4)
 
 
@@ -130,7 +131,7 @@ def test_with_a_rule_they_are_pruned_and_have_the_right_values(operator: Any) ->
         "2.weight": (8, 4),
         "4.weight": (3, 3),
     }
-    assert pruned.whole.keys() == {"4.weight"}
+    assert pruned.unpruned_layers.keys() == {"4.weight"}
 
 
 def test_heads_of_an_operator_lose_equally_many_channels_but_different_ones() -> None:
@@ -139,8 +140,10 @@ def test_heads_of_an_operator_lose_equally_many_channels_but_different_ones() ->
         return nn.Sequential(nn.Linear(5, 12), Heads(), nn.Linear(12, 3))
 
     inputs = normal(2, 7, 5), normal(3, 9, 5, seed=1)
-    assert "`attention` in `1`" in pruned_right(model(), *inputs).whole["1.qkv.weight"]
-    kept = pruned_right(model(), *inputs, rules={attention: attention_rule}).kept["1.qkv.weight"]
+    assert "`attention` in `1`" in pruned_right(model(), *inputs).unpruned_layers["1.qkv.weight"]
+    kept = pruned_right(model(), *inputs, rules={attention: attention_rule}).kept_channels[
+        "1.qkv.weight"
+    ]
     q, k, v = (kept[(kept >= 16 * i) & (kept < 16 * i + 16)] - 16 * i for i in range(3))
     assert torch.equal(q, k)
     for part in (q, v):
@@ -166,8 +169,8 @@ def test_a_rule_that_is_wrong_is_caught_by_value_and_the_layer_is_left(rule: Any
     )
     assert pruned.layers["0.weight"] == (16, 16)
     assert pruned.layers["2.weight"] == (12, 6)
-    assert "`ranked` in `1`" in pruned.whole["0.weight"]
-    assert ("other values" in pruned.whole["0.weight"]) == (rule is not None)
+    assert "`ranked` in `1`" in pruned.unpruned_layers["0.weight"]
+    assert ("other values" in pruned.unpruned_layers["0.weight"]) == (rule is not None)
 
 
 def test_a_rule_replaces_the_built_in_one() -> None:
@@ -180,8 +183,10 @@ def test_a_rule_replaces_the_built_in_one() -> None:
     rules = {torch.ops.aten.relu: keeps_all}
     pruned = pruned_right(between(torch.relu), normal(5, 6), rules=rules)
     assert pruned.layers["0.weight"] == (16, 16)
-    assert "`relu` in `1`" in pruned.whole["0.weight"]
-    assert "size" not in pruned.whole["0.weight"]  # the rule kept them, not a failed check
+    assert "`relu` in `1`" in pruned.unpruned_layers["0.weight"]
+    assert (
+        "size" not in pruned.unpruned_layers["0.weight"]
+    )  # the rule kept them, not a failed check
 
 
 def test_an_operator_with_the_name_of_a_built_in_one_does_not_get_its_rule() -> None:
@@ -218,7 +223,23 @@ WRONG_RULES: dict[str, tuple[Callable[..., None], type[Exception], str]] = {
         ValueError,
         r"`call.inputs`.*`ranked`.*\(5, 16\)",
     ),
-    "other arguments": (lambda call: None, TypeError, "1 positional argument"),
+    "too few arguments": (lambda call: None, TypeError, "`rules`.*ranked.*<lambda>"),
+    "too many arguments": (lambda call, x, y: None, TypeError, "`rules`.*ranked.*'y'"),
+    "a tensor without its dimension": (
+        lambda call, x: call.couple(x, call.outputs[0]),
+        TypeError,
+        r"`couple`.*`ranked`.*\(5, 16\)",
+    ),
+    "a pair and a number": (
+        lambda call, x: call.couple((x, 1), 1),
+        TypeError,
+        "`couple`.*`ranked`.* 1",
+    ),
+    "a dimension that is no integer": (
+        lambda call, x: call.couple((x, 1.0)),
+        TypeError,
+        "`couple`.*`ranked`.*1.0",
+    ),
     "an error of its own": (fails, OwnError, "mine"),
 }
 
@@ -238,11 +259,46 @@ def test_a_rule_that_cannot_be_is_an_error_and_nothing_is_changed(name: str) -> 
 
 @pytest.mark.parametrize(
     ("rules", "message"),
-    [({"ranked": channels_alike}, "`rules`.*'ranked'"), ({ranked: 3}, r"`rules`.*3.*ranked")],
+    [
+        ({"ranked": channels_alike}, "`rules`.*'ranked'"),
+        ({ranked: 3}, r"`rules`.*3.*ranked"),
+        ({ranked: nn.Linear}, "`rules`.*Linear.*ranked"),
+    ],
 )
 def test_rules_map_operators_to_functions(rules: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         prune_channels(between(lambda x: ranked(x)).double(), 0.5, normal(5, 6), rules=rules)
+
+
+def test_wrong_arguments_of_a_rule_are_found_before_the_model_is_called() -> None:
+    model = between(lambda x: pytest.fail("called")).double()
+    with pytest.raises(TypeError, match="`rules`.*ranked.*'y'"):
+        prune_channels(model, 0.5, normal(5, 6), rules={ranked: lambda call, x, y: None})
+    with pytest.raises(TypeError, match="`rules`.*softmax"):
+        prune_channels(model, 0.5, normal(5, 6), rules={torch.ops.aten.softmax: lambda call: None})
+
+
+def test_arguments_that_only_some_calls_have_are_found_when_they_are_passed() -> None:
+    def rule(call: OperatorCall, x: Tensor, y: Tensor) -> None: ...
+
+    model = between(lambda x: torch.ops.aten.add(x, x, alpha=2)).double()
+    with pytest.raises(TypeError, match="`rules`.*add.*'alpha'"):
+        prune_channels(model, 0.5, normal(5, 6), rules={torch.ops.aten.add.Tensor: rule})
+
+
+@pytest.mark.parametrize(
+    ("importance", "words"),
+    [
+        (nn.Linear, "`importance`.*Linear"),
+        ("taylor", "`importance`.*taylor"),
+        (lambda weight: weight, "`importance`.*weight"),
+    ],
+)
+def test_an_importance_is_a_function_of_a_name_and_a_weight(importance: Any, words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        prune_channels(stack(), 0.5, torch.ones(2, 4), importance=importance)
+    with pytest.raises(TypeError, match=words):
+        magnitude_prune(stack(), 0.5, importance=importance)
 
 
 def stack() -> nn.Module:
@@ -256,8 +312,8 @@ def by_magnitude(name: str, weight: Tensor) -> Tensor:
 
 def test_the_default_importance_is_the_square_of_each_weight() -> None:
     one, other = stack(), stack()
-    kept = prune_channels(one, 0.5, torch.ones(2, 4)).kept
-    same = prune_channels(other, 0.5, torch.ones(2, 4), importance=by_magnitude).kept
+    kept = prune_channels(one, 0.5, torch.ones(2, 4)).kept_channels
+    same = prune_channels(other, 0.5, torch.ones(2, 4), importance=by_magnitude).kept_channels
     assert all(torch.equal(index, same[name]) for name, index in kept.items())
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -272,8 +328,8 @@ def test_values_per_output_channel_decide_and_higher_is_kept() -> None:
     pruned = prune_channels(
         stack(), 0.5, torch.ones(2, 4), importance=lambda name, weight: values[name]
     )
-    assert pruned.kept["0.weight"].tolist() == [0, 2, 5, 7]
-    assert pruned.kept["2.weight"].tolist() == [1, 3, 5]
+    assert pruned.kept_channels["0.weight"].tolist() == [0, 2, 5, 7]
+    assert pruned.kept_channels["2.weight"].tolist() == [1, 3, 5]
 
 
 def test_values_per_weight_count_where_a_channel_is_read_too() -> None:
@@ -284,7 +340,7 @@ def test_values_per_weight_count_where_a_channel_is_read_too() -> None:
         return values
 
     pruned = prune_channels(stack(), 0.5, torch.ones(2, 4), importance=importance)
-    assert pruned.kept["0.weight"].tolist() == [1, 2, 4, 7]
+    assert pruned.kept_channels["0.weight"].tolist() == [1, 2, 4, 7]
 
 
 class Residual(nn.Module):
@@ -306,8 +362,8 @@ def test_the_values_of_coupled_layers_are_divided_by_their_mean_and_added() -> N
     )
     best = (a / a.mean() + b / b.mean()).topk(3).indices.sort().values
     assert best.tolist() not in (a.topk(3).indices.sort().values.tolist(), [0, 2, 4])
-    assert torch.equal(pruned.kept["a.weight"], best)
-    assert torch.equal(pruned.kept["b.weight"], best)
+    assert torch.equal(pruned.kept_channels["a.weight"], best)
+    assert torch.equal(pruned.kept_channels["b.weight"], best)
 
 
 def test_output_channels_of_a_transposed_convolution_are_in_dimension_1() -> None:
@@ -320,7 +376,7 @@ def test_output_channels_of_a_transposed_convolution_are_in_dimension_1() -> Non
 
     pruned = prune_channels(model, 0.5, torch.ones(2, 3, 4, 4), importance=importance)
     assert shapes == {"0.weight": (3, 8, 2, 2), "1.weight": (4, 8, 1, 1)}
-    assert pruned.kept["0.weight"].tolist() == [4, 5, 6, 7]
+    assert pruned.kept_channels["0.weight"].tolist() == [4, 5, 6, 7]
 
 
 def test_an_importance_may_read_gradients() -> None:
@@ -332,7 +388,7 @@ def test_an_importance_may_read_gradients() -> None:
     )
     best = grads["0.weight"].sort(descending=True, stable=True).values[:4]
     assert torch.equal(
-        grads["0.weight"][pruned.kept["0.weight"]].sort(descending=True).values, best
+        grads["0.weight"][pruned.kept_channels["0.weight"]].sort(descending=True).values, best
     )
 
 

@@ -61,16 +61,16 @@ def test_a_reason_names_a_module_and_what_is_done_there(middle: nn.Module, reaso
     pruned = prune_channels(net(middle), 0.5, X)
     assert pruned.layers["0.weight"] == (16, 16)
     assert pruned.layers["2.weight"] == (12, 6)
-    assert re.search(reason, pruned.whole["0.weight"]), pruned.whole
-    assert pruned.kept_back[pruned.whole["0.weight"]] == 8
-    assert re.search(f"kept back 10 of 16 channels asked for:\n *8  {reason}", str(pruned))
+    assert re.search(reason, pruned.unpruned_layers["0.weight"]), pruned.unpruned_layers
+    assert pruned.not_removed[pruned.unpruned_layers["0.weight"]] == 8
+    assert re.search(f"not removed: 10 of 16 requested channels:\n *8  {reason}", str(pruned))
 
 
 def test_what_was_kept_back_adds_up() -> None:
     pruned = prune_channels(net(Literal()), 0.5, X)
-    assert pruned.asked == 8 + 6 + 2
+    assert pruned.num_requested == 8 + 6 + 2
     removed = pruned.channels.before - pruned.channels.after
-    assert sum(pruned.kept_back.values()) == pruned.asked - removed
+    assert sum(pruned.not_removed.values()) == pruned.num_requested - removed
 
 
 def test_the_result_is_short_however_deep_the_network_is() -> None:
@@ -84,7 +84,7 @@ def test_the_result_is_short_however_deep_the_network_is() -> None:
 
     model = nn.Sequential(nn.Linear(6, 16), *(Block() for _ in range(30)), nn.Linear(16, 3))
     pruned = prune_channels(model, 0.5, X)
-    assert len(pruned.whole) == 31
+    assert len(pruned.unpruned_layers) == 31
     lines = str(pruned).splitlines()
     assert "       240  a reshape in `1`, `2` and 28 more has a fixed size" in lines
     assert len(lines) < 12
@@ -102,7 +102,7 @@ def test_an_output_is_said_to_be_one_also_where_its_weight_is_an_embedding() -> 
             return self.head(self.a(self.embed(x)).relu())
 
     pruned = prune_channels(Tied(), 0.5, torch.arange(6)[None])
-    assert pruned.whole == {"head.weight": "an output of the network"}
+    assert pruned.unpruned_layers == {"head.weight": "an output of the network"}
 
 
 def test_parameters_of_an_unknown_kind_are_named_with_their_share() -> None:
@@ -119,7 +119,7 @@ def test_parameters_of_an_unknown_kind_are_named_with_their_share() -> None:
     model = net(Filter())
     total = sum(parameter.numel() for parameter in model.parameters())
     pruned = prune_channels(model, 0.5, X)
-    assert pruned.other == {"1.taps": 640 / total}
+    assert pruned.unpruned_parameters == {"1.taps": 640 / total}
     assert f"not pruned: 1.taps ({640 / total:.1%} of the parameters)" in str(pruned)
 
 
@@ -220,7 +220,7 @@ def test_what_goes_does_not_depend_on_the_batch(batch: int, width: int, heads: i
     torch.manual_seed(0)
     model = vit(img_size=16, patch_size=8, embed_dim=width, depth=2, num_heads=heads, reg_tokens=4)
     pruned = prune_channels(model, 0.5, torch.randn(batch, 3, 16, 16))
-    assert list(pruned.whole) == ["head.weight"]
+    assert list(pruned.unpruned_layers) == ["head.weight"]
     left = heads - int(heads / 2 + 0.5)
     assert model.blocks[0].attn.qkv.out_features == 3 * left * (width // heads)
     assert model.embed_dim == width
@@ -263,15 +263,15 @@ def test_a_width_in_a_module_that_is_used_without_being_called() -> None:
     model = Stream(Scales)
     pruned = prune_channels(model, 0.5, torch.randn(2, 4))
     assert model.scales.width == 8
-    assert pruned.whole.keys() == {"out.weight"}
+    assert pruned.unpruned_layers.keys() == {"out.weight"}
 
 
 def test_code_that_fails_keeps_what_it_was_about_to_use_and_no_more() -> None:
     torch.manual_seed(0)
     model = Stream(Fixed)
     pruned = prune_channels(model, 0.5, torch.randn(2, 4))
-    assert "AssertionError" in pruned.whole["into.weight"]
-    assert pruned.whole.keys() == {"into.weight", "out.weight"}
+    assert "AssertionError" in pruned.unpruned_layers["into.weight"]
+    assert pruned.unpruned_layers.keys() == {"into.weight", "out.weight"}
 
 
 @pytest.mark.parametrize(

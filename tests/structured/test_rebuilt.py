@@ -1,14 +1,13 @@
 """A pruned network gives the same values after `rebuild` in another process."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers import processes
 from torch import Tensor, nn
 
 from drophot.structured import prune_channels, rebuild
@@ -111,9 +110,9 @@ def answers(name: str, model: Any) -> list[Tensor]:
     return found
 
 
-def load(folder: str) -> None:
+def load(folder: Path) -> None:
     """Build each network in the other process, load it, and save its outputs."""
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in sorted(folder.glob("*.json")):
         torch.manual_seed(1)
         model = rebuild(made(path.stem), json.loads(path.read_text()))
         model.load_state_dict(torch.load(path.with_suffix(".pt")))
@@ -135,8 +134,8 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
         here[name] = answers(name, model)
         torch.save(model.state_dict(), folder / f"{name}.pt")
         (folder / f"{name}.json").write_text(json.dumps(result.description))
-    code = f"import test_rebuilt; test_rebuilt.load({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, check=True)
+    process = processes.begin(load, folder, folder=folder, output=folder / "output")
+    processes.finish(process, errors=folder / "output")
     return folder, here
 
 

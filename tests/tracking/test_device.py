@@ -13,7 +13,6 @@ from drophot import DynamicsTracker, ForgettingTracker
 from drophot.tracking.state import to_device
 
 KINDS = [ForgettingTracker, DynamicsTracker]
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 N, B, C = 1000, 64, 10
 
 
@@ -64,7 +63,7 @@ def test_what_comes_to_the_cpu_is_waited_for() -> None:
     assert waited == {"cpu": True, "meta": False, "cuda": False}
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_on_the_cpu_and_logits_on_a_gpu(kind: Any) -> None:
     seen = [(i, z.cuda(), y.cuda()) for i, z, y in batches("cpu")]
@@ -108,7 +107,7 @@ def assert_as_on_a_cpu(tracker: ForgettingTracker, seen: Any) -> None:
             )
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("from_loader", ["cpu", "cuda"])
 def test_no_step_waits_on_a_gpu(kind: Any, from_loader: str, request: Any) -> None:
@@ -122,7 +121,7 @@ def test_no_step_waits_on_a_gpu(kind: Any, from_loader: str, request: Any) -> No
     assert_as_on_a_cpu(tracker, seen)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_update_inside_a_captured_graph(kind: Any) -> None:
     seen = [tuple(part.cuda() for part in batch) for batch in batches("cuda")]
@@ -144,7 +143,7 @@ def test_update_inside_a_captured_graph(kind: Any) -> None:
     assert_as_on_a_cpu(tracker, seen)
 
 
-@gpu
+@pytest.mark.gpu
 def test_a_wrong_index_on_a_gpu_is_raised_on_reading() -> None:
     tracker = ForgettingTracker(N, device="cuda")
     index = torch.tensor([3, N + 5], device="cuda")
@@ -153,7 +152,7 @@ def test_a_wrong_index_on_a_gpu_is_raised_on_reading() -> None:
         tracker.scores()
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("target", [-100, C])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_target_that_is_no_class_is_raised_on_reading(kind: Any, target: int) -> None:
@@ -201,7 +200,7 @@ def ahead(model: Any, batches: Any) -> None:
     model(held)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("loop", [moved, left_out, changed, others_first, ahead])
 @pytest.mark.parametrize("shape", [(4,), (1, 4, 4)])
 def test_batches_are_told_apart_without_waiting(loop: Any, shape: Any, request: Any) -> None:
@@ -232,7 +231,7 @@ def test_batches_are_told_apart_without_waiting(loop: Any, shape: Any, request: 
         torch.testing.assert_close(found, plain.scores(name).view(4, size)[seen])
 
 
-@gpu
+@pytest.mark.gpu
 def test_two_trackers_on_one_model_that_see_copies_on_a_gpu() -> None:
     model, x = nn.Linear(4, C).cuda(), torch.randn(8, 4)
     one, two = ForgettingTracker(8), ForgettingTracker(8)
@@ -246,7 +245,7 @@ def test_two_trackers_on_one_model_that_see_copies_on_a_gpu() -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_nccl_available(), reason="torch has no NCCL")
-@gpu
+@pytest.mark.gpu
 def test_sync_over_nccl(tmp_path: Any) -> None:
     """One rank for each GPU there is; a state that is still on the CPU goes over as well."""
     torchrun(torch.cuda.device_count(), __file__, folder=tmp_path)

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, torchrun
 from helpers.one_process import assert_same
-from helpers.own_score import Batch, C, Entropy, N, Power, batches, tracker
+from helpers.own_score import Batch, C, Entropy, N, Power, batches, main, tracker
+from helpers.processes import ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from drophot import DynamicsTracker, IndexedDataset
+from drophot._core import random_state
 from drophot.tracking import Score, Spread
 
 DEFAULT = ("aum", "el2n", "confidence", "variability", "loss")
@@ -199,7 +201,7 @@ def test_watch_attach_and_observe_include_them() -> None:
 
 
 def test_ranks_equal_one_process_that_saw_everything(tmp_path: Path) -> None:
-    torchrun(2, ROOT / "tests" / "helpers" / "own_score.py", str(tmp_path), folder=tmp_path)
+    ranks(2, main, tmp_path, folder=tmp_path)
     expected = tracker()
     for epoch in range(3):
         for rank in range(2):
@@ -336,3 +338,63 @@ def test_a_score_is_called_once_per_batch_with_float32_and_valid_classes() -> No
     with pytest.raises(ValueError, match="`targets`.*9.*sample 2"):
         found.update(torch.tensor([1, 2]), logits, torch.tensor([0, 9]))
     assert calls[1][-1] == [0, 3], "a target that is not a class is raised by the tracker"
+
+
+class Noise:
+    """A score that draws from the global generator of each library."""
+
+    hard_end = "high"
+
+    def __init__(self, name: str = "noise", draws: int = 1) -> None:
+        self.name, self.draws = name, draws
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        for _ in range(self.draws):
+            numbers = torch.rand(len(logits)) + np.random.rand() + random.random()  # noqa: NPY002
+        return numbers
+
+
+def test_random_numbers_of_a_score_are_not_those_of_the_training() -> None:
+    found = DynamicsTracker(N, statistics=[Noise()])
+    for batch in batches(6):
+        before = random_state.state()
+        found.update(*batch)
+        assert random_state.state() == before
+
+
+def test_random_numbers_of_a_score_are_new_in_each_batch_and_repeat_after_a_seed() -> None:
+    found = DynamicsTracker(2, statistics=[Noise()])
+    seen = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        for number in range(2):
+            found.update(torch.tensor([number]), torch.zeros(1, 2), torch.tensor([0]))
+        seen.append(found.scores("noise").tolist())
+        found.reset()
+    assert seen[0] == seen[1]
+    assert seen[0][0] != seen[0][1]
+
+
+def test_no_score_changes_the_random_numbers_of_another_one() -> None:
+    seen = []
+    for others in ([], [Noise("before", draws=3)]):
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        found = fed(DynamicsTracker(N, statistics=[*others, Noise()]), batches(6))
+        seen.append(found.scores("noise", missing="nan"))
+    np.testing.assert_array_equal(*seen)
+
+
+def test_a_score_that_fails_leaves_the_random_numbers_of_the_training() -> None:
+    class Failing(Noise):
+        def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+            super().__call__(logits, targets)
+            raise KeyError("mine")
+
+    before = random_state.state()
+    with pytest.raises(KeyError, match="mine"):
+        fed(DynamicsTracker(N, statistics=[Failing()]), batches(6))
+    assert random_state.state() == before

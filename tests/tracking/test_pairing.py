@@ -376,8 +376,9 @@ def test_nothing_counted_is_said_at_any_end_and_once(end: str, source: Any, trai
 def test_nothing_counted_is_said_while_an_endless_pass_goes_on() -> None:
     model, tracker = network(), ForgettingTracker(SIZE)
     batches = iter(tracker.watch(Endless()))
-    with pytest.warns(UserWarning, match="No batch of this pass"):
+    with pytest.warns(UserWarning, match="No batch of this pass") as found:
         drive(itertools.islice(batches, 200), model)
+    assert found[0].filename == __file__
     handle = tracker.attach(model)
     for _ in range(3):
         model(next(batches)[0])
@@ -386,8 +387,9 @@ def test_nothing_counted_is_said_while_an_endless_pass_goes_on() -> None:
     other = iter(tracker.watch(Endless()))
     for _ in range(2):
         next(other)
-    with pytest.warns(UserWarning, match="No batch of this pass"):
+    with pytest.warns(UserWarning, match="No batch of this pass") as found:
         tracker.scores()
+    assert found[0].filename == __file__
 
 
 def test_batches_that_are_shown_again_are_not_silently_uncounted() -> None:
@@ -396,8 +398,9 @@ def test_batches_that_are_shown_again_are_not_silently_uncounted() -> None:
         batches = itertools.cycle(tracker.watch(loader()))
         for _ in range(3):
             model(next(batches)[0])
-        with pytest.warns(UserWarning, match=r"3 batches.*`itertools\.cycle`"):
+        with pytest.warns(UserWarning, match=r"3 batches.*`itertools\.cycle`") as found:
             drive(itertools.islice(batches, 6), model)
+        assert found[0].filename == __file__
 
 
 def test_indices_that_several_data_sets_share_are_refused() -> None:

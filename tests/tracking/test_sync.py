@@ -1,13 +1,13 @@
-"""Several processes, real ones under torchrun, against one that saw everything."""
+"""Several processes, with the environment of torchrun, against one that saw everything."""
 
 import re
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
 from helpers import ranks as worker
 from helpers.one_process import assert_same
+from helpers.processes import ranks
 
 from drophot import DynamicsTracker, ForgettingTracker
 
@@ -16,7 +16,7 @@ from drophot import DynamicsTracker, ForgettingTracker
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What each rank has at the end of every case."""
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun(request.param, ROOT / "tests" / "helpers" / "ranks.py", str(folder), folder=folder)
+    ranks(request.param, worker.main, folder, folder=folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

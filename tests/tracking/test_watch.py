@@ -191,7 +191,7 @@ def test_workers() -> None:
     assert_same_weights(watched.model, explicit.model)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
+@pytest.mark.gpu
 def test_workers_and_pinned_memory_on_a_gpu() -> None:
     inputs, targets = samples()
     model, tracker = network().cuda(), DynamicsTracker(SIZE)

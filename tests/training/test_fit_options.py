@@ -126,7 +126,7 @@ def test_options_give_the_weights_of_a_plain_loop_in_mixed_precision() -> None:
     assert_equal(found, expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 @pytest.mark.parametrize("loss", LOSSES)

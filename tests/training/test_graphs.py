@@ -24,7 +24,6 @@ from drophot.models import LeNet
 from drophot.prune import magnitude_prune
 from drophot.training import step
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 fused_sgd = partial(SGD, lr=0.1, momentum=0.9, fused=True)
 
 
@@ -279,7 +278,7 @@ def test_capturable_is_put_back(graphs: list[Graph]) -> None:
 # --- on a GPU ----------------------------------------------------------------------------------
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "optimizer", [*OPTIMIZERS, Adam, torch.optim.Adagrad, torch.optim.NAdam, OwnAdam]
 )
@@ -293,7 +292,7 @@ def test_fit_on_a_gpu_is_nearly_the_plain_loop(optimizer: Any, conv: bool) -> No
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", [SGD, Adam, torch.optim.NAdam])
 def test_an_optimiser_that_trained_elsewhere_goes_on_on_a_gpu(optimizer: Any) -> None:
     results = []
@@ -306,7 +305,7 @@ def test_an_optimiser_that_trained_elsewhere_goes_on_on_a_gpu(optimizer: Any) ->
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("inner", [nn.ReLU(), nn.Dropout(0.5)])
 def test_no_step_of_an_epoch_waits_for_the_gpu(inner: nn.Module) -> None:
     model = mlp(inner).cuda()
@@ -325,7 +324,7 @@ def test_no_step_of_an_epoch_waits_for_the_gpu(inner: nn.Module) -> None:
     assert len(steps) == 16
 
 
-@gpu
+@pytest.mark.gpu
 def test_dropout_draws_anew_in_each_replay() -> None:
     logits: list[Tensor] = []
     model = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5)).cuda()

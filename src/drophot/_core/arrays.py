@@ -13,7 +13,7 @@ from torch import Tensor
 IntArray = NDArray[np.int64]
 
 _KINDS = "biuf"  # NumPy's letters for bools, integers and floats
-_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # which support few operations in torch
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch has few operations for these
 
 
 def as_real_tensor(name: str, value: Tensor | ArrayLike) -> Tensor:

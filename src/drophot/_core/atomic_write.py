@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -15,6 +16,9 @@ try:
     import fcntl
 except ImportError:  # Windows, where an open file cannot be removed
     fcntl = None
+
+PART_SUFFIX = ".part"
+"""Of the names of temporary files."""
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"`path` must be a regular file, got {path}, which is not.")
         if not os.access(target, os.W_OK):
-            raise PermissionError(f"`path` must be writable, got {path}, which is not.")
+            raise PermissionError(errno.EACCES, "`path` must be a writable file", str(path))
         mode = stat.S_IMODE(found.st_mode)
     part, descriptor = _create_part(target, path)
     try:
@@ -62,7 +66,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 def _create_part(target: Path, path: Path) -> tuple[Path, int]:
     """Create and lock a temporary file next to the target; return its path and descriptor."""
     while True:
-        part = target.with_name(f"{_stem(target)}.{secrets.token_hex(8)}.part")
+        part = target.with_name(f"{_stem(target)}.{secrets.token_hex(8)}{PART_SUFFIX}")
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
             descriptor = os.open(part, flags, 0o666)
@@ -87,7 +91,7 @@ def _stem(target: Path) -> str:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove temporary files that killed writers of the same file have left."""
-    name = re.compile(re.escape(_stem(target)) + r"\.[0-9a-f]{16}\.part")
+    name = re.compile(re.escape(_stem(target)) + r"\.[0-9a-f]{16}" + re.escape(PART_SUFFIX))
     with suppress(OSError), os.scandir(target.parent) as entries:
         for entry in entries:
             if name.fullmatch(entry.name):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 
 def is_correct(logits: Tensor, targets: Tensor) -> Tensor:
-    """Which samples are classified correctly, bool `(B,)`.
+    """Whether each sample is classified correctly, bool `(B,)`.
 
-    Never one whose logits contain NaN or are all minus infinity.
+    A sample whose logits contain NaN or are all minus infinity is never correct.
     """
     top = logits.max(dim=1)
     return (top.indices == targets) & (top.values > -torch.inf)  # NaN is not greater
@@ -35,7 +35,7 @@ def first_nonfinite(model: nn.Module) -> str:
 
 
 def check_model(model: Any) -> None:
-    """Raise a TypeError if `model` is not one, for example because arguments were swapped."""
+    """Raise a TypeError if `model` is not a module, for example because arguments were swapped."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be an nn.Module, got {type(model).__name__}. The model is the first "

@@ -13,9 +13,8 @@ from drophot._core.memory import is_out_of_memory
 def must_propagate(error: BaseException) -> bool:
     """Whether a caught error must be raised again because it is not about the code that was run.
 
-    This is so if memory was exhausted, or if a signal handler raised the error. A handler, such as
-    a time limit by `signal.alarm`, can run between any two lines, and its error seems to come from
-    there.
+    True if memory was exhausted, or if a signal handler raised the error. A handler, such as a time
+    limit by `signal.alarm`, can run between any two lines, and its error seems to come from there.
     """
     if is_out_of_memory(error):
         return True

@@ -20,7 +20,7 @@ def available(device: torch.device | str, *, root: Path = Path("/")) -> float:
     """The bytes of memory that are still available on a device; infinity if unknown.
 
     For a CPU, this is the minimum of what the machine, the control groups of a container or a
-    scheduler's job, and the limits of the process (`ulimit`) leave. `root` contains `proc` and
+    scheduler's job, and the limits of the process (`ulimit`) allow. `root` contains `proc` and
     `sys`.
     """
     if torch.device(device).type == "cuda":

@@ -58,7 +58,7 @@ def magnitude_threshold(
     *,
     signed: bool = False,
 ) -> Threshold:
-    """The magnitude below which `remove` of all weights lie.
+    """The threshold that separates the `remove` smallest magnitudes of all weights.
 
     Args:
         weights: Finite float tensors of 16 bits or more.
@@ -101,11 +101,11 @@ def divide_evenly(sizes: Iterable[int], amount: int) -> list[int]:
 def pruner(threshold: Threshold) -> Callable[..., Tensor]:
     """A function that prunes one weight after the other at the threshold.
 
-    It takes a weight and optionally the mask of an earlier pruning and the values that the weights
-    are compared by, if not the weights themselves. It zeroes what is below the threshold in place
-    and returns the mask of what is kept: bool, contiguous, of the weight's
-    shape. Ties at the threshold are broken so that the removed weights are spread evenly among all
-    ties, in the order of the calls; no layer loses more than its share because it comes first.
+    It takes a weight and optionally the mask of an earlier pruning and the values by which the
+    weights are compared, if not by themselves. It sets weights below the threshold to zero in place
+    and returns the mask of the kept ones: bool, contiguous, of the weight's shape. Ties at the
+    threshold are broken so that the removed weights are spread evenly among all ties, in the order
+    of the calls; no layer loses more than its share because it comes first.
     """
     dtype, key, removed, tied, signed = threshold
     seen = 0  # ties in earlier calls and blocks
@@ -138,7 +138,7 @@ def pruner(threshold: Threshold) -> Callable[..., Tensor]:
 
 
 def magnitude_keys(weight: Tensor, earlier: Tensor | None = None) -> Tensor:
-    """A new one-dimensional tensor of integers in the order of the magnitudes.
+    """A new one-dimensional tensor of integers that are ordered like the magnitudes.
 
     They are the bits of the finite floats without the sign; -1 for a zero that `earlier` removed.
     """

@@ -56,7 +56,7 @@ def state(device: torch.device | None = None) -> tuple[Any, ...]:
     name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - transforms use it
     return (
         random.getstate(),
-        (name, tuple(keys), *rest),
+        (name, keys.tobytes(), *rest),
         torch.get_rng_state().numpy().tobytes(),
         _get(device).numpy().tobytes() if _has_generator(device) else None,
     )
@@ -70,7 +70,7 @@ def preserved_rng(device: torch.device | None = None, *, seed: int | None = None
     and makes cuDNN deterministic inside it.
     """
     with exclusive():
-        python, numpy, cpu, own = state(device)
+        before = state(device)
         deterministic = torch.backends.cudnn.deterministic
         try:
             if seed is not None:
@@ -84,11 +84,53 @@ def preserved_rng(device: torch.device | None = None, *, seed: int | None = None
             yield
         finally:
             torch.backends.cudnn.deterministic = deterministic
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-            torch.set_rng_state(_tensor(cpu))
-            if own is not None:
-                _set(device, _tensor(own))
+            _restore(before, device)
+
+
+class RandomStream:
+    """Random numbers for code that must not change the sequence that the rest of a program sees.
+
+    The stream is a copy of the global generators that is made when code first draws from it, and
+    every `with stream.on(device):` continues it. The global generators stay as they are. Threads
+    are not excluded, since code within training must not wait for another training.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple[Any, ...] | None = None
+
+    def reset(self) -> None:
+        """Begin again with a copy of the global generators."""
+        self._state = None
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Use this stream in place of the global generators and that of `device`."""
+        if torch.compiler.is_compiling() or _is_captured(device):
+            yield  # the states cannot be read, and Python code runs only once
+            return
+        outside = state(device)
+        if self._state is not None:
+            _restore(self._state, device)
+        try:
+            yield
+        finally:
+            inside = state(device)
+            if self._state is not None or inside != outside:
+                self._state = inside
+                _restore(outside, device)
+
+
+def _restore(states: tuple[Any, ...], device: torch.device | None) -> None:
+    python, (name, keys, *rest), cpu, own = states
+    random.setstate(python)
+    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(_tensor(cpu))
+    if own is not None and _has_generator(device):
+        _set(device, _tensor(own))
+
+
+def _is_captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _has_generator(device: torch.device | None) -> bool:

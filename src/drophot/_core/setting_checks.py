@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 
@@ -23,8 +24,14 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
-def name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any], object]:
-    """A check for one of some short names, or an object that has a name."""
+def name_or_object(
+    choices: tuple[str, ...], objects: str, *, reserved: str
+) -> Callable[[str, Any], object]:
+    """A check for one of some short names, or an object that has a name.
+
+    A user's object must not have one of the short names, or one that the regular expression
+    `reserved` matches.
+    """
 
     def check(name: str, value: Any) -> object:
         if isinstance(value, str) and value in choices:
@@ -39,7 +46,8 @@ def name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any
                 f"`{name}` has the name {called!r}, which file names cannot contain. Use letters, "
                 f"digits, '.', '_' and '-' only."
             )
-        if called in (*choices, "baseline") and not is_builtin(value):
+        is_reserved = called in choices or re.fullmatch(reserved, called)
+        if is_reserved and not is_known_by_name(value):
             raise ValueError(
                 f"`{name}` has the name {called!r}, which the library uses itself. Give your "
                 f"object another name, so that records tell the two apart."
@@ -49,18 +57,18 @@ def name_or_object(choices: tuple[str, ...], objects: str) -> Callable[[str, Any
     return check
 
 
-def check_importance(name: str, value: Any) -> object:
-    if value is not None and not callable(value):
-        raise TypeError(
-            f"`{name}` must be a function of a weight's name and the weight, or None for its "
-            f"magnitude, got {value!r}."
-        )
-    return value
+def is_known_by_name(value: object) -> bool:
+    """Whether the name of an object says everything about it.
 
-
-def is_builtin(value: object) -> bool:
-    """Whether an object is of one of the library's own classes."""
-    return type(value).__module__.partition(".")[0] == "drophot"
+    That is so for plain values, and for objects of the library's own classes that make their name
+    of their other fields. A name that is a field is the user's choice.
+    """
+    if isinstance(value, bool | int | float | str | None):
+        return True
+    if type(value).__module__.partition(".")[0] != "drophot" or not is_dataclass(value):
+        return False
+    names = [one.name for one in fields(value)]
+    return "name" not in names and all(is_known_by_name(getattr(value, one)) for one in names)
 
 
 def _listed(choices: tuple[str, ...]) -> str:

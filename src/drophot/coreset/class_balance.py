@@ -12,7 +12,7 @@ from torch import Tensor
 from drophot._core.arrays import IntArray, as_integers
 from drophot._core.seeded_draw import splitmix64
 
-# Of scores (N,), a size, a seed and the samples' positions: the positions drawn, in any order.
+# Takes scores (N,), a size, a seed and the samples' positions; returns the positions drawn.
 Draw = Callable[[Tensor, int, int, IntArray | None], IntArray]
 
 
@@ -88,6 +88,6 @@ def draw_balanced(
     for group, share in zip(members, sizes, strict=True):
         if share:
             own = scores[torch.from_numpy(group).to(scores.device)]
-            places = group if positions is None else positions[group]
-            found.append(draw(own, share, seed, places))
+            indices = group if positions is None else positions[group]
+            found.append(draw(own, share, seed, indices))
     return torch.from_numpy(np.sort(np.concatenate(found)))

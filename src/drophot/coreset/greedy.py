@@ -52,12 +52,12 @@ class Coreset:
         return len(self.indices)
 
 
-# Of the features (n, D) of one group, the number to keep, the positions of the start samples and a
-# seed: the positions selected, their gains, and for each sample which of start and selected samples
-# represents it, if known.
+# Takes the features (n, D) of one group, the number to keep, the positions of the start samples and
+# a seed. Returns the positions selected, their gains, and for each sample which of the start and
+# selected samples represents it, if known.
 Algorithm = Callable[[Tensor, int, Tensor, int], tuple[Tensor, Tensor, Tensor | None]]
 
-# The bytes needed for a group: of n samples, D features, the number kept and the bytes per number.
+# The bytes needed for a group, from n, D, the number kept and the bytes per number.
 MemoryNeeded = Callable[[int, int, int, int], int]
 
 
@@ -156,7 +156,7 @@ def _centered(values: Tensor) -> tuple[Tensor, float]:
 
 
 def _center(values: Tensor) -> Tensor:
-    """Of each column the value that is nearest to its mean."""
+    """The value of each column that is nearest to the mean of the column."""
     # The mean has more digits than the features, so after subtracting it equal distances would
     # differ.
     mean = values.mean(0)

@@ -93,11 +93,11 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
     state = _Medoids(values, start.to(values.device))
     chosen, gains = [], []
     while len(chosen) < size - len(start):
-        place = int(state.gains.argmax())
-        gain = max(float(state.gains[place]), 0.0)
+        index = int(state.gains.argmax())
+        gain = max(float(state.gains[index]), 0.0)
         gains.append(min(gain, *gains[-1:]) if gains else gain)  # despite rounding errors
-        chosen.append(place)
-        state.take(place)
+        chosen.append(index)
+        state.take(index)
     return (
         torch.tensor(chosen, dtype=torch.int64),
         torch.tensor(gains, dtype=torch.float64),
@@ -134,19 +134,19 @@ class _Medoids:
             self.gains = len(values) * largest - sums
         self._keep_pairs()
 
-    def take(self, place: int) -> None:
+    def take(self, index: int) -> None:
         """Add a candidate to the medoids."""
         if self.pairs is None:
-            away = self.distances(self.all[place : place + 1], slice(None))[0]
-            away[place] = 0  # by rounding, a sample has a small distance to itself
+            away = self.distances(self.all[index : index + 1], slice(None))[0]
+            away[index] = 0  # by rounding, a sample has a small distance to itself
             near = self.all
         else:
-            near, away = self.pairs.of(place)
+            near, away = self.pairs.of(index)
         closer = away < self.nearest[near]
         changed, after = near[closer], away[closer]
         before = self.nearest[changed]
         self.nearest[changed], self.owner[changed] = after, self.count
-        self.owner[place] = self.count
+        self.owner[index] = self.count
         self.count += 1
         if self.pairs is not None:
             self.pairs.lower(self.gains, changed, before, after)
@@ -155,7 +155,7 @@ class _Medoids:
             self.gains = self._all_gains().masked_fill_(medoids, -torch.inf)
         else:
             self._lower(changed, before, after)
-        self.gains[place] = -torch.inf
+        self.gains[index] = -torch.inf
         if self.pairs is None and self.count & (self.count - 1) == 0:  # 1, 2, 4, 8, …
             self._keep_pairs()
 

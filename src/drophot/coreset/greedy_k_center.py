@@ -51,7 +51,7 @@ def k_center(
         start: The indices of samples that are already kept. They count towards `K`, cover the
             samples near them, and are not in the ranking.
         seed: Draws the first sample if there is no start, and breaks ties among the shares of the
-            classes. Among equal distances the first sample is selected, provided that the squared
+            classes. If distances are equal, the first sample is selected, provided that the squared
             differences are exact in the precision of the features, as for small integers.
 
     Returns:
@@ -101,14 +101,16 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
         bound = float(rest.amax())  # no other sample is farther than this
         near, own, squares = nearest[candidates], values[candidates], norms[candidates]
         while count < size:
-            place = int((near == near.amax()).nonzero()[0, 0])
-            distance = float(near[place])
+            position = int((near == near.amax()).nonzero()[0, 0])
+            distance = float(near[position])
             if count > done and distance <= bound:
                 break
-            # Of equal distances the first sample is selected. It may not be among the candidates,
-            # and only directly after an update is it known where it is.
+            # If distances are equal, the first sample is selected. It may not be among the
+            # candidates; its position is known only directly after an update.
             tied = count == done and distance == bound
-            chosen.append(int((nearest == distance).nonzero()[0, 0] if tied else candidates[place]))
+            chosen.append(
+                int((nearest == distance).nonzero()[0, 0] if tied else candidates[position])
+            )
             nearest[chosen[-1]] = -1
             near[candidates == chosen[-1]] = -1
             gains.append(max(distance, 0.0) ** 0.5)

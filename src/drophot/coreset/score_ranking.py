@@ -110,7 +110,7 @@ def check_no_nan(scores: Tensor, among: IntArray | None) -> None:
         return
     wrong = scores.isnan().nonzero()[:, 0].cpu().numpy()
     first = wrong[0] if among is None else among[wrong[0]]
-    where, hint = f"{len(scores)}", "To select among the others, pass among=train.indices, say."
+    where, hint = f"{len(scores)}", "To select among the others, pass `among`."
     if among is not None:
         where, hint = f"{len(among)} in `among`", "Leave these samples out of `among`."
     raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from drophot.coreset.selectors import (
     checked_indices,
     is_selector,
 )
-from drophot.coreset.stratified import Stratified
+from drophot.coreset.stratified import Stratified, check_cutoff, draw_from_strata
 
 Word = Literal["high", "low", "random"]
 Mode = Word | Stratified | Selector
@@ -99,17 +100,17 @@ def select(
     seed = scalars.integer("seed", seed)
     values = check_scores(scores)
     part = None if among is None else _check_among(among, len(values))
-    if isinstance(selector, ByScore | Random | Stratified) and not (
-        selector.balanced and targets is None
-    ):
-        return select_by_score(selector.draw, values, ratio, targets=targets, among=part, seed=seed)
+    if _is_builtin(selector) and not (selector.balanced and targets is None):
+        stratified = isinstance(selector, Stratified)
+        draw = partial(draw_from_strata, selector) if stratified else selector.draw
+        return select_by_score(draw, values, ratio, targets=targets, among=part, seed=seed)
     return _select_by(selector, values, ratio, targets, part, seed)
 
 
 def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
     """Raise a ValueError if a mode is unknown, or its cutoff leaves less than `ratio`."""
     if isinstance(mode, Stratified):
-        mode.check(ratio)
+        check_cutoff(mode, ratio)
     elif is_selector(mode):
         check_selector(name, mode)
     elif not isinstance(mode, str) or mode not in WORDS:
@@ -117,6 +118,12 @@ def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
             f'`{name}` must be "high", "low", "random", a Stratified() or another selector (an '
             f"object with `name`, `needs` and `select`), got {mode!r}."
         )
+
+
+def _is_builtin(selector: Selector) -> TypeGuard[ByScore | Random | Stratified]:
+    """Whether a selector draws as the built-in ones do; a subclass may have its own `select`."""
+    builtin: tuple[object, ...] = (ByScore.select, Random.select, Stratified.select)
+    return getattr(type(selector), "select", None) in builtin
 
 
 def _select_by(
@@ -127,7 +134,7 @@ def _select_by(
     part: IntArray | None,
     seed: int,
 ) -> Tensor:
-    """The selection of a selector that is not built in, made of what `select` knows."""
+    """The selection of a user's selector, which receives the evidence that `select` has."""
     classes = None if targets is None else torch.from_numpy(check_targets(targets, len(scores)))
     if part is not None:
         indices = torch.from_numpy(part)

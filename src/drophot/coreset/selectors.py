@@ -1,4 +1,4 @@
-"""The interface of selectors, and the checks of what goes in and comes out."""
+"""The interface of selectors, and the checks of their evidence and results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from drophot._core.ratios import num_kept
+from drophot.coreset.class_balance import check_targets
+from drophot.coreset.score_ranking import check_no_nan, check_scores
 
 NEEDS = ("scores", "model", "targets")
 
@@ -20,13 +22,19 @@ class Evidence:
     """The information that a selector receives about the samples.
 
     The caller fills in what the selector lists in `needs`; the other attributes may be `None`.
+    Lists and arrays become tensors.
 
     Args:
         num_samples: `N`, the number of samples to select from.
-        scores: One score per sample, shape `(N,)`.
+        scores: One score per sample, shape `(N,)`. Integers become float64 (float32 on devices
+            that lack it).
         model: The scoring network, trained on all samples.
         targets: The samples' classes, integers, shape `(N,)`.
         dataset: The training set that `model` can be run on. It is given together with `model`.
+
+    Raises:
+        TypeError: If `scores` are not real numbers, or `targets` not integers.
+        ValueError: If `scores` or `targets` do not have shape `(N,)`, or a score is NaN.
 
     Example:
         >>> evidence = Evidence(num_samples=3, scores=torch.tensor([0.5, 0.1, 0.9]))
@@ -39,6 +47,25 @@ class Evidence:
     model: nn.Module | None = None
     targets: Tensor | None = None
     dataset: Dataset[Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.scores is not None:
+            object.__setattr__(self, "scores", self._checked_scores(self.scores))
+        if self.targets is not None:
+            targets = torch.from_numpy(check_targets(self.targets, self.num_samples))
+            object.__setattr__(self, "targets", targets)
+
+    def _checked_scores(self, scores: Tensor) -> Tensor:
+        found = check_scores(scores)
+        if len(found) != self.num_samples:
+            raise ValueError(
+                f"`scores` must have one entry for each of the {self.num_samples} samples, got "
+                f"{len(found)}."
+            )
+        check_no_nan(found, None)
+        if found.is_floating_point():
+            return found
+        return found.float() if found.device.type == "mps" else found.double()
 
 
 class Selector(Protocol):
@@ -118,7 +145,7 @@ def check_evidence(selector: Selector, evidence: Evidence, hint: str = "") -> No
 
 
 def checked_indices(selector: Selector, indices: Any, ratio: float, num_samples: int) -> Tensor:
-    """What a selector returned, in ascending order on the CPU, checked to be a valid selection."""
+    """The result of a selector, in ascending order on the CPU, checked to be a valid selection."""
     name = f"Selector {selector.name!r}"
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
         found = type(indices).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -110,83 +111,70 @@ class Stratified:
                 1, or a score is not finite.
         """
         check_evidence(self, evidence)
-        self.check(ratio)
+        check_cutoff(self, ratio)
         assert evidence.scores is not None
         targets = evidence.targets if self.balanced else None
-        return select_by_score(self.draw, evidence.scores, ratio, targets=targets, seed=seed)
+        draw = partial(draw_from_strata, self)
+        return select_by_score(draw, evidence.scores, ratio, targets=targets, seed=seed)
 
-    def check(self, ratio: float) -> None:
-        """Refuse a ratio that is larger than the share that the cutoff leaves.
 
-        Args:
-            ratio: The share kept.
+def check_cutoff(mode: Stratified, ratio: float) -> None:
+    """Refuse a ratio that is larger than the share that the cutoff leaves."""
+    if ratio + mode.cutoff > 1 + 1e-9:
+        raise ValueError(
+            f"`cutoff` and the ratio must sum to at most 1, got cutoff={mode.cutoff} and "
+            f"ratio={ratio}. Lower one of them."
+        )
 
-        Raises:
-            ValueError: If the ratio and the cutoff sum to more than 1.
-        """
-        if ratio + self.cutoff > 1 + 1e-9:
-            raise ValueError(
-                f"`cutoff` and the ratio must sum to at most 1, got cutoff={self.cutoff} and "
-                f"ratio={ratio}. Lower one of them."
-            )
 
-    def draw(
-        self, scores: Tensor, size: int, seed: int, positions: IntArray | None = None
-    ) -> IntArray:
-        """Draw samples from the strata.
+def draw_from_strata(
+    mode: Stratified, scores: Tensor, size: int, seed: int, positions: IntArray | None = None
+) -> IntArray:
+    """Draw `size` positions, in no particular order; `None` means positions 0 to `N - 1`."""
+    total = len(scores)
+    positions = np.arange(total) if positions is None else positions
+    remaining = max(size, total - num_removed(total, mode.cutoff))
+    easier = "low" if mode.hard == "high" else "high"
+    left = np.sort(draw_by_score(scores, remaining, easier, seed, positions))
+    inside = torch.from_numpy(np.searchsorted(positions, left))
+    return _draw_from_bins(*_bins(scores[inside], mode.bins), left, size, seed)
 
-        Args:
-            scores: Shape `(N,)`.
-            size: The number of samples to draw.
-            seed: Breaks ties.
-            positions: The positions of these samples in the dataset; `None` means 0 to `N - 1`.
 
-        Returns:
-            The positions of the samples drawn, in no particular order.
-        """
-        total = len(scores)
-        positions = np.arange(total) if positions is None else positions
-        remaining = max(size, total - num_removed(total, self.cutoff))
-        easier = "low" if self.hard == "high" else "high"
-        left = np.sort(draw_by_score(scores, remaining, easier, seed, positions))
-        inside = torch.from_numpy(np.searchsorted(positions, left))
-        return self._draw_from_bins(scores[inside], left, size, seed)
+def _draw_from_bins(
+    sizes: IntArray, bins: IntArray, positions: IntArray, size: int, seed: int
+) -> IntArray:
+    budget, order = size, np.argsort(sizes, kind="stable")
+    quotas = np.empty_like(sizes)
+    for left, number in zip(range(len(sizes), 0, -1), order.tolist(), strict=True):
+        quotas[number] = quota = min(int(sizes[number]), budget // left)
+        budget -= quota
+    # Sorted by bin and then by hash; the first samples of each bin are kept.
+    hashes = splitmix64(positions, seed, _STREAM)
+    order = np.argsort(hashes)
+    order = order[np.argsort(bins[order], kind="stable")]
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return positions[order[rank < np.repeat(quotas, sizes)]]
 
-    def _draw_from_bins(
-        self, scores: Tensor, positions: IntArray, size: int, seed: int
-    ) -> IntArray:
-        sizes, bins = self._bins(scores)
-        budget, order = size, np.argsort(sizes, kind="stable")
-        quotas = np.empty_like(sizes)
-        for left, number in zip(range(len(sizes), 0, -1), order.tolist(), strict=True):
-            quotas[number] = quota = min(int(sizes[number]), budget // left)
-            budget -= quota
-        # Sorted by bin and then by hash; the first samples of each bin are kept.
-        hashes = splitmix64(positions, seed, _STREAM)
-        order = np.argsort(hashes)
-        order = order[np.argsort(bins[order], kind="stable")]
-        rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        return positions[order[rank < np.repeat(quotas, sizes)]]
 
-    def _bins(self, scores: Tensor) -> tuple[IntArray, IntArray]:
-        """The sizes of the bins that are not empty, and in which of these each sample is."""
-        values = scores.double().cpu()  # so that no range overflows and integers keep their order
-        low, high = values.amin(), values.amax()
-        if not (low.isfinite() and high.isfinite()):
-            raise ValueError(
-                "`scores` must be finite to be divided into bins, got an infinite score. Remove "
-                'those samples first, or use mode="high" or "low".'
-            )
-        # Halved, because the difference of two large numbers may overflow.
-        width = (high / 2 - low / 2).clamp_(min=torch.finfo(torch.float64).tiny)
-        # Multiplied before it is divided, so that integer scores on a boundary get the right bin.
-        bins = (values / 2 - low / 2) * (self.bins / 2**20) / (width / 2**20)
-        bins = bins.long().clamp_(0, self.bins - 1).numpy()
-        if self.bins > 2 * len(bins) + 1024:
-            _, bins, sizes = np.unique(bins, return_inverse=True, return_counts=True)
-            return sizes, bins
-        sizes = np.bincount(bins)
-        number = np.cumsum(sizes > 0) - 1
-        sizes = sizes[sizes > 0]
-        # NumPy sorts integers of up to 16 bits in linear time.
-        return sizes, number.astype(np.min_scalar_type(len(sizes)))[bins]
+def _bins(scores: Tensor, count: int) -> tuple[IntArray, IntArray]:
+    """The sizes of the bins that are not empty, and in which of these each sample is."""
+    values = scores.double().cpu()  # so that no range overflows and integers keep their order
+    low, high = values.amin(), values.amax()
+    if not (low.isfinite() and high.isfinite()):
+        raise ValueError(
+            "`scores` must be finite to be divided into bins, got an infinite score. Remove "
+            'those samples first, or use mode="high" or "low".'
+        )
+    # Halved, because the difference of two large numbers may overflow.
+    width = (high / 2 - low / 2).clamp_(min=torch.finfo(torch.float64).tiny)
+    # Multiplied before it is divided, so that integer scores on a boundary get the right bin.
+    bins = (values / 2 - low / 2) * (count / 2**20) / (width / 2**20)
+    bins = bins.long().clamp_(0, count - 1).numpy()
+    if count > 2 * len(bins) + 1024:
+        _, bins, sizes = np.unique(bins, return_inverse=True, return_counts=True)
+        return sizes, bins
+    sizes = np.bincount(bins)
+    number = np.cumsum(sizes > 0) - 1
+    sizes = sizes[sizes > 0]
+    # NumPy sorts integers of up to 16 bits in linear time.
+    return sizes, number.astype(np.min_scalar_type(len(sizes)))[bins]

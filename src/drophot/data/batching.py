@@ -1,4 +1,4 @@
-"""The batches of a dataset on a device, from tensors that are there or read sample by sample."""
+"""The batches of a dataset on a device, gathered from tensors or read sample by sample."""
 
 from __future__ import annotations
 
@@ -75,6 +75,11 @@ def batches(
         yield (inputs, *map(as_classes, rest[:1]), *rest[1:])
 
 
+def num_batches(num_samples: int, batch_size: int) -> int:
+    """The number of batches in an epoch, the last one included if it is smaller."""
+    return -(-num_samples // batch_size)
+
+
 def at(dataset: Dataset[Any], positions: Tensor, device: torch.device) -> tuple[Tensor, ...]:
     """The samples at some positions of a dataset as a batch on a device."""
     tensors = tensors_of(dataset) if is_plainly(dataset, TensorDataset) else None
@@ -94,7 +99,7 @@ def _rows(tensor: Tensor, positions: Tensor) -> Tensor:
 
 
 def _peek(generator: torch.Generator) -> int:
-    """The next number of a generator, which it still has to draw."""
+    """The number that a generator would draw next, without drawing it."""
     copy = torch.Generator()
     copy.set_state(generator.get_state())
     return int(torch.randint(2**31, (), generator=copy))

@@ -43,7 +43,7 @@ def check_cache(cache: Any) -> None:
 def in_memory(
     dataset: Dataset[Any], device: torch.device | str, *, cache: Cache = "auto"
 ) -> Dataset[Any]:
-    """Decode a dataset once, to tensors on a device, if that does not change its samples.
+    """Decode a dataset once into tensors on a device, if that does not change its samples.
 
     A dataset whose samples change between readings (random augmentation, a curriculum) must not be
     cached. With `cache="auto"` the decoded samples are kept if

@@ -1,4 +1,4 @@
-"""Whether a dataset gives the same samples each time, as far as this can be known."""
+"""Whether a dataset gives the same samples each time, as far as this can be determined."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from drophot.data.named_tuples import with_index
 
 
 class IndexedDataset(Dataset[Any]):
-    """Wraps a dataset and adds to every sample its index.
+    """Wraps a dataset and adds its index to every sample.
 
     A score belongs to a sample, so the index must stay with the sample through shuffling, batching
     and worker processes. A tuple sample `(x, y)` becomes `(x, y, index)`, a named tuple gains the
@@ -168,7 +168,7 @@ def _with_index(sample: Any, index: Any) -> Any:
 
 
 def _checked(sample: Any, value: Any, index: Any) -> Any:
-    """A sample that already has an index, if it is the right one."""
+    """Return a sample that already has the correct index, and refuse one with another index."""
     if not _equal(value, index):
         raise ValueError(
             f'The samples of `dataset` must not have another "index", got {value!r} at position '

@@ -1,4 +1,4 @@
-"""The samples and targets of a dataset, read as a DataLoader does or known without reading."""
+"""The samples and targets of a dataset, read as a DataLoader reads them."""
 
 from __future__ import annotations
 
@@ -190,8 +190,9 @@ def first_sample(name: str, dataset: Any) -> tuple[Any, ...]:
     except (NotImplementedError, KeyError) as error:
         raise TypeError(
             f"`{name}` must be map-style, with samples at positions from 0, got "
-            f"{type(dataset).__name__}, which raised {type(error).__name__} at position 0. Pass a "
-            f"single dataset of a dictionary of datasets, and the samples of a stream as a list."
+            f"{type(dataset).__name__}, which raised {type(error).__name__} at position 0. If it "
+            f"is a dictionary of datasets, pass one of them. If it is a stream, pass its samples "
+            f"as a list."
         ) from error
     if (
         not isinstance(sample, tuple | list)

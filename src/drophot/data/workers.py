@@ -160,7 +160,7 @@ def _may_have_workers(dataset: Any) -> bool:
     if sys.platform != "linux" or current_process().daemon or current_thread() != main_thread():
         return False
     # Tensors may be on a GPU. A generator in the dataset would start from the same numbers in
-    # every worker. Copies of a dataset lose what they count.
+    # every worker. Counters in a copy of the dataset would be lost.
     return (
         tensors_of(dataset) is None
         and can_be_copied(dataset)

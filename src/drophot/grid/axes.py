@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from drophot._core.ratios import num_kept
-from drophot.grid.stages import BASELINE, Cell
+from drophot.grid.stages import BASELINE_CELL, Cell
 from drophot.pipeline import modes as pipeline_modes
 from drophot.pipeline.drophot import DropHot
 from drophot.settings import CONTROLS, SETTINGS, Mode, name_of
@@ -52,7 +52,7 @@ class Axes:
     def cells(self) -> Iterator[Cell]:
         """The cells by seed, the baseline first, then by data ratio, mode and prune ratio."""
         coresets = [
-            BASELINE,
+            BASELINE_CELL,
             *(
                 {"mode": mode, "data_ratio": ratio, **change}
                 for ratio, mode, change in product(
@@ -62,7 +62,7 @@ class Axes:
         ]
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
         for seed, coreset in product(self.seeds, coresets):
-            for ratio in (dense if coreset is BASELINE else []) + self.prune_ratios:
+            for ratio in (dense if coreset is BASELINE_CELL else []) + self.prune_ratios:
                 for change in self.pruning_changes if ratio > 0 else self.pruning_changes[:1]:
                     yield {"seed": seed, **coreset, "prune_ratio": ratio, **change}
 
@@ -79,7 +79,7 @@ def checked_axes(
     """Check the values of each axis, and that a run can combine them.
 
     Raises:
-        TypeError: If a list is not one, or a value is of the wrong kind.
+        TypeError: If an argument is not a list, or a value is of the wrong kind.
         ValueError: If a list is empty, holds a value twice or one that is out of range, or two
             values cannot be combined.
     """
@@ -89,7 +89,7 @@ def checked_axes(
                 f"`pipeline` must leave its controls to the grid, got {name}={value!r}. Pass "
                 f"controls=[{control!r}] to the grid, which compares it with the run without."
             )
-    # Each value is tried with others that go with everything; combinations are tried below.
+    # Each value is tried with others that fit any value; combinations are tried below.
     neutral = pipeline.replace(mode="random", data_ratio=1.0)
     ratios = _checked("data_ratios", data_ratios, neutral)
     axes = Axes(

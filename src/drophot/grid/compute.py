@@ -7,10 +7,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from math import nan
 from threading import Lock
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 
+from drophot._core.json_values import Json
 from drophot.grid.saved_model import SavedModel, saved_model
 from drophot.grid.stages import Stage, scoring_is_baseline
 from drophot.grid.store import Store
@@ -18,8 +19,9 @@ from drophot.grid.worker_data import load_data
 from drophot.pipeline import modes, pruning_steps, selection_steps
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.run_record import record_of
-from drophot.pipeline.provenance.torch_settings import surrounded
-from drophot.records import Record, from_line, to_line
+from drophot.pipeline.provenance.torch_settings import with_switches
+from drophot.records.json_lines import from_line, to_line
+from drophot.records.record import Record
 from drophot.tracking.statistics import Score, Statistic
 from drophot.training.loop import evaluate
 
@@ -36,7 +38,7 @@ class Job:
     store: Store
     threads: int
     """CPU threads for each stage."""
-    switches: Mapping[str, Any] | None = None
+    switches: Mapping[str, Json] | None = None
     """The global switches of torch to set in a worker; `None` leaves them alone."""
 
 
@@ -54,7 +56,7 @@ def compute(job: Job, stage: Stage) -> Record | None:
         RuntimeError: If the result of the needed stage was damaged in the meantime.
     """
     store, device = job.store, job.config.device
-    around = nullcontext() if job.switches is None else surrounded(job.switches, device)
+    around = nullcontext() if job.switches is None else with_switches(job.switches, device)
     with _one_at_a_time, limited_threads(job.threads), around:
         found = store.load(stage.name)
         if found is None:
@@ -117,11 +119,10 @@ def _train(config: RunConfig, scoring: SavedModel | None) -> SavedModel:
     mode, scores, scorer, seconds = config.settings.mode, None, None, dict[str, float]()
     if scoring is not None:
         seconds = scoring.seconds
-        needs = () if config.selector is None else config.selector.needs
-        if "scores" in needs:
+        if "scores" in config.needs:
             statistic = modes.statistic_of(mode) or "forgetting"
             scores = scoring.scores[statistic if isinstance(statistic, str) else statistic.name]
-        if "model" in needs:
+        if "model" in config.needs:
             scorer = scoring.model(config)
     selected = selection_steps.select(config, scores=scores, scorer=scorer)
     trained = selection_steps.train(config, selected.indices)

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event
-from typing import Any
+from typing import Any, TypeGuard
 
 from drophot._core.memory import is_out_of_memory
 from drophot.grid import executors
@@ -24,7 +24,7 @@ from drophot.grid.compute import Job, compute
 from drophot.grid.executors import Executor, SubmittedCall
 from drophot.grid.stages import Stage
 from drophot.pipeline.fit_checks import LoopError
-from drophot.records import Record
+from drophot.records.record import Record
 
 logger = logging.getLogger("drophot")
 
@@ -59,8 +59,8 @@ def send(
     Raises:
         Exception: The first error of a stage, after all other stages that can be computed. Its
             notes name every failed stage. An error that every stage would meet is raised
-            immediately: a full disk, a broken pool, a `fit` that does not call back. Stages that
-            have not started are cancelled then.
+            immediately: a full disk, a broken pool, a `fit` that does not call its callbacks.
+            Stages that have not started are cancelled then.
     """
     if executor is None:
         executor, limit = _SameProcess(), 1
@@ -181,7 +181,7 @@ class _Dispatch:
             self.fail(stage, error)
             return
         self.alone.discard(stage)
-        if not _is_result_of(stage, found):
+        if not _is_result_of(found, stage):
             raise TypeError(
                 f"`executor` must return the result of the submitted function, got "
                 f"{type(found).__name__} for the stage {stage.name} from "
@@ -239,8 +239,8 @@ class _SameProcess:
 
     _max_workers = 1
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
+    def submit(self, function: Callable[..., object], /, *arguments: object) -> Future[object]:
+        future: Future[object] = Future()
         try:
             future.set_result(function(*arguments))
         except Exception as error:
@@ -278,7 +278,7 @@ def _is_sendable(error: Exception) -> bool:
     return True
 
 
-def _is_result_of(stage: Stage, found: object) -> bool:
+def _is_result_of(found: object, stage: Stage) -> TypeGuard[tuple[str, Record | None]]:
     """Whether an executor returned what `_work` returns for a stage."""
     return isinstance(found, tuple) and found[:1] == (stage.name,)
 

@@ -10,12 +10,15 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.utils.data import TensorDataset
 
+from drophot._core import user_warnings
 from drophot.data.samples import is_plainly
+from drophot.grid import mps
+from drophot.grid.gpu_pool import GpuPool
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import callable_text
 from drophot.settings import SETTINGS, Mode
@@ -24,7 +27,7 @@ from drophot.settings import SETTINGS, Mode
 class SubmittedCall(Protocol):
     """The result of `submit`, such as a `concurrent.futures.Future`."""
 
-    def result(self) -> Any:
+    def result(self) -> object:
         """Wait for the call, and return its result or raise its error."""
         ...
 
@@ -32,18 +35,18 @@ class SubmittedCall(Protocol):
 class Executor(Protocol):
     """An object that computes calls, such as a `concurrent.futures.Executor`."""
 
-    def submit(self, function: Callable[..., Any], /, *arguments: Any) -> SubmittedCall:
+    def submit(self, function: Callable[..., object], /, *arguments: object) -> SubmittedCall:
         """Start a call."""
         ...
 
 
 def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads: int) -> None:
-    """Refuse an object that is no executor, and a run that cannot be sent to its workers.
+    """Refuse an object that is not an executor, and a run that cannot be sent to its workers.
 
     Args:
         executor: Computes the stages.
         config: The run of the stages.
-        modes: Those of its cells.
+        modes: The modes of its cells.
         threads: The number of threads of each stage.
 
     Raises:
@@ -64,6 +67,12 @@ def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads:
         )
     if isinstance(executor, ThreadPoolExecutor):
         return  # nothing is sent
+    on_gpu = config.device.type == "cuda"
+    if isinstance(executor, GpuPool) and not (on_gpu and config.device.index in (None, 0)):
+        raise ValueError(
+            f"`device` must be 'cuda' for GpuPool, whose workers see one GPU each, got "
+            f"{str(config.device)!r}. Choose the GPUs with GpuPool(gpus=...)."
+        )
     method = _start_method(executor)
     if method == "fork" and threads > 1:
         # OpenMP's threads do not survive a fork, and its first parallel operation then hangs.
@@ -71,12 +80,44 @@ def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads:
             f"`executor` must not fork if stages use several threads, got fork and "
             f"threads={threads}. Pass ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
         )
+    if method == "fork" and on_gpu:
+        raise ValueError(
+            "`executor` must not fork for a grid on CUDA, which does not work after a fork. Pass "
+            "drophot.grid.GpuPool(), or ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
+        )
     if method == "fork" and torch.cuda.is_initialized():
         raise ValueError(
             "`executor` must not fork once CUDA is in use, which does not work after a fork. Pass "
             "ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
         )
     _check_sendable(executor, _parts(config, modes), method, threads)
+    if gpu_sharing(executor, config.device) == "turns":
+        user_warnings.warn(
+            f"`executor` has {num_workers(executor)} processes on one GPU, which take turns: the "
+            f"grid is no faster than with one process. Pass drophot.grid.GpuPool(), which lets "
+            f"them compute at the same time (NVIDIA's multi-process service)."
+        )
+
+
+GpuSharing = Literal["mps", "turns", "one each"]
+
+
+def gpu_sharing(executor: Executor | None, device: torch.device) -> GpuSharing | None:
+    """How the processes of a local pool share its GPUs; `None` on a CPU or if it is not known."""
+    if device.type != "cuda" or executor is None or not is_local(executor):
+        return None
+    if isinstance(executor, ThreadPoolExecutor) or starts_all_at_once(executor):
+        return None
+    if (num_workers(executor) or 1) <= num_gpus(executor):
+        return "one each"
+    if isinstance(executor, GpuPool) or mps.is_running():
+        return "mps"
+    return "turns"
+
+
+def num_gpus(executor: Executor) -> int:
+    """The number of GPUs that the stages are spread over."""
+    return executor.num_gpus if isinstance(executor, GpuPool) else 1
 
 
 def _parts(config: RunConfig, modes: Iterable[Mode]) -> list[tuple[str, object]]:
@@ -138,7 +179,7 @@ def why_none_started(executor: Executor) -> str:
             if "__main__" not in file.read_text():
                 guard += "It has no such line. "
     return (
-        f"No stage had started, because the workers did not come up. {guard}See what they printed. "
+        f"No stage had started, because the workers could not start. {guard}See their output. "
         f"Operating systems also kill processes when memory runs out; if so, use fewer workers."
     )
 

@@ -21,8 +21,9 @@ from drophot.grid.plan import Plan, estimate
 from drophot.grid.stages import Stage, stage_of, to_compute
 from drophot.grid.store import open_store
 from drophot.pipeline.drophot import DropHot
-from drophot.pipeline.provenance.torch_settings import surroundings
-from drophot.records import Record, from_line
+from drophot.pipeline.provenance.torch_settings import changed_switches
+from drophot.records.json_lines import from_line
+from drophot.records.record import Record
 from drophot.settings import Mode
 
 logger = logging.getLogger("drophot")
@@ -124,8 +125,9 @@ class Grid:
         Args:
             store: A folder for the results, which is created if it does not exist.
             executor: An object with `submit(function, *arguments)`, whose result has `.result()`: a
-                process pool, Dask's `Client.get_executor()`, joblib's loky, submitit. It is not
-                shut down. `None` computes one stage after the other in this process.
+                process pool, Dask's `Client.get_executor()`, joblib's loky, submitit; on GPUs
+                :class:`drophot.grid.GpuPool`. It is not shut down. `None` computes one stage after
+                the other in this process.
             progress: Whether to show the plan and a progress bar
                 (`pip install "drophot[progress]"`).
 
@@ -137,10 +139,10 @@ class Grid:
             Exception: The first error of a stage, once all stages that do not need it are done. Its
                 notes name every stage that failed. The next call tries these again.
             ValueError: If the store holds other files or the results of another configuration, or
-                the executor forks and `threads` is above 1 or CUDA is in use.
+                the executor forks and `threads` is above 1 or the grid is on CUDA.
             TypeError: If `executor` has no `submit`, or the factory of the model or the optimizer,
                 `fit`, a dataset or an object among the settings cannot be sent to a worker.
-            RuntimeError: If your own `fit` does not call back. No other stage is tried then.
+            RuntimeError: If your own `fit` does not call its callbacks; no other stage is tried.
             ImportError: If `progress` is set and tqdm is not installed.
             OSError: If the disk is full. The results in the store stay intact.
         """
@@ -163,7 +165,7 @@ class Grid:
         job = Job(config=config, store=opened, threads=self.threads)
         if executor is not None and todo:
             light = worker_data.store_data(config, opened.folder, identity.data)
-            job = replace(job, config=light, switches=surroundings(config.device))
+            job = replace(job, config=light, switches=changed_switches(config.device))
         total = sum(stage.epochs for stage in todo)
         try:
             with bar(total=total, bar_format=_BAR) if bar else nullcontext() as shown:
@@ -224,6 +226,10 @@ class Grid:
             needed += data  # each worker has its own copy; on a CPU they share one
         workers = 1 if executor is None else (executors.num_workers(executor) or 1)
         workers = min(workers, self._most_at_once(executor, needed) or workers)
+        sharing = executors.gpu_sharing(executor, config.device)
+        parallel = workers
+        if executor is not None and sharing in ("mps", "turns"):
+            parallel = min(workers, executors.num_gpus(executor))
         return Plan(
             cells=len(cells),
             scorings=counts["score"],
@@ -232,14 +238,15 @@ class Grid:
             epochs=sum(stage.epochs for stage in stages),
             samples=config.num_samples,
             workers=workers,
-            seconds=None if cost.seconds is None else cost.seconds / workers,
+            seconds=None if cost.seconds is None else cost.seconds / parallel,
             bytes=cost.bytes + data * bool(executor is not None and stages),
             memory=needed,
+            gpu_sharing=sharing,
         )
 
     def _most_at_once(self, executor: Executor | None, needed: int) -> int | None:
         """How many stages fit into memory at once, if that is known."""
         if executor is None or not needed or not executors.is_local(executor):
             return None
-        free = memory.available(self._config.device)
+        free = memory.available(self._config.device) * executors.num_gpus(executor)
         return None if free == float("inf") else max(1, int(0.9 * free / needed))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from drophot._core.installed_packages import minor_version
+from drophot._core.json_values import Json
 from drophot._core.user_warnings import warn
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.modes import own_score_of
@@ -14,7 +14,7 @@ from drophot.pipeline.provenance import environment
 from drophot.pipeline.provenance.fingerprints import unseen
 from drophot.pipeline.provenance.own_objects import described, own_objects, unknown_parts
 from drophot.pipeline.provenance.run_record import configuration
-from drophot.records import fingerprint
+from drophot.records.record import fingerprint
 from drophot.settings import Mode, name_of, varying
 
 
@@ -22,8 +22,8 @@ from drophot.settings import Mode, name_of, varying
 class Identity:
     """The configuration of a store, as JSON can hold it."""
 
-    configuration: dict[str, Any]
-    modes: dict[str, Any]
+    configuration: dict[str, Json]
+    modes: dict[str, Json]
     """The modes and the user's scores by name. A store may be extended by others, but none may
     change."""
     data: str
@@ -51,7 +51,7 @@ def identify(config: RunConfig, modes: Iterable[Mode], threads: int) -> Identity
             f"store after a change."
         )
     versions = environment.versions()
-    found: dict[str, Any] = {
+    found: dict[str, Json] = {
         "versions": {name: minor_version(versions[name]) for name in ("drophot", "torch", "python")}
     }
     found |= configuration(config)

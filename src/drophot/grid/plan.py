@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -13,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 from drophot._core import random_state
 from drophot._core.ratios import num_kept
 from drophot.grid.compute import limited_threads
+from drophot.grid.executors import GpuSharing
 from drophot.grid.stages import Stage
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.fit_checks import is_library_fit
@@ -21,6 +21,13 @@ from drophot.training.step_memory import step_memory
 
 # The memory of an idle process: of Python with torch on the CPU, of a context on a GPU.
 _IDLE_PROCESS = {"cpu": 400_000_000, "cuda": 600_000_000}
+
+_SHARING = {
+    None: "",
+    "mps": " that share their GPU by MPS",
+    "turns": " that take turns on one GPU",
+    "one each": " with a GPU each",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,11 +50,16 @@ class Plan:
     """The number of stages that run side by side, as far as that is known."""
     seconds: float | None
     """An estimate from a few steps measured on this machine; `None` with your own `fit`, which is
-    not called to measure it."""
+    not called to measure it. Workers that share a GPU are counted as one, since what they gain
+    depends on the network."""
     bytes: int
     """An estimate of the bytes that the store will grow by."""
     memory: int
     """An estimate of the bytes of memory that each worker needs."""
+    gpu_sharing: GpuSharing | None = None
+    """How workers on this machine's GPUs share them: `"mps"` at the same time, by NVIDIA's
+    multi-process service; `"turns"` one after the other; `"one each"`. `None` if there are no such
+    workers."""
 
     @property
     def stages(self) -> int:
@@ -66,7 +78,8 @@ class Plan:
             f"({self.scorings} scorings, {self.trainings} trainings, {self.finetunings} "
             f"fine-tunings), {self.epochs:,.0f} epochs of {self.samples:,} samples: {duration} "
             f"on {self.workers} worker{'s' * (self.workers > 1)} of "
-            f"{self.memory / 1e9:.1f} GB, {self.bytes / 1e6:,.1f} MB to store."
+            f"{self.memory / 1e9:.1f} GB{_SHARING[self.gpu_sharing]}, "
+            f"{self.bytes / 1e6:,.1f} MB to store."
         )
 
 
@@ -75,9 +88,9 @@ class Cost:
     """The cost of some stages."""
 
     seconds: float | None
-    """On one worker, if it is known."""
+    """Seconds on one worker, if known."""
     bytes: int
-    """In the store."""
+    """Bytes in the store."""
     memory: int
     """The bytes that each worker needs, without the data."""
 
@@ -115,7 +128,7 @@ def estimate(config: RunConfig, stages: Sequence[Stage], threads: int) -> Cost:
     return Cost(seconds=seconds if is_measured else None, bytes=size, memory=needed)
 
 
-def _training_seconds(config: RunConfig, model: nn.Module, samples: Dataset[Any]) -> float:
+def _training_seconds(config: RunConfig, model: nn.Module, samples: Dataset[object]) -> float:
     optimizer = config.optimizer(model.parameters())
 
     def train() -> None:

@@ -27,9 +27,9 @@ class SavedModel:
     """The positions of the samples that it was trained on."""
     accuracy: float
     seconds: dict[str, float]
-    """Of the steps so far."""
+    """Seconds of the steps so far."""
     scores: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """Of a scoring: each statistic by its name, `(N,)`."""
+    """The statistics of a scoring by name, each `(N,)`."""
 
     def to_bytes(self) -> bytes:
         """The content of a file."""
@@ -83,5 +83,5 @@ def saved_model(
 
 def _built(config: RunConfig) -> nn.Module:
     """A network as its training starts with."""
-    with random_state.preserved_rng(config.device, seed=2 * config.settings.seed):
+    with random_state.preserved_rng(config.device, seed=config.training_seed):
         return config.factory().to(config.device)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from drophot.pipeline import modes
-from drophot.pipeline.released_protocol import protocol_of
-from drophot.settings import Settings, StageName, file_part, varying
+from drophot.settings import BASELINE, Settings, StageName, file_part, needs_scoring, varying
 from drophot.tracking.statistics import Score
 
 Cell = Mapping[str, object]
 """The settings of a cell in which it may differ from the others, by name."""
 
-BASELINE: Cell = {"mode": "baseline", "data_ratio": 1.0}
+BASELINE_CELL: Cell = {"mode": BASELINE, "data_ratio": 1.0}
 """The mode and the ratio of a cell that keeps all samples."""
+
+
+_LONGEST_NAME = 200  # of at most 255 bytes, with room for suffixes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +60,7 @@ def stage_of(
     """
     values = {name: cell.get(name, getattr(settings, name)) for name in varying(kind)}
     parts = [kind, *(file_part(name, value) for name, value in values.items())]
-    is_baseline = cell.get("mode") == BASELINE["mode"]
+    is_baseline = cell.get("mode") == BASELINE
     if kind == "score":
         parts += [score.name for score in scores]
     if kind == "score" or is_baseline:
@@ -67,10 +69,10 @@ def stage_of(
     needed: StageName | None = None
     if kind == "finetune":
         needed = "score" if is_baseline and scoring_is_baseline(settings) else "train"
-    elif kind == "train" and not is_baseline and _needs_scoring(own):
+    elif kind == "train" and not is_baseline and needs_scoring(own.mode):
         needed = "score"
     return Stage(
-        name="-".join(filter(None, parts)) + (".json" if kind == "finetune" else ".pt"),
+        name=_file_name("-".join(filter(None, parts)), ".json" if kind == "finetune" else ".pt"),
         kind=kind,
         settings=own,
         needs=None if needed is None else stage_of(cell, settings, scores, needed),
@@ -78,10 +80,12 @@ def stage_of(
     )
 
 
-def _needs_scoring(settings: Settings) -> bool:
-    mode = settings.mode
-    selector = protocol_of(settings.protocol).selector(mode) or modes.selector_of(mode)
-    return selector is not None and not {"scores", "model"}.isdisjoint(selector.needs)
+def _file_name(name: str, suffix: str) -> str:
+    """A file name of a length that every file system allows."""
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        name = f"{name[: _LONGEST_NAME - 17]}-{digest}"
+    return name + suffix
 
 
 def scoring_is_baseline(settings: Settings) -> bool:

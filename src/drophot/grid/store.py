@@ -1,4 +1,4 @@
-"""The folder of a grid, whose files are complete and checked, whatever process is killed.
+"""The folder of a grid, whose files stay complete and checked even if processes are killed.
 
     STORE/grid.json       the configuration, to read and to compare
     STORE/records.jsonl   a record in each line, in the order in which they were computed
@@ -17,17 +17,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 
+from drophot._core.atomic_write import PART_SUFFIX, atomic_write
+from drophot._core.json_values import Json
 from drophot.grid.stages import Stage, to_compute
-from drophot.records import Record, fingerprint, from_line, to_line
+from drophot.records.json_lines import from_line, to_line
+from drophot.records.record import Record, fingerprint
 
 _NOTHING = "(nothing)"
 # The age in seconds at which a file that was never renamed counts as abandoned, by the clock of the
@@ -45,7 +47,7 @@ class Store:
 
     def save(self, name: str, content: bytes) -> None:
         """Store the result of a stage under its name."""
-        write_whole(self.folder / "stages" / name, self._head(name, content) + b"\n" + content)
+        write_file(self.folder / "stages" / name, self._head(name, content) + b"\n" + content)
 
     def load(self, name: str) -> bytes | None:
         """The result of a stage, or `None` if it is missing, damaged or of another configuration.
@@ -66,7 +68,7 @@ class Store:
 
     def check_writable(self) -> None:
         """Raise an `OSError` if the folder cannot be written to, before a stage is computed."""
-        path = self.folder / "stages" / f".{uuid.uuid4().hex}.tmp"
+        path = self.folder / "stages" / f"{uuid.uuid4().hex}{PART_SUFFIX}"
         try:
             try:
                 path.touch(exist_ok=False)
@@ -106,7 +108,8 @@ class Store:
         records = self.folder / "records.jsonl"
         _refresh(records, "".join(lines).encode())
         now = records.stat().st_mtime
-        for path in (*self.folder.glob(".*.tmp"), *(self.folder / "stages").glob(".*.tmp")):
+        parts = f"*{PART_SUFFIX}"
+        for path in (*self.folder.glob(parts), *(self.folder / "stages").glob(parts)):
             try:
                 if now - path.stat().st_mtime > _STALE:
                     path.unlink()
@@ -121,9 +124,9 @@ class Store:
 
 def open_store(
     folder: Path,
-    configuration: Mapping[str, Any],
+    configuration: Mapping[str, Json],
     plan: Mapping[str, int] | None,
-    modes: Mapping[str, Any] = MappingProxyType({}),
+    modes: Mapping[str, Json] = MappingProxyType({}),
 ) -> Store:
     """Make a folder a store, or check that it is a store of this configuration.
 
@@ -141,7 +144,7 @@ def open_store(
     path, stages = folder / "grid.json", folder / "stages"
     saved = _read_grid(path) if path.exists() else None
     if folder.exists() and not stages.is_dir():
-        others = sorted(p.name for p in folder.iterdir() if not p.name.endswith(".tmp"))
+        others = sorted(p.name for p in folder.iterdir() if not p.name.endswith(PART_SUFFIX))
         if others and (saved is None or stages.exists()):
             raise ValueError(
                 f"`store` must be the folder of a grid, or a new or empty one, got {folder}, which "
@@ -151,8 +154,10 @@ def open_store(
     key = fingerprint(configuration)
     if saved is not None:
         same = {name: mode for name, mode in saved.modes.items() if name in modes}
-        there = {**saved.configuration, **({"modes": same} if same else {})}
-        here = {**configuration, **({"modes": {n: modes[n] for n in same}} if same else {})}
+        there = saved.configuration.copy()
+        here = dict(configuration)
+        if same:
+            there["modes"], here["modes"] = same, {name: modes[name] for name in same}
         if fingerprint(there) != fingerprint(here):
             raise ValueError(
                 f"`store` must be of the configuration of this grid, got another "
@@ -168,8 +173,8 @@ def open_store(
     return Store(folder, key)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: it appears complete or not at all.
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a store atomically: it appears complete or not at all.
 
     Raises:
         OSError: If the disk is full or the file is not writable. An existing file is unchanged.
@@ -178,21 +183,14 @@ def write_whole(path: Path, content: bytes) -> None:
     if path.is_dir():
         raise ValueError(_folder_instead(path))
     for attempt in range(3):
-        part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with part.open("xb") as file:
+            with atomic_write(path) as file:
                 file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
             return
-        except BaseException as error:
-            part.unlink(missing_ok=True)
+        except OSError as error:
             if isinstance(error, FileNotFoundError) and path.parent.is_dir() and attempt < 2:
-                continue  # another process removed it as abandoned
-            if isinstance(error, OSError):
-                raise OSError(*_still_intact(path, error)) from error
-            raise
+                continue  # another process removed the temporary file as abandoned
+            raise OSError(*_still_intact(path, error)) from error
 
 
 def _refresh(path: Path, content: bytes) -> None:
@@ -200,7 +198,7 @@ def _refresh(path: Path, content: bytes) -> None:
     try:
         if path.is_file() and path.read_bytes() == content:
             return
-        write_whole(path, content)
+        write_file(path, content)
     except OSError as error:
         if not _is_read_only(error):
             raise
@@ -235,8 +233,8 @@ def _still_intact(path: Path, error: OSError) -> tuple[int | None, str, str]:
 class _Grid:
     """The content of a grid.json."""
 
-    configuration: dict[str, Any]
-    modes: dict[str, Any]
+    configuration: dict[str, Json]
+    modes: dict[str, Json]
 
 
 def _read_grid(path: Path) -> _Grid | None:
@@ -247,10 +245,10 @@ def _read_grid(path: Path) -> _Grid | None:
         is_whole = content["fingerprint"] == fingerprint(configuration) and isinstance(modes, dict)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None
-    return _Grid(configuration, cast("dict[str, Any]", modes)) if is_whole else None
+    return _Grid(configuration, cast("dict[str, Json]", modes)) if is_whole else None
 
 
-def _difference(folder: Path, old: Any, new: Any) -> str:
+def _difference(folder: Path, old: Json, new: Json) -> str:
     """The first difference in words, preferably one that is readable."""
     found = list(_differences(old, new, ()))
     plain = [
@@ -263,15 +261,14 @@ def _difference(folder: Path, old: Any, new: Any) -> str:
     return f"`{first}` in {folder}: {where}{_shown(there)} there, {_shown(here)} here"
 
 
-def _differences(old: Any, new: Any, path: tuple[str, ...]) -> Iterator[tuple[Any, Any, Any]]:
-    if isinstance(old, list) and isinstance(new, list):
-        before, after = cast("list[Any]", old), cast("list[Any]", new)
-        if len(before) == len(after) > 0:
-            old, new = ({str(i): v for i, v in enumerate(values)} for values in (before, after))
+def _differences(
+    old: Json, new: Json, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Json, Json]]:
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 0:
+        old, new = ({str(i): v for i, v in enumerate(values)} for values in (old, new))
     if isinstance(old, dict) and isinstance(new, dict):
-        there, here = cast("dict[str, Any]", old), cast("dict[str, Any]", new)
-        for key in (*there, *(key for key in here if key not in there)):
-            yield from _differences(there.get(key, _NOTHING), here.get(key, _NOTHING), (*path, key))
+        for key in (*old, *(key for key in new if key not in old)):
+            yield from _differences(old.get(key, _NOTHING), new.get(key, _NOTHING), (*path, key))
     elif json.dumps(old) != json.dumps(new):
         yield path, old, new
 
@@ -280,6 +277,6 @@ def _digest(value: str) -> re.Match[str] | None:
     return re.fullmatch(r"(.* )?[0-9a-f]{16}", value)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Json) -> str:
     text = "nothing" if value == _NOTHING else repr(value)
     return text if len(text) <= 80 else f"{text[:80]}…"

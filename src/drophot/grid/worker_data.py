@@ -7,27 +7,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from drophot.data.samples import is_plainly
-from drophot.grid.store import write_whole
+from drophot.grid.store import write_file
 from drophot.pipeline.config import RunConfig
 
 _FILE = "data.pt"
 
 
 @dataclass(frozen=True, slots=True)
-class StoredDataset(Dataset[Any]):
+class StoredDataset(Dataset[object]):
     """Takes the place of a dataset of tensors on its way to a worker."""
 
     path: Path
     name: str
     digest: str
-    """That of the data; a file with other data has another one."""
+    """The digest of the data."""
 
 
 def tensors_of(config: RunConfig) -> dict[str, tuple[Tensor, ...]]:
@@ -53,7 +53,7 @@ def store_data(config: RunConfig, folder: Path, digest: str) -> RunConfig:
     content = io.BytesIO()
     torch.save({name: [part.cpu() for part in parts] for name, parts in tensors.items()}, content)
     path = folder / _FILE
-    write_whole(path, content.getvalue())
+    write_file(path, content.getvalue())
     return _with_datasets(config, {name: StoredDataset(path, name, digest) for name in tensors})
 
 
@@ -78,7 +78,7 @@ def _read(path: Path, digest: str, device: torch.device) -> dict[str, TensorData
     }
 
 
-def _with_datasets(config: RunConfig, datasets: Mapping[str, Dataset[Any]]) -> RunConfig:
+def _with_datasets(config: RunConfig, datasets: Mapping[str, Dataset[object]]) -> RunConfig:
     return replace(
         config,
         train_set=datasets.get("train_set", config.train_set),

@@ -1,4 +1,4 @@
-"""The tracker where other people's trainers hold the loop; each module needs its own extra."""
+"""Trackers in the trainers of other libraries. Each module needs its extra."""
 
 from importlib import import_module as _import_module
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import uuid
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from drophot._core.user_warnings import warn
 from drophot.tracking import attach
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.tracking.presenter import Presenter, Taken
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _HOW_TO_RETURN_LOGITS = (
     'Return them from `training_step`: `return {"loss": loss, "logits": logits}`. If they have '
-    "another name, say so: `TrackerCallback(tracker, logits=lambda outputs: ...)`"
+    "another name, pass `TrackerCallback(tracker, logits=lambda outputs: ...)`"
 )
 
 
@@ -45,7 +45,7 @@ class TrackerCallback(Callback):
     The batch must contain its samples' index, from an :class:`drophot.IndexedDataset`: last in a
     tuple, or as `"index"` in a dict. The index and the targets are read before the step, which may
     change the batch. A step that returns None skips its batch, also for the tracker. The pass in
-    which `StochasticWeightAveraging` only updates the statistics of batch norm is not counted.
+    which `StochasticWeightAveraging` only updates the statistics of BatchNorm is not counted.
 
     Ranks are merged by `sync` at the end of every training epoch and before a checkpoint is saved.
     The tracker's state is saved in the Trainer's checkpoints, and `fit(ckpt_path=...)` restores it.
@@ -167,7 +167,7 @@ class TrackerCallback(Callback):
         """Called by Lightning after each training batch."""
         (before, taken), self._taken = self._taken, (None, None)
         if getattr(trainer.fit_loop, "_skip_backward", False):
-            # StochasticWeightAveraging updates the statistics of batch norm without training.
+            # StochasticWeightAveraging updates the statistics of BatchNorm without training.
             self._presentations_before = None
             return
         if not outputs or batch is None:  # `outputs` is {} if the step returned None
@@ -230,11 +230,10 @@ class TrackerCallback(Callback):
     ) -> None:
         """Called by Lightning on every rank when it resumes from a checkpoint."""
         if self.state_key not in (states := checkpoint.get("callbacks", {})):
-            warnings.warn(
+            warn(
                 f"The checkpoint has no state of the tracker named {self.state_key!r}, only "
                 f"{', '.join(map(repr, states)) or 'no callbacks'}. The training before it is not "
-                f"counted.",
-                stacklevel=2,
+                f"counted."
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from drophot._core.user_warnings import warn
 from drophot.integrations import tracker_file
 from drophot.integrations.training_set import check_training_set
 from drophot.tracking import attach
@@ -173,10 +173,9 @@ class TrackerMixin(_Base):
             newest = get_last_checkpoint(str(self.args.output_dir))
             folder = tracker_file.last_complete(Path(str(self.args.output_dir))) or newest
             if newest and folder and Path(folder) != Path(newest):
-                warnings.warn(
+                warn(
                     f"The last checkpoint, {newest}, is incomplete or has no state of a tracker. "
-                    f"Training resumes from {folder}.",
-                    stacklevel=2,
+                    f"Training resumes from {folder}."
                 )
         if folder:
             tracker_file.load(self.tracker, Path(folder))
@@ -284,7 +283,7 @@ class TrackerMixin(_Base):
         return inputs
 
     def _remember(self, batch: Any) -> None:
-        """Remember the tensors that a batch is recognised by, and its labels."""
+        """Remember the tensors that a batch is recognized by, and its labels."""
         rest, labels = self._without_labels(batch)
         self._tensors += tensors(rest)
         self._label_tensors += tensors(labels)

@@ -2,7 +2,7 @@
 
 from drophot.pipeline.drophot import DropHot
 from drophot.pipeline.modes import Scored
-from drophot.pipeline.released_protocol import RunProtocol
+from drophot.pipeline.protocol import RunProtocol
 
 __all__ = [
     "DropHot",

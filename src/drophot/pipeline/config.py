@@ -1,12 +1,10 @@
-"""What a run is asked to do, frozen and checked: settings, factories, data, training loop."""
+"""The frozen, checked configuration of a run: settings, factories, data and training loop."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import ceil
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +15,12 @@ from drophot._core import progress
 from drophot._core.ratios import num_kept
 from drophot._core.setting_checks import check_flag
 from drophot.coreset.selectors import Selector
+from drophot.data.batching import num_batches
 from drophot.data.cache import Cache, check_cache
 from drophot.pipeline import modes
+from drophot.pipeline.protocol import RunProtocol, check_protocol
 from drophot.pipeline.provenance.experiment import Experiment
-from drophot.pipeline.released_protocol import RunProtocol, check_protocol, protocol_of
+from drophot.pipeline.released_protocol import protocol_of
 from drophot.settings import SETTINGS, Settings
 from drophot.training import loop
 
@@ -30,11 +30,11 @@ OptimizerFactory = Callable[[Iterator[nn.Parameter]], Optimizer]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arguments(Settings):
-    """The arguments of :class:`drophot.DropHot`: the settings, and what a run is made of."""
+    """The arguments of :class:`drophot.DropHot`: settings, factories, data and training loop."""
 
     model: ModelFactory = field(kw_only=False)
-    train_set: Dataset[Any] = field(kw_only=False)
-    test_set: Dataset[Any] = field(kw_only=False)
+    train_set: Dataset[object] = field(kw_only=False)
+    test_set: Dataset[object] = field(kw_only=False)
     optimizer: OptimizerFactory = field(default=partial(Adam, lr=1e-3))
     device: torch.device | str | None = None
     fit: loop.Fit = loop.fit
@@ -61,9 +61,9 @@ class RunConfig:
     settings: Settings
     factory: ModelFactory
     optimizer: OptimizerFactory
-    train_set: Dataset[Any]
+    train_set: Dataset[object]
     """Samples `(input, target, index)`, in memory if that is safe: see `in_memory`."""
-    test_set: Dataset[Any]
+    test_set: Dataset[object]
     device: torch.device
     fit: loop.Fit
     cache: Cache
@@ -78,9 +78,14 @@ class RunConfig:
 
     @property
     def selector(self) -> Selector | None:
-        """What step 2 selects by; `None` if the mode chooses while step 3 trains."""
+        """The selector of step 2; `None` if the mode chooses while step 3 trains."""
         mode = self.settings.mode
         return self.protocol.selector(mode) or modes.selector_of(mode)
+
+    @property
+    def needs(self) -> Collection[str]:
+        """What step 2 selects by: any of "scores", "model" and "targets"."""
+        return () if self.selector is None or self.keeps_all else self.selector.needs
 
     @property
     def num_samples(self) -> int:
@@ -98,9 +103,14 @@ class RunConfig:
     @property
     def finetune_steps(self) -> int:
         settings = self.settings
-        return settings.finetune_epochs * ceil(self.num_samples / settings.batch_size)
+        return settings.finetune_epochs * num_batches(self.num_samples, settings.batch_size)
 
-    def replace(self, **settings: Any) -> RunConfig:
+    @property
+    def training_seed(self) -> int:
+        """Seeds the random numbers of steps 1 to 4. Step 5 uses the next number."""
+        return 2 * self.settings.seed
+
+    def replace(self, **settings: object) -> RunConfig:
         """The same with other settings, which are checked alone but not against the model."""
         changed = replace(self.settings, **settings)
         check_settings(changed)
@@ -108,6 +118,6 @@ class RunConfig:
 
 
 def check_settings(settings: Settings) -> None:
-    """Check what concerns several settings, and objects that a user defined."""
+    """Check combinations of settings, and objects that a user defined."""
     modes.check_mode(settings.mode, settings.data_ratio)
-    check_protocol(settings)
+    check_protocol(protocol_of(settings.protocol), settings)

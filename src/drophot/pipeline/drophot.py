@@ -7,23 +7,34 @@ import inspect
 from collections.abc import Callable, Mapping
 from math import nan
 from types import MappingProxyType
-from typing import Any, Concatenate, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
+import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from drophot._core.json_values import Json
+from drophot.data.cache import Cache
 from drophot.pipeline import preflight, pruning_steps, selection_steps
-from drophot.pipeline.config import Arguments, RunConfig
-from drophot.pipeline.provenance.run_record import configuration, record_of
+from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, RunConfig
+from drophot.pipeline.provenance.run_record import USUAL_STEPS, configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
-from drophot.records import Record
+from drophot.records.record import Record
 from drophot.settings import SETTINGS, Settings, varying
 from drophot.structured.channel_pruning import Pruned
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.training.loop import Fit
 
 # The attributes of the configuration that a run shows as its own, besides the settings.
 _OBJECTS = ["factory", "optimizer", "train_set", "test_set", "device", "fit", "cache", "progress"]
 _P = ParamSpec("_P")
+
+if TYPE_CHECKING:
+    # A run shows its settings as attributes of the same types.
+    _ShowsSettings = Settings
+else:
+    _ShowsSettings = object
 
 
 def _takes(
@@ -40,28 +51,31 @@ def _takes(
     return decorate
 
 
-class DropHot:
+class DropHot(_ShowsSettings):
     """The paper's five steps on a classifier and its data.
 
     1. `score`: train a model on the full training set and count every sample's forgetting events.
     2. `select`: keep a share of the samples, by those scores.
     3. `train`: train a new model from scratch on the kept samples.
     4. `prune`: remove the weights of least magnitude.
-    5. `finetune`: train on with the full training set, the removed weights held at zero.
+    5. `finetune`: continue training on the full training set with removed weights held at zero.
 
     `run` takes all five. Called one by one, each step leaves its result on the object: `tracker`,
     `scorer` and `scores`, `indices`, `model`, `masks`, `record`. You can replace these between the
-    steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. The settings
-    can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with others.
+    steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. After
+    `run.model = my_model`, the accuracy of the trained model is NaN until you set it. A record of
+    your own model or masks, or of a step that was taken twice, has a fingerprint of its own. The
+    settings can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with
+    others.
 
     One seed gives one record on one machine and leaves the global random state as it was. Models
     that differ in mode or ratio start from the same weights for the same seed, so that they can be
-    compared in pairs. With equal epochs, the network of step 1 is the one that training on
-    everything gives.
+    compared in pairs. If `score_epochs` equals `train_epochs`, the network of step 1 is also the
+    network that is trained on everything.
 
     References:
         Gupta et al., Drop it Like it's Hot: Network Pruning with Data Selection, section 4, with
-        its defaults: Adam, 1e-3, batches of 64, 10 epochs a training, pruning layer by layer.
+        its defaults: Adam, 1e-3, batches of 64, 10 epochs per training, pruning layer by layer.
 
     Args:
         model: A factory: called without arguments, it returns a new model that maps inputs to
@@ -77,7 +91,7 @@ class DropHot:
         **settings: The settings of the run, as in :class:`drophot.settings.Settings`.
 
     Raises:
-        TypeError: If an argument is of the wrong kind: a model instead of a factory, say.
+        TypeError: If an argument is of the wrong kind, such as a model instead of a factory.
         ValueError: If a value is out of range, two settings cannot be combined, a dataset is
             empty, the inputs of the two datasets differ in shape, a target is no class of the
             model, the model has no weights to prune or computes them by a parametrization, or
@@ -95,7 +109,7 @@ class DropHot:
         >>> settings = dict(data_ratio=0.5, mode="high", prune_ratio=0.5)
         >>> adam = partial(torch.optim.Adam, lr=0.05)
         >>> record = DropHot(network, data, data, **settings, optimizer=adam).run()
-        >>> record.finetuned_accuracy, record.sparsity, record.kept
+        >>> record.finetuned_accuracy, record.sparsity, record.num_kept
         (1.0, 0.5, 16)
     """
 
@@ -112,17 +126,29 @@ class DropHot:
     pruned_accuracy: float = nan
     record: Record | None = None
     seconds: Mapping[str, float] = MappingProxyType({})  # of each step
+    _steps: tuple[str, ...] = ()  # that made the model, results that the user replaced among them
 
     @_takes(Arguments)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.config: RunConfig = preflight.prepare(Arguments(*args, **kwargs))
 
-    def __getattr__(self, name: str) -> Any:
-        if name in SETTINGS:
-            return getattr(self.config.settings, name)
-        if name in _OBJECTS:
-            return getattr(self.config, name)
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+    if TYPE_CHECKING:  # read-only: see `__getattr__`
+        factory: ModelFactory
+        optimizer: OptimizerFactory
+        train_set: Dataset[object]
+        test_set: Dataset[object]
+        device: torch.device
+        fit: Fit
+        cache: Cache
+        progress: bool
+    else:
+
+        def __getattr__(self, name: str) -> object:
+            if name in SETTINGS:
+                return getattr(self.config.settings, name)
+            if name in _OBJECTS:
+                return getattr(self.config, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in varying():
@@ -130,17 +156,26 @@ class DropHot:
         if name in SETTINGS or name in _OBJECTS:
             raise AttributeError(f"`{name}` of a run is fixed. Create another DropHot.")
         super().__setattr__(name, value)
+        if name == "model":  # the accuracies are those of another model
+            self._keep(trained_accuracy=nan, pruned_accuracy=nan, _steps=("own model",))
+        elif name == "masks":
+            self._keep(_steps=(*self._steps, "own masks"))
+
+    def _keep(self, **results: object) -> None:
+        """Set results of the run itself, which are not results that the user replaced."""
+        vars(self).update(results)
 
     @property
-    def configuration(self) -> dict[str, Any]:
+    def configuration(self) -> dict[str, Json]:
         """Everything that a record depends on, as JSON can hold it; its fingerprint is of this.
 
         It holds the settings; the code and the arguments of the factories and of `fit`, and what
-        the factories make; the data; and as `ambient` the global switches of torch that are set.
+        the factories make; the data; and, under the key `ambient`, the global settings of torch
+        that differ from the defaults.
         """
         return configuration(self.config)
 
-    def replace(self, **settings: Any) -> DropHot:
+    def replace(self, **settings: object) -> DropHot:
         """The same run with other settings and without results, on the same data in memory.
 
         Args:
@@ -189,10 +224,10 @@ class DropHot:
 
         Returns:
             The scores `(N,)`, which stay on `scores` too: the score that the mode selects by, or
-            forgetting events. Of the latter, more is harder.
+            forgetting events, of which more are harder.
 
         Raises:
-            RuntimeError: If your own `fit` did not call back.
+            RuntimeError: If your own `fit` did not call its callbacks.
         """
         found = selection_steps.score(self.config)
         self.scorer, self.tracker, self.scores = found.model, found.tracker, found.scores
@@ -203,15 +238,15 @@ class DropHot:
         """A score of step 1.
 
         Args:
-            name: Its name in the tracker, such as `"el2n"`; `"forgetting"` is meant as the setting
-                of that name says.
+            name: Its name in the tracker, such as `"el2n"`. `"forgetting"` follows the setting of
+                that name.
 
         Returns:
             Shape `(N,)`.
 
         Raises:
-            RuntimeError: If there is no tracker: step 1 was not taken, or the protocol counts in
-                its own way.
+            RuntimeError: If there is no tracker, because step 1 was not taken or the protocol has
+                its own counter.
         """
         if self.tracker is None:
             raise RuntimeError(
@@ -229,7 +264,7 @@ class DropHot:
             mode that chooses while step 3 trains.
 
         Raises:
-            RuntimeError: If the mode needs scores, or step 1's network, and there are none.
+            RuntimeError: If the mode needs scores or the network of step 1, and the run has none.
             ValueError: If `scores` was replaced by one of another length.
         """
         found = selection_steps.select(self.config, scores=self.scores, scorer=self.scorer)
@@ -252,7 +287,7 @@ class DropHot:
             raise RuntimeError("`train` needs a coreset: call `run.select()` first.")
         self.indices = selection_steps.checked_positions(self.config, self.indices)
         found = selection_steps.train(self.config, self.indices)
-        self.model, self.masks, self.trained_accuracy = found.model, None, found.accuracy
+        self._keep(model=found.model, masks=None, trained_accuracy=found.accuracy, _steps=())
         self._took("train", found.seconds)
         return found.model
 
@@ -270,13 +305,13 @@ class DropHot:
         found = pruning_steps.prune(self.config, self.model)
         if self.masks is None:  # of the dense network, if it is pruned once more
             self.prunable = found.num_prunable
-        self.masks, self.pruner, self.channels = found.masks, found.schedule, found.channels
+        self._keep(masks=found.masks, pruner=found.schedule, channels=found.channels)
         self.pruned_accuracy = found.accuracy
         self._took("prune", found.seconds)
         return found.masks
 
     def finetune(self) -> Record:
-        """Step 5: train on with the full training set, the removed weights held at zero.
+        """Step 5: continue training on the full training set with removed weights held at zero.
 
         Returns:
             The record, which stays on `record` too.
@@ -295,7 +330,7 @@ class DropHot:
             accuracy=self.pruned_accuracy,
         )
         found = pruning_steps.finetune(self.config, pruned)
-        self.masks = found.masks
+        self._keep(masks=found.masks)
         self._took("finetune", found.seconds)
         self.record = record_of(
             self.config,
@@ -304,11 +339,14 @@ class DropHot:
             pruned_accuracy=self.pruned_accuracy,
             finetuned=found,
             seconds=self.seconds,
+            steps=self._steps,
         )
         return self.record
 
     def _took(self, step: str, seconds: float) -> None:
         self.seconds = {**self.seconds, step: seconds}
+        if step in USUAL_STEPS:
+            self._steps = (*self._steps, step)
 
 
 def _arguments_section(docstring: str) -> str:

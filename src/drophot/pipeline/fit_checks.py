@@ -1,4 +1,4 @@
-"""What a run requires of a training loop, checked as early as it can be seen."""
+"""Checks, as early as possible, that a training loop does what a run requires."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from drophot._core.classifier import first_nonfinite
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.training import loop
+from drophot.training.schedulers import check_interval
+
+OnBatch = Callable[[Tensor, Tensor, Tensor], object]
 
 
 class LoopError(RuntimeError):
@@ -22,13 +26,17 @@ _SET_BY_THE_RUN = ("optimizer", "batch_size", "seed", "on_batch", "on_epoch")
 
 def check_bound_arguments(fit: object) -> None:
     """Refuse a partial of `fit` that sets an argument which the run passes itself."""
+    bound: dict[str, object] = {}
     while isinstance(fit, partial):
         if wrong := [name for name in _SET_BY_THE_RUN if name in fit.keywords]:
             raise ValueError(
                 f"`fit` must leave {', '.join(_SET_BY_THE_RUN)} to the run, got a partial that "
                 f"sets {wrong[0]!r}. Remove it there."
             )
+        bound = fit.keywords | bound
         fit = fit.func
+    if fit is loop.fit:
+        check_interval(bound.get("scheduler"), bound.get("scheduler_interval", "epoch"))
 
 
 def is_library_fit(fit: object) -> bool:
@@ -87,10 +95,30 @@ def check_presented(tracker: ForgettingTracker, *, over: bool = True) -> None:
         )
 
 
-def check_losses_reported(losses: Tensor) -> None:
-    """Refuse a training in the mode "loss_sampling" whose loop reported no losses."""
-    if bool(losses.isnan().all()):
+@contextmanager
+def counted_reports(on_batch: OnBatch, optimizer: Optimizer, step: str) -> Generator[OnBatch]:
+    """Check that a training loop reports the batch of each step of its optimizer.
+
+    Yields what the loop has to call after each step.
+    """
+    reports = steps = 0
+
+    def report(index: Tensor, logits: Tensor, targets: Tensor) -> None:
+        nonlocal reports
+        reports += 1
+        on_batch(index, logits, targets)
+
+    def count(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+
+    handle = optimizer.register_step_post_hook(count)
+    try:
+        yield report
+    finally:
+        handle.remove()
+    if 0 < reports < steps:
         raise LoopError(
-            "`fit` must call on_batch(index, logits, targets) after each step, because the mode "
-            '"loss_sampling" chooses samples by their losses, but it reported no batch.'
+            f"`fit` must call on_batch(index, logits, targets) for every batch, but in the step "
+            f"`{step}` it called it {reports} times and took {steps} steps of the optimizer."
         )

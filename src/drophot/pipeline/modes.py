@@ -9,14 +9,14 @@ from torch import Tensor
 
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
-from drophot.coreset.stratified import Stratified
+from drophot.coreset.stratified import Stratified, check_cutoff
 from drophot.settings import SAMPLING_MODES, Mode, Named
-from drophot.tracking.statistics import Score, Statistic, is_builtin_score
+from drophot.tracking.statistics import Score, Statistic, check_score, is_builtin_score
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """Select by a score of step 1, from either end of it, and class by class if you like.
+    """Select by a score of step 1, from either end, and optionally class by class.
 
     It is a mode of a run or a grid. `"high"` is `Scored("forgetting", "high")`.
 
@@ -33,7 +33,8 @@ class Scored:
 
     Raises:
         TypeError: If the statistic is neither a name nor a score.
-        ValueError: If the statistic or the mode is unknown, or the ends differ.
+        ValueError: If the statistic or the mode is unknown, the name or the hard end of a score
+            cannot be used, or the ends differ.
 
     Example:
         >>> from drophot import Stratified
@@ -51,19 +52,20 @@ class Scored:
 
     def __post_init__(self) -> None:
         check_statistic(self.statistic)
-        mode = self.mode
-        if not isinstance(mode, Stratified):
-            if mode not in ("high", "low", "random"):
+        mode, statistic = self.mode, self.statistic
+        if isinstance(mode, Stratified):
+            if not isinstance(statistic, str) and mode.hard != statistic.hard_end:
                 raise ValueError(
-                    f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
+                    f"`mode` has hard={mode.hard!r}, but the hard samples of score "
+                    f"{statistic.name!r} are those with {statistic.hard_end} values. Pass "
+                    f"Stratified(hard={statistic.hard_end!r})."
                 )
-            return
-        if not isinstance(self.statistic, str) and mode.hard != self.statistic.hard_end:
+        elif mode not in ("high", "low", "random"):
             raise ValueError(
-                f"`mode` has hard={mode.hard!r}, but the hard samples of score "
-                f"{self.statistic.name!r} are those with {self.statistic.hard_end} values. Pass "
-                f"Stratified(hard={self.statistic.hard_end!r})."
+                f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
             )
+        if is_builtin_score(statistic):  # its name says everything about it
+            object.__setattr__(self, "statistic", self.statistic_name)
 
     def __str__(self) -> str:
         return self.name
@@ -121,6 +123,8 @@ def check_statistic(statistic: object) -> None:
             f"`statistic` must be the name of a score, or an object with `name`, `hard_end` and a "
             f"call, got {statistic!r}. See drophot.tracking.Score."
         )
+    else:
+        check_score(statistic)
 
 
 def selector_of(mode: Mode) -> Selector | None:
@@ -154,7 +158,7 @@ def statistic_of(mode: Mode) -> Statistic | Score | None:
 
 
 def own_score_of(mode: Mode) -> Score | None:
-    """The score of a user's own that step 1 has to follow for a mode, if any."""
+    """The user's score that step 1 has to track for a mode, if any."""
     score = statistic_of(mode)
     if score is None or isinstance(score, str):
         return None
@@ -181,4 +185,4 @@ def check_mode(mode: Mode, ratio: float) -> None:
         check_statistic(statistic)
     inner = mode.mode if isinstance(mode, Scored) else mode
     if isinstance(inner, Stratified):
-        inner.check(ratio)
+        check_cutoff(inner, ratio)

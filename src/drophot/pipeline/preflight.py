@@ -26,7 +26,7 @@ _CHUNK = 1024  # samples looked at in one go
 
 
 def prepare(arguments: Arguments) -> RunConfig:
-    """Try a run on its data, and put the data where it is wanted."""
+    """Try a run on its data, and move the data to memory or the device."""
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings, given = arguments.settings, (arguments.train_set, arguments.test_set)
     with (
@@ -36,7 +36,7 @@ def prepare(arguments: Arguments) -> RunConfig:
         fit_checks.check_bound_arguments(arguments.fit)
         closure = not fit_checks.is_library_fit(arguments.fit)
         probe, classes = build(arguments.model, arguments.optimizer, *given, closure=closure)
-        # What this refuses, step 4 would refuse after two trainings.
+        # Otherwise step 4 would raise these errors after two trainings.
         warn_of_uncovered(probe, prunable(probe))
         cache = arguments.cache
         train = Kept(IndexedDataset(given[0]), device, cache, name="train_set").data
@@ -72,8 +72,8 @@ def prepare(arguments: Arguments) -> RunConfig:
 def build(
     factory: Callable[[], object],
     optimizer: Callable[[Iterator[nn.Parameter]], object],
-    train_set: Dataset[Any],
-    test_set: Dataset[Any],
+    train_set: Dataset[object],
+    test_set: Dataset[object],
     *,
     closure: bool = False,
 ) -> tuple[nn.Module, int]:
@@ -141,7 +141,7 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
+def check_targets(name: str, dataset: Dataset[object], num_classes: int) -> int:
     """Refuse targets that are no classes of the model, as far as they are known.
 
     Returns the number of classes that occur; 0 if that takes reading all samples.
@@ -163,7 +163,7 @@ def check_targets(name: str, dataset: Dataset[Any], num_classes: int) -> int:
     return 0 if known is None else len(np.unique(targets.cpu().numpy()))
 
 
-def check_inputs(name: str, dataset: Dataset[Any]) -> None:
+def check_inputs(name: str, dataset: Dataset[object]) -> None:
     """Refuse inputs that are not finite, as far as they are in memory."""
     tensors = tensors_of(dataset)
     if tensors is None or not tensors[0].is_floating_point() or tensors[0].is_meta:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core import random_state
+from drophot._core.importance import Importance, importance_name
+from drophot._core.interruptions import must_propagate
 from drophot.data.batching import batches
 from drophot.data.samples import first_sample
 from drophot.pipeline.config import RunConfig
@@ -37,7 +39,7 @@ class PrunedModel:
     schedule: schedule.Schedule | None = None
     """Prunes further in step 5."""
     channels: Pruned | None = None
-    """What was removed, if it was channels."""
+    """The removed channels, if channels were removed."""
     num_prunable: int = 0
     """The prunable weights of the network before; 0 if step 4 was not taken."""
     accuracy: float
@@ -118,7 +120,8 @@ def check_model(config: RunConfig) -> None:
             f"{settings.prunings}. Raise `finetune_epochs` or lower `prunings`."
         )
     removes_channels = settings.structured and settings.prune_ratio > 0
-    if not (settings.recalibrate_bn or removes_channels):
+    importance = settings.importance
+    if not (settings.recalibrate_bn or removes_channels or importance):
         return
     with random_state.preserved_rng(config.device, seed=settings.seed):
         probe = config.factory().to(config.device)
@@ -127,9 +130,43 @@ def check_model(config: RunConfig) -> None:
                 f"`recalibrate_bn` needs a model with BatchNorm layers, and "
                 f"{type(probe).__name__} has none. Remove it."
             )
+        if importance:
+            _check_reads_no_gradient(importance, probe)
         if removes_channels:
-            ratio, importance = settings.prune_ratio, settings.importance
+            ratio = settings.prune_ratio
             prune_channels(probe, ratio, _sample(config), importance=importance)
+
+
+def _check_reads_no_gradient(importance: Importance, model: nn.Module) -> None:
+    """Refuse an importance that fails without gradients, and succeeds with gradients of zero."""
+    weights = prunable(model)
+    if not weights:
+        return  # pruning raises the error
+    name, weight = next(iter(weights.items()))
+    weight.grad = None
+    error = _error_of(importance, name, weight)
+    if error is None:
+        return
+    weight.grad = torch.zeros_like(weight)
+    works_with_gradients = _error_of(importance, name, weight) is None
+    weight.grad = None
+    if works_with_gradients:
+        raise ValueError(
+            f"`importance` must not need `weight.grad`, since a run prunes without gradients: "
+            f"`{importance_name(importance)}` raised {type(error).__name__} for `{name}`. To rank "
+            f"by gradients, call `magnitude_prune` or `prune_channels` after a backward pass."
+        ) from error
+
+
+def _error_of(importance: Importance, name: str, weight: nn.Parameter) -> Exception | None:
+    try:
+        with torch.no_grad():
+            importance(name, weight)
+    except Exception as error:
+        if must_propagate(error):
+            raise
+        return error
+    return None
 
 
 def _pruned(
@@ -158,7 +195,7 @@ def _pruned(
 
 def _recalibrate(config: RunConfig, model: nn.Module) -> None:
     size = config.settings.batch_size
-    order = torch.Generator().manual_seed(2 * config.settings.seed)
+    order = torch.Generator().manual_seed(config.training_seed)
     found = batches(config.train_set, size, config.device, shuffle=order)
     # A last batch of one sample is left out, since BatchNorm may not take it.
     recalibrate_alone(model, (batch for batch in found if len(batch[0]) > 1 or size == 1))
@@ -169,8 +206,7 @@ def _replace_weights(config: RunConfig, pruned: PrunedModel) -> None:
     if config.settings.reinitialize:
         schedule.rewind(pruned.model, pruned.masks, _new_state(config))
     if config.settings.rewind:
-        step_3 = 2 * config.settings.seed
-        with random_state.preserved_rng(config.device, seed=step_3):
+        with random_state.preserved_rng(config.device, seed=config.training_seed):
             start = _new_state(config)
         schedule.rewind(pruned.model, pruned.masks, start)
 

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from math import ceil
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import Dataset, Sampler, Subset
+from torch.utils.data import Subset
 
 from drophot._core import random_state
 from drophot._core.arrays import as_indices
 from drophot._core.user_warnings import warn
 from drophot.coreset.builtin_selectors import FacilityLocation, KCenter
 from drophot.coreset.selectors import Evidence, checked_indices
-from drophot.data.batching import batches
+from drophot.data.batching import batches, num_batches
 from drophot.data.samples import known_targets, targets_of
 from drophot.pipeline import fit_checks, modes
 from drophot.pipeline.config import RunConfig
+from drophot.pipeline.provenance.own_objects import unchanged
 from drophot.pipeline.released_protocol import always_evaluating
 from drophot.pipeline.step import running
-from drophot.sampling.crest import CrestLoader
-from drophot.sampling.loss_sampling import LossSampling
-from drophot.sampling.random_subset import FreshSubset
+from drophot.pipeline.step_3_batches import (
+    random_part,
+    sampled_batches,
+    subset,
+    successive_epochs,
+    successive_epochs_of_coreset,
+)
 from drophot.settings import Forgetting, name_of
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.statistics import DEFAULT, Score
-from drophot.training.loaders import BatchLoader
 from drophot.training.loop import evaluate
-
-_OnBatch = Callable[[Tensor, Tensor, Tensor], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +43,7 @@ class Scoring:
     model: nn.Module
     """The network that was trained on the full training set."""
     tracker: DynamicsTracker | None
-    """What followed the samples; `None` if the protocol counts in its own way."""
+    """The tracker of the samples; `None` if the protocol has its own counter."""
     scores: Tensor
     """Shape `(N,)`: the score that the mode selects by."""
     seconds: float
@@ -125,7 +124,7 @@ def _distinct(scores: Sequence[Score], another: Score | None) -> list[Score]:
 
 
 def statistic(tracker: DynamicsTracker, score: str | Score, forgetting: Forgetting) -> Tensor:
-    """A score of step 1, `(N,)`; `"forgetting"` is meant as the setting says."""
+    """A score of step 1, `(N,)`; `"forgetting"` follows the setting of that name."""
     name = score if isinstance(score, str) else score.name
     if name == "forgetting":
         return tracker.scores("hardest" if forgetting == "toneva" else "zero")
@@ -134,17 +133,15 @@ def statistic(tracker: DynamicsTracker, score: str | Score, forgetting: Forgetti
 
 def missing(config: RunConfig, *, scores: Tensor | None, scorer: nn.Module | None) -> str | None:
     """What step 1 has to give before `select` can work: "scores", "scorer" or nothing."""
-    selector = None if config.keeps_all else config.selector
-    needs = () if selector is None else selector.needs
-    if "scores" in needs and scores is None:
+    if "scores" in config.needs and scores is None:
         return "scores"
-    return "scorer" if "model" in needs and scorer is None else None
+    return "scorer" if "model" in config.needs and scorer is None else None
 
 
 def select(
     config: RunConfig, *, scores: Tensor | None = None, scorer: nn.Module | None = None
 ) -> Selection:
-    """Step 2: keep a share of the training samples, by what step 1 found."""
+    """Step 2: keep a share of the training samples, by the results of step 1."""
     total, mode = config.num_samples, config.settings.mode
     if lack := missing(config, scores=scores, scorer=scorer):
         needed = "a trained scoring network" if lack == "scorer" else "scores"
@@ -168,12 +165,13 @@ def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) 
         return torch.arange(total, device="cpu")
     evidence = Evidence(
         num_samples=total,
-        scores=scores if "scores" in selector.needs else None,
-        model=scorer if "model" in selector.needs else None,
-        targets=targets_of(config.train_set) if "targets" in selector.needs else None,
+        scores=scores if "scores" in config.needs else None,
+        model=scorer if "model" in config.needs else None,
+        targets=targets_of(config.train_set) if "targets" in config.needs else None,
         dataset=config.train_set,
     )
-    indices = selector.select(settings.data_ratio, evidence, settings.seed)
+    with unchanged("mode", settings.mode):
+        indices = selector.select(settings.data_ratio, evidence, settings.seed)
     return checked_indices(selector, indices, settings.data_ratio, total)
 
 
@@ -209,30 +207,34 @@ def checked_positions(config: RunConfig, indices: object) -> Tensor:
 
 def train(config: RunConfig, indices: Tensor) -> TrainedModel:
     """Step 3: train a new model on the kept samples, for the epochs or steps asked for."""
-    settings = config.settings
+    settings, size = config.settings, config.settings.batch_size
     with running(config, "train") as step:
         model = config.factory().to(config.device)
         optimizer = config.optimizer(model.parameters())
-        epochs, steps = settings.train_epochs, 0
+        sampled = sampled_batches(config, model) if _selects_while_training(config) else None
+        sampling = None if sampled is None else sampled.sampling
+        each = num_batches(len(indices) if sampled is None else config.num_kept, size)
+        whole = num_batches(config.num_samples, size)  # as the baseline has in each epoch
+        epochs, last = settings.train_epochs, 0
         if settings.equal_steps:
-            whole = epochs * ceil(config.num_samples / settings.batch_size)
-            kept = config.num_kept if _selects_while_training(config) else len(indices)
-            epochs, steps = divmod(whole, ceil(kept / settings.batch_size))
-        if _selects_while_training(config):
-            loader, on_batch = _loader(config, model)
-            steps_an_epoch = ceil(config.num_kept / settings.batch_size)
-            every = BatchLoader(loader, steps_an_epoch)
-            step.fit(model, every, epochs, optimizer, on_batch=on_batch)
-            if steps:
-                step.fit(model, BatchLoader(loader, steps), 1, optimizer, on_batch=on_batch)
-            if on_batch is not None and epochs + steps:
-                fit_checks.check_losses_reported(loader.sampling.losses)
+            epochs, last = divmod(epochs * whole, each)
+        if last and not fit_checks.is_library_fit(config.fit):
+            # A single call: a user's loop may set up a scheduler in each.
+            if sampled is None:
+                loader = successive_epochs_of_coreset(config, indices, epochs, last, step.seed)
+            else:
+                loader = successive_epochs(sampled.loader, epochs, each, last)
+            step.fit_loader(model, loader, settings.train_epochs, whole, optimizer, sampling)
+        elif sampled is not None:
+            step.fit_loader(model, sampled.loader, epochs, each, optimizer, sampling)
+            if last:
+                step.fit_loader(model, sampled.loader, 1, last, optimizer, sampling)
         else:
             with _baseline_mode(config, model) if config.keeps_all else nullcontext():
-                step.fit(model, _subset(config, indices), epochs, optimizer)
-                if steps:  # of an epoch that is not whole: as many full batches
-                    some = torch.randperm(len(indices), device="cpu")[: steps * settings.batch_size]
-                    step.fit(model, _subset(config, indices[some]), 1, optimizer)
+                step.fit(model, subset(config, indices), epochs, optimizer)
+                if last:
+                    some = random_part(config, indices, last)
+                    step.fit(model, subset(config, some), 1, optimizer)
         accuracy = evaluate(model, config.test_set)
     return TrainedModel(model=model, accuracy=accuracy, seconds=step.seconds)
 
@@ -257,57 +259,3 @@ def check_features(config: RunConfig) -> None:
         except ValueError as error:
             error.add_note(f"`mode={selector.name!r}` needs these features of `model`.")
             raise
-
-
-def _subset(config: RunConfig, indices: Tensor) -> Dataset[Any]:
-    return Subset(config.train_set, indices.cpu().numpy().tolist())
-
-
-def _loader(config: RunConfig, model: nn.Module) -> tuple[Any, _OnBatch | None]:
-    """A loader that chooses while the model trains, and what has to see each batch for that."""
-    settings, total = config.settings, config.num_samples
-    ratio, seed = settings.data_ratio, settings.seed
-    if settings.mode == "crest":
-        loader = CrestLoader(
-            config.train_set,
-            model,
-            ratio,
-            batch_size=settings.batch_size,
-            seed=seed,
-            cache=config.cache,
-        )
-        return loader, None
-    if settings.mode == "fresh_subset":
-        return _SampledLoader(config, FreshSubset(total, ratio, seed=seed), None), None
-    sampling = LossSampling(total, ratio, seed=seed, device=config.device)
-
-    def update(index: Tensor, logits: Tensor, targets: Tensor) -> None:
-        sampling.update(index, F.cross_entropy(logits.float(), targets, reduction="none"))
-
-    return _SampledLoader(config, sampling.sampler(_Shuffled(total)), sampling), update
-
-
-class _Shuffled(Sampler[int]):
-    """All positions in a fresh order, by torch's own generator."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-
-    def __iter__(self) -> Iterator[int]:
-        yield from torch.randperm(self.total, device="cpu").numpy().tolist()
-
-
-class _SampledLoader:
-    """A loader of the samples that a sampler gives, with weights if there are any."""
-
-    def __init__(
-        self, config: RunConfig, sampler: Sampler[int], sampling: LossSampling | None
-    ) -> None:
-        self.config, self.sampler, self.sampling = config, sampler, sampling
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        config = self.config
-        order = torch.tensor(list(self.sampler), dtype=torch.int64, device="cpu")
-        size = config.settings.batch_size
-        for batch in batches(config.train_set, size, config.device, shuffle=order):
-            yield batch if self.sampling is None else (*batch, self.sampling.weights(batch[2]))

@@ -1,8 +1,8 @@
 """Pruning of weights by magnitude or importance, with masks that keep removed weights at zero."""
 
+from drophot._core.importance import Importance
 from drophot.prune.batchnorm import recalibrate_bn
 from drophot.prune.compressed_checkpoint import load_compressed, save_compressed
-from drophot.prune.importance import Importance
 from drophot.prune.magnitude import magnitude_prune
 from drophot.prune.masks import Masks
 from drophot.prune.model_summary import LayerSummary, Summary, summary

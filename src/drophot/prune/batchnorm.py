@@ -45,7 +45,7 @@ def recalibrate_bn(
 
     With several processes, call it on every rank of the group with that rank's batches. All ranks
     get the statistics that one process would compute from the batches of all ranks. Ranks may have
-    different numbers of batches, or none. `SyncBatchNorm` normalises each batch without the other
+    different numbers of batches, or none. `SyncBatchNorm` normalizes each batch without the other
     ranks in this pass. A sharded model, whose ranks communicate in every forward pass, needs the
     same number of batches on all ranks.
 
@@ -100,7 +100,7 @@ def recalibrate_bn(
 
 
 def recalibrate_alone(model: nn.Module, loader: Iterable[Any]) -> None:
-    """`recalibrate_bn` on this rank only, whatever the other ranks do."""
+    """`recalibrate_bn` on this rank only, regardless of the other ranks."""
     layers = _layers(model)
     _write(layers, _sums(model, layers, loader))
 
@@ -115,7 +115,7 @@ def _layers(model: nn.Module) -> dict[str, _NormBase]:
     for path, layer in layers.items():
         if layer.running_mean is not None and is_lazy(layer.running_mean):
             raise ValueError(
-                f"`model` must be initialised, but `{path}` is a lazy layer that has seen no data. "
+                f"`model` must be initialized, but `{path}` is a lazy layer that has seen no data. "
                 f"Run one batch through the model first."
             )
     return layers

@@ -119,7 +119,7 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
     state = model.state_dict()
     if lazy := [name for name, tensor in state.items() if is_lazy(tensor)]:
         raise ValueError(
-            f"`model` must be initialised, but `{lazy[0]}` belongs to a lazy module. Run one batch "
+            f"`model` must be initialized, but `{lazy[0]}` belongs to a lazy module. Run one batch "
             f"through the model first."
         )
     if empty := [name for name, tensor in state.items() if getattr(tensor, "is_meta", False)]:
@@ -174,12 +174,12 @@ def _write(archive: zipfile.ZipFile, number: str, tensor: Tensor) -> dict[str, A
         "shape": list(tensor.shape),
     }
     if _may_be_sparse(flat):
-        kept = flat != 0
-        count = int(kept.count_nonzero())
+        nonzero = flat != 0
+        count = int(nonzero.count_nonzero())
         if _sparse_bytes(flat.numel(), count, flat) < flat.numel() * flat.element_size():
             entry["nonzeros"] = count
-            archive.writestr(f"{number}.mask", np.packbits(kept.numpy()).tobytes())
-            flat = flat[kept]
+            archive.writestr(f"{number}.mask", np.packbits(nonzero.numpy()).tobytes())
+            flat = flat[nonzero]
     archive.writestr(number, _bytes(flat).numpy().tobytes() if flat.numel() else b"")
     return entry
 
@@ -261,11 +261,11 @@ def _tensor(archive: zipfile.ZipFile, entry: dict[str, Any], like: Tensor, name:
     if "nonzeros" not in entry:
         return values.view(like.shape)
     packed = _exactly(archive, f"{entry['file']}.mask", (total + 7) // 8, name)
-    kept = torch.from_numpy(np.unpackbits(packed, count=total).view(bool))
-    if int(kept.count_nonzero()) != count:
+    nonzero = torch.from_numpy(np.unpackbits(packed, count=total).view(bool))
+    if int(nonzero.count_nonzero()) != count:
         raise ValueError(f"`path` is damaged: the mask of `{name}` has another number of values.")
     flat = torch.zeros(total, dtype=like.dtype, device="cpu")
-    flat[kept] = values
+    flat[nonzero] = values
     return flat.view(like.shape)
 
 

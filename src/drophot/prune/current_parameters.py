@@ -48,7 +48,7 @@ def current(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, nn.Param
 
 
 def own_names(names: Collection[str], own: Collection[str]) -> dict[str, str]:
-    """For each name the one of `own` that names the same parameter, of a wrapped model or not.
+    """For each name, the one in `own` for the same parameter, whether the model is wrapped or not.
 
     A name that matches none of them, or several, stays as it is.
     """

@@ -1,6 +1,6 @@
-"""Find out whether layers that override `forward` multiply by their weight as it is.
+"""Find out whether layers that override `forward` multiply by their weight unchanged.
 
-A layer may standardise its weight before it multiplies, so that a zero in the parameter is not a
+A layer may standardize its weight before it multiplies, so that a zero in the parameter is not a
 zero in the kernel. drophot therefore runs a copy of the layer once on a small input, with weights
 of which half are zero, and inspects the operands of its products and convolutions.
 """

@@ -1,4 +1,4 @@
-"""The masks of earlier prunings, by which a removed weight is told from one that is just zero."""
+"""The masks of earlier prunings, which tell removed weights from other zeros."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _is_intact(weight: Tensor, mask: Tensor) -> bool:
     blocks = zip(
         weight.detach().reshape(-1).split(_BLOCK), mask.reshape(-1).split(_BLOCK), strict=True
     )
-    return not any(bool((values.bool() & ~kept).any()) for values, kept in blocks)
+    return not any(bool((values.bool() & ~keep_mask).any()) for values, keep_mask in blocks)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

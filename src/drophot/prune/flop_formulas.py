@@ -86,10 +86,10 @@ def _recurrent(x: Tensor, weights: Any) -> int:
 
 def _trilinear(a: Tensor, b: Tensor, c: Tensor, *expand: list[int]) -> int:
     shapes = []
-    for tensor, places in zip((a, b, c), expand[:3], strict=True):
+    for tensor, dims in zip((a, b, c), expand[:3], strict=True):
         shape = list(tensor.shape)
-        for place in places:
-            shape.insert(place, 1)
+        for dim in dims:
+            shape.insert(dim, 1)
         shapes.append(shape)
     return prod(max(sizes) for sizes in zip(*shapes, strict=True))
 

@@ -4,46 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from drophot._core import order_statistics
-
-
-class Importance(Protocol):
-    """A function that gives each weight an importance; the least important weights are removed.
-
-    Pass one to `magnitude_prune` or `Schedule` as `importance=`. Each pruning calls it once for
-    each prunable parameter, before anything is changed, without gradients and autocast. It gets
-    the parameter itself, so that it can read `weight.grad`, and must not change it.
-
-    Importances are compared with their signs, in the dtype that is returned; if dtypes differ
-    between layers, in the one that these promote to. Importances of weights that an earlier
-    pruning removed are ignored, even if they are NaN.
-
-    Args:
-        name: The name of the parameter, as in `model.named_parameters()`.
-        weight: The parameter, of any shape.
-
-    Returns:
-        Finite floats of 16 bits or more, of the weight's shape, on any device. A higher one is
-        kept longer.
-
-    Example:
-        >>> import torch
-        >>> from drophot import magnitude_prune
-        >>> def saliency(name: str, weight: Tensor) -> Tensor:
-        ...     return (weight * weight.grad).abs()
-        >>> model = nn.Linear(3, 1)
-        >>> _ = model.weight.data.copy_(torch.tensor([[3.0, -2.0, 1.0]]))
-        >>> model(torch.tensor([[0.0, 1.0, 1.0]])).sum().backward()
-        >>> magnitude_prune(model, 1 / 3, importance=saliency)["weight"]
-        tensor([[False,  True,  True]])
-    """
-
-    def __call__(self, name: str, weight: nn.Parameter, /) -> Tensor: ...
+from drophot._core.importance import Importance, importance_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,20 +34,6 @@ class Ranking:
         tensors, masks = [self.values[n] for n in names], [self.earlier.get(n) for n in names]
         found = order_statistics.count_removed(self.threshold(names, count), tensors, masks)
         return dict(zip(names, found, strict=True))
-
-
-def check_importance(importance: Any) -> None:
-    if importance is not None and not callable(importance):
-        raise TypeError(
-            f"`importance` must be a function of a parameter's name and the parameter, got "
-            f"{importance!r}. To rank by magnitude, leave it out."
-        )
-
-
-def importance_name(importance: Importance | None) -> str:
-    if importance is None:
-        return "magnitude"
-    return getattr(importance, "__qualname__", type(importance).__qualname__)
 
 
 def rank_by(

@@ -33,8 +33,8 @@ class LampScores:
         self.num_removed = int(np.searchsorted(keys, keys.dtype.type(0)))  # by the earlier mask
         self._keys = keys[self.num_removed :]
         largest = float(self._values(self._keys[-1:])[0]) if len(self._keys) else 0.0
-        # Scaled, so that no square overflows or vanishes; by two factors, since the product of both
-        # may not be a float.
+        # Scaled so that no square overflows or underflows. There are two factors because their
+        # product may not be representable.
         exponent = frexp(largest)[1]
         self._factors = 2.0 ** -(exponent // 2), 2.0 ** -(exponent - exponent // 2)
         starts = range(0, len(self._keys), _BLOCK)
@@ -57,9 +57,6 @@ class LampScores:
         if self._cached is None or self._cached[0] != number:
             self._cached = number, self._scores(number)
         return number * _BLOCK + int(np.searchsorted(self._cached[1], score, side))
-
-    def all(self) -> Floats:
-        return np.concatenate([np.empty(0), *map(self._scores, range(len(self._first)))])
 
     def _scores(self, number: int) -> Floats:
         """The scores of one block."""
@@ -122,19 +119,11 @@ def lamp_counts(scores: Mapping[str, LampScores], remove: int) -> dict[str, int]
     }
 
 
-def lamp_scores(weight: Tensor) -> Tensor:
-    """The LAMP score of each weight of a layer, in float64."""
-    keys = order_statistics.magnitude_keys(weight)
-    scores = torch.empty(weight.numel(), dtype=torch.float64)
-    scores[keys.cpu().argsort(stable=True)] = torch.from_numpy(LampScores(weight).all())
-    return scores.view(weight.shape)
-
-
 def _score(bits: int) -> float:
     return float(np.int64(bits).view(np.float64))
 
 
 def _quotients(squares: Floats, rest: Floats, keys: NDArray[np.signedinteger]) -> Floats:
-    """Scores, of which only those of zeros are 0."""
+    """The scores; only those of zeros are 0, despite underflow."""
     quotients = np.divide(squares, rest, out=np.zeros_like(squares), where=rest > 0)
     return np.where(keys > 0, np.maximum(quotients, np.finfo(np.float64).smallest_subnormal), 0.0)

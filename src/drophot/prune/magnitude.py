@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from drophot._core import order_statistics
 from drophot._core.exact_arithmetic import exact
+from drophot._core.importance import Importance, check_importance
 from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot._core.user_warnings import warn
 from drophot.prune import earlier_masks, semi_structured
-from drophot.prune.importance import Importance, Ranking, check_importance, rank_by
+from drophot.prune.importance import Ranking, rank_by
 from drophot.prune.layer_sparsity import Scope, removal_groups
 from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import check_changeable, check_finite, names_of, prunable
@@ -40,7 +41,7 @@ def magnitude_prune(
     embeddings. A weight that is shared between layers counts once; an embedding that shares its
     weight with a Linear layer, as in most language models, is pruned with it, unless `skip` names
     one of the two. Matrices in other layers stay dense, as do the weights of layers that compute
-    another kernel from them (weight standardisation). If these hold more than 1 % of the model's
+    another kernel from them (weight standardization). If these hold more than 1 % of the model's
     matrix weights, embeddings not counted, a warning names them and their share, and `include`
     prunes them. Ties at the threshold are broken so that the removed weights are spread evenly
     among them.
@@ -48,7 +49,7 @@ def magnitude_prune(
     Weights that an earlier pruning removed stay removed and count among the removed weights, so
     pruning again only removes more. Other weights that are zero are removed first, but only as
     many as `ratio` asks for; the rest are not masked and can be trained, and a warning gives their
-    number. A layer in which every weight is zero, such as a head that is initialised at zero,
+    number. A layer in which every weight is zero, such as a head that is initialized at zero,
     cannot be ranked: with `"global"` and `"lamp"` all of it is kept, its share is taken from the
     other layers, and a warning names it. With the other scopes and with a `pattern` it loses its
     share, spread evenly.
@@ -164,7 +165,7 @@ def pruning_options(
             f"`pattern` cannot be combined with `scope` or `min_kept`, since each group of weights "
             f"loses the same number, got scope={scope!r} and min_kept={min_kept}. Leave them out."
         )
-    check_importance(importance)
+    check_importance("importance", importance)
     return PruningOptions(
         scope=scope,
         min_kept=min_kept,

@@ -32,8 +32,8 @@ class Masks(Mapping[str, Tensor]):
     """The masks of a pruned model: a bool tensor per parameter, `True` where a weight is kept.
 
     `magnitude_prune` returns them, and `Masks.from_zeros` makes them from a model that is already
-    sparse. They are a mapping from parameter name to mask, in the model's order. Nothing but its
-    zeros is changed in the model: there are no buffers and no renamed keys. Masks belong to the
+    sparse. They are a mapping from parameter name to mask, in the model's order. Apart from the
+    zeros, the model does not change: there are no buffers and no renamed keys. Masks belong to the
     model, not to the parameters that it had when it was pruned: names are looked up each time.
 
     Example:
@@ -82,7 +82,7 @@ class Masks(Mapping[str, Tensor]):
     ) -> Masks:
         """Make the masks of a model that is already pruned: every zero is a removed weight.
 
-        A layer in which every weight is zero is removed as well. If the layer is initialised at
+        A layer in which every weight is zero is removed as well. If the layer is initialized at
         zero, such as LoRA's B or a new head, name it in `skip`, since it cannot be trained under
         these masks. `hold` warns about such a layer unless an earlier pruning of the model emptied
         it, or `apply` was called before, which confirms that its zeros were pruned.
@@ -192,7 +192,7 @@ class Masks(Mapping[str, Tensor]):
             warn(
                 f"`hold` keeps all weights of {shortened(empty)} at zero, so they cannot be "
                 f"trained. They were zero when Masks.from_zeros made these masks, and no known "
-                f"pruning has removed them. If they are initialised at zero, as LoRA's B and new "
+                f"pruning has removed them. If they are initialized at zero, as LoRA's B and new "
                 f"heads are, name them in its `skip`. If they were pruned, call masks.apply() "
                 f"before masks.hold(optimizer)."
             )

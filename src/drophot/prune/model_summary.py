@@ -1,4 +1,4 @@
-"""Summarise a network layer by layer: parameters, zeros, bytes, operations and time."""
+"""Summarize a network layer by layer: parameters, zeros, bytes, operations and time."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class LayerSummary:
     kind: str
     """The name of its class."""
     parameters: int
-    """The number of them, zeros included."""
+    """The number of its parameters, zeros included."""
     nonzeros: int
     """The number of those that are not zero."""
     bytes: int
-    """Of the dense parameters."""
+    """The size of the dense parameters in bytes."""
     compressed_bytes: int
-    """As `save_compressed` writes them: a bit mask and the nonzero values, where that is less."""
+    """Their size in `save_compressed`: a bit mask and the nonzero values, where that is less."""
     flops: int | None
-    """Of the dense computation, two for each multiply-add; `None` if it is not known."""
+    """Operations of the dense computation, two for each multiply-add; `None` if unknown."""
     effective_flops: int | None
     """The `flops` that remain if products with zero weights are skipped."""
     latency: Mapping[int, float] | None
@@ -57,9 +57,9 @@ class Summary:
     """
 
     layers: tuple[LayerSummary, ...]
-    """Those with parameters or operations, in the order of `named_modules`."""
+    """The layers with parameters or operations, in the order of `named_modules`."""
     parameters: int
-    """The number of them in all layers, zeros included; shared ones once."""
+    """The number of parameters in all layers, zeros included; shared ones count once."""
     nonzeros: int
     """The number of those that are not zero."""
     bytes: int
@@ -224,7 +224,7 @@ def _check_parameters(model: nn.Module) -> None:
             )
         if hasattr(parameter, "device_mesh") or getattr(parameter, "_is_flat_param", False):
             raise ValueError(
-                f"`model` must not be sharded, but `{name}` is sharded over processes. Summarise "
+                f"`model` must not be sharded, but `{name}` is sharded over processes. Summarize "
                 f"the model before sharding it."
             )
 

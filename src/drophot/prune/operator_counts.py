@@ -35,7 +35,7 @@ class Operations:
     """The operations that one module calls itself, without its children."""
 
     flops: int = 0
-    """Those of known cost, two for each multiply-add."""
+    """The operations of known cost, two for each multiply-add."""
     effective: int = 0
     """The `flops` that remain if products with zero weights are skipped."""
     uncounted: dict[str, None] = field(default_factory=dict)

@@ -18,7 +18,7 @@ def unwrapped(optimizer: Any) -> list[Optimizer]:
     """An optimizer and the optimizers that it wraps, the outermost first, each once.
 
     Wrappers (accelerate, Lightning, SAM, Lookahead, ZeroRedundancyOptimizer and others) keep
-    optimizers in their attributes. A wrapper that was never initialised as an optimizer has no
+    optimizers in their attributes. A wrapper that was never initialized as an optimizer has no
     hooks.
     """
     found: dict[int, Optimizer] = {}

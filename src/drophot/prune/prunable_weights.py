@@ -247,13 +247,13 @@ def _check_weight(name: str, weight: nn.Parameter) -> None:
     if type(weight.data) is not Tensor or weight.is_quantized:
         raise TypeError(
             f"`model` must have plain float weights, but `{name}` is a "
-            f"{type(weight.data).__name__} of {weight.dtype}. Prune before quantising or "
+            f"{type(weight.data).__name__} of {weight.dtype}. Prune before quantizing or "
             f"converting it."
         )
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TypeError(
             f"`model` must have float weights of 16 bits or more, but `{name}` is of "
-            f"{weight.dtype}. Prune before quantising."
+            f"{weight.dtype}. Prune before quantizing."
         )
     if weight.layout != torch.strided:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Mean and variance of the inputs of normalisation layers, over many batches."""
+"""Mean and variance of the inputs of normalization layers, over many batches."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Sums:
 
 
 def with_statistics(model: nn.Module) -> dict[str, _NormBase]:
-    """The normalisation layers with running statistics, by path."""
+    """The normalization layers with running statistics, by path."""
     return {
         path: module
         for path, module in model.named_modules()

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from drophot._core import scalars
+from drophot._core.importance import Importance, importance_name
 from drophot._core.ratios import check_prune_ratio
 from drophot.prune import earlier_masks
 from drophot.prune.current_parameters import current, own_names
 from drophot.prune.holding import Hold, is_counting
-from drophot.prune.importance import Importance, importance_name
 from drophot.prune.layer_sparsity import Scope, check_minimum
 from drophot.prune.magnitude import prune_to_ratio, pruning_options
 from drophot.prune.masks import Masks
@@ -52,7 +52,7 @@ def cubic(ratio: float, times: int) -> tuple[float, ...]:
 
 
 def geometric(ratio: float, times: int) -> tuple[float, ...]:
-    r"""The ratios of iterative pruning, of which each round removes the same share of the rest.
+    r"""The ratios of iterative pruning, in which each round removes the same share of the rest.
 
     :math:`s_i = 1 - (1 - s)^{i / n}` for :math:`i = 1 \dots n`.
 
@@ -277,7 +277,7 @@ class Schedule:
         self._formerly_zero = {own[name] for name in formerly_zero}
 
     def _check_order(self, saved: Mapping[str, Tensor]) -> None:
-        """Refuse a model whose pruned layers were taken for layers that are initialised at zero."""
+        """Refuse a model whose pruned layers were taken for layers that are initialized at zero."""
         if not self.ratios[0] or self._options.scope not in ("global", "lamp"):
             return
         emptied = [n for n in sorted(self._formerly_zero & saved.keys()) if not torch.any(saved[n])]
@@ -285,7 +285,7 @@ class Schedule:
             raise ValueError(
                 f"`state_dict` removes all of `{emptied[0]}`, which was all zero when this "
                 f"Schedule was created. The model already had its saved weights, so the first "
-                f"pruning took the layer for one that is initialised at zero and removed other "
+                f"pruning took the layer for one that is initialized at zero and removed other "
                 f"weights instead. Create the Schedule first, then load the model's weights, then "
                 f"this state."
             )
@@ -321,8 +321,8 @@ def rewind(model: nn.Module, masks: Masks, state_dict: Mapping[str, Tensor]) -> 
     """Load other weights under the same masks.
 
     Weights from an early step of the training that led to the masks give rewinding, and those from
-    its start give the lottery ticket. Weights of a new initialisation are the random control, which
-    shows what the masks are worth without the weights.
+    its start give the lottery ticket. Weights of a new initialization are the random control, which
+    shows the value of the masks without the weights.
 
     References:
         Frankle et al., Linear Mode Connectivity and the Lottery Ticket Hypothesis, ICML 2020,

@@ -36,7 +36,7 @@ def warn_of_unheld(
         removed = sum(int((~masks[name]).sum()) for name in unheld)
         total = sum(int((~mask).sum()) for mask in masks.values())
         warn(
-            f"`hold` only keeps weights at zero that its optimizer trains. {removed:,} of "
+            f"`hold` keeps only those weights at zero that its optimizer trains. {removed:,} of "
             f"{total:,} removed weights ({shortened(unheld)}) are not held and can grow back. Call "
             f"masks.hold(optimizer) for each optimizer that trains them. If none does, call "
             f"requires_grad_(False) on them."

@@ -79,7 +79,7 @@ def warn_of_uncovered(
 
 
 def _packed(module: nn.Module) -> dict[str, int]:
-    """The number of weights of a quantised layer in tensors that are not parameters, by name."""
+    """The number of weights of a quantized layer in tensors that are not parameters, by name."""
     library = type(module).__module__
     if library.startswith("torch.") and ".quantized." in library:
         weight: Any = getattr(module, "weight", None)

@@ -11,8 +11,8 @@ Example:
     >>> same = dict(model="lenet", prune_ratio=0.8, sparsity=0.8, finetune_curve=(0.97,))
     >>> same |= dict(trained_accuracy=0.97, pruned_accuracy=0.6, fingerprint="", device="cpu")
     >>> same |= dict(seconds={}, versions={})
-    >>> baseline = dict(mode="baseline", keep_ratio=1.0, kept=60_000, finetuned_accuracy=0.98)
-    >>> tenth = dict(mode="high", keep_ratio=0.1, kept=6_000, finetuned_accuracy=0.9725)
+    >>> baseline = dict(mode="baseline", keep_ratio=1.0, num_kept=60_000, finetuned_accuracy=0.98)
+    >>> tenth = dict(mode="high", keep_ratio=0.1, num_kept=6_000, finetuned_accuracy=0.9725)
     >>> runs = [Record(**same, **coreset, seed=0) for coreset in (baseline, tenth)]
     >>> print(differences(runs, format="text"))
     share  removed    n  high − base

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from drophot._core.atomic_write import atomic_write
-from drophot.records import Record, group_by_cell, mode_name
+from drophot.records.cells import group_by_cell
+from drophot.records.pairs import mode_name
+from drophot.records.record import Record
 from drophot.report import html_page, plots, tables
 from drophot.report.plots import Ratio
 from drophot.report.svg_panels import Panels
-from drophot.settings import Mode
+from drophot.settings import BASELINE, Mode
 from drophot.stats import Measure
 
 if TYPE_CHECKING:
@@ -29,13 +31,13 @@ def table(records: Iterable[Record], format: Format = "markdown") -> str:
     weights ("new" after pruning), the epochs, the optimizer and all others. Values that are too
     long to read, such as the digest of the data, are shown by 8 digits of their fingerprint, and
     long values that differ together share a column. A missing accuracy (nan) is shown as "–", and
-    a mean of fewer than `n` runs says of how many.
+    a mean of fewer than `n` runs shows their number.
 
     Args:
         records: The runs.
         format: "markdown"; "text", without bars; or "csv", with a column for each number, unrounded
-            and in [0, 1]. The columns of the settings that a record has a field for are always in a
-            CSV table.
+            and in [0, 1]. A CSV table always has the columns of settings that are fields of a
+            record.
 
     Returns:
         The table, without a newline at its end.
@@ -100,10 +102,10 @@ def _nothing_to_compare(runs: Iterable[Record], against: str | Mode | None) -> s
     seeds: dict[str, set[int]] = {}
     for record in runs:
         seeds.setdefault(record.mode, set()).add(record.seed)
-    chosen = ("baseline", "random") if against is None else (mode_name(against),)
+    chosen = (BASELINE, "random") if against is None else (mode_name(against),)
     reference = " or ".join(chosen)
     references = [mode for mode in seeds if mode in chosen]
-    others = [mode for mode in seeds if mode not in (*chosen, "baseline")]
+    others = [mode for mode in seeds if mode not in (*chosen, BASELINE)]
     if references and (others or len(references) == 2):
         listed = "; ".join(
             f"{mode} with seed {', '.join(map(str, sorted(found)))}"

@@ -1,4 +1,4 @@
-"""The HTML page of a grid: its order, words and style around given tables and figures."""
+"""The HTML page of a grid: its order, text and style around given tables and figures."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from drophot.records import (
-    Record,
-    cell_of,
-    check_records,
-    free_settings,
-    from_line,
-    group_by_cell,
-    shared_settings,
-)
+from drophot.records.cells import cell_of, check_records, group_by_cell, shared_settings
+from drophot.records.json_lines import from_line
+from drophot.records.pairs import free_settings
+from drophot.records.record import Record
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot.report.tables import Table, percent
-from drophot.settings import RECORD_FIELDS, SCORING_ONLY, varying
+from drophot.settings import BASELINE, RECORD_FIELDS, SCORING_ONLY, varying
 
 _HOW = {
     "n": "The number of seeds. Each seed has its own initial weights, order and random coresets.",
@@ -39,7 +34,7 @@ _HOW = {
     "[ ]": "The 95 % confidence interval by Student's t. That of a difference is the interval of "
     "the differences within each seed. With few seeds it is wide.",
     "–": "There is no accuracy: the run diverged, or the accuracy was not measured. Means are of "
-    "the other runs, and (n = ...) says of how many.",
+    "the other runs, and (n = ...) gives their number.",
     "*": "p < 0.05 in the paired t-test after Holm's correction for all differences of the table. "
     "If no difference were real, the probability of any star in the table would be at most 5 %. A "
     "difference without a star is not proof that two modes are equal.",
@@ -195,7 +190,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    coreset = record.mode != "baseline"
+    coreset = record.mode != BASELINE
     setting = (*(str(getattr(record, name)) for name in reversed(FIELDS)), coreset)
     mode = list(NAMES).index(record.mode) if record.mode in NAMES else len(NAMES)
     return (*setting, record.keep_ratio, record.prune_ratio, mode, record.seed)
@@ -204,12 +199,12 @@ def _order(record: Record) -> tuple[Any, ...]:
 def _figures(records: Sequence[Record]) -> list[tuple[str, list[Record]]]:
     """The records of each figure with their baseline, and a label."""
     inside = {"mode", "keep_ratio", "prune_ratio"}  # these differ within a figure
-    loose = inside | free_settings("baseline")
+    loose = inside | free_settings(BASELINE)
     groups: dict[tuple[object, ...], list[Record]] = {}
     baselines: dict[object, list[Record]] = {}
-    only = all(record.mode == "baseline" for record in records)
+    only = all(record.mode == BASELINE for record in records)
     for runs in group_by_cell(records):
-        if runs[0].mode == "baseline" and not only:
+        if runs[0].mode == BASELINE and not only:
             for free in (loose, loose - SCORING_ONLY):
                 key = (len(free), shared_settings(runs[0], free))
                 baselines.setdefault(key, []).extend(runs)
@@ -239,16 +234,16 @@ def _differences(source: Source, differences: Table | None) -> str:
         text += "whole table."
     else:
         text += f". {ONE_SEED}"
-    for mode, name in {"baseline": "baseline", "random": "random coreset"}.items():
+    for mode, name in {BASELINE: "baseline", "random": "random coreset"}.items():
         text += f" There is no {name} to compare with." * (mode not in modes)
     return note(text) + _table(differences)
 
 
 def _summary(source: Source) -> str:
     runs = source.records
-    kept = sorted({record.kept for record in runs if record.mode != "baseline"})
-    every = sorted({record.kept for record in runs if record.mode == "baseline"})
-    modes = list(dict.fromkeys(record.mode for record in runs if record.mode != "baseline"))
+    kept = sorted({record.num_kept for record in runs if record.mode != BASELINE})
+    every = sorted({record.num_kept for record in runs if record.mode == BASELINE})
+    modes = list(dict.fromkeys(record.mode for record in runs if record.mode != BASELINE))
     epochs = sorted({len(record.finetune_curve) for record in runs})
     seeds = sorted({record.seed for record in runs})
     text = ", ".join(dict.fromkeys(record.model for record in runs))

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from drophot import stats
-from drophot.records import Record, free_settings, group_by_cell
+from drophot.records.cells import group_by_cell
+from drophot.records.pairs import free_settings
+from drophot.records.record import Record
 from drophot.report import setting_columns
 from drophot.report.tables import STEPS, average, deviation, finite, percent
+from drophot.settings import BASELINE
 from drophot.stats import Measure
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ _STYLES = [
 ]
 MOST = len(_STYLES)
 """The number of lines that can be told apart."""
-_MODES = ("low", "high", "random", "baseline")
+_MODES = ("low", "high", "random", BASELINE)
 
 
 def curves(
@@ -92,12 +95,12 @@ def ratios(
 ) -> Axes:
     """Draw accuracy against a ratio: :func:`drophot.report.plot_ratios`."""
     groups = sorted(group_by_cell(records), key=lambda group: getattr(group[0], x))
-    coresets = [group for group in groups if group[0].mode != "baseline"]
+    coresets = [group for group in groups if group[0].mode != BASELINE]
     firsts = [group[0] for group in groups]
     more = setting_columns.differing(firsts)
     # The baseline belongs to the figure of every data ratio, takes the equal number of steps, and
     # needs no scores.
-    shared = free_settings("baseline")
+    shared = free_settings(BASELINE)
     for name in (
         {"keep_ratio": "prune_ratio", "prune_ratio": "keep_ratio"}[x],
         *setting_columns.FIELDS,
@@ -107,7 +110,7 @@ def ratios(
         compared = [
             value
             for first, value in zip(firsts, found, strict=True)
-            if not (name in shared and coresets and first.mode == "baseline")
+            if not (name in shared and coresets and first.mode == BASELINE)
         ]
         if len(values := dict.fromkeys(map(repr, compared))) > 1:
             found = ", ".join(value[:80] for value in values)
@@ -120,14 +123,14 @@ def ratios(
     styles = {**modes, **(styles or {})}
     ends = sorted({100 * getattr(group[0], x) for group in (coresets or groups)})
     scale = "log" if x == "keep_ratio" and ends[-1] >= 20 * ends[0] else "linear"
-    places = np.log(ends) if scale == "log" else np.array(ends)
+    positions = np.log(ends) if scale == "log" else np.array(ends)
     # Side by side, because overlapping intervals cannot be told apart.
-    step = min([0.012 * np.ptp(places), *(0.7 * np.diff(places) / len(modes))])
+    step = min([0.012 * np.ptp(positions), *(0.7 * np.diff(positions) / len(modes))])
     for number, mode in enumerate(modes):
         line = [group for group in groups if group[0].mode == mode]
         y, low, high = _intervals([getattr(r, measure) for r in group] for group in line)
         marker, style, color = styles[mode]
-        if mode == "baseline" and x == "keep_ratio":
+        if mode == BASELINE and x == "keep_ratio":
             if not math.isnan(y[0]):
                 ax.axhspan(low[0], high[0], color=color, alpha=0.1, linewidth=0)
             ax.axhline(y[0], label=_shown(mode), linestyle=style, color=color)
@@ -169,8 +172,8 @@ def styles_of(modes: Iterable[str]) -> Styles:
     found = list(dict.fromkeys(modes))
     others = [mode for mode in found if mode not in _MODES]
     order = [*(mode for mode in _MODES if mode in found), *others]
-    places = dict(zip((*_MODES, *others), itertools.cycle(_STYLES), strict=False))
-    return {mode: places[mode] for mode in order}
+    styles = dict(zip((*_MODES, *others), itertools.cycle(_STYLES), strict=False))
+    return {mode: styles[mode] for mode in order}
 
 
 def _finished(ax: Axes) -> Axes:
@@ -202,7 +205,7 @@ def _labels(groups: Sequence[Sequence[Record]]) -> list[str]:
     return [
         ", ".join(
             [f"{first.model}: {first.mode}"]
-            + [f"{percent(first.keep_ratio)} kept"] * (first.mode != "baseline")
+            + [f"{percent(first.keep_ratio)} kept"] * (first.mode != BASELINE)
             + [f"{percent(first.prune_ratio)} removed"] * removed
             + [f"{column.heading} {column.words[number]}" for column in extras]
             + [f"{len(group)} seeds"] * (len(group) > 1)

@@ -1,4 +1,4 @@
-"""The columns that tell rows apart: one for every setting in which they differ, in short words."""
+"""The columns that tell rows apart: one for every setting in which they differ."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from drophot.records import CELL_FIELDS, Record, fingerprint, known_settings
-from drophot.settings import RECORD_FIELDS, SETTINGS
+from drophot.records.cells import CELL_FIELDS, known_settings
+from drophot.records.record import Record, fingerprint
+from drophot.settings import BASELINE, RECORD_FIELDS, SETTINGS
 from drophot.stats import Comparison
 
 _OF_FIELDS = {field: SETTINGS[name] for name, field in RECORD_FIELDS.items()}
@@ -89,7 +90,7 @@ def settings(row: Record | Comparison) -> dict[str, Any]:
 
 def word(row: Record | Comparison, name: str) -> str:
     """The word for the value of a field in a row."""
-    if name == "equal_steps" and row.mode == "baseline":
+    if name == "equal_steps" and row.mode == BASELINE:
         return "all"
     value = getattr(row, name)
     return _OF_FIELDS[name].words.get(value, str(value)) if name in _OF_FIELDS else str(value)

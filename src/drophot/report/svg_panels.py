@@ -11,9 +11,11 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from drophot.records import Record, group_by_cell
+from drophot.records.cells import group_by_cell
+from drophot.records.record import Record
 from drophot.report import plots
 from drophot.report.tables import finite, percent
+from drophot.settings import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,7 +24,7 @@ NAMES = {
     "low": "low: least forgotten",
     "high": "high: most forgotten",
     "random": "random",
-    "baseline": "baseline: all data",
+    BASELINE: "baseline: all data",
 }
 ONE_SEED = "There is only one seed, so there are no intervals."
 
@@ -204,7 +206,7 @@ def note(text: str) -> str:
 
 def values(runs: Sequence[Record], name: str) -> list[float]:
     """The sorted values of a ratio among the coresets, or among all runs if there are none."""
-    coresets = [record for record in runs if record.mode != "baseline"] or runs
+    coresets = [record for record in runs if record.mode != BASELINE] or runs
     return sorted({getattr(record, name) for record in coresets})
 
 
@@ -218,6 +220,6 @@ def _at(runs: Sequence[Record], share: float, ratio: float | None = None) -> lis
     return [
         record
         for record in runs
-        if (record.keep_ratio == share or record.mode == "baseline")
+        if (record.keep_ratio == share or record.mode == BASELINE)
         and ratio in (None, record.prune_ratio)
     ]

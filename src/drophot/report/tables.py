@@ -12,10 +12,10 @@ from statistics import mean, stdev
 from typing import Any
 
 from drophot import stats
-from drophot.records import Record
+from drophot.records.record import Record
 from drophot.report import setting_columns
 from drophot.report.setting_columns import FIELDS
-from drophot.settings import Mode
+from drophot.settings import BASELINE, Mode
 
 STEPS = {
     "trained_accuracy": "before pruning",
@@ -64,7 +64,7 @@ def accuracies(found: Sequence[Sequence[Record]]) -> Table:
             *(column.words[number] for column in extras),
             first.mode,
             percent(first.keep_ratio),
-            f"{first.kept:,}",
+            f"{first.num_kept:,}",
             percent(first.prune_ratio),
             f"{len(runs)}",
             *(_spread([100 * getattr(run, step) for run in runs]) for step in STEPS),
@@ -84,7 +84,7 @@ def comparisons(
     Without `against`, cells are compared with the baseline and with random, as far as the records
     have them.
     """
-    references: list[str | Mode] = ["baseline", "random"]
+    references: list[str | Mode] = [BASELINE, "random"]
     if against is None:
         present = {record.mode for record in records}
         references = [mode for mode in references if mode in present]
@@ -105,7 +105,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
     More columns than the paper's would not fit on a screen; each mode then has its own row.
     """
     extras = setting_columns.columns(found)
-    place = {id(one): number for number, one in enumerate(found)}
+    position = {id(one): number for number, one in enumerate(found)}
     lines: dict[tuple[Any, ...], dict[tuple[str, str], stats.Comparison]] = {}
     for one in found:
         names = (*FIELDS, "keep_ratio", "prune_ratio")
@@ -140,7 +140,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
             first = present[0]
             seeds = sorted({one.n for one in present})
             rows.append([
-                *(column.words[place[id(first)]] for column in extras),
+                *(column.words[position[id(first)]] for column in extras),
                 *[first.mode] * long,
                 percent(first.keep_ratio),
                 percent(first.prune_ratio),
@@ -153,7 +153,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
 def accuracies_csv(found: Sequence[Sequence[Record]]) -> str:
     """A row for each cell, with a column for each number, unrounded."""
     rows = []
-    names = (*FIELDS, "mode", "keep_ratio", "kept", "prune_ratio")
+    names = (*FIELDS, "mode", "keep_ratio", "num_kept", "prune_ratio")
     more = setting_columns.differing([runs[0] for runs in found])
     for number, runs in enumerate(found):
         row: dict[str, object] = {name: getattr(runs[0], name) for name in names}

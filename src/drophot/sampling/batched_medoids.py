@@ -41,11 +41,11 @@ def medoids(
 
     # Groups of similar length are batched and padded to the longest, at most twice their length.
     for _, similar in groupby(sorted(wanted, key=length_bits), key=length_bits):
-        places = list(similar)
-        longest = max(len(groups[subset][number]) for subset, number in places)
+        group_keys = list(similar)
+        longest = max(len(groups[subset][number]) for subset, number in group_keys)
         at_once = max(1, _MAX_DISTANCES // longest**2)
-        for begin in range(0, len(places), at_once):
-            part = places[begin : begin + at_once]
+        for begin in range(0, len(group_keys), at_once):
+            part = group_keys[begin : begin + at_once]
             numbers = [sizes[subset][number] for subset, number in part]
             rows, counts = _greedy(
                 [groups[subset][number] for subset, number in part], torch.tensor(numbers), longest
@@ -69,14 +69,14 @@ def _greedy(parts: list[Tensor], wanted: Tensor, longest: int) -> tuple[Tensor, 
     nearest = torch.where(exists, distances.where(inside, 0).amax((1, 2))[:, None], 0)
     free = exists.clone()
     group_index = torch.arange(len(parts), device=device)
-    places = []
+    medoid_positions = []
     for _ in range(int(wanted.max())):
         gains = (nearest[:, :, None] - distances).clamp_(min=0).sum(1)
-        place = gains.masked_fill_(~free, -1).argmax(1)
-        free[group_index, place] = False
-        nearest = torch.minimum(nearest, distances[group_index, :, place])
-        places.append(place)
-    order = torch.stack(places, 1)
+        position = gains.masked_fill_(~free, -1).argmax(1)
+        free[group_index, position] = False
+        nearest = torch.minimum(nearest, distances[group_index, :, position])
+        medoid_positions.append(position)
+    order = torch.stack(medoid_positions, 1)
     # Each vector belongs to the nearest medoid of its group, and each medoid to itself.
     to_medoids = distances.gather(2, order[:, None, :].expand(-1, longest, -1))
     unused = torch.arange(order.shape[1], device=device) >= wanted.to(device)[:, None]

@@ -72,7 +72,7 @@ class CrestLoader:
             is held on the model's device if that does not change the samples, as in
             :func:`drophot.fit`.
         model: Called as `model(inputs)`, returns logits `(B, C)`; trained with cross-entropy. Its
-            loss must have second derivatives, which that of a compiled model does not.
+            loss must be twice differentiable, which rules out compiled models.
         ratio: An epoch has as many steps as one on this fraction of the data, in (0, 1].
         batch_size: `m`, the number of samples in a mini-batch.
         subset: The fraction of the data in a random subset, in (0, 1]; at least two mini-batches.
@@ -135,7 +135,7 @@ class CrestLoader:
         whole = dataset if indexed else IndexedDataset(dataset)
         self.dataset = loop.in_memory(whole, device, cache=cache)
         self._total = len(dataset)  # type: ignore[arg-type]
-        self._steps = ceil(num_kept(self._total, ratio) / self.batch_size)
+        self._steps = batching.num_batches(num_kept(self._total, ratio), self.batch_size)
         self._size = min(self._total, max(num_kept(self._total, subset), 2 * self.batch_size))
         targets = check_targets(targets_of(self.dataset), self._total)
         if targets.min() < 0:
@@ -192,7 +192,7 @@ class CrestLoader:
             ]
             chosen, weights = medoids(groups, sizes)
             self._batches = torch.stack([
-                torch.cat([part[places] for part, places in zip(parts, of_classes, strict=True)])
+                torch.cat([part[indices] for part, indices in zip(parts, of_classes, strict=True)])
                 for parts, of_classes in zip(subsets, chosen, strict=True)
             ])
             self._weights = torch.stack([torch.cat(of_classes) for of_classes in weights])
@@ -210,18 +210,18 @@ class CrestLoader:
             for part, size in zip(self._classes, sizes.tolist(), strict=True)
         ]
 
-    def _errors_and_loss(self, places: Tensor, device: torch.device) -> tuple[Tensor, float]:
+    def _errors_and_loss(self, indices: Tensor, device: torch.device) -> tuple[Tensor, float]:
         """Softmax − one-hot of some samples, and their mean loss."""
         forward = fast_forward(self.model, device)
         found, total = [], 0.0
-        for part in places.split(_BATCH):
+        for part in indices.split(_BATCH):
             inputs, targets, _ = batching.at(self.dataset, part, device)
             logits = forward(inputs)
             found.append(error_vectors(logits, targets))
             total += float(
                 F.cross_entropy(_at_least_float32(logits), targets.long(), reduction="sum")
             )
-        return torch.cat(found), total / len(places)
+        return torch.cat(found), total / len(indices)
 
     def _model_loss(self, device: torch.device) -> None:
         """Update the moving averages with gradient and curvature on the new mini-batches."""
@@ -229,8 +229,8 @@ class CrestLoader:
         self._origin = _flat(weights)
         gradient, curvature = torch.zeros_like(self._origin), torch.zeros_like(self._origin)
         forward = fast_forward(self.model, device)
-        for places, weight in zip(self._batches, self._weights, strict=True):
-            inputs, targets, _ = batching.at(self.dataset, places, device)
+        for indices, weight in zip(self._batches, self._weights, strict=True):
+            inputs, targets, _ = batching.at(self.dataset, indices, device)
             # Only the plain kernel of attention has second derivatives.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 losses = F.cross_entropy(
@@ -242,8 +242,9 @@ class CrestLoader:
                     )
                 except RuntimeError as error:
                     error.add_note(
-                        f"CrestLoader computes second derivatives of the model's loss, which "
-                        f"{type(self.model).__name__} may not support; a compiled model does not."
+                        f"CrestLoader needs second derivatives of the loss of `model`, which "
+                        f"{type(self.model).__name__} may not support. If it is compiled, pass "
+                        f"the original module."
                     )
                     raise
             gradient += _flat(grads) / len(self._batches)

@@ -24,8 +24,8 @@ class LossSampling:
 
     `ratio` is the fraction of the samples that is **kept** in each epoch,
     `K = max(1, floor(ratio * N + 0.5))` samples. Samples whose last known loss is above the mean
-    are always kept; if there are more than `K / 2` of them, those with the `K / 2` highest losses
-    are. The rest of the `K` are drawn at random from the other samples, and their losses are
+    are always kept; if there are more than `K / 2` of them, only those with the `K / 2` highest
+    losses are. The rest of the `K` are drawn at random from the other samples, and their losses are
     multiplied by the inverse of their probability. Over an epoch, the expected sum of the weighted
     gradients equals the sum over all samples. This is InfoBatch with an exact ratio. To use it in
     your own training loop, add the three lines that use `sampling`:

@@ -15,7 +15,7 @@ VIEWS = ("view", "_unsafe_view", "reshape")
 
 
 class WholeHeads(Exception):  # noqa: N818 (a request to start again, not an error)
-    """These heads have to be removed as a whole; or they cannot be, if not `possible`."""
+    """These heads have to be removed as a whole, or cannot be removed if not `possible`."""
 
     def __init__(self, heads: set[tuple[str, int]], possible: bool) -> None:
         super().__init__()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from drophot._core.importance import Importance
 from drophot._core.ratios import round_half_up
 from drophot.structured.dependency_graph import Axis, DependencyGraph
-from drophot.structured.importance import Importance, entry_values
+from drophot.structured.importance import entry_values
 
 
 class ChannelGroups:
@@ -81,7 +82,7 @@ class ChannelGroups:
             scores = self._merged(scores)
 
     def _merged(self, scores: Tensor) -> Tensor:
-        """The scores after channels became one, as sums."""
+        """The scores after channels were merged: the sums of their scores."""
         before = self.channel
         self.update()
         into = torch.zeros(len(scores), dtype=torch.int64)
@@ -89,7 +90,7 @@ class ChannelGroups:
         return torch.zeros(len(self.frozen), dtype=scores.dtype).index_add_(0, into, scores)
 
     def scores(
-        self, weights: Mapping[str, tuple[Tensor, int, list[Axis]]], importance: Importance
+        self, weights: Mapping[str, tuple[nn.Parameter, int, list[Axis]]], importance: Importance
     ) -> Tensor:
         """The score of each channel, `(channels,)`.
 

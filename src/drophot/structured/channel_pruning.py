@@ -21,15 +21,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from drophot._core.importance import Importance, check_importance
 from drophot._core.interruptions import must_propagate
 from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot.prune import prunable_weights
 from drophot.prune.model_summary import Summary, summary
 from drophot.structured import reasons, single_call, tracer, width_attributes
 from drophot.structured.attention_heads import WholeHeads
-from drophot.structured.importance import Importance, squared_magnitude
+from drophot.structured.importance import squared_magnitude
 from drophot.structured.layer_rules import RULES
 from drophot.structured.observations import InternalError, UserError
 from drophot.structured.operator_call import Rule, with_custom_rules
@@ -43,7 +44,7 @@ def prune_channels(
     example_inputs: Any,
     *,
     skip: Iterable[str] = (),
-    importance: Callable[[str, Tensor], Tensor] | None = None,
+    importance: Importance | None = None,
     rules: Mapping[Any, Callable[..., None]] | None = None,
 ) -> Pruned:
     """Remove a share `ratio` of the channels, those of the least magnitude, in place.
@@ -52,9 +53,9 @@ def prune_channels(
     of a layer, or of the layers that a residual connection couples, which lose the same channels.
     Of `n` channels, `floor(ratio * n + 0.5)` are removed, and at least one is kept. Attention loses
     the same number of channels in each head; if its scale depends on the width of a head, it loses
-    whole heads instead, or keeps all of them and is named in `whole`. A grouped convolution
-    loses the same number of channels in each group, or whole groups if it has more groups than
-    channels per group. Inputs and outputs of the network keep their shape.
+    whole heads instead, or keeps all of them and is named in `unpruned_layers`. A grouped
+    convolution loses the same number of channels in each group, or whole groups if it has more
+    groups than channels per group. Inputs and outputs of the network keep their shape.
     Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
@@ -66,7 +67,7 @@ def prune_channels(
     Coupled channels are found in a forward pass, operator by operator, and the pruned network is
     checked in further passes. Where an operator or the network's own code cannot work with fewer
     channels, they are kept, and the result says so. The model remains a plain module of the same
-    class: it trains, saves and exports as before. Create a new optimiser for it.
+    class: it trains, saves and exports as before. Create a new optimizer for it.
 
     References:
         Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017,
@@ -96,8 +97,9 @@ def prune_channels(
         The counts before and after, the channels that each layer kept, and the reasons.
 
     Raises:
-        TypeError: If `ratio` is not a number, a weight does not have a floating-point dtype, or
-            `rules` does not map operators to functions.
+        TypeError: If `ratio` is not a number, a weight does not have a floating-point dtype,
+            `importance` is not a function of a name and a weight, `rules` does not map operators to
+            functions that take their arguments, or a rule does not pass pairs to `couple`.
         ValueError: If `ratio` is not in [0, 1), a name in `skip` is unknown, the model does not
             take `example_inputs`, `importance` returns another shape or values that are negative or
             not finite, a rule couples dimensions that do not exist or differ in size, no channel
@@ -121,6 +123,7 @@ def prune_channels(
         (Change(before=10, after=6), 0.48)
     """
     ratio = check_prune_ratio("ratio", ratio)
+    check_importance("importance", importance)
     prunable_weights.check_module("model", model)
     left_out = prunable_weights.left_out(model, skip)
     weights = prunable_weights.with_channels(model, left_out)
@@ -202,30 +205,30 @@ def _prune(
 def _result(
     model: nn.Module, ratio: float, example_inputs: Any, rewriter: Rewriter, before: Summary
 ) -> Pruned:
-    """The counts before and after, and the reasons of what was kept."""
-    kept, (whole, part) = rewriter.kept_channels(), rewriter.reasons()
+    """The counts before and after, and why channels were kept."""
+    kept, (unpruned, partly) = rewriter.kept_channels(), rewriter.reasons()
     layers = {
         name: Change(weight.shape[rewriter.output_dim(name)], len(kept[name]))
         for name, weight in rewriter.weights.items()
     }
     outputs, left = (sum(change[i] for change in layers.values()) for i in range(2))
     if ratio and left == outputs:
-        found = [f"{name}: {why}" for name, why in list(whole.items())[:5]]
+        found = [f"{name}: {why}" for name, why in list(unpruned.items())[:5]]
         raise ValueError(
             f"`ratio` must remove at least one channel, but {ratio} removes none "
             f"({'; '.join(found)}). Pass a higher ratio, or prune single weights with "
             f"`magnitude_prune`."
         )
     after = _summary(model, example_inputs)
-    asked = {
+    requested = {
         name: min(num_removed(change.before, ratio), change.before - 1)
         for name, change in layers.items()
     }
-    kept_back: dict[str, int] = {}
+    not_removed: dict[str, int] = {}
     for name, change in layers.items():
-        if fewer := asked[name] - (change.before - change.after):
-            why = whole.get(name) or part[name]
-            kept_back[why] = kept_back.get(why, 0) + fewer
+        if fewer := requested[name] - (change.before - change.after):
+            why = unpruned.get(name) or partly[name]
+            not_removed[why] = not_removed.get(why, 0) + fewer
     return Pruned(
         ratio=ratio,
         channels=Change(outputs, left),
@@ -233,11 +236,11 @@ def _result(
         flops=Change(before.counted_flops or 0, after.counted_flops or 0),
         bytes=Change(before.bytes, after.bytes),
         layers=layers,
-        kept=kept,
-        whole=whole,
-        asked=sum(asked.values()),
-        kept_back={why: count for why, count in kept_back.items() if count > 0},
-        other=rewriter.writer.unpruned(rewriter.weights),
+        kept_channels=kept,
+        unpruned_layers=unpruned,
+        num_requested=sum(requested.values()),
+        not_removed={why: count for why, count in not_removed.items() if count > 0},
+        unpruned_parameters=rewriter.writer.unpruned(rewriter.weights),
         attributes={
             f"{path}.{width_attributes.as_code(key)}".removeprefix("."): Change(*values)
             for (path, key), values in rewriter.writer.attributes.items()

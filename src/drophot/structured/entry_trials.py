@@ -34,7 +34,7 @@ class Independence:
     """Dimensions along which an operator treats entries independently."""
 
     dims: dict[int, int]  # the dimension of each tensor, by the tensor's position
-    step: int  # this many neighbours belong together
+    step: int  # this many neighbors belong together
     outputs: list[Origin | None]  # of each output; `None` if it has no such dimension
 
 
@@ -197,15 +197,15 @@ class _Trial:
         for some in (order[: (groups + 1) // 2], order[(groups + 1) // 2 :], order[:1]):
             if not 0 < len(some) < groups:
                 continue
-            kept = torch.zeros(groups, dtype=torch.bool)
-            kept[some] = True
-            part = self._part(dims, kept.repeat_interleave(step))
+            keep_mask = torch.zeros(groups, dtype=torch.bool)
+            keep_mask[some] = True
+            part = self._part(dims, keep_mask.repeat_interleave(step))
             if part is None or len(part) != len(self.whole):
                 return None
             origins: list[Origin | None] = []
             for whole, out in zip(self.whole, part, strict=True):
                 same = whole.shape == out.shape
-                origins.append(None if same else _origin(whole, out, kept, step))
+                origins.append(None if same else _origin(whole, out, keep_mask, step))
                 if origins[-1] is None and not (same and _close(whole, out)):
                     return None
             if found is not None and not all(map(_same, found, origins)):
@@ -213,10 +213,10 @@ class _Trial:
             found = origins
         return found if found is not None and any(found) else None
 
-    def _part(self, dims: dict[int, int], kept: Tensor) -> list[Tensor] | None:
+    def _part(self, dims: dict[int, int], keep_mask: Tensor) -> list[Tensor] | None:
         leaves = list(self.leaves)
         for position, dim in dims.items():
-            rows = kept.nonzero()[:, 0].to(leaves[position].device)
+            rows = keep_mask.nonzero()[:, 0].to(leaves[position].device)
             leaves[position] = leaves[position].index_select(dim, rows)
         return _call(self.func, leaves, self.spec)
 
@@ -227,17 +227,17 @@ def _same(one: Origin | None, other: Origin | None) -> bool:
     return one[0] == other[0] and torch.equal(one[1], other[1])
 
 
-def _origin(whole: Tensor, part: Tensor, kept: Tensor, step: int) -> Origin | None:
+def _origin(whole: Tensor, part: Tensor, keep_mask: Tensor, step: int) -> Origin | None:
     """The dimension of an output that got smaller, and the origins of its entries."""
     dim = _shrunk_dim(whole.shape, part.shape)
     if dim is None:
         return None
-    groups, size = len(kept), whole.size(dim)
+    groups, size = len(keep_mask), whole.size(dim)
     if size % groups:
         return None
     first = torch.arange(groups) * step
     for source in (first.repeat_interleave(size // groups), first.repeat(size // groups)):
-        rows = kept[source // step].nonzero()[:, 0].to(whole.device)
+        rows = keep_mask[source // step].nonzero()[:, 0].to(whole.device)
         if len(rows) == part.size(dim) and _close(whole.index_select(dim, rows), part):
             return dim, source
     return None

@@ -35,10 +35,10 @@ def explain(
         rank = 0 if why == OUTPUT else number + 1  # the most informative reason comes first
         first[channels] = first[channels].clamp(max=rank)
     reasons = [OUTPUT, *(why for why, _ in graph.frozen)]
-    whole, part = {}, {}
+    unpruned, partly = {}, {}
     for name, axes in outputs.items():
         if not axes:
-            whole[name] = UNUSED
+            unpruned[name] = UNUSED
         for axis in axes:
             ids = axis.ids.reshape(-1)
             channels = groups.channel[ids]
@@ -56,5 +56,5 @@ def explain(
                 why = f"{ratio:.3g} of {size} {channels_are} less than one"
             else:
                 why = "the layers, heads or groups that it is coupled to allow no more"
-            (part if removed[ids].any() else whole)[name] = why
-    return whole, part
+            (partly if removed[ids].any() else unpruned)[name] = why
+    return unpruned, partly

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from drophot._core.importance import Importance
 from drophot._core.interruptions import must_propagate
 from drophot.structured.dependency_graph import Axis
 from drophot.structured.observations import UserError
-
-# Called with a weight's name and the weight. Returns one value per output channel, `(C_out,)`, or
-# one value per weight, in the weight's shape.
-Importance = Callable[[str, Tensor], Tensor]
 
 
 def squared_magnitude(name: str, weight: Tensor) -> Tensor:
@@ -22,7 +17,7 @@ def squared_magnitude(name: str, weight: Tensor) -> Tensor:
 
 
 def entry_values(
-    importance: Importance, name: str, weight: Tensor, dim: int, axes: list[Axis]
+    importance: Importance, name: str, weight: nn.Parameter, dim: int, axes: list[Axis]
 ) -> list[Tensor]:
     """The importance of each entry of each axis of a weight, `(axis.ids.numel(),)` each, float64.
 

@@ -130,14 +130,19 @@ class NetworkWriter:
                 attributes.setdefault(path, {})[key[0]] = after
             else:
                 inside.append([path, list(key), after])
-        kept = {}
+        kept_positions = {}
         for name, tensor in self._old_tensors.items():
             if name not in saved:
-                whole = torch.arange(tensor.numel()).reshape(tensor.shape)
+                positions = torch.arange(tensor.numel()).reshape(tensor.shape)
                 axes = [a for a in self.graph.axes_of(tensor) if self.removed[a.ids].any()]
-                kept[name] = kept_part(whole, axes, self.removed).reshape(-1).tolist()
+                kept_positions[name] = kept_part(positions, axes, self.removed).reshape(-1).tolist()
         shapes = {name: list(tensors[name].shape) for name in self._old_tensors}
-        return {"shapes": shapes, "attributes": attributes, "inside": inside, "kept": kept}
+        return {
+            "shapes": shapes,
+            "attributes": attributes,
+            "inside": inside,
+            "kept_positions": kept_positions,
+        }
 
     def unpruned(self, weights: Mapping[str, nn.Parameter]) -> dict[str, float]:
         """The shares of parameters that keep their shape and are not in `weights`."""

@@ -14,7 +14,7 @@ from drophot._core.interruptions import must_propagate
 
 @dataclass(slots=True)
 class PassResult:
-    """What a checked pass of the network found."""
+    """The findings of a checked pass of the network."""
 
     failures: dict[int, str] = field(default_factory=dict)
     """By the number of a call: why it differs from the recorded one."""
@@ -76,7 +76,7 @@ def differs(one: Tensor, other: Tensor) -> bool:
     return bool(off > _TOLERANCE * size + 1e-30)
 
 
-_TOLERANCE = 1e-2  # for float32 after many layers; a wrong result is much further off
+_TOLERANCE = 1e-2  # for float32 after many layers; wrong results differ much more
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

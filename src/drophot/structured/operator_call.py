@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
 from drophot._core.interruptions import must_propagate
+from drophot._core.signatures import signature_error
 from drophot.structured.dependency_graph import Axis, DependencyGraph
 from drophot.structured.observations import UserError
 from drophot.structured.reasons import inside, operation
@@ -57,7 +59,7 @@ class OperatorCall:
 
     @property
     def reason(self) -> str:
-        """Why channels that this call mixes are kept, as `Pruned.whole` shows it."""
+        """Why channels that this call mixes are kept, as `Pruned.unpruned_layers` shows it."""
         return f"{operation(self.name)} in {inside(self.module)} needs all of its channels"
 
     def couple(self, *dims: tuple[Tensor, int]) -> None:
@@ -71,6 +73,7 @@ class OperatorCall:
                 negative. All of these dimensions must have the same size.
 
         Raises:
+            TypeError: If an argument is not a pair of a tensor and an integer.
             ValueError: If a tensor does not belong to the call, a dimension does not exist, or
                 sizes differ.
 
@@ -80,7 +83,8 @@ class OperatorCall:
             ...     call.couple((weight, 0), (call.outputs[0], -1))
         """
         coupling: list[Dim] = []
-        for tensor, dim in dims:
+        for pair in dims:
+            tensor, dim = self._checked_pair(pair)
             shape = tuple(tensor.shape)
             if not _contains((*self.inputs, *self.outputs), tensor):
                 raise ValueError(
@@ -101,6 +105,16 @@ class OperatorCall:
             )
         self._couplings.append(coupling)
 
+    def _checked_pair(self, pair: object) -> Dim:
+        if isinstance(pair, tuple | list) and len(pair) == 2:
+            tensor, dim = pair
+            if isinstance(tensor, Tensor) and isinstance(dim, SupportsIndex):
+                return tensor, index(dim)
+        raise TypeError(
+            f"`couple` takes pairs of a tensor and a dimension, such as call.couple((x, 1), "
+            f"(weight, 0)), but the rule for `{self.name}` passed {_shown(pair)}."
+        )
+
 
 def with_custom_rules(
     builtin: Mapping[str, Rule], rules: Mapping[Any, Callable[..., None]] | None
@@ -108,7 +122,8 @@ def with_custom_rules(
     """One table of rules: the built-in ones by operator name, the user's by operator.
 
     Raises:
-        TypeError: If a key of `rules` is not an operator, or a value not callable.
+        TypeError: If a key of `rules` is not an operator, or a value not a function that takes the
+            operator's arguments.
     """
     table: dict[object, Rule] = {**builtin}
     for operator, rule in (rules or {}).items():
@@ -118,17 +133,50 @@ def with_custom_rules(
                 f"`rules` must map operators to functions, got the key {operator!r}. Pass the "
                 f"result of `torch.library.custom_op` or `torch.ops.<namespace>.<name>`."
             )
-        if not callable(rule):
+        if isinstance(rule, type) or not callable(rule):
             raise TypeError(
                 f"`rules` must map operators to functions, got {rule!r} for {key}. Pass a function "
                 f"`rule(call, *args, **kwargs)`."
             )
+        overloads = [key] if isinstance(key, OpOverload) else _overloads(key)
+        errors = [_required_arguments_error(rule, overload) for overload in overloads]
+        if errors and all(errors):
+            raise TypeError(_wrong_arguments(str(key), errors[0]))
         table[key] = _by_couplings(rule)
     return table
 
 
+def _overloads(packet: OpOverloadPacket) -> list[OpOverload]:
+    return [getattr(packet, name) for name in packet.overloads()]
+
+
+def _required_arguments_error(rule: Callable[..., None], operator: OpOverload) -> str:
+    """Why a rule cannot take the arguments that every call of an operator has; empty if it can."""
+    required = [one for one in operator._schema.arguments if not one.has_default_value()]
+    args = [None for one in required if not one.kwarg_only]
+    return signature_error(rule, None, *args, **{one.name: None for one in required[len(args) :]})
+
+
+def _wrong_arguments(operator: str, error: str) -> str:
+    return (
+        f"`rules` must map operators to functions that take an OperatorCall and then the "
+        f"operator's arguments, but the rule for {operator} cannot, {error}."
+    )
+
+
+def _shown(value: object) -> str:
+    """A value in an error, without the numbers of a tensor."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_shown, value))})"
+    return repr(value)
+
+
 def _by_couplings(rule: Callable[..., None]) -> Rule:
     def apply(call: OperatorCall, *args: Any, **kwargs: Any) -> OutputAxes:
+        if wrong := signature_error(rule, call, *args, **kwargs):
+            raise UserError(TypeError(_wrong_arguments(call.name, wrong)))
         try:
             rule(call, *args, **kwargs)
         except Exception as error:
@@ -232,9 +280,11 @@ def _of_output(
     ids: Tensor, out: Tensor, dim: int, group: list[Dim], groups: list[list[Dim]]
 ) -> Tensor:
     """Aligned entries in the layout of an output, along its dimension `dim` of a group."""
-    places = {dim if g is group else (_dims(g, out) or [-1])[0]: n for n, g in enumerate(groups)}
-    places.pop(-1, None)
-    order = [places[d] for d in sorted(places)]
+    group_of_dim = {
+        dim if g is group else (_dims(g, out) or [-1])[0]: n for n, g in enumerate(groups)
+    }
+    group_of_dim.pop(-1, None)
+    order = [group_of_dim[d] for d in sorted(group_of_dim)]
     rest = [n for n in range(len(groups)) if n not in order]
-    sizes = [ids.size(places[d]) if d in places else 1 for d in range(out.dim())]
+    sizes = [ids.size(group_of_dim[d]) if d in group_of_dim else 1 for d in range(out.dim())]
     return ids.permute(order + rest).reshape(sizes)

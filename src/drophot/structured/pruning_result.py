@@ -28,7 +28,7 @@ class Pruned:
     """The result of structured pruning; `print` shows it as a table."""
 
     ratio: float
-    """The share of channels that was asked for."""
+    """The requested share of channels to remove."""
     channels: Change
     """The outputs of all Conv and Linear layers and attention projections."""
     parameters: Change
@@ -39,15 +39,15 @@ class Pruned:
     """The memory of the parameters."""
     layers: Mapping[str, Change]
     """The outputs of each layer, by its weight's name."""
-    kept: Mapping[str, Tensor]
-    """Which outputs each layer kept, `(K,)`, ascending, on the CPU."""
-    whole: Mapping[str, str]
+    kept_channels: Mapping[str, Tensor]
+    """The indices of the outputs that each layer kept, `(K,)`, ascending, on the CPU."""
+    unpruned_layers: Mapping[str, str]
     """The layers that kept all of their channels, and why."""
-    asked: int
+    num_requested: int
     """The number of channels to remove from all layers, each rounded separately."""
-    kept_back: Mapping[str, int]
-    """How many fewer channels were removed than asked for, by reason."""
-    other: Mapping[str, float]
+    not_removed: Mapping[str, int]
+    """How many of the requested channels were not removed, by reason."""
+    unpruned_parameters: Mapping[str, float]
     """Parameters that kept their shape and belong to no layer above: their share of all."""
     attributes: Mapping[str, Change]
     """The attributes that were changed, as `module.attribute`."""
@@ -55,7 +55,7 @@ class Pruned:
     """The new shapes and attributes, in types that JSON has; see `rebuild`."""
 
     def __str__(self) -> str:
-        lines = [f"asked to remove {self.ratio:.1%} of the channels"]
+        lines = [f"requested: remove {self.ratio:.1%} of the channels"]
         for name in ("channels", "parameters", "flops", "bytes"):
             change: Change = getattr(self, name)
             lines.append(
@@ -74,17 +74,16 @@ class Pruned:
                 for (last, (a, b)), names in own.items()
             ]
             lines.append(f"changed: {_some(changes)}")
-        if self.kept_back:
-            lines.append(
-                f"kept back {sum(self.kept_back.values()):,} of {self.asked:,} channels asked for:"
-            )
-            most = merged(self.kept_back)
+        if self.not_removed:
+            number = sum(self.not_removed.values())
+            lines.append(f"not removed: {number:,} of {self.num_requested:,} requested channels:")
+            most = merged(self.not_removed)
             lines += [f"{count:>10,}  {why}" for count, why in most[:_LINES]]
             if len(most) > _LINES:
                 rest = sum(count for count, _ in most[_LINES:])
-                lines.append(f"{rest:>10,}  for other reasons: see `kept_back`")
-        if self.other:
-            most = sorted(self.other.items(), key=lambda item: -item[1])
+                lines.append(f"{rest:>10,}  for other reasons: see `not_removed`")
+        if self.unpruned_parameters:
+            most = sorted(self.unpruned_parameters.items(), key=lambda item: -item[1])
             shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
             shares = [one for one, (_, share) in zip(shares, most, strict=True) if share >= 5e-4]
             lines += [f"not pruned: {_some(shares)}"] if shares else []

@@ -49,8 +49,8 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
                 f"`model` must have a tensor `{name}` that is at least as large as "
                 f"{tuple(shape)}, but it {got}. Pass a new model, as it was before pruning."
             )
-        if name in description.get("kept", ()):
-            part = old.detach().flatten()[description["kept"][name]].reshape(shape)
+        if name in description.get("kept_positions", ()):
+            part = old.detach().flatten()[description["kept_positions"][name]].reshape(shape)
         else:
             part = old.detach()[tuple(slice(n) for n in shape)].clone()
         new[name] = wrapped_like(old, part)

@@ -116,7 +116,7 @@ def recorded_leaf(name: str, leaf: Any, inputs: Sequence[Tensor]) -> Any:
         leaf.is_floating_point()
         or leaf.is_complex()
         or "pool" in name
-        or "empty" in name  # uninitialised memory
+        or "empty" in name  # uninitialized memory
         or (is_view(leaf, inputs) and not name.endswith("_"))
     ):
         return leaf.dtype, leaf.device

@@ -1,4 +1,4 @@
-"""Rules of operators that sum, compare or normalise over whole dimensions."""
+"""Rules of operators that sum, compare or normalize over whole dimensions."""
 
 from __future__ import annotations
 

@@ -120,9 +120,9 @@ def _slice(
             rows = _rows(axis)
             if not length:
                 continue
-            if step > 1 and size % step == 0:  # `step` neighbours are removed together
-                neighbours = rows.reshape(-1, step)
-                graph.couple(neighbours[:, :1], neighbours)
+            if step > 1 and size % step == 0:  # `step` neighbors are removed together
+                neighbors = rows.reshape(-1, step)
+                graph.couple(neighbors[:, :1], neighbors)
             elif step > 1:
                 graph.freeze([axis], call.reason)
                 continue

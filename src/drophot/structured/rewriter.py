@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drophot._core.importance import Importance
 from drophot.structured import attention_heads
 from drophot.structured.attention_heads import VIEWS, WholeHeads
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import Axis, DependencyGraph
 from drophot.structured.explanation import explain
-from drophot.structured.importance import Importance
 from drophot.structured.layer_widths import producing_weights
 from drophot.structured.network_writer import NetworkWriter
 from drophot.structured.observations import PassResult, UserError, differs, first_difference
@@ -116,12 +116,12 @@ class Rewriter:
         found = {}
         for name, weight in self.weights.items():
             dim = self.output_dim(name)
-            keeps = torch.ones(weight.shape[dim], dtype=torch.bool)
+            keep_mask = torch.ones(weight.shape[dim], dtype=torch.bool)
             for axis in self.graph.axes_of(weight):
                 if axis.dim == dim:
                     ids = axis.ids.movedim(dim, -1).reshape(-1, weight.shape[dim])[0]
-                    keeps = ~self.removed[ids]
-            found[name] = keeps.nonzero()[:, 0]
+                    keep_mask = ~self.removed[ids]
+            found[name] = keep_mask.nonzero()[:, 0]
         return found
 
     def output_dim(self, name: str) -> int:

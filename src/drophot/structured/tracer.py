@@ -147,7 +147,7 @@ def record(
         rules: The table of `with_custom_rules`.
 
     Returns:
-        What has to be removed together, the calls in evaluation mode in order, and the calls in
+        The graph of coupled entries, the calls in evaluation mode in order, and the calls in
         training mode if these include other operators.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checks, call by call, that a network without some channels does what it did with them."""
+"""Checks, call by call, that a network without some channels behaves as with them at zero."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from drophot._core.interruptions import must_propagate
-from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
+from drophot.structured.checked_pass import CheckedPass, axes_of_output
+from drophot.structured.observations import StopPass, fingerprint
 from drophot.structured.reasons import operation
 from drophot.structured.recorded_call import RecordedCall, flat, is_view, numbers
 from drophot.structured.remaining_sizes import kept_part, kept_shape
@@ -20,7 +20,7 @@ from drophot.structured.remaining_sizes import kept_part, kept_shape
 OPAQUE = (Tensor, torch.ScriptObject)
 
 
-class PrunedPass(TorchDispatchMode):
+class PrunedPass(CheckedPass):
     """Compares the calls of a pruned network with the recorded ones.
 
     Each call has to be the same operator, with the same numbers except for sizes, and has to return
@@ -42,20 +42,10 @@ class PrunedPass(TorchDispatchMode):
         fingerprints: bool,
         shapes: Sequence[list[tuple[int, ...]]],
     ) -> None:
-        super().__init__()
+        super().__init__(calls, removed, fingerprints)
         self.shapes = shapes
-        self.calls = calls
-        self.removed = removed
-        self.fingerprints = fingerprints
-        self.result = PassResult()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        with guarded():
-            return self._compare(func, args, kwargs or {})
-
-    def _compare(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, result = _canonical(func.overloadpacket.__name__), self.result
         while name != "clone" and self._next_name() == "clone":  # for the layout
             result.fingerprints.append([])
@@ -121,12 +111,10 @@ class PrunedPass(TorchDispatchMode):
         for i, (leaf, before) in enumerate(zip(leaves, call.leaves, strict=False)):
             axes = []
             if isinstance(leaf, Tensor):
-                axes = call.output_axes[position] if position < len(call.output_axes) else []
+                axes = axes_of_output(call, position)
                 position += 1
             if isinstance(before, Tensor):
-                expected = kept_part(
-                    before, [a for a in axes if self.removed[a.ids].any()], self.removed
-                )
+                expected = kept_part(before, self.shrinking(axes), self.removed)
                 if expected.shape == leaf.shape and torch.equal(expected, leaf):
                     continue
                 if not call.computed:
@@ -151,8 +139,7 @@ class PrunedPass(TorchDispatchMode):
         pending, leaves = list(shapes), []
         for position, leaf in enumerate(call.leaves):
             if isinstance(leaf, Tensor):
-                axes = call.output_axes[position] if position < len(call.output_axes) else []
-                axes = [axis for axis in axes if self.removed[axis.ids].any()]
+                axes = self.shrinking(axes_of_output(call, position))
                 leaves.append(kept_part(leaf, axes, self.removed).clone())
                 pending.pop(0)
             elif isinstance(leaf, tuple) and pending:
@@ -169,10 +156,7 @@ class PrunedPass(TorchDispatchMode):
 def kept_shapes(calls: Sequence[RecordedCall], removed: Tensor) -> list[list[tuple[int, ...]]]:
     """The shapes that each call has to return without the removed entries."""
     return [
-        [
-            kept_shape(shape, call.output_axes[i] if i < len(call.output_axes) else [], removed)
-            for i, shape in enumerate(call.shapes)
-        ]
+        [kept_shape(shape, axes_of_output(call, i), removed) for i, shape in enumerate(call.shapes)]
         for call in calls
     ]
 

@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from drophot._core.interruptions import must_propagate
+from drophot.structured.checked_pass import CheckedPass
 from drophot.structured.dependency_graph import Axis
-from drophot.structured.observations import PassResult, StopPass, fingerprint, guarded
+from drophot.structured.observations import StopPass, fingerprint
 from drophot.structured.recorded_call import RecordedCall, is_view
 from drophot.structured.reduction_rules import OVER_CHANNELS
 from drophot.structured.remaining_sizes import keep_mask, kept_part, kept_shape
 
 
-class ZeroedPass(TorchDispatchMode):
+class ZeroedPass(CheckedPass):
     """Sets removed entries to zero after each call of the network with all channels.
 
     Norms, means and other operators that are defined over the remaining channels are called
     without the removed entries.
-
-    Args:
-        calls: The recorded calls.
-        removed: Whether each entry is removed.
-        fingerprints: Whether to keep sums of the output_axes of each call.
     """
 
-    def __init__(self, calls: Sequence[RecordedCall], removed: Tensor, fingerprints: bool) -> None:
-        super().__init__()
-        self.calls = calls
-        self.removed = removed
-        self.fingerprints = fingerprints
-        self.result = PassResult()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        with guarded():
-            return self._zero(func, args, kwargs or {})
-
-    def _zero(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def on_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name, number = func.overloadpacket.__name__, self.result.num_reached
         if number == len(self.calls) or self.calls[number].name != name:
             self.result.failures[number] = f"another operator, {name}"
@@ -51,8 +32,8 @@ class ZeroedPass(TorchDispatchMode):
         call = self.calls[number]
         self.result.num_reached += 1
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        input_axes = [[a for a in axes if self.removed[a.ids].any()] for axes in call.input_axes]
-        output_axes = [[a for a in axes if self.removed[a.ids].any()] for axes in call.output_axes]
+        input_axes = [self.shrinking(axes) for axes in call.input_axes]
+        output_axes = [self.shrinking(axes) for axes in call.output_axes]
         try:
             if name in OVER_CHANNELS and any(input_axes):
                 out = self._without_removed(

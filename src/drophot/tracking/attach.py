@@ -37,7 +37,7 @@ def split(batch: Any, targets: Callable[[Any], Tensor] | None) -> tuple[Any, Pre
             pair, or the only entry among `targets`, `target`, `labels`, `label`.
 
     Raises:
-        TypeError: If the batch has no index, or its targets cannot be recognised.
+        TypeError: If the batch has no index, or its targets cannot be recognized.
     """
     if isinstance(batch, Mapping) and "index" in batch:
         rest: Any = copy.copy(batch)
@@ -121,11 +121,11 @@ class _Iterator:
         except StopIteration:
             if not current.exhausted:
                 tracker._pairing.end(current)
-                current.warn(2, stacklevel=2)
+                current.warn(2)
             raise
         rest, (index, targets) = split(batch, self._get_targets)
         tracker._pairing.hand_out(current, Batch(index, targets, list(tensors(rest))))
-        current.warn(_WARN_AFTER, stacklevel=2)
+        current.warn(_WARN_AFTER)
         return rest
 
     def __del__(self) -> None:
@@ -137,7 +137,7 @@ class _Iterator:
         except Exception as error:  # would be lost in `__del__`
             pairing.error = error
         pairing.abandon(self._pass)
-        self._pass.warn(0 if self._pass.exhausted else 1, stacklevel=2)
+        self._pass.warn(0 if self._pass.exhausted else 1)
 
 
 _WARN_AFTER = 100  # batches of which none was counted

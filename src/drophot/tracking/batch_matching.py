@@ -4,13 +4,12 @@ A loop takes a batch from a watched loader and calls the model; nothing else con
 Therefore a forward is compared with the batches that wait for their logits: if it has the tensors,
 the memory or the values of a batch, it belongs to that batch. Any other forward is not counted. If
 a batch is then left without a forward, that is an error. If the caller says that the loop changes
-its batches, a forward that cannot be recognised is assigned to the waiting batch, provided that it
+its batches, a forward that cannot be recognized is assigned to the waiting batch, provided that it
 is the only one and no other tracker waits.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from drophot._core.user_warnings import warn
 from drophot.tracking.tensor_matching import (
     Batch,
     equal_on_device,
@@ -34,13 +34,13 @@ from drophot.tracking.tensor_matching import (
 UNPAIRED = (
     "An attached model must be called on the batches that `watch` handed out, but it was called in "
     "training mode on other tensors, and a batch was left without a forward. If the loop changes "
-    "each batch before its forward (normalises or augments it) and keeps the order of the rows, "
+    "each batch before its forward (normalizes or augments it) and keeps the order of the rows, "
     "pass `attach(model, changed=True)`. Otherwise (it reorders or splits batches, or mixes them "
     "with other data) do not use `watch` and `attach`: take the index from the loader and call "
     "`update(index, logits, targets)` with the batch's logits."
 )
 _NOTHING_COUNTED = (
-    "No batch of this pass was counted while it lasted, because no attached model was called in "
+    "No batch of this pass had been counted when it ended, because no attached model was called in "
     "training mode on one of them. Attach the model that the loop calls. If you use "
     "`model.compile()`, attach after it and before the first call."
 )
@@ -72,11 +72,11 @@ class Pass:
         self.abandoned = False  # the iterator was deleted
         self._warned = False
 
-    def warn(self, more_than: int, stacklevel: int) -> None:
+    def warn(self, more_than: int) -> None:
         """Warn once if more than so many batches were handed out and none was counted."""
         if not self.counted and self.handed_out > more_than and not self._warned:
             self._warned = True
-            warnings.warn(_NOTHING_COUNTED, stacklevel=stacklevel + 1)
+            warn(_NOTHING_COUNTED)
 
 
 class Call(NamedTuple):
@@ -88,7 +88,7 @@ class Call(NamedTuple):
 
 
 class _Unconfirmed(NamedTuple):
-    """A batch that was counted by a forward that was not recognised, and that forward's inputs."""
+    """A batch that was counted by an unrecognized forward, and the inputs of that forward."""
 
     batch: Batch
     inputs: list[Tensor]
@@ -96,7 +96,7 @@ class _Unconfirmed(NamedTuple):
 
 
 class Pairing:
-    """The batches of one tracker that wait for logits, and the forwards that came.
+    """The batches of one tracker that wait for logits, and the forwards so far.
 
     A copy or pickle is empty.
     """
@@ -118,7 +118,7 @@ class Pairing:
 
     @property
     def unconfirmed(self) -> bool:
-        """Whether the last batch was counted by a forward that was not recognised."""
+        """Whether the last batch was counted by a forward that was not recognized."""
         return self._unconfirmed is not None
 
     @property
@@ -183,9 +183,9 @@ class Pairing:
                 self.match(tracker, hook, Call(module, list(tensors(inputs)), logits))
 
     def warn(self) -> None:
-        """Warn of a current pass of which no batch was counted."""
+        """Warn of each current pass if none of its batches was counted."""
         for one in self._passes:
-            one.warn(1, stacklevel=4)
+            one.warn(1)
 
     def match(self, tracker: Tracker, hook: Any, call: Call) -> None:
         """Count a forward in training mode if it belongs to a batch that waits.
@@ -244,24 +244,23 @@ class Pairing:
         return None
 
     def check(self) -> None:
-        """Raise an error if batches wait and at least as many forwards were not recognised."""
+        """Raise an error if batches wait and at least as many forwards were not recognized."""
         waiting = sum(len(one.waiting) for one in self._passes if not one.abandoned)
         if waiting and self._unrecognised >= waiting:
             self.clear()
             raise ValueError(UNPAIRED)
 
     def count_unclaimed(self) -> None:
-        """Warn of a pass of forwards without watched batches: `watch` was left out or replayed."""
+        """Warn if the model trained without watched batches: `watch` was left out or replayed."""
         if not self._last_pass_length or any(not p.exhausted for p in self._passes):
             return
         self._unclaimed += 1
         if self._unclaimed == self._last_pass_length:
-            warnings.warn(
+            warn(
                 f"The attached model was trained on {self._last_pass_length} batches that no "
                 f"watched loader handed out. They are not counted. Iterate over `watch(loader)` "
                 f"again in each epoch (`itertools.cycle` does not), or remove the handle of "
-                f"`attach`.",
-                stacklevel=2,
+                f"`attach`."
             )
 
     def _known(self) -> Iterator[Batch]:
@@ -292,7 +291,7 @@ class Pairing:
         tracker.update(batch.index, logits, batch.targets)
 
     def _confirm(self, tracker: Tracker, call: Call) -> None:
-        """Check a forward after a batch that was counted without being recognised."""
+        """Check a forward after a batch that was counted without being recognized."""
         last = self._unconfirmed
         if last is None or len(call.logits) != len(last.batch.index):
             return

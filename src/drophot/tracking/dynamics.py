@@ -46,15 +46,15 @@ class DynamicsTracker(ForgettingTracker):
     and with :class:`drophot.tracking.Spread` its standard deviation. Forgetting events are always
     kept.
 
-    All statistics are kept in float32, whatever the precision of the logits. Running means have
-    eight more bits and sums of squares are updated by Welford's method, so that thousands of
+    All statistics are kept in float32, regardless of the precision of the logits. Running means
+    have eight more bits and sums of squares are updated by Welford's method, so that thousands of
     presentations lose no digits. The state has 36 bytes per sample; each score of your own adds 5,
     its spread another 4. The built-in statistics take infinite logits as limits: a sample whose own
     class was masked by `-inf` once has an AUM of `-inf` and an infinite loss from then on; its
     other statistics are finite.
 
     Everything else is as in :class:`drophot.ForgettingTracker`: `update`, `observe`, `watch`,
-    `attach`, `sync` and the state. The caller decides here too when samples are presented. In the
+    `attach`, `sync` and the state. Here, too, the caller decides when samples are presented. In the
     papers, each training batch is a presentation.
 
     References:
@@ -137,9 +137,15 @@ class DynamicsTracker(ForgettingTracker):
             if self._statistics.own:
                 own = values[:, len(self._statistics.fused) :]
                 self._state.check_finite(index, own)
-            rows = self._judge(index, logits, targets)
+            rows = self._record_logits(index, logits, targets)
             values = to_device(values, rows.position.device).index_select(0, rows.order)
             self._means.add(self._state.columns, rows.position, rows.repeats, values)
+
+    def reset(self) -> None:
+        """Return to the initial state."""
+        super().reset()
+        for stream in self._statistics.streams:
+            stream.reset()
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Not available: the statistics need logits.
@@ -159,14 +165,14 @@ class DynamicsTracker(ForgettingTracker):
         never_learned: NeverLearned = "hardest",
         missing: Missing = "raise",
     ) -> Tensor:
-        """One number for each sample. `tracker.statistics[name].hard_end` tells the hard end.
+        """One number for each sample. `tracker.statistics[name].hard_end` says which end is hard.
 
         Args:
-            statistic: The name of the statistic. `"forgetting"`, and the words `"hardest"` and
-                `"zero"` of that method, give :meth:`drophot.ForgettingTracker.scores`.
-            never_learned: For `"forgetting"`, the score of a sample that was never right.
-            missing: What to do about samples that were never presented: raise an error (`"raise"`)
-                or give them NaN (`"nan"`).
+            statistic: The name of the statistic. `"forgetting"`, `"hardest"` and `"zero"` give the
+                scores of :meth:`drophot.ForgettingTracker.scores`.
+            never_learned: For `"forgetting"`, the score of a sample that was never correct.
+            missing: How to treat samples that were never presented: raise an error (`"raise"`) or
+                give them NaN (`"nan"`).
 
         Returns:
             Scores, shape `(N,)`, on the tracker's device: float32; for `"forgetting"` int64, unless
@@ -246,7 +252,7 @@ def _square_column(score: Score) -> str:
     return "squares" if score == CONFIDENCE else f"squares_{score.name}"
 
 
-def _square_columns(kept: Statistics) -> dict[str, int]:
+def _square_columns(statistics: Statistics) -> dict[str, int]:
     """The columns of sums of squares, and the value that each is of."""
-    spreads = [score for score in kept.by_name.values() if isinstance(score, Spread)]
-    return {_square_column(spread.score): kept.column(spread) for spread in spreads}
+    spreads = [score for score in statistics.by_name.values() if isinstance(score, Spread)]
+    return {_square_column(spread.score): statistics.column(spread) for spread in spreads}

@@ -42,7 +42,7 @@ class ForgettingTracker:
     different numbers:
 
     - *Toneva et al.*: a sample is presented when its training batch is processed, in training mode,
-      before the step. Call `update` with the logits that the loop already has; it costs no pass.
+      before the step. Call `update` with the logits that the loop already has, without a pass.
     - *Gupta et al.* ("the state after each epoch"): after every epoch all samples are presented to
       the same weights. Call `observe` after every epoch; it costs one pass in evaluation mode.
 
@@ -94,7 +94,7 @@ class ForgettingTracker:
         self._state = self._new_state(device)
 
     def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Present a batch, and judge it by its logits.
+        """Present a batch, and determine from its logits which samples are correct.
 
         A sample is correct where the largest logit (the first one, if several are equal) is that of
         its target; a row with a NaN is never correct. A sample that occurs twice in a batch is
@@ -119,10 +119,10 @@ class ForgettingTracker:
             return
         with torch.no_grad():
             if not self._present_fused(index, logits, targets):
-                self._judge(index, logits, to_device(targets, logits.device, torch.int64))
+                self._record_logits(index, logits, to_device(targets, logits.device, torch.int64))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
-        """Present a batch that the caller has judged: multi-label, sequences or any other task.
+        """Present a batch whose correctness the caller has determined, for any other task.
 
         Without targets, indices that do not follow their samples cannot be detected.
 
@@ -183,7 +183,7 @@ class ForgettingTracker:
         Returns:
             An iterable, to be iterated once per epoch. `len`, attributes and errors are those of
             the loader, and an error does not end the epoch. Iterating raises a TypeError if a batch
-            has no index or its targets cannot be recognised, and a ValueError if the loader's
+            has no index or its targets cannot be recognized, and a ValueError if the loader's
             dataset joins several IndexedDatasets. It warns if no batch of a pass was counted.
 
         Example:
@@ -218,8 +218,8 @@ class ForgettingTracker:
             model: The model that the loop calls; compiled, wrapped by DDP or plain.
             logits: Gets the logits `(B, C)` from the model's output. `None` if they are the output.
             changed: Whether the loop changes the values of each batch before its forward
-                (normalises or augments it) and keeps the order of its rows. The batch cannot be
-                recognised then, so its forward must be the only one in training mode. A second
+                (normalizes or augments it) and keeps the order of its rows. The batch cannot be
+                recognized then, so its forward must be the only one in training mode. A second
                 batch or tracker that waits for the model is an error.
 
         Returns:
@@ -262,7 +262,7 @@ class ForgettingTracker:
                 event. `"hardest"`: its number of presentations (Toneva et al.), and at least 1 more
                 than any sample's count. `"zero"`: its count, 0, as if it were the easiest (the
                 text of Gupta et al.).
-            missing: What to do about samples that were never presented. `"raise"`: raise an error.
+            missing: How to treat samples that were never presented. `"raise"`: raise an error.
                 `"nan"`: give them NaN; to select from a part of the data, such as a training split,
                 pass `among=train.indices`.
 
@@ -285,12 +285,12 @@ class ForgettingTracker:
         return scores.float().masked_fill_(presented == 0, torch.nan)
 
     def sync(self, group: ProcessGroup | None = None) -> None:
-        """Merge what the ranks have seen. Call it on every rank, once per epoch.
+        """Merge the trackers of all ranks. Call it on every rank, once per epoch.
 
         Afterwards the tracker of every rank equals that of one process that saw all batches since
-        the last `sync`: first those of rank 0, then those of rank 1, and so on. In the same order
-        `DistributedSampler` repeats samples to pad the last batch. In one process this does
-        nothing, so that the same script runs with and without torchrun.
+        the last `sync`: first those of rank 0, then those of rank 1, and so on. This includes
+        the samples that `DistributedSampler` repeats to pad the last batch. In one process this
+        does nothing, so that the same script runs with and without torchrun.
 
         It gathers seven numbers by which the ranks check that they agree, and then the rows of the
         samples presented since the last `sync`, 20 bytes each (44 in a
@@ -307,7 +307,7 @@ class ForgettingTracker:
                 with different targets, or their trackers differ in class, size, statistics or the
                 state that they loaded. Nothing is merged then. Also if this rank is not in `group`,
                 and in one process for wrong indices.
-            RuntimeError: If a state was loaded before the process group was initialised.
+            RuntimeError: If a state was loaded before the process group was initialized.
         """
         self._pairing.process_pending(self)
         self._state.sync(group)
@@ -321,7 +321,7 @@ class ForgettingTracker:
         """A copy of the whole state, for `torch.save`.
 
         Returns:
-            Tensors, an integer and perhaps names; `torch.load(weights_only=True)` reads them.
+            Tensors, an integer and optionally names; `torch.load(weights_only=True)` reads them.
 
         Raises:
             RuntimeError: If there are several ranks and this one has seen samples since the last
@@ -389,7 +389,7 @@ class ForgettingTracker:
             self._state.move(device)
         self._follows_logits = False
 
-    def _judge(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
+    def _record_logits(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
         return self._record(index, is_correct(logits, targets), targets, logits.shape[1])
 
     def _record(

@@ -138,7 +138,7 @@ def _present(
         sample = tl.load(index + row * index_stride).to(tl.int64)
         target = tl.load(targets + row * targets_stride).to(tl.int64)
         line = logits + row * row_stride
-        correct, own, nearest, has_nan = _judge(
+        correct, own, nearest, has_nan = _find_largest(
             line, class_stride, num_classes, target, dtype, class_block
         )
 
@@ -183,7 +183,7 @@ def _present(
                 while row < num_rows:
                     target = tl.load(targets + row * targets_stride).to(tl.int64)
                     line = logits + row * row_stride
-                    _, own, nearest, has_nan = _judge(
+                    _, own, nearest, has_nan = _find_largest(
                         line, class_stride, num_classes, target, dtype, class_block
                     )
                     latest = _values(
@@ -267,7 +267,9 @@ def _next_row(index, stride, num_rows, num_samples, position, row, index_block: 
 
 
 @triton.jit
-def _judge(line, stride, num_classes, target, dtype: tl.constexpr, class_block: tl.constexpr):
+def _find_largest(
+    line, stride, num_classes, target, dtype: tl.constexpr, class_block: tl.constexpr
+):
     """Whether a row is correct, the logit of its target, the largest other one, and if one is NaN.
 
     A row is correct if the first of its largest logits is that of the target, as in `is_correct`.

@@ -60,7 +60,7 @@ def present(
 
 
 def join(before: Tensor, base: Tensor, after: Tensor) -> Tensor:
-    """The history of one process that saw what one rank saw after what the others saw.
+    """The history of one process that saw the batches of the others, then those of a rank.
 
     Args:
         before: The history of the others, int64, any shape.

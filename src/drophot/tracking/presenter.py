@@ -74,7 +74,7 @@ class Presenter:
             taken: The result of `take`.
             outputs: The outputs of the model or the step.
             source: The model or the trainer, for errors.
-            fix: What to do if there are no logits in the outputs, for errors.
+            fix: The advice of the error if there are no logits in the outputs.
 
         Raises:
             TypeError: If there are no logits, or the targets are not integers.
@@ -86,7 +86,7 @@ class Presenter:
             return
         logits = attach.find_logits(outputs, self._logits, source, fix)
         alternative = (
-            f"For any task other than classification, judge the samples yourself: "
+            f"For any task other than classification, decide which samples are correct: "
             f"`{self._owner}(ForgettingTracker(n), correct=lambda batch, outputs: ...)` returns a "
             f"bool for each sample"
         )

@@ -31,7 +31,7 @@ class RunningMeans:
     """
 
     num_values: int  # M
-    squares: Mapping[str, int]  # the column of sums of squares, and which value they are of
+    squares: Mapping[str, int]  # each column of sums of squares, and the value it belongs to
 
     def columns(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The dtype of each column and what follows `N` in its shape, for `State`."""
@@ -115,7 +115,7 @@ class RunningMeans:
         ]
         step = apart * share[:, None]
         # The sum and its rounding error (Knuth's TwoSum). Without the error, a mean of thousands of
-        # values would not move any more.
+        # values would no longer move.
         rough = before.means + step
         lost = rough - before.means
         lost = (before.means - (rough - lost)) + (step - lost)

@@ -28,16 +28,16 @@ def to_device(value: Tensor, device: torch.device, dtype: torch.dtype | None = N
     """A tensor on a device, copied asynchronously where that is safe.
 
     A copy to a GPU is ordered before the GPU's later work. A copy to the CPU is not ordered: code
-    that reads it too early would read uninitialised memory.
+    that reads it too early would read uninitialized memory.
     """
     return value.to(device, dtype or value.dtype, non_blocking=device.type != "cpu")
 
 
 def join_histories(before: Columns, base: Columns, after: Columns) -> Columns:
-    """The columns of one process that saw what one rank saw after what the others saw.
+    """The columns of one process that saw the batches of the others, then those of a rank.
 
-    This is the case of a tracker whose only column is the history. `before` has what the others
-    saw, `after` what the rank saw, and both include the `base`, which all ranks started from.
+    This function is for trackers whose only column is the history. `before` is the state of the
+    others, `after` that of the rank. Both include the `base`, which all ranks started from.
     """
     history = packed_history.join(before["history"], base["history"], after["history"])
     return {"history": history}
@@ -184,7 +184,7 @@ class State:
         return {"version": 1, **saved, "targets": self.targets.clone(), **names}
 
     def load(self, saved: Mapping[str, Any], kind: str) -> None:
-        """Copy what `dump` gave into this state.
+        """Copy the result of `dump` into this state.
 
         Args:
             saved: A state.
@@ -234,7 +234,7 @@ class State:
         self._save_base()
 
     def sync(self, group: ProcessGroup | None) -> None:
-        """Merge the ranks of a group: what they saw is concatenated in the order of the ranks.
+        """Merge the ranks of a group: concatenate their presentations in the order of the ranks.
 
         Raises:
             RuntimeError: If the state was loaded before there were ranks.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from drophot._core.random_state import RandomStream
 from drophot.tracking.state import to_device
 from drophot.tracking.validation import describe
 
@@ -53,7 +54,8 @@ class Score(Protocol):
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Score each sample of a batch.
 
-        It is called once per batch without gradients. It must not change its arguments.
+        It is called once per batch without gradients. It must not change its arguments. Random
+        numbers that it draws from the global generators do not change those of the training.
 
         Args:
             logits: The model's outputs, float32, shape `(B, C)`, on the model's device.
@@ -133,7 +135,7 @@ BUILT_IN: Mapping[str, Score] = MappingProxyType({
 DEFAULT = tuple(BUILT_IN)
 _FUSED = (AUM, EL2N, CONFIDENCE, LOSS)  # the columns of `built_in_values`
 
-# What else `scores` accepts, and the other columns of a tracker's table.
+# Other names that `scores` accepts, and the other columns of a tracker's table.
 _RESERVED = {"forgetting", "hardest", "zero", "index", "target", "presentations", "learned"}
 
 
@@ -171,6 +173,8 @@ class Statistics:
     by_name: Mapping[str, Score]
     fused: tuple[int, ...]  # the columns of `built_in_values` that are needed
     own: tuple[Score, ...]  # the user's scores, each once
+    # One for each score in `own`, so that no score changes the values of another one.
+    streams: tuple[RandomStream, ...] = field(compare=False)
 
     @property
     def num_values(self) -> int:
@@ -198,7 +202,10 @@ class Statistics:
             values = built_in_values(logits, classes)
             parts += [values[:, column : column + 1] for column in self.fused]
         logits, targets = logits.detach(), classes[:, 0]
-        parts += [_checked(score, score(logits, targets), logits)[:, None] for score in self.own]
+        for score, stream in zip(self.own, self.streams, strict=True):
+            with stream.on(logits.device):
+                found = score(logits, targets)
+            parts.append(_checked(score, found, logits)[:, None])
         return torch.cat(parts, 1)
 
 
@@ -234,7 +241,7 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
     for item in statistics:
         if item == "forgetting":
             continue  # which every tracker keeps
-        score = _lookup(item) if isinstance(item, str) else _check_score(item)
+        score = _lookup(item) if isinstance(item, str) else check_score(item)
         if score.name in by_name:
             raise ValueError(
                 f"`statistics` must not name a statistic twice, got {score.name!r} twice."
@@ -260,12 +267,12 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
     by_name = {name: by_name[name] for name in (*DEFAULT, *by_name) if name in by_name}
     fused = tuple(sorted(s.column for s in sources.values() if isinstance(s, _BuiltIn)))
     own = tuple(score for score in sources.values() if not isinstance(score, _BuiltIn))
-    return Statistics(by_name, fused, own)
+    return Statistics(by_name, fused, own, tuple(RandomStream() for _ in own))
 
 
 def is_builtin_score(score: object) -> bool:
     """Whether an object is one of the library's scores, which their names identify."""
-    return any(score is one for one in BUILT_IN.values())
+    return isinstance(score, _BuiltIn | Spread) and score in BUILT_IN.values()
 
 
 def _lookup(name: str) -> Score:
@@ -277,7 +284,7 @@ def _lookup(name: str) -> Score:
     return BUILT_IN[name]
 
 
-def _check_score(score: Score) -> Score:
+def check_score(score: Score) -> Score:
     """Refuse an object that is not a score, or one whose name is taken."""
     if isinstance(score, type):
         raise TypeError(
@@ -294,7 +301,7 @@ def _check_score(score: Score) -> Score:
             f"The `name` of a score must be a Python identifier, got {score.name!r}. Use letters, "
             f"digits and underscores, such as 'top_two_margin'."
         )
-    if score == BUILT_IN.get(score.name):
+    if is_builtin_score(score):
         return score
     if score.name in _RESERVED or score.name in BUILT_IN:
         raise ValueError(
@@ -309,5 +316,5 @@ def _check_score(score: Score) -> Score:
     if isinstance(score, Spread):
         if isinstance(score.score, Spread):
             raise TypeError(f"`score` of the spread {score.name!r} must be a score, got a Spread.")
-        _check_score(score.score)
+        check_score(score.score)
     return score

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A batch that was handed out, with the tensors that a forward on it is recognised by."""
+    """A batch that was handed out, with the tensors that a forward on it is recognized by."""
 
     index: Tensor
     targets: Tensor

@@ -53,7 +53,7 @@ def check_batch(index: Any, logits: Any, targets: Any) -> None:
     if logits.dim() != 2 or logits.shape[1] < 2:
         raise ValueError(
             f"`logits` must have shape (B, C) with C at least 2, got {tuple(logits.shape)}. For "
-            f"any other kind of output, judge the samples yourself and call `update_correct`."
+            f"any other kind of output, pass which samples are correct to `update_correct`."
         )
     check_vector("index", index, len(logits), "logits")
     check_vector("targets", targets, len(logits), "logits")

@@ -15,13 +15,14 @@ from drophot.data.samples import as_classes
 
 
 class BatchLoader(Dataset[tuple[Tensor, ...]]):
-    """The batches of a mode that chooses samples while the model trains.
+    """The batches of step 3 where these are not simply those of a dataset.
 
-    In such a mode, :class:`drophot.DropHot` passes a `BatchLoader` to your `fit` in place of a
-    dataset. Iterate over it once per epoch. It yields batches `(inputs, targets, index)` or
-    `(inputs, targets, index, weights)`, already on the model's device: weight each sample's loss by
-    `weights (B,)` where they are given. `batches` accepts it too, so that one loop can train in
-    every mode.
+    In a mode that chooses samples while the model trains, and with `equal_steps` if the steps do
+    not divide into whole epochs of the coreset, :class:`drophot.DropHot` passes a `BatchLoader` to
+    your `fit` in place of a dataset. Iterate over it once per epoch. It yields batches `(inputs,
+    targets, index)` or `(inputs, targets, index, weights)`, already on the model's device: weight
+    each sample's loss by `weights (B,)` where they are given. `batches` accepts it too, so that one
+    loop can train in every mode.
 
     The batches are chosen in the order in which they are read. Reading a sample by its position is
     therefore an error, and so is wrapping a `BatchLoader` in a `DataLoader`.
@@ -47,8 +48,8 @@ class BatchLoader(Dataset[tuple[Tensor, ...]]):
 
     def __getitem__(self, index: Any) -> NoReturn:
         raise TypeError(
-            f"`dataset` is a loader in this mode, which chooses samples while the model trains, "
-            f"but `fit` asked for the sample {index!r}. Iterate over "
+            f"`dataset` is a loader in this step, because the mode selects while the model trains "
+            f"or `equal_steps` is set, but `fit` asked for the sample {index!r}. Iterate over "
             f"`drophot.training.batches(dataset, batch_size, device)` once per epoch instead; it "
             f"accepts datasets and loaders."
         )
@@ -84,7 +85,7 @@ def batches(
             `__getitem__` or is a `BatchLoader`, and yields batches `(inputs, targets)`, optionally
             with an index `(B,)` and weights `(B,)` of the samples' losses.
         batch_size: Samples per batch, at least 1. The last batch holds the remaining samples.
-        device: Where the batches are wanted.
+        device: The device of the batches.
         shuffle: A generator that draws the order, or the order itself. `None` keeps the dataset's
             order. The order does not depend on whether the dataset is in memory.
         channels_last: Whether images have their channels last in memory.

@@ -72,7 +72,7 @@ def fit(
         batch_size: Samples per step. The last batch of an epoch holds the remaining samples.
         seed: Draws the order of each epoch. Dropout draws from torch's global generator.
         loss: Called as `loss(logits, targets)`. Returns a scalar, or one loss per sample, shape
-            `(B,)`, of which the mean is minimised. If a loader yields weights, it has to be one
+            `(B,)`, of which the mean is minimized. If a loader yields weights, it has to be one
             loss per sample (`reduction="none"`). The default is cross-entropy, for which targets
             are classes `(B,)` or probabilities `(B, C)`.
         scheduler: A learning rate scheduler of `optimizer`. Its `step()` is called without a metric
@@ -91,8 +91,9 @@ def fit(
         ValueError: If `epochs` is negative, `batch_size` less than 1, the dataset or an epoch of a
             loader empty, the samples differ in shape, `on_batch` is given and the samples have no
             index, the optimizer holds none of the model's parameters, the scheduler belongs to
-            another optimizer, logits and targets do not match, the loss is neither a scalar nor one
-            number per sample, or a loader's weights are not finite floats `(B,)`.
+            another optimizer, `scheduler_interval` is "step" without a scheduler, logits and
+            targets do not match, the loss is neither a scalar nor one number per sample, or a
+            loader's weights are not finite floats `(B,)`.
         TypeError: If the samples or a loader's batches are not tuples of tensors and numbers, a
             loader can be read only once and `epochs` is above 1, the scheduler needs a metric, or
             the model, its output, the optimizer or another argument is of the wrong kind.
@@ -238,7 +239,8 @@ class Fit(Protocol):
     """A training loop that can replace `fit` in :class:`drophot.DropHot`.
 
     In the modes that choose samples while the model trains (`"crest"`, `"fresh_subset"`,
-    `"loss_sampling"`), `dataset` is a `BatchLoader` in step 3: a re-iterable of batches `(inputs,
+    `"loss_sampling"`), and with `equal_steps` if the steps do not divide into whole epochs of the
+    coreset, `dataset` is a `BatchLoader` in step 3: a re-iterable of batches `(inputs,
     targets, index)` or `(inputs, targets, index, weights)`. `batches` accepts both, so a loop that
     is written with it works in every mode. It should multiply each sample's loss by its weight
     where there are weights.

@@ -12,8 +12,7 @@ SchedulerInterval = Literal["epoch", "step"]
 
 def check_scheduler(scheduler: Any, interval: Any, optimizer: Optimizer) -> None:
     """Refuse a scheduler that `fit` cannot step, or that schedules another optimizer."""
-    if interval not in get_args(SchedulerInterval):
-        raise ValueError(f'`scheduler_interval` must be "epoch" or "step", got {interval!r}.')
+    check_interval(scheduler, interval)
     if scheduler is None:
         return
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -33,4 +32,15 @@ def check_scheduler(scheduler: Any, interval: Any, optimizer: Optimizer) -> None
             f"`scheduler` must schedule `optimizer`, got a {type(scheduler).__name__} of another "
             f"optimizer ({type(scheduler.optimizer).__name__}). Make it from the optimizer that "
             f"you pass."
+        )
+
+
+def check_interval(scheduler: object, interval: object) -> None:
+    """Refuse an unknown interval, and one that is given without a scheduler."""
+    if interval not in get_args(SchedulerInterval):
+        raise ValueError(f'`scheduler_interval` must be "epoch" or "step", got {interval!r}.')
+    if scheduler is None and interval != "epoch":
+        raise ValueError(
+            f"`scheduler_interval` needs a scheduler, got {interval!r} and no `scheduler`. Pass "
+            f"`scheduler` too, or remove `scheduler_interval`."
         )

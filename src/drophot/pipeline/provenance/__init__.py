@@ -1,1 +1,1 @@
-"""What makes a run the experiment that it is: its code, settings, data and environment."""
+"""The identity of an experiment: its code, settings, data and environment."""

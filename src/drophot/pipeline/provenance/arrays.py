@@ -1,4 +1,4 @@
-"""What identifies an array or a tensor: its type, shape and a digest of its values."""
+"""The identity of an array or a tensor: its type, shape and a digest of its values."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def describe_tensor(tensor: Tensor, data: bool, value: Callable[[Any], Any]) -> 
 
 
 def _parts(tensor: Tensor) -> list[Any]:
-    """What a sparse or a quantized tensor consists of; nothing for any other."""
+    """The parts of a sparse or a quantized tensor; nothing for any other."""
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.detach().coalesce()
         return [tensor.indices(), tensor.values()]

@@ -1,4 +1,4 @@
-"""What to call a function, a class or a `functools.partial` in messages and tables."""
+"""Names of functions, classes and `functools.partial` in messages and tables."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from drophot._core import random_state
 from drophot._core.installed_packages import qualified_name, stable_name
+from drophot._core.json_values import Json
 from drophot.pipeline.provenance.digests import digest, digest_of, text_of
 from drophot.pipeline.provenance.fingerprints import attributes, describe
 
@@ -30,9 +31,9 @@ _PARTS = vars(nn.Module()).keys()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Experiment:
-    """What a run is made of besides its settings, as JSON can hold it."""
+    """The parts of a run besides its settings, as JSON can hold them."""
 
-    description: Mapping[str, Any]
+    description: Mapping[str, Json]
     """`model`, `optimizer`, `fit`, `train_set` and `test_set`."""
     unknown: tuple[str, ...]
     """The parts that two processes cannot compare, each with its argument."""
@@ -54,7 +55,7 @@ def describe_experiment(
         optimizer: Makes optimizers.
         fit: The training loop.
         given: The training and the test set as the user gave them.
-        prepared: The same as they are trained on, perhaps in memory.
+        prepared: The same datasets as they are used in training, possibly in memory.
         device: Where the run takes place.
     """
     with random_state.preserved_rng(device, seed=0):

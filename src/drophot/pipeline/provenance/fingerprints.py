@@ -52,11 +52,11 @@ _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Si
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 _MODULE = vars(nn.Module()).keys()
 # The methods of an object that an experiment calls.
-_CALLED = ("__call__", "__getitem__", "__getitems__", "forward")
+_CALLED = ("__call__", "__getitem__", "__getitems__", "forward", "select")
 
 
 def unseen(thing: Any) -> list[str]:
-    """What code reads in ways that cannot be compared, such as "what `fit` reads by `open`"."""
+    """Reads by code that cannot be compared, such as "what `fit` reads by `open`"."""
     reader = _Reader(data=False)
     reader.value(thing)
     return list(dict.fromkeys(reader.unseen))

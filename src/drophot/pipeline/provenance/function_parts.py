@@ -1,4 +1,4 @@
-"""What a function depends on besides its code: defaults, its closure, and the globals it uses."""
+"""The values that a function depends on: defaults, its closure, and the globals that it uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Reader(Protocol):
     """Describes the values that a function depends on."""
 
     unseen: list[str]
-    """What code reads in ways that cannot be compared."""
+    """Reads by code that cannot be compared."""
 
     def value(self, thing: Any) -> Any: ...
 

@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
-from typing import Any
+from collections.abc import Generator
+from contextlib import contextmanager
 
-from drophot._core.setting_checks import is_builtin
+from drophot._core.json_values import Json
+from drophot._core.setting_checks import is_known_by_name
 from drophot.pipeline.provenance.callables import factory_name
-from drophot.pipeline.provenance.fingerprints import describe
-from drophot.pipeline.released_protocol import RunProtocol
+from drophot.pipeline.provenance.fingerprints import attributes, describe
 from drophot.settings import SETTINGS, Settings
-from drophot.tracking.statistics import Spread, is_builtin_score
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
-def described(value: object) -> Any:
+def described(value: object) -> Json:
     """A setting's value as JSON can hold it.
 
     The names of the library's own objects say everything about them. Another object is described by
     its name, code and state.
     """
-    if isinstance(value, _PLAIN):
+    if isinstance(value, bool | int | float | str | None):
         return value
     name = _name(value)
-    return name if _is_known_by_name(value) else {"name": name, "object": describe(value)[0]}
+    return name if is_known_by_name(value) else {"name": name, "object": describe(value)[0]}
+
+
+@contextmanager
+def unchanged(argument: str, value: object) -> Generator[None]:
+    """Refuse an object of the user's own that changes its identity while it is used."""
+    if is_known_by_name(value):
+        yield
+        return
+    before, before_attributes = described(value), attributes(value)
+    yield
+    if described(value) == before:
+        return
+    after = attributes(value)
+    changed = [name for name in after if after[name] != before_attributes.get(name)]
+    what = f"the attribute `{changed[0]}`" if changed else "its state"
+    raise ValueError(
+        f"`{argument}` must be the same before and after its use, because its attributes are part "
+        f"of what identifies the run, but {_name(value)!r} changed {what}. To cache something, "
+        f"leave it out of the state: define `__getstate__` without it."
+    )
 
 
 def unknown_parts(settings: Settings) -> list[str]:
@@ -32,7 +49,7 @@ def unknown_parts(settings: Settings) -> list[str]:
     return [
         f"{lack} in `{name}`"
         for name in SETTINGS
-        if not _is_known_by_name(value := getattr(settings, name))
+        if not is_known_by_name(value := getattr(settings, name))
         for lack in describe(value)[1]
     ]
 
@@ -40,19 +57,9 @@ def unknown_parts(settings: Settings) -> list[str]:
 def own_objects(settings: Settings) -> list[object]:
     """The values of the settings that a user defined."""
     values = [getattr(settings, name) for name in SETTINGS]
-    return [value for value in values if not _is_known_by_name(value)]
+    return [value for value in values if not is_known_by_name(value)]
 
 
 def _name(value: object) -> str:
     name = getattr(value, "name", None)
     return name if isinstance(name, str) else factory_name(value, value)
-
-
-def _is_known_by_name(value: object) -> bool:
-    if isinstance(value, _PLAIN):
-        return True
-    if isinstance(value, Spread):  # its name is free
-        return is_builtin_score(value)
-    if not is_builtin(value) or isinstance(value, RunProtocol) or not is_dataclass(value):
-        return False
-    return all(_is_known_by_name(getattr(value, one.name)) for one in fields(value))

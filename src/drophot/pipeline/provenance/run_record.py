@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from drophot._core.json_values import Json
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.environment import device_name, versions
 from drophot.pipeline.provenance.own_objects import described
-from drophot.pipeline.provenance.torch_settings import surroundings
+from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.pipeline.pruning_steps import FinetunedModel
-from drophot.records import Record, fingerprint
-from drophot.settings import DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
+from drophot.records.record import Record, fingerprint
+from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
+
+USUAL_STEPS = ("train", "prune", "finetune")
+"""The steps that make the model of a record."""
 
 
-def configuration(config: RunConfig) -> dict[str, Any]:
+def configuration(config: RunConfig) -> dict[str, Json]:
     """Everything that a record depends on, as JSON can hold it."""
     settings = {
         name: described(getattr(config.settings, name))
@@ -29,7 +33,7 @@ def configuration(config: RunConfig) -> dict[str, Any]:
         **config.experiment.description,
         **settings,
         "cache": config.cache,
-        "ambient": surroundings(config.device),
+        "ambient": changed_switches(config.device),
     }
 
 
@@ -41,20 +45,24 @@ def record_of(
     pruned_accuracy: float,
     finetuned: FinetunedModel,
     seconds: Mapping[str, float],
+    steps: Sequence[str] = USUAL_STEPS,
 ) -> Record:
-    """The record of a run whose five steps are done."""
-    whole = json.loads(json.dumps(configuration(config)))  # equal to what is read from a file
+    """The record of a run whose model was made by some steps."""
+    held = configuration(config)
+    if tuple(steps) != USUAL_STEPS:
+        held["steps_taken"] = [*steps]
+    whole = json.loads(json.dumps(held))  # equal to what is read from a file
     settings = {name: value for name, value in whole.items() if name != "seed"}
     asked = config.settings
     size = config.num_kept if asked.mode in SAMPLING_MODES else len(indices)
     model = finetuned.model
-    held = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
+    fields = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
     if size == config.num_samples:
-        held["mode"] = "baseline"
+        fields["mode"] = BASELINE
     return Record(
-        **held,
+        **fields,
         model=factory_name(config.factory, model),
-        kept=size,
+        num_kept=size,
         trained_accuracy=trained_accuracy,
         pruned_accuracy=pruned_accuracy,
         finetuned_accuracy=finetuned.accuracy,

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from drophot._core.json_values import Json
+
 _TINY = 5e-324
 _BY_BACKEND = "by backend"
 _FULL = {"none": "ieee"}  # a precision that was never set is the full one
@@ -27,7 +29,7 @@ class _Switch:
     set: Callable[[Any], object]
 
 
-def surroundings(device: torch.device) -> dict[str, Any]:
+def changed_switches(device: torch.device) -> dict[str, Json]:
     """The switches that differ from torch's defaults, by name, as JSON can hold them."""
     found = {name: switch.get() for name, switch in _SWITCHES.items()}
     changed = {
@@ -44,18 +46,18 @@ def surroundings(device: torch.device) -> dict[str, Any]:
 
 
 @contextmanager
-def surrounded(found: Mapping[str, Any], device: torch.device) -> Generator[None]:
-    """Set all switches to what `surroundings` found elsewhere, and restore them afterwards."""
+def with_switches(found: Mapping[str, Json], device: torch.device) -> Generator[None]:
+    """Set all switches to what `changed_switches` found elsewhere, and restore them afterwards."""
     before = {name: switch.get() for name, switch in _SWITCHES.items()}
     try:
         _turn({name: found.get(name, switch.default) for name, switch in _SWITCHES.items()})
         with ExitStack() as stack:
             if (default := found.get("default_device", "cpu")) != str(torch.get_default_device()):
-                stack.enter_context(torch.device(default))
+                stack.enter_context(torch.device(str(default)))
             for kind in _kinds(device):
                 if (dtype := found.get(f"autocast_{kind}")) != _autocast(kind):
                     enabled = dtype is not None
-                    of = getattr(torch, dtype) if enabled else None
+                    of = getattr(torch, str(dtype)) if enabled else None
                     stack.enter_context(torch.autocast(kind, dtype=of, enabled=enabled))
             yield
     finally:

@@ -1,0 +1,20 @@
+"""Whether functions of the user can be called with the arguments that they will get."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+
+def signature_error(function: Callable[..., object], *args: object, **kwargs: object) -> str:
+    """Why a function cannot take these arguments; empty if it can or has no known signature."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return ""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        return f"{name}{signature}: {error}"
+    return ""
