@@ -20,7 +20,6 @@ N, B, C = 50, 16, 10
 triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="torch comes without Triton here"
 )
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 no_gpu = pytest.mark.skipif(
     torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ, reason="the kernel works"
 )
@@ -28,6 +27,7 @@ no_gpu = pytest.mark.skipif(
 
 @triton
 def test_by_the_interpreter(tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("hypothesis")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     script = Path(__file__).with_name("interpreted_kernel.py")
     options = (
@@ -104,8 +104,9 @@ def batches(dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor, Te
     noise = torch.Generator().manual_seed(0)
     found = []
     for _ in range(20):
-        index = torch.randint(N, (B,), generator=noise)
-        found.append((index, (3 * torch.randn(B, C, generator=noise)).to(dtype), index % C))
+        index = torch.randint(N, (B,), generator=noise, device="cpu")
+        logits = 3 * torch.randn(B, C, generator=noise, device="cpu")
+        found.append((index, logits.to(dtype), index % C))
     return found
 
 
@@ -191,7 +192,7 @@ def test_batches_that_the_kernel_cannot_take(case: str, monkeypatch: Any) -> Non
     assert tracker.presentations.sum() == rows
 
 
-@gpu
+@pytest.mark.gpu
 @triton
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -205,7 +206,7 @@ def test_a_gpu_counts_as_a_cpu_does(kind: Any, dtype: torch.dtype) -> None:
     assert_equal(found, followed(kind(N), seen))
 
 
-@gpu
+@pytest.mark.gpu
 @triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_is_one_kernel(kind: Any) -> None:
@@ -220,12 +221,13 @@ def test_an_update_is_one_kernel(kind: Any) -> None:
     assert [name for name in on_device if "Sync" not in name] == ["_present"] * (len(seen) - 1)
 
 
-@gpu
+@pytest.mark.gpu
 @triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_classes_that_are_not_contiguous_on_a_gpu(kind: Any) -> None:
-    index, classes = torch.tensor([3, 8, 3, 1]), 5000
-    seen = [(index, 5 * torch.randn(classes, 4).t(), index * 600) for _ in range(3)]
+    index, classes = torch.tensor([3, 8, 3, 1], device="cpu"), 5000
+    logits = 5 * torch.randn(3, classes, 4, device="cpu")
+    seen = [(index, part.t(), index * 600) for part in logits]
     moved = [tuple(part.cuda() for part in batch) for batch in seen]
     found = followed(kind(N, device="cuda"), moved)
     plain = followed(kind(N), seen)
@@ -242,7 +244,7 @@ def test_many_classes_that_are_not_contiguous_on_a_gpu(kind: Any) -> None:
             )
 
 
-@gpu
+@pytest.mark.gpu
 @triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_step_on_a_gpu(kind: Any) -> None:
@@ -260,7 +262,7 @@ def test_a_compiled_step_on_a_gpu(kind: Any) -> None:
     assert_equal(tracker, followed(kind(N), seen))
 
 
-@gpu
+@pytest.mark.gpu
 @triton
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_capture_with_other_memory_than_the_steps_before_compiles_nothing(kind: Any) -> None:
@@ -282,6 +284,7 @@ def test_a_capture_with_other_memory_than_the_steps_before_compiles_nothing(kind
     assert tracker.presentations[1 : B + 1].tolist() == [4] * B
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
 @triton
 @pytest.mark.parametrize("kind", KINDS)
@@ -292,12 +295,12 @@ def test_a_tracker_on_another_gpu_than_the_current_one(kind: Any) -> None:
     assert_equal(found, followed(kind(N), batches()))
 
 
-@gpu
+@pytest.mark.gpu
 @triton
 def test_fit_with_a_tracker_on_a_gpu() -> None:
     from drophot import IndexedDataset, fit
 
-    images, targets = torch.randn(64, 6), torch.arange(64) % 3
+    images, targets = torch.randn(64, 6, device="cpu"), torch.arange(64, device="cpu") % 3
     data = IndexedDataset(torch.utils.data.TensorDataset(images, targets))
     model = nn.Linear(6, 3).cuda()
     tracker = DynamicsTracker(64)
