@@ -11,12 +11,12 @@ from drophot.tracking.batch_matching import UNPAIRED
 
 NO_FAULT = torch.iinfo(torch.int64).max  # of several faults, the smallest is kept
 _NO_PAIR = NO_FAULT - 1  # logits that may belong to another batch
-# _NO_CLASS minus the sample and the invalid target (32 bits). It is below all other faults, because
+# NO_CLASS minus the sample and the invalid target (32 bits). It is below all other faults, because
 # an invalid target may be stored as the sample's first one, and then a valid one would not match.
-_NO_CLASS = -(1 << 62)
+NO_CLASS = -(1 << 62)
 _NOT_FINITE = 1 << 62  # plus the number of the score and the sample
-_MAX_SAMPLES = 1 << 29
-_HALF = 1 << 31
+MAX_SAMPLES = 1 << 29
+HALF = 1 << 31
 
 
 def find_fault(
@@ -37,15 +37,15 @@ def find_fault(
     fine = nearest == target
     # `where` would copy a number to the device and wait for it.
     fault = index.masked_fill(~(wrong & fine), NO_FAULT)
-    value = target.clamp(-_HALF, _HALF - 1) + _HALF
-    code = _NO_CLASS - value - index.clamp(0, _MAX_SAMPLES - 1) * (1 << 32)
+    value = target.clamp(-HALF, HALF - 1) + HALF
+    code = NO_CLASS - value - index.clamp(0, MAX_SAMPLES - 1) * (1 << 32)
     return torch.minimum(fault, code.masked_fill(fine, NO_FAULT)).amin()
 
 
 def not_finite(index: Tensor, finite: Tensor) -> Tensor:
     """The fault of a batch `(B,)` in which not all of `K` scores `(B, K)` are finite."""
-    score = torch.arange(finite.shape[1], device=finite.device) * _MAX_SAMPLES
-    code = _NOT_FINITE + score + index.clamp(0, _MAX_SAMPLES - 1)[:, None]
+    score = torch.arange(finite.shape[1], device=finite.device) * MAX_SAMPLES
+    code = _NOT_FINITE + score + index.clamp(0, MAX_SAMPLES - 1)[:, None]
     return code.masked_fill(finite, NO_FAULT).amin()
 
 
@@ -66,14 +66,14 @@ def explain(fault: int, num_samples: int, targets: Tensor, own_scores: tuple[str
     """
     if fault == _NO_PAIR:
         return UNPAIRED
-    if fault <= _NO_CLASS:
-        sample, value = divmod(_NO_CLASS - fault, 1 << 32)
+    if fault <= NO_CLASS:
+        sample, value = divmod(NO_CLASS - fault, 1 << 32)
         return (
             f"`targets` must be classes from 0 to C - 1 for logits of shape (B, C), got "
-            f"{value - _HALF} for sample {sample}. Leave such samples out: `keep = targets >= 0`, "
+            f"{value - HALF} for sample {sample}. Leave such samples out: `keep = targets >= 0`, "
             f"then `update(index[keep], logits[keep], targets[keep])`."
         )
-    score, sample = divmod(fault - _NOT_FINITE, _MAX_SAMPLES)
+    score, sample = divmod(fault - _NOT_FINITE, MAX_SAMPLES)
     if 0 <= score < len(own_scores):
         return (
             f"Score {own_scores[score]!r} must be finite, but it returned NaN or infinity for "

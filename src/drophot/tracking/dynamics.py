@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drophot.tracking import packed_history, validation
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
+from drophot.tracking.fused_update import Layout
 from drophot.tracking.running_means import RunningMeans
 from drophot.tracking.state import Columns, State, to_device
 from drophot.tracking.statistics import (
@@ -95,6 +96,7 @@ class DynamicsTracker(ForgettingTracker):
     ) -> None:
         self._statistics = validate_statistics(statistics)
         self._means = RunningMeans(self._statistics.num_values, _square_columns(self._statistics))
+        self._layout = _layout(self._statistics, self._means)
         super().__init__(num_samples, device=device)
 
     @property
@@ -127,6 +129,8 @@ class DynamicsTracker(ForgettingTracker):
         if len(index) == 0:
             return
         with torch.no_grad():
+            if self._present_fused(index, logits, targets):
+                return
             targets = to_device(targets, logits.device, torch.int64)
             classes = targets.clamp(0, logits.shape[1] - 1)
             values = self._statistics.values(logits.float(), classes[:, None])
@@ -231,6 +235,17 @@ class DynamicsTracker(ForgettingTracker):
             return (columns[_square_column(score.score)] / presented).sqrt()
         means = columns["means"][:, self._statistics.column(score)]
         return torch.where(presented > 0, means, torch.nan)
+
+
+def _layout(kept: Statistics, means: RunningMeans) -> Layout | None:
+    if kept.own:
+        return None
+    squares = {kept.fused[value]: name for name, value in means.squares.items()}
+    return Layout(
+        values=sum(1 << value for value in kept.fused),
+        squares=sum(1 << value for value in squares),
+        columns=("means", "tails", *(squares[value] for value in sorted(squares))),
+    )
 
 
 def _square_column(score: Score) -> str:

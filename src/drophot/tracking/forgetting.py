@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from drophot._core.classifier import is_correct
-from drophot.tracking import attach, deferred_errors, observe, packed_history, validation
+from drophot.tracking import (
+    attach,
+    deferred_errors,
+    fused_update,
+    observe,
+    packed_history,
+    validation,
+)
 from drophot.tracking.batch_matching import Pairing
 from drophot.tracking.record import Rows, record
 from drophot.tracking.state import Columns, State, join_histories, to_device
@@ -48,6 +55,9 @@ class ForgettingTracker:
     once. On a GPU, where reading a value would make the step wait, they are collected on the device
     and raised by `counts`, `learned`, `presentations`, `scores`, `state_dict` and `sync`.
 
+    On a GPU, `update` is one launch of a Triton kernel if torch comes with Triton and the batch has
+    at most 4,096 rows, and several operations of torch otherwise.
+
     References:
         Toneva et al., An Empirical Study of Example Forgetting during Deep Neural Network
         Learning, ICLR 2019, https://arxiv.org/abs/1812.05159. Gupta et al., Drop it Like it's
@@ -73,6 +83,9 @@ class ForgettingTracker:
         >>> tracker.presentations
         tensor([2, 0, 2])
     """
+
+    # None if the state has columns that only plain operations update.
+    _layout: fused_update.Layout | None = fused_update.Layout()
 
     def __init__(self, num_samples: int, *, device: torch.device | str | None = None) -> None:
         self.num_samples = validation.check_size(num_samples)
@@ -105,7 +118,8 @@ class ForgettingTracker:
         if len(index) == 0:
             return
         with torch.no_grad():
-            self._record_logits(index, logits, to_device(targets, logits.device, torch.int64))
+            if not self._present_fused(index, logits, targets):
+                self._record_logits(index, logits, to_device(targets, logits.device, torch.int64))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Present a batch whose correctness the caller has determined, for any other task.
@@ -362,13 +376,24 @@ class ForgettingTracker:
     def _note_unpaired(self, wrong: Tensor) -> None:
         self._state.note(deferred_errors.unpaired(wrong))
 
+    def _present_fused(self, index: Tensor, logits: Tensor, targets: Tensor) -> bool:
+        """Present a batch in one launch on a GPU; False if that is not possible here."""
+        if self._layout is None or not fused_update.is_supported(index, logits, targets):
+            return False
+        self._place_state(logits.device)
+        return fused_update.present(self._state, self._layout, index, logits, targets)
+
+    def _place_state(self, device: torch.device) -> None:
+        """Move the state to the device of the first batch, if the user did not choose one."""
+        if self._follows_logits and self._state.device != device:
+            self._state.move(device)
+        self._follows_logits = False
+
     def _record_logits(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
         return self._record(index, is_correct(logits, targets), targets, logits.shape[1])
 
     def _record(
         self, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int = 0
     ) -> Rows:
-        if self._follows_logits and self._state.device != correct.device:
-            self._state.move(correct.device)
-        self._follows_logits = False
+        self._place_state(correct.device)
         return record(self._state, index, correct, targets, num_classes)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 # Correct last time; presented since the last merge; correct the first time since then.
 LAST, SEEN, FIRST = 1, 2, 4
-_EVENT, _CORRECT, _PRESENTED = 1 << 3, 1 << 23, 1 << 43
+EVENT, CORRECT, PRESENTED_BITS = 1 << 3, 1 << 23, 43
+PRESENTED = 1 << PRESENTED_BITS
 _COUNTER = (1 << 20) - 1
 _COUNTERS = ~(LAST | SEEN | FIRST)
 _OVERFLOWED = torch.iinfo(torch.int64).min
@@ -26,8 +27,8 @@ MAX_PRESENTATIONS = _COUNTER
 
 def steps(device: torch.device) -> Tensor:
     """The eight int64 increments of a presentation, by `2 * (bits SEEN and LAST) + is_correct`."""
-    wrong_wrong, wrong_right = _PRESENTED, _PRESENTED + _CORRECT + LAST
-    right_wrong, right_right = _PRESENTED + _EVENT - LAST, _PRESENTED + _CORRECT
+    wrong_wrong, wrong_right = PRESENTED, PRESENTED + CORRECT + LAST
+    right_wrong, right_right = PRESENTED + EVENT - LAST, PRESENTED + CORRECT
     later = [wrong_wrong, wrong_right, right_wrong, right_right]
     first = [step + SEEN + (FIRST if number % 2 else 0) for number, step in enumerate(later)]
     return torch.tensor(first + later, device=device)
@@ -67,7 +68,7 @@ def join(before: Tensor, base: Tensor, after: Tensor) -> Tensor:
         after: The history of the rank, which has presented each of these samples.
     """
     # The rank compared its first presentation with the base; now another one comes before it.
-    event = ((before & LAST) - (base & LAST)) * _EVENT
+    event = ((before & LAST) - (base & LAST)) * EVENT
     joined = (before & _COUNTERS) + ((after & _COUNTERS) - (base & _COUNTERS))
     joined = (joined + torch.where(after & FIRST == 0, event, 0)) | (after & LAST) | SEEN
     return torch.where((before < 0) | (after < 0), _OVERFLOWED, joined)
@@ -85,4 +86,4 @@ def learned(history: Tensor) -> Tensor:
 
 def presentations(history: Tensor) -> Tensor:
     """The number of presentations, int64."""
-    return history >> 43
+    return history >> PRESENTED_BITS
