@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drophot import Masks, magnitude_prune
 
@@ -257,3 +259,108 @@ def test_a_layer_that_another_optimizer_trains_later_is_warned_about() -> None:
     other = SGD(model[0].parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"`0\.weight`"):
         trained(model, optimizer, other)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute something, unlike views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket not in (torch.ops.aten.view, torch.ops.aten.detach):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(depth: int, hold: bool) -> Counter[str]:
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(depth)])
+    masks = magnitude_prune(model, 0.5)
+    optimizer = SGD(model.parameters(), lr=0.1, foreach=False)
+    if hold:
+        masks.hold(optimizer)
+    with Launches() as found:
+        for turn in range(3):
+            if turn == 2:
+                found.counts.clear()
+            model(torch.randn(4, 4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return found.counts
+
+
+@pytest.mark.parametrize("depth", [1, 20])
+def test_a_held_step_adds_one_operation_for_all_gradients_and_one_for_all_weights(
+    depth: int,
+) -> None:
+    assert launches(depth, True) - launches(depth, False) == {"aten._foreach_mul_.List": 2}
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradients_of_removed_weights_are_zero_after_each_backward_pass(twice: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    masks = magnitude_prune(model, 0.5)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with masks.hold(optimizer):
+        model[0].weight.grad = torch.ones(8, 8)  # set by hand, and then added to
+        for _ in range(1 + twice):
+            model(torch.full((4, 8), float("inf"))).sum().backward()
+        for name, mask in masks.items():
+            assert torch.equal(
+                model.get_parameter(name).grad[~mask], torch.zeros(int((~mask).sum()))
+            )
+
+
+def test_a_backward_pass_that_failed_does_not_stop_the_next() -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            raise ZeroDivisionError
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    masks = magnitude_prune(model, 0.5)
+    inputs = torch.ones(2, 8)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with masks.hold(optimizer):
+        with pytest.raises(ZeroDivisionError):
+            model[1](Fails.apply(model[0](inputs))).sum().backward()
+        model.zero_grad()
+        model(inputs).sum().backward()
+        for name, mask in masks.items():
+            assert (model.get_parameter(name).grad[~mask] == 0).all()
+            assert (model.get_parameter(name).grad[mask] != 0).any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_captured_step_is_held() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).cuda()
+    masks = magnitude_prune(model, 0.5)
+    optimizer = AdamW(model.parameters(), lr=0.1, capturable=True)
+    inputs = torch.randn(4, 8, device="cuda")
+
+    def once() -> None:
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        optimizer.step()
+
+    with masks.hold(optimizer):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                once()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            once()
+        inputs.fill_(float("inf"))
+        for _ in range(3):
+            graph.replay()
+        for name, mask in masks.items():
+            assert (model.get_parameter(name)[~mask] == 0).all()
+            assert (model.get_parameter(name).grad[~mask] == 0).all()

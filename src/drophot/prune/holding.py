@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterable
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +14,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle, unserializable_hook
 
 from drophot.prune import earlier_masks
+from drophot.prune.backward_passes import (
+    at_end_of_backward,
+    current_backward_pass,
+    will_accumulate,
+)
 from drophot.prune.copied_hooks import Follower, follow, hooks_of
 from drophot.prune.current_parameters import find, paths
 from drophot.prune.masked_products import BitMasks, can_be_changed, version_of
@@ -39,8 +45,9 @@ def is_counting(schedule: Counting) -> bool:
 class Hold(Follower):
     """One optimizer that holds the masks of one model.
 
-    Hooks on the parameters set gradients of removed weights to zero during the backward pass. Hooks
-    on the optimizer set removed weights to zero after each step.
+    Hooks on the parameters note which gradients a backward pass computes. At its end, gradients of
+    removed weights are set to zero, all by one operation. Hooks on the optimizer set removed
+    weights to zero after each step.
     """
 
     def __init__(
@@ -73,6 +80,9 @@ class Hold(Follower):
         self._handles: dict[str, tuple[Tensor, list[RemovableHandle]]] = {}
         self._masked: dict[str, tuple[int, int] | None] = {}
         self._adds_to_masked: dict[str, bool] = {}
+        self._computed: list[str] = []  # the names of gradients that are not masked yet
+        self._backward_pass = -1
+        self._masks_backward = self._defers = False
         self._mask_versions: list[tuple[int, int]] = []
         self._trainable: list[tuple[str, bool]] = []
         self._active = False
@@ -105,8 +115,7 @@ class Hold(Follower):
         self._start()
         self._bit_masks.zero_(self.weights, self.masks)
         self._rehook()
-        for name, weight in self.weights.items():
-            self._mask_gradient(name, weight)
+        self._mask_gradients(self.weights)
         self._hook_ids = []
         for optimizer in self._live_optimizers():
             handles = [
@@ -148,9 +157,7 @@ class Hold(Follower):
         if not torch.compiler.is_compiling():
             self._refresh()
             self._check_newer_masks()
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                self._mask_gradient(name, weight)
+        self._mask_gradients(self.weights)
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Set removed weights to zero, and let the schedule count the step."""
@@ -174,16 +181,44 @@ class Hold(Follower):
         self._refresh()
 
     def _on_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
-        if not self._active or not any(True for _ in self._live_optimizers()):
+        if not torch.compiler.is_compiling():
+            if self._backward_pass != (current := current_backward_pass()):
+                self._backward_pass = current
+                self._start_backward(name)
+            if not self._masks_backward:
+                return None
+            if self._defers and not gradient.requires_grad and gradient.layout == torch.strided:
+                self._computed.append(name)
+                self._adds_to_masked[name] = False
+                return None
+        elif not self._is_live():
             return None
         self._saw_gradient = True
         before = None if (weight := self.weights.get(name)) is None else weight.grad
         self._adds_to_masked[name] = before is None or self._is_masked(name, before)
         return self._bit_masks.masked(name, self.masks[name], gradient)
 
+    def _start_backward(self, name: str) -> None:
+        """Decide whether the gradients of a backward pass are masked, at once or at its end."""
+        self._computed.clear()
+        self._masks_backward = self._is_live()
+        self._defers = self._masks_backward and will_accumulate(self._handles[name][0])
+        if self._defers:
+            self._saw_gradient = True
+            at_end_of_backward(self._mask_computed)
+
+    def _is_live(self) -> bool:
+        return self._active and any(True for _ in self._live_optimizers())
+
     def _on_accumulated(self, name: str, weight: Tensor) -> None:
-        if weight.grad is not None and self._adds_to_masked.get(name):
+        if self._adds_to_masked.pop(name, False) and weight.grad is not None:
             self._masked[name] = version_of(weight.grad)
+
+    def _mask_computed(self) -> None:
+        """Mask the gradients of a backward pass."""
+        names, self._computed = self._computed, []
+        if self._active:
+            self._mask_gradients(names)
 
     # --- parameters, masks and state -----------------------------------------------------------
 
@@ -257,17 +292,24 @@ class Hold(Follower):
         finally:
             weight.requires_grad_(requires_grad)
 
-    def _mask_gradient(self, name: str, weight: Tensor) -> None:
-        """Mask a gradient that was set or changed by hand, or was there before the hold."""
-        gradient = weight.grad
-        if gradient is None:
-            return
-        if not torch.compiler.is_compiling() and self._is_masked(name, gradient):
-            return
-        if can_be_changed(gradient) and gradient.element_size() == weight.element_size():
-            self._bit_masks.zero_({name: gradient}, self.masks)
-        else:
-            weight.grad = self._bit_masks.masked(name, self.masks[name], gradient)
+    @torch.no_grad()
+    def _mask_gradients(self, names: Iterable[str]) -> None:
+        """Mask the gradients that are not masked yet, such as those that were set by hand."""
+        changed: dict[str, Tensor] = {}
+        compiling = torch.compiler.is_compiling()
+        for name in names:
+            weight = self.weights.get(name)
+            gradient = None if weight is None else weight.grad
+            if gradient is None or (not compiling and self._is_masked(name, gradient)):
+                continue
+            if can_be_changed(gradient) and gradient.element_size() == weight.element_size():
+                changed[name] = gradient
+            else:
+                weight.grad = self._bit_masks.masked(name, self.masks[name], gradient)
+        self._bit_masks.zero_(changed, self.masks)
+        if not compiling:
+            for name, gradient in changed.items():
+                self._masked[name] = version_of(gradient)
 
     def _is_masked(self, name: str, gradient: Tensor) -> bool:
         version = version_of(gradient)

@@ -30,14 +30,19 @@ class BitMasks:
         return cached[0]
 
     def zero_(self, tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Set the removed elements of plain float tensors to zero, by one fused multiplication."""
-        pairs = []
+        """Set the removed elements of plain float tensors to zero.
+
+        This takes one fused multiplication per device and size of an element.
+        """
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for name, tensor in tensors.items():
-            bits = tensor.detach().view(_BITS[tensor.element_size()])
-            pairs.append((bits, self.of(name, masks[name], bits)))
-        if pairs:
-            bits, masked = ([pair[side] for pair in pairs] for side in (0, 1))
-            torch._foreach_mul_(bits, masked)  # pyright: ignore[reportPrivateImportUsage]
+            plain = tensor.detach() if tensor.requires_grad else tensor
+            bits = plain.view(_BITS[tensor.element_size()])
+            group = groups.setdefault((bits.device, bits.dtype), ([], []))
+            group[0].append(bits)
+            group[1].append(self.of(name, masks[name], bits))
+        for bits, ones in groups.values():
+            torch._foreach_mul_(bits, ones)  # pyright: ignore[reportPrivateImportUsage]
 
     def masked(self, name: str, mask: Tensor, gradient: Tensor) -> Tensor:
         """A masked copy of a gradient, which may be sparse or be differentiated."""
@@ -63,5 +68,7 @@ def can_be_changed(gradient: Tensor) -> bool:
     """Whether a gradient can change in place: it is not expanded, and no graph needs its values."""
     if gradient.layout != torch.strided or gradient.requires_grad or gradient.is_inference():
         return False
+    if gradient.is_contiguous():
+        return True
     layout = zip(gradient.stride(), gradient.shape, strict=True)
     return not any(step == 0 and size > 1 for step, size in layout)
