@@ -18,16 +18,16 @@ def will_accumulate(weight: Tensor) -> bool:
         return False
 
 
+def is_distributed() -> bool:
+    """Whether gradients may be sent to other processes as soon as they are computed."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def current_backward_pass() -> int:
     """A number of the backward pass that runs in this thread; -1 outside of one."""
     return torch._C._current_graph_task_id()
 
 
 def at_end_of_backward(function: Callable[[], None]) -> None:
-    """Call a function when all gradients of the current backward pass are computed.
-
-    DistributedDataParallel queues its own function, which writes the reduced gradients, when the
-    last of them is computed. The given function is queued behind it.
-    """
-    queue = torch.autograd.Variable._execution_engine.queue_callback
-    queue(lambda: queue(function))
+    """Call a function when all gradients of the current backward pass are computed."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)

@@ -17,6 +17,7 @@ from drophot.prune import earlier_masks
 from drophot.prune.backward_passes import (
     at_end_of_backward,
     current_backward_pass,
+    is_distributed,
     will_accumulate,
 )
 from drophot.prune.copied_hooks import Follower, follow, hooks_of
@@ -46,7 +47,8 @@ class Hold(Follower):
     """One optimizer that holds the masks of one model.
 
     Hooks on the parameters note which gradients a backward pass computes. At its end, gradients of
-    removed weights are set to zero, all by one operation. Hooks on the optimizer set removed
+    removed weights are set to zero, all by one operation; in a process group each is set to zero at
+    once, before it is sent. Hooks on the optimizer set removed
     weights to zero after each step.
     """
 
@@ -202,7 +204,11 @@ class Hold(Follower):
         """Decide whether the gradients of a backward pass are masked, at once or at its end."""
         self._computed.clear()
         self._masks_backward = self._is_live()
-        self._defers = self._masks_backward and will_accumulate(self._handles[name][0])
+        self._defers = (
+            self._masks_backward
+            and not is_distributed()  # others must not receive gradients of removed weights
+            and will_accumulate(self._handles[name][0])
+        )
         if self._defers:
             self._saw_gradient = True
             at_end_of_backward(self._mask_computed)
