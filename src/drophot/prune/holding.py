@@ -48,8 +48,7 @@ class Hold(Follower):
 
     Hooks on the parameters note which gradients a backward pass computes. At its end, gradients of
     removed weights are set to zero, all by one operation; in a process group each is set to zero at
-    once, before it is sent. Hooks on the optimizer set removed
-    weights to zero after each step.
+    once, before it is sent. Hooks on the optimizer set removed weights to zero after each step.
     """
 
     def __init__(
