@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drophot import Coreset, facility_location, k_center
 from drophot._core.ratios import num_kept
-from drophot.coreset import greedy_facility_location, greedy_k_center
+from drophot.coreset import greedy_facility_location, greedy_k_center, held_facility_location
 
 SELECTORS = [k_center, facility_location]
 both = pytest.mark.parametrize("selector", SELECTORS)
@@ -133,10 +133,46 @@ def test_each_medoid_lowers_the_sum_most_whatever_pairs_are_kept(
     size = num_kept(len(points), ratio)
     start = data.draw(st.lists(st.integers(0, len(points) - 1), unique=True, max_size=size))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(greedy_facility_location, "_MAX_HELD", 0)
         patch.setattr(greedy_facility_location, "_MAX_PAIRS", pairs)
         patch.setattr(greedy_facility_location, "_ROWS", 3)
         found = facility_location(points, ratio, start=start)
     check_medoids(points, start, found)
+
+
+@given(
+    points=grids(),
+    ratio=st.floats(0.01, 1),
+    rows=st.sampled_from([1, 3, 512]),
+    few=st.sampled_from([0.0, 0.3, 1.0]),
+    data=st.data(),
+)
+@settings(max_examples=60)
+def test_each_medoid_lowers_the_sum_most_if_all_distances_are_held(
+    points: np.ndarray, ratio: float, rows: int, few: float, data: st.DataObject
+) -> None:
+    size = num_kept(len(points), ratio)
+    start = data.draw(st.lists(st.integers(0, len(points) - 1), unique=True, max_size=size))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_facility_location, "_ROWS", rows)
+        patch.setattr(held_facility_location, "_FEW", few)
+        found = facility_location(points, ratio, start=start)
+    check_medoids(points, start, found)
+
+
+@pytest.mark.parametrize("few", [0.0, 0.05, 1.0])
+def test_a_larger_cloud_whose_distances_are_held(
+    few: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = cloud(300)
+    monkeypatch.setattr(held_facility_location, "_ROWS", 64)
+    monkeypatch.setattr(held_facility_location, "_FEW", few)
+    found = facility_location(points, 0.2)
+    check_medoids(points.numpy(), [], found)
+    monkeypatch.setattr(greedy_facility_location, "_MAX_HELD", 0)
+    again = facility_location(points, 0.2)
+    assert found.ranking.tolist() == again.ranking.tolist()
+    assert torch.equal(found.weights, again.weights)
 
 
 def check_medoids(points: np.ndarray, start: list[int], found: Coreset) -> None:
@@ -164,6 +200,7 @@ def test_a_larger_cloud_with_pairs_kept_at_once_later_and_never(
     pairs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = cloud(300)
+    monkeypatch.setattr(greedy_facility_location, "_MAX_HELD", 0)
     monkeypatch.setattr(greedy_facility_location, "_MAX_PAIRS", pairs)
     real, kept_after = greedy_facility_location._pairs, []
 
@@ -342,8 +379,8 @@ def test_memory_is_said_and_refused_before_the_start(
     assert "10 of 100 samples, 5 features" in caplog.text
     assert "GB of memory" in caplog.text
     monkeypatch.setattr("drophot._core.memory.available", lambda device: 1e5)
-    for name in ("_Medoids", "_update_all"):
-        module = greedy_facility_location if name == "_Medoids" else greedy_k_center
+    for name in ("choose_held", "_update_all"):
+        module = greedy_facility_location if name == "choose_held" else greedy_k_center
         monkeypatch.setattr(module, name, None)  # nothing is begun
     with pytest.raises(MemoryError, match=r"`features`.*\(100, 5\).* GB.*`targets`"):
         selector(cloud(100), 0.1)
@@ -358,6 +395,7 @@ def test_what_is_held_is_what_was_said(
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
 
+    monkeypatch.setattr(greedy_facility_location, "_MAX_HELD", 0)
     monkeypatch.setattr(greedy_facility_location, "_MAX_PAIRS", 16 * size)
     monkeypatch.setattr(greedy_facility_location, "_strip", lambda total: 16)
     monkeypatch.setattr(greedy_k_center, "_MAX_CANDIDATES", 16)
@@ -421,4 +459,5 @@ print(peak() - before, float(re.findall(r"([0-9.]+) GB", said.getvalue())[-1]) *
     )
     grown, said = map(float, run(script, folder=tmp_path).split())
     assert grown <= 1.1 * said + 30e6
-    assert said < 1.2e9
+    # All distances of one group are held up to 2 GiB.
+    assert said < (2e9 if selector is facility_location and targets is None else 1.2e9)

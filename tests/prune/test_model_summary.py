@@ -853,3 +853,39 @@ def test_weights_of_eight_bits_are_counted() -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.tensor([0.0, 1.0, 2.0]).to(torch.float8_e4m3fn), False)
     assert summary(model).nonzeros == 2
+
+
+class StandInEvent:
+    """An event of a GPU whose clock advances by as much as modules ask for."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.finished = False
+
+    def record(self, stream: Any) -> None:
+        self.time = StandInEvent.now
+
+    def synchronize(self) -> None:
+        self.finished = True
+
+    def elapsed_time(self, end: "StandInEvent") -> float:
+        assert end.finished
+        return end.time - self.time
+
+
+def test_on_a_gpu_the_time_is_that_of_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Takes(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            StandInEvent.now += 200.0 * self.in_features
+            return super().forward(x)
+
+    monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    clock = latency._clock(torch.device("cuda"))
+    monkeypatch.setattr(latency, "_clock", lambda device: clock)
+    model = nn.Sequential(Takes(1, 2), nn.Sequential(Takes(2, 1)))
+    assert latency.latency(model, torch.ones(1, 1)) == pytest.approx(600)
+    own = latency.layer_latencies(model, torch.ones(1, 1))
+    assert own == pytest.approx({"": 0, "0": 200, "1": 0, "1.0": 400})

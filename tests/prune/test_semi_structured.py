@@ -184,6 +184,7 @@ def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(semi_structured, "_capable", lambda device: True)
     monkeypatch.setattr(semi_structured, "_convert", convert)
+    monkeypatch.setattr(semi_structured, "_milliseconds", lambda dense, sparse, rows: (2.0, 1.0))
 
 
 @pytest.mark.usefixtures("accelerated")
@@ -210,11 +211,45 @@ def test_nothing_to_turn_is_an_error() -> None:
         to_semi_structured(nn.ReLU())
 
 
+@pytest.mark.usefixtures("accelerated")
+@pytest.mark.parametrize("gain", [False, True])
+def test_what_is_not_faster_stays_dense_and_is_named(
+    gain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(32, 64))
+    magnitude_prune(model, 0.5, pattern="2:4")
+    measured = []
+
+    def times(dense: Tensor, sparse: Tensor, rows: int) -> tuple[float, float]:
+        measured.append(rows)
+        return (2.0, 1.5) if gain and dense.shape[1] == 64 else (1.25, 1.25)
+
+    monkeypatch.setattr(semi_structured, "_milliseconds", times)
+    before = dict(model.named_parameters())
+    with pytest.warns(UserWarning, match=r"1.weight \(dense 1.25 ms, 2:4 1.25 ms\)"):
+        assert to_semi_structured(model, rows=77) == (("0.weight",) if gain else ())
+    assert measured == [77, 77]
+    assert (model[0].weight is before["0.weight"]) == (not gain)
+    assert model[1].weight is before["1.weight"]
+
+
+def test_rows_are_checked() -> None:
+    with pytest.raises(ValueError, match="`rows`.* 0"):
+        to_semi_structured(nn.Linear(64, 64), rows=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:.*SparseSemiStructuredTensor", "ignore:.*torch.jit")
-def test_on_a_gpu_the_turned_network_gives_the_same() -> None:
+def test_on_a_gpu_the_turned_network_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this GPU does not compute 2:4 faster")
+    real = semi_structured._milliseconds
+
+    def times(dense: Tensor, sparse: Tensor, rows: int) -> tuple[float, float]:
+        assert all(found > 0 for found in real(dense, sparse, rows))
+        return 2.0, 1.0  # small layers gain nothing
+
+    monkeypatch.setattr(semi_structured, "_milliseconds", times)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 128)).cuda().half()
     magnitude_prune(model, 0.5, pattern="2:4")

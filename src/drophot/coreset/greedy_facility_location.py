@@ -11,7 +11,9 @@ from torch import Tensor
 
 from drophot._core.seeded_draw import BLOCK
 from drophot.coreset.greedy import Coreset, greedy, row_blocks, squared_norms
+from drophot.coreset.held_facility_location import choose_held
 
+_MAX_HELD = 1 << 31  # bytes of the distances of all pairs, if they are held on a CPU
 _MAX_PAIRS = 1 << 24  # distances that are stored at most
 _ROWS = 512  # samples whose distances are computed at a time
 
@@ -37,10 +39,11 @@ def facility_location(
     The computation runs on the device of the features and in their precision, at least float32.
     Distances below a thousandth of the largest are inaccurate in float32; pass float64 features to
     resolve them. The time is proportional to `N²` (with `targets`, to the sum of the squared class
-    sizes). The distances of all pairs of a large dataset are never held: besides a copy of the
-    features, the algorithm needs memory for a few numbers per sample and for at most 2²⁴ pairs that
-    are closer to each other than to any medoid, 0.8 GB while they are sorted. The amount is logged
-    (`logging.getLogger("drophot")`) and checked in advance.
+    sizes). On a CPU, the distances of all pairs are computed once and held if they fit in 2 GiB, as
+    those of 23,000 samples in float32 do. For more samples they are never held: besides a copy of
+    the features, the algorithm then needs memory for a few numbers per sample and for at most 2²⁴
+    pairs that are closer to each other than to any medoid, 0.8 GB while they are sorted. The amount
+    is logged (`logging.getLogger("drophot")`) and checked in advance.
 
     References:
         Mirzasoleiman, Bilmes and Leskovec, Coresets for Data-efficient Training of Machine Learning
@@ -80,6 +83,8 @@ def facility_location(
 
 
 def _memory_needed(total: int, width: int, size: int, item: int) -> int:
+    if item * total * total <= _MAX_HELD:  # and at most 1/32 of them, with their positions
+        return item * total * (total + 8) + (item + 4) * total**2 // 16 + (1 << 26)
     held = min(_MAX_PAIRS, total * total) * 48 + total * _strip(total) * 12
     return item * total * 8 + held + 24 * total + 32 * (1 << 20)
 
@@ -90,6 +95,8 @@ def _strip(total: int) -> int:
 
 
 def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    if not values.is_cuda and values.nbytes // values.shape[1] * len(values) <= _MAX_HELD:
+        return choose_held(values, size, start)
     state = _Medoids(values, start.to(values.device))
     chosen, gains = [], []
     while len(chosen) < size - len(start):

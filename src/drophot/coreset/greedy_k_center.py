@@ -7,6 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from drophot._core.radix_select import has_kernels
 from drophot._core.seeded_draw import draw
 from drophot.coreset.greedy import Coreset, greedy, row_blocks, squared_norms
 
@@ -92,6 +93,8 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
         first = int(draw(lambda: [np.arange(total)], total, 1, seed, stream=1)[0])
         chosen, gains, count = [first], [torch.inf], 1
         centers[0], nearest[first] = values[first], -1
+    if count < size and has_kernels([values]):
+        return _choose_by_kernel(values, norms, nearest, centers[:count], size, chosen, gains)
     while count < size:
         _update_all(nearest, values, norms, centers[done:count])
         done = count
@@ -118,6 +121,26 @@ def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor
             count += 1
             _update(near, own, squares, center[None])
     return torch.tensor(chosen, dtype=torch.int64), torch.tensor(gains, dtype=torch.float64), None
+
+
+def _choose_by_kernel(
+    values: Tensor,
+    norms: Tensor,
+    nearest: Tensor,
+    centers: Tensor,
+    size: int,
+    chosen: list[int],
+    gains: list[float],
+) -> tuple[Tensor, Tensor, None]:
+    """The same on a GPU; the chosen samples stay there until all are selected."""
+    from drophot.coreset.k_center_kernel import add_centers
+
+    values = values.contiguous()
+    _update_all(nearest, values, norms, centers)
+    found, squares = add_centers(values, nearest, int(nearest.argmax()), size - len(centers))
+    ranking = torch.cat([torch.tensor(chosen, dtype=torch.int64), found.cpu()])
+    away = squares.cpu().double().clamp_(min=0).sqrt_()
+    return ranking, torch.cat([torch.tensor(gains, dtype=torch.float64), away]), None
 
 
 def _farthest(nearest: Tensor, count: int) -> Tensor:

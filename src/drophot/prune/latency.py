@@ -67,14 +67,12 @@ def noted(size: int) -> Iterator[None]:
 def latency(model: nn.Module, inputs: Any, seconds: float = 0.3) -> float:
     """Milliseconds of a call in evaluation mode: the median of three or more after a warm-up."""
     with evaluating(model) as device:
-        wait = _waiting(device)
+        mark, between = _clock(device)
 
         def once() -> float:
-            wait()
-            start = perf_counter()
+            start = mark()
             call(model, inputs)
-            wait()
-            return perf_counter() - start
+            return between(start, mark())
 
         first = once()
         if first < seconds:
@@ -93,37 +91,58 @@ def layer_latencies(model: nn.Module, inputs: Any, runs: int = 3) -> dict[str, f
     """
     found: dict[str, list[float]] = {}
     with evaluating(model) as device, eagerly():
-        wait = _waiting(device)
-        stack: list[tuple[str, float, float]] = []  # path, start, time of the children
-        total: dict[str, float] = {}
-
-        def enter(path: str) -> None:
-            wait()
-            stack.append((path, perf_counter(), 0.0))
-
-        def leave() -> None:
-            wait()
-            path, start, children = stack.pop()
-            took = perf_counter() - start
-            total[path] = total.get(path, 0.0) + took - children
-            if stack:
-                parent, begun, others = stack[-1]
-                stack[-1] = parent, begun, others + took
-
-        with call_hooks(model, enter, leave):
+        mark, between = _clock(device)
+        marks: list[tuple[str | None, Any]] = []  # a path where a module starts, None at its end
+        with call_hooks(
+            model, lambda path: marks.append((path, mark())), lambda: marks.append((None, mark()))
+        ):
             for run in range(runs + 1):
-                total.clear()
+                marks.clear()
                 call(model, inputs)
                 if run:
-                    for path, took in total.items():
+                    for path, took in _own_times(marks, between).items():
                         found.setdefault(path, []).append(1e3 * took)
     return {path: median(times) for path, times in found.items()}
 
 
-def _waiting(device: torch.device) -> Callable[[], None]:
-    """A function that waits until the device is idle."""
+def _own_times(
+    marks: list[tuple[str | None, Any]], between: Callable[[Any, Any], float]
+) -> dict[str, float]:
+    """Seconds of each module without its children."""
+    stack: list[tuple[str, Any, float]] = []  # path, start, time of the children
+    total: dict[str, float] = {}
+    for entered, now in marks:
+        if entered is not None:
+            stack.append((entered, now, 0.0))
+            continue
+        path, start, children = stack.pop()
+        took = between(start, now)
+        total[path] = total.get(path, 0.0) + took - children
+        if stack:
+            parent, begun, others = stack[-1]
+            stack[-1] = parent, begun, others + took
+    return total
+
+
+def _clock(device: torch.device) -> tuple[Callable[[], Any], Callable[[Any, Any], float]]:
+    """A function that marks the current time of the device, and the seconds between two marks."""
     if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    if device.type == "mps":
-        return torch.mps.synchronize
-    return lambda: None
+        return lambda: _event(device), _between_events
+
+    def now() -> float:
+        if device.type == "mps":
+            torch.mps.synchronize()
+        return perf_counter()
+
+    return now, lambda start, end: end - start
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between_events(start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from math import ceil, floor
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from drophot._core import scalars
 from drophot._core.user_warnings import warn
 from drophot.prune.linear_layers import input_dimension, is_conv1d
 
@@ -103,12 +105,14 @@ def prune_groups(
     return mask
 
 
-def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
+def to_semi_structured(model: nn.Module, *, rows: int = 4096) -> tuple[str, ...]:
     """Convert 2:4 weights of Linear layers to torch's semi-structured format, for inference.
 
     The model is changed in place. Two of each four weights are stored, and NVIDIA GPUs from Ampere
-    on skip the others. Layers that torch cannot convert, because of their pattern, shape or dtype,
-    stay dense, and a warning names them.
+    on skip the others. Whether this is faster depends on the shape, the dtype, the number of rows
+    and the GPU, so each layer is measured both ways with random inputs. Layers that are not faster
+    stay dense, as do those that torch cannot convert because of their pattern, shape or dtype. A
+    warning names them, with the reason.
 
     References:
         Mishra et al., Accelerating Sparse Deep Neural Networks, 2021,
@@ -117,13 +121,16 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
     Args:
         model: On a GPU, in a dtype that torch supports for this format, such as float16 or
             bfloat16.
+        rows: The number of rows `(rows, in_features)` to measure with: samples in a batch, times
+            tokens in a sample.
 
     Returns:
         The names of the converted weights.
 
     Raises:
+        TypeError: If `rows` is not an integer.
         RuntimeError: If the model is not on a GPU that supports the format.
-        ValueError: If no weight of a Linear layer can be converted.
+        ValueError: If no weight of a Linear layer can be converted, or `rows` is less than 1.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(128, 64))
@@ -132,6 +139,9 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
             ...
         RuntimeError: `model` must be on an NVIDIA GPU of compute capability 8.0 or higher...
     """
+    rows = scalars.integer("rows", rows)
+    if rows < 1:
+        raise ValueError(f"`rows` must be at least 1, got {rows}.")
     attention = {
         f"{path}.out_proj" if path else "out_proj"
         for path, module in model.named_modules()
@@ -149,7 +159,7 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
             f"{slow[0]}. Other devices do not compute 2:4 weights faster; use the dense model."
         )
     converted: dict[str, nn.Parameter] = {}
-    others = []
+    others, slower = [], []
     for path, module in layers.items():
         name = f"{path}.weight" if path else "weight"
         weight = module.weight.detach()
@@ -157,7 +167,12 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
             others.append(f"{name} (not 2:4)")
             continue
         try:
-            converted[name] = nn.Parameter(_convert(weight), requires_grad=False)
+            sparse = nn.Parameter(_convert(weight), requires_grad=False)
+            before, after = _milliseconds(weight, sparse, rows)
+            if after < before:
+                converted[name] = sparse
+            else:
+                slower.append(f"{name} (dense {before:.3g} ms, 2:4 {after:.3g} ms)")
         except (RuntimeError, ValueError) as error:
             others.append(f"{name} ({str(error).strip().splitlines()[0]})")
     others += [
@@ -165,7 +180,7 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
         for path, module in model.named_modules()
         if is_conv1d(module)
     ]
-    if not converted:
+    if not converted and not slower:
         raise ValueError(
             f"`model` must have Linear layers with 2:4 weights of a shape and dtype that torch can "
             f"convert, got {', '.join(others) or 'none'}. Prune it first with "
@@ -173,7 +188,7 @@ def to_semi_structured(model: nn.Module) -> tuple[str, ...]:
         )
     for name, weight in converted.items():
         layers[name.rpartition(".")[0]].weight = weight
-    if others:
+    if others := slower + others:
         warn(f"These layers stay dense: {', '.join(others)}.")
     return tuple(converted)
 
@@ -184,3 +199,22 @@ def _capable(device: torch.device) -> bool:
 
 def _convert(weight: Tensor) -> Tensor:
     return torch.sparse.to_sparse_semi_structured(weight.contiguous())
+
+
+@torch.no_grad()
+def _milliseconds(dense: Tensor, sparse: Tensor, rows: int) -> tuple[float, float]:
+    """The time of a product with a dense weight and with the same weight in the 2:4 format."""
+    inputs = torch.randn(rows, dense.shape[1], device=dense.device, dtype=dense.dtype)
+    times: tuple[list[float], list[float]] = [], []
+    for turn in range(6):
+        for weight, found in zip((dense, sparse), times, strict=True):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            stream = torch.cuda.current_stream(dense.device)
+            start.record(stream)
+            for _ in range(10):
+                nn.functional.linear(inputs, weight)
+            end.record(stream)
+            end.synchronize()
+            if turn:  # the first one is a warm-up
+                found.append(start.elapsed_time(end) / 10)
+    return median(times[0]), median(times[1])

@@ -1,0 +1,126 @@
+"""Greedy facility location in a group whose distances fit in memory, by lazy evaluation."""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heapreplace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from drophot.coreset.greedy import squared_norms
+
+_ROWS = 512  # rows of a block of distances, which fits in the cache
+_SLACK = 1 + 1e-5  # on bounds, which are summed in less precision than gains
+_FEW = 1 / 32  # the fraction of pairs of near samples from which on they are listed
+
+
+def choose_held(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Select medoids on the CPU: the result of a greedy `Algorithm`.
+
+    Each distance is computed once. Gains only decrease while medoids are added, so a gain of an
+    earlier step is an upper bound (Minoux, 1978). A step evaluates candidates in the order of their
+    bounds until the best gain is at least the next bound. Of equal gains the first sample is
+    selected. A gain depends only on pairs that are closer to each other than to a medoid. Once they
+    are few, only these are read.
+    """
+    total = len(values)
+    distances, sums = _all_distances(values)
+    owner = np.zeros(total, dtype=np.int64)
+    ranking: list[int] = []
+    gains: list[float] = []
+
+    def take(place: int, gain: float) -> None:
+        gains.append(min(gain, gains[-1]) if gains else gain)  # despite rounding errors
+        closer = rows[place] < nearest
+        nearest[closer] = rows[place][closer]
+        owner[closer] = owner[place] = len(start) + len(ranking)
+        ranking.append(place)
+
+    rows = distances.numpy()
+    if len(start):
+        near, owners = distances[start].min(0)
+        owners[start] = torch.arange(len(start))
+        nearest, owner = near.numpy(), owners.numpy()
+    else:
+        farthest = float(distances.amax())
+        nearest = np.full(total, farthest, dtype=rows.dtype)
+        bounds = total * farthest - sums
+        place = int(bounds.argmax())
+        take(place, float(bounds[place]))
+    heap = _bounds(distances, torch.from_numpy(nearest), {*start.tolist(), *ranking})
+    step_of_gain = np.full(total, -1)
+    listed: list[tuple[NDArray, NDArray]] | None = None
+    while len(ranking) < size - len(start):
+        bound, place = heap[0]
+        if step_of_gain[place] == len(ranking):
+            heappop(heap)
+            take(place, -bound)
+            if listed is None and len(ranking) & (len(ranking) - 1) == 0:  # 2, 4, 8, …
+                listed = _near_pairs(rows, nearest)
+        else:
+            step_of_gain[place] = len(ranking)
+            if listed is None:
+                gain = np.maximum(nearest - rows[place], 0).sum(dtype=np.float64)
+            else:
+                others, away = listed[place]
+                gain = np.maximum(nearest[others] - away, 0).sum(dtype=np.float64)
+            heapreplace(heap, (-float(gain), place))
+    return (
+        torch.tensor(ranking, dtype=torch.int64),
+        torch.tensor(gains, dtype=torch.float64),
+        torch.from_numpy(owner),
+    )
+
+
+def _near_pairs(rows: NDArray, nearest: NDArray) -> list[tuple[NDArray, NDArray]] | None:
+    """The near samples of each sample and their distances; None if they are not few.
+
+    Two samples are near if their distance is less than that of either to its nearest medoid.
+    """
+    total = len(rows)
+    some = slice(None, None, max(1, total // 64))
+    near = rows[some] < np.maximum(nearest, nearest[some, None])
+    if near.mean() > _FEW:
+        return None
+    found = []
+    for begin in range(0, total, 32):
+        block, limit = rows[begin : begin + 32], nearest[begin : begin + 32, None]
+        near = block < nearest
+        near |= block < limit
+        others = (np.flatnonzero(near) % total).astype(np.int32)
+        ends = np.count_nonzero(near, axis=1).cumsum()[:-1]
+        found += zip(np.split(others, ends), np.split(block[near], ends), strict=True)
+    return found
+
+
+def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[float, int]]:
+    """A heap of upper bounds of the gains, as negative numbers, and their samples."""
+    parts = [(nearest - rows).clamp_(min=0).sum(1).double() for rows in distances.split(32)]
+    found = torch.cat(parts).mul_(-_SLACK).tolist()
+    heap = [(bound, place) for place, bound in enumerate(found) if place not in taken]
+    heapify(heap)
+    return heap
+
+
+def _all_distances(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The distances `(N, N)`, of which each is computed once, and the sums of their rows."""
+    total, norms = len(values), squared_norms(values)
+    found = values.new_empty(total, total)
+    sums = torch.zeros(total, dtype=torch.float64)
+    blocks = [slice(begin, min(begin + _ROWS, total)) for begin in range(0, total, _ROWS)]
+    for number, one in enumerate(blocks):
+        scaled = -2 * values[one]
+        for other in blocks[number:]:
+            away = torch.addmm(norms[other], scaled, values[other].T)
+            # On some CPUs torch.sqrt is ten times slower than pow_; the bits are equal.
+            away.add_(norms[one][:, None]).clamp_(min=0).pow_(0.5)
+            if one == other:
+                away = away.triu_(1).add_(away.T.contiguous())
+            else:
+                found[other, one] = away.T.contiguous()  # faster than a copy of the transpose
+                sums[other] += away.sum(0)
+            found[one, other] = away
+            sums[one] += away.sum(1)
+    return found, sums

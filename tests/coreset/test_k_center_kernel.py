@@ -1,0 +1,30 @@
+"""The Triton kernel of k-center, against its definition."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run
+
+from drophot import k_center
+from drophot.coreset import greedy_k_center
+
+
+def test_interpreted_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    script = Path(__file__).with_name("interpreted_k_center.py")
+    run(script, folder=tmp_path)  # fails if anything differs
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("start", [None, [3, 50]])
+def test_on_a_gpu(start: list[int] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    points = torch.randint(-9, 10, (5000, 70), generator=torch.Generator().manual_seed(0)).float()
+    expected = k_center(points, 0.1, start=start)
+    found = k_center(points.cuda(), 0.1, start=start)
+    assert torch.equal(found.ranking, expected.ranking)
+    assert torch.equal(found.gains, expected.gains)
+    monkeypatch.setattr(greedy_k_center, "_HAS_TRITON", False)
+    assert torch.equal(k_center(points.cuda(), 0.1, start=start).ranking, expected.ranking)
