@@ -23,7 +23,7 @@ from drophot.pipeline.provenance.torch_settings import with_switches
 from drophot.records.json_lines import from_line, to_line
 from drophot.records.record import Record
 from drophot.tracking.statistics import Score, Statistic
-from drophot.training.loop import evaluate
+from drophot.training.evaluation import evaluate
 
 # Random state and the number of threads belong to the process: its stages take turns.
 _one_at_a_time = Lock()

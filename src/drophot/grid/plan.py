@@ -11,12 +11,14 @@ from torch.utils.data import Dataset, Subset
 
 from drophot._core import random_state
 from drophot._core.ratios import num_kept
+from drophot.data.batching import batches
+from drophot.data.cache import in_memory
 from drophot.grid.compute import limited_threads
 from drophot.grid.executors import GpuSharing
 from drophot.grid.stages import Stage
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.fit_checks import is_library_fit
-from drophot.training.loop import batches, evaluate, in_memory
+from drophot.training.evaluation import evaluate
 from drophot.training.step_memory import step_memory
 
 # The memory of an idle process: of Python with torch on the CPU, of a context on a GPU.

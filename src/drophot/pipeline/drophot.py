@@ -22,7 +22,7 @@ from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
 from drophot.records.record import Record
 from drophot.settings import SETTINGS, Settings, varying
-from drophot.structured.channel_pruning import Pruned
+from drophot.structured.pruning_result import Pruned
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.training.loop import Fit
 
