@@ -101,7 +101,7 @@ def estimate(config: RunConfig, stages: Sequence[Stage], threads: int) -> Cost:
     """Estimate the cost of stages, without a call of the user's own `fit`."""
     if not stages:
         return Cost(seconds=0.0, bytes=0, memory=0)
-    total, tests = config.num_samples, len(config.test_set)  # type: ignore[arg-type]
+    total, tests = config.num_samples, config.num_test_samples
     batch_size, device = config.settings.batch_size, config.device
     few = Subset(config.train_set, range(min(total, 16 * batch_size)))
     # A user's `fit` may log, write checkpoints or count its calls.
