@@ -1,4 +1,4 @@
-"""The house: what an import costs, which way imports point, what README promises."""
+"""The package: what an import costs, which way imports point, and what the README promises."""
 
 import ast
 import os
@@ -15,8 +15,8 @@ import drophot
 
 SOURCE = ROOT / "src" / "drophot"
 
-# Imports go up this list: a package imports from the floors before its own, never sideways.
-FLOORS = [
+# A package imports only from the rows above its own, never from its own row.
+ROWS = [
     {"models", "_core"},
     {"settings", "data"},
     {"tracking", "prune", "records"},
@@ -25,7 +25,7 @@ FLOORS = [
     {"pipeline"},
     {"grid"},
 ]
-FACES = {"forgetting"}  # another name for a package; nothing inside imports it
+ALIASES = {"forgetting"}  # another name for a package; nothing inside imports it
 
 COST = """
 import sys
@@ -72,22 +72,22 @@ def imported(path: Path) -> set[str]:
 
 
 def wrong_way(imports: dict[str, set[str]]) -> list[str]:
-    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    row = {name: number for number, names in enumerate(ROWS) for name in names}
     return sorted(
         f"{name} imports {other}"
         for name, others in imports.items()
         for other in sorted(others - {name, "__version__"})
-        if floor[other] >= floor[name]
+        if row[other] >= row[name]
     )
 
 
-def test_imports_go_up_the_floors() -> None:
+def test_packages_import_only_from_the_rows_above() -> None:
     imports: dict[str, set[str]] = {}
     for path in SOURCE.rglob("*.py"):
         package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if package not in {"__init__", *FACES}:
+        if package not in {"__init__", *ALIASES}:
             imports.setdefault(package, set()).update(imported(path))
-    assert imports.keys() == set().union(*FLOORS), "every module is in a package with a floor"
+    assert imports.keys() == set().union(*ROWS), "every module is in a package with a row"
     assert wrong_way(imports) == []
 
 
@@ -103,7 +103,7 @@ def test_an_extra_that_is_not_installed_is_an_error_with_the_line_for_pip(name: 
 
 def test_the_test_of_the_imports_can_fail() -> None:
     assert wrong_way({"prune": {"training", "prune"}}) == ["prune imports training"]
-    assert wrong_way({"prune": {"tracking"}}) == ["prune imports tracking"]  # they are side by side
+    assert wrong_way({"prune": {"tracking"}}) == ["prune imports tracking"]  # both are in one row
     assert wrong_way({"prune": {"_core"}}) == []
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
-from functools import partial
 from traceback import walk_tb
 from types import CodeType
 
 from drophot._core.memory import is_out_of_memory
+from drophot._core.signatures import without_partials
 
 
 def must_propagate(error: BaseException) -> bool:
@@ -24,8 +24,7 @@ def must_propagate(error: BaseException) -> bool:
 
 def _code_of(handler: object) -> CodeType | None:
     """The code of a function, a method, a partial or a callable object."""
-    while isinstance(handler, partial):
-        handler = handler.func
+    handler = without_partials(handler)
     function = getattr(handler, "__func__", handler)
     if not hasattr(function, "__code__") and callable(handler):
         function = type(handler).__call__

@@ -1,9 +1,17 @@
-"""Whether functions of the user can be called with the arguments that they will get."""
+"""Functions of the user: what a partial calls, and whether they take the arguments they get."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
+
+
+def without_partials(function: object) -> object:
+    """The function that a `functools.partial` calls, or the object itself."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
 
 
 def signature_error(function: Callable[..., object], *args: object, **kwargs: object) -> str:

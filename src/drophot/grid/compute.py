@@ -23,7 +23,7 @@ from drophot.pipeline.provenance.torch_settings import with_switches
 from drophot.records.json_lines import from_line, to_line
 from drophot.records.record import Record
 from drophot.tracking.statistics import Score, Statistic
-from drophot.training.loop import evaluate
+from drophot.training.evaluation import evaluate
 
 # Random state and the number of threads belong to the process: its stages take turns.
 _one_at_a_time = Lock()
@@ -47,13 +47,13 @@ def compute(job: Job, stage: Stage) -> Record | None:
 
     Args:
         job: Shared by all stages.
-        stage: The stage, whose needed stage is in the store.
+        stage: The stage, whose predecessor is in the store.
 
     Returns:
         The record, if the stage is a fine-tuning.
 
     Raises:
-        RuntimeError: If the result of the needed stage was damaged in the meantime.
+        RuntimeError: If the result of its predecessor was damaged in the meantime.
     """
     store, device = job.store, job.config.device
     around = nullcontext() if job.switches is None else with_switches(job.switches, device)
@@ -62,9 +62,9 @@ def compute(job: Job, stage: Stage) -> Record | None:
         if found is None:
             config = replace(load_data(job.config), settings=stage.settings)
             store.check_writable()
-            needed = _needed(store, stage)
+            before = _result_before(store, stage)
             try:
-                found = _result(config, stage, needed)
+                found = _result(config, stage, before)
             finally:
                 if device.type == "cuda":
                     torch.cuda.empty_cache()  # for the other processes
@@ -72,25 +72,25 @@ def compute(job: Job, stage: Stage) -> Record | None:
     return from_line(found.decode()) if stage.kind == "finetune" else None
 
 
-def _needed(store: Store, stage: Stage) -> SavedModel | None:
-    if stage.needs is None:
+def _result_before(store: Store, stage: Stage) -> SavedModel | None:
+    if stage.predecessor is None:
         return None
-    content = store.load(stage.needs.name)
+    content = store.load(stage.predecessor.name)
     if content is None:
         raise RuntimeError(
-            f"{stage.needs.name} in {store.folder} was damaged in the meantime. Run the grid again."
+            f"{stage.predecessor.name} in {store.folder} was damaged in the meantime. Run the grid again."
         )
     return SavedModel.from_bytes(content)
 
 
-def _result(config: RunConfig, stage: Stage, needed: SavedModel | None) -> bytes:
+def _result(config: RunConfig, stage: Stage, before: SavedModel | None) -> bytes:
     """The content of a stage's file."""
     if stage.kind == "score":
         return _score(config, stage.scores).to_bytes()
     if stage.kind == "train":
-        return _train(config, needed).to_bytes()
-    assert needed is not None
-    return to_line(_finetune(config, needed)).encode()
+        return _train(config, before).to_bytes()
+    assert before is not None
+    return to_line(_finetune(config, before)).encode()
 
 
 def _score(config: RunConfig, own_scores: Sequence[Score]) -> SavedModel:

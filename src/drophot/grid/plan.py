@@ -11,12 +11,14 @@ from torch.utils.data import Dataset, Subset
 
 from drophot._core import random_state
 from drophot._core.ratios import num_kept
+from drophot.data.batching import batches
+from drophot.data.cache import in_memory
 from drophot.grid.compute import limited_threads
 from drophot.grid.executors import GpuSharing
 from drophot.grid.stages import Stage
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.fit_checks import is_library_fit
-from drophot.training.loop import batches, evaluate, in_memory
+from drophot.training.evaluation import evaluate
 from drophot.training.step_memory import step_memory
 
 # The memory of an idle process: of Python with torch on the CPU, of a context on a GPU.
@@ -99,7 +101,7 @@ def estimate(config: RunConfig, stages: Sequence[Stage], threads: int) -> Cost:
     """Estimate the cost of stages, without a call of the user's own `fit`."""
     if not stages:
         return Cost(seconds=0.0, bytes=0, memory=0)
-    total, tests = config.num_samples, len(config.test_set)  # type: ignore[arg-type]
+    total, tests = config.num_samples, config.num_test_samples
     batch_size, device = config.settings.batch_size, config.device
     few = Subset(config.train_set, range(min(total, 16 * batch_size)))
     # A user's `fit` may log, write checkpoints or count its calls.

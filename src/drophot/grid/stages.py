@@ -31,7 +31,7 @@ class Stage:
     kind: StageName = field(compare=False)
     settings: Settings = field(compare=False)
     """The settings of the run that computes the stage."""
-    needs: Stage | None = field(compare=False, repr=False)
+    predecessor: Stage | None = field(compare=False, repr=False)
     """The stage whose result this one continues from."""
     scores: Sequence[Score] = field(default=(), compare=False, repr=False)
     """The user's own scores that a scoring follows."""
@@ -50,7 +50,7 @@ class Stage:
 def stage_of(
     cell: Cell, settings: Settings, scores: Sequence[Score] = (), kind: StageName = "finetune"
 ) -> Stage:
-    """A stage of a cell, with the stages that it needs.
+    """A stage of a cell, with its predecessors.
 
     Args:
         cell: The settings of the cell.
@@ -66,16 +66,16 @@ def stage_of(
     if kind == "score" or is_baseline:
         values["mode"] = "random"  # a scoring serves all modes, and a baseline keeps all samples
     own = replace(settings, **values)
-    needed: StageName | None = None
+    before: StageName | None = None
     if kind == "finetune":
-        needed = "score" if is_baseline and scoring_is_baseline(settings) else "train"
+        before = "score" if is_baseline and scoring_is_baseline(settings) else "train"
     elif kind == "train" and not is_baseline and needs_scoring(own.mode):
-        needed = "score"
+        before = "score"
     return Stage(
         name=_file_name("-".join(filter(None, parts)), ".json" if kind == "finetune" else ".pt"),
         kind=kind,
         settings=own,
-        needs=None if needed is None else stage_of(cell, settings, scores, needed),
+        predecessor=None if before is None else stage_of(cell, settings, scores, before),
         scores=tuple(scores) if kind == "score" else (),
     )
 
@@ -115,8 +115,8 @@ def to_compute(
         if is_stored(stage):
             stored.add(stage)
             return False
-        needs = stage.needs
-        todo[stage] = needs if needs is not None and is_missing(needs) else None
+        before = stage.predecessor
+        todo[stage] = before if before is not None and is_missing(before) else None
         return True
 
     for cell in cells:

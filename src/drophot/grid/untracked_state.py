@@ -8,9 +8,7 @@ import torch
 from torch import nn
 
 from drophot.pipeline.provenance.experiment import can_be_loaded
-from drophot.pipeline.provenance.fingerprints import describe
-
-_PARTS = vars(nn.Module()).keys()  # attributes of every module
+from drophot.pipeline.provenance.fingerprints import MODULE_ATTRIBUTES, describe
 
 
 def remainder(model: nn.Module, twin: nn.Module) -> dict[str, Any]:
@@ -73,7 +71,8 @@ def _values(module: nn.Module) -> dict[str, Any]:
     # torch has no public way to tell which buffers are persistent.
     names = module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
     buffers = {name: module.get_buffer(name) for name in names}
-    return buffers | {name: v for name, v in vars(module).items() if name not in _PARTS}
+    own = {name: v for name, v in vars(module).items() if name not in MODULE_ATTRIBUTES}
+    return buffers | own
 
 
 def _state(generator: Any) -> Any:

@@ -92,6 +92,10 @@ class RunConfig:
         return len(self.train_set)  # type: ignore[arg-type]
 
     @property
+    def num_test_samples(self) -> int:
+        return len(self.test_set)  # type: ignore[arg-type]
+
+    @property
     def num_kept(self) -> int:
         return num_kept(self.num_samples, self.settings.data_ratio)
 

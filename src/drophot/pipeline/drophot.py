@@ -22,7 +22,7 @@ from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
 from drophot.records.record import Record
 from drophot.settings import SETTINGS, Settings, varying
-from drophot.structured.channel_pruning import Pruned
+from drophot.structured.pruning_result import Pruned
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.training.loop import Fit
 
@@ -122,7 +122,7 @@ class DropHot(_ShowsSettings):
     masks: Masks | None = None
     pruner: Schedule | None = None
     channels: Pruned | None = None
-    prunable: int = 0  # weights, before pruning
+    num_prunable: int = 0  # weights, before pruning
     pruned_accuracy: float = nan
     record: Record | None = None
     seconds: Mapping[str, float] = MappingProxyType({})  # of each step
@@ -304,7 +304,7 @@ class DropHot(_ShowsSettings):
             raise RuntimeError("`prune` needs a trained model: call `run.train()` first.")
         found = pruning_steps.prune(self.config, self.model)
         if self.masks is None:  # of the dense network, if it is pruned once more
-            self.prunable = found.num_prunable
+            self.num_prunable = found.num_prunable
         self._keep(masks=found.masks, pruner=found.schedule, channels=found.channels)
         self.pruned_accuracy = found.accuracy
         self._took("prune", found.seconds)
@@ -326,7 +326,7 @@ class DropHot(_ShowsSettings):
             masks=self.masks,
             schedule=self.pruner,
             channels=self.channels,
-            num_prunable=self.prunable,
+            num_prunable=self.num_prunable,
             accuracy=self.pruned_accuracy,
         )
         found = pruning_steps.finetune(self.config, pruned)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core.classifier import first_nonfinite
+from drophot._core.signatures import without_partials
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.training import loop
 from drophot.training.schedulers import check_interval
@@ -41,9 +42,7 @@ def check_bound_arguments(fit: object) -> None:
 
 def is_library_fit(fit: object) -> bool:
     """Whether a training loop is :func:`drophot.training.fit`, perhaps in a `functools.partial`."""
-    while isinstance(fit, partial):
-        fit = fit.func
-    return fit is loop.fit
+    return without_partials(fit) is loop.fit
 
 
 @contextmanager

@@ -26,8 +26,9 @@ from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import prunable
 from drophot.prune.running_statistics import with_statistics
 from drophot.prune.unpruned_weights import uncovered_warning_silenced
-from drophot.structured.channel_pruning import Pruned, prune_channels
-from drophot.training.loop import evaluate
+from drophot.structured.channel_pruning import prune_channels
+from drophot.structured.pruning_result import Pruned
+from drophot.training.evaluation import evaluate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from drophot.pipeline.step_3_batches import (
 from drophot.settings import Forgetting, name_of
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.statistics import DEFAULT, Score
-from drophot.training.loop import evaluate
+from drophot.training.evaluation import evaluate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,11 +31,11 @@ def kept_shape(shape: Sequence[int], axes: list[Axis], removed: Tensor) -> tuple
     """The shape of a tensor without the removed entries."""
     sizes = list(shape)
     for axis in axes:
-        sizes[axis.dim] = num_kept(axis, removed)
+        sizes[axis.dim] = remaining_size(axis, removed)
     return tuple(sizes)
 
 
-def num_kept(axis: Axis, removed: Tensor) -> int:
+def remaining_size(axis: Axis, removed: Tensor) -> int:
     """How many entries a row along an axis keeps."""
     row = axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))[0]
     return len(row) - int(removed[row].sum())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from drophot.structured import width_attributes
 from drophot.structured.observations import PassResult
 from drophot.structured.recorded_call import RecordedCall
-from drophot.structured.remaining_sizes import num_kept
+from drophot.structured.remaining_sizes import remaining_size
 from drophot.structured.similar_calls import SimilarCalls
 from drophot.structured.substitution import Attribute
 
@@ -225,7 +225,7 @@ class WidthSearch:
             axes += self._calls[number + 1].axes  # of the reshape that failed before it was called
         for axis in axes:
             row = axis.ids.movedim(axis.dim, -1)
-            widths.setdefault(row.size(-1), set()).add(num_kept(axis, self._removed))
+            widths.setdefault(row.size(-1), set()).add(remaining_size(axis, self._removed))
             if row.numel() > row.size(-1):
                 alone = row.unique()
                 widths.setdefault(len(alone), set()).add(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from drophot._core.installed_packages import qualified_name
+from drophot._core.signatures import without_partials
 
 
 def callable_text(thing: object) -> str:
@@ -23,9 +24,7 @@ def callable_text(thing: object) -> str:
 
 def factory_name(factory: object, made: object) -> str:
     """The name of a model in tables: its factory's, or its class's if the factory has none."""
-    while isinstance(factory, partial):
-        factory = factory.func
-    name = getattr(factory, "__name__", "<lambda>")
+    name = getattr(without_partials(factory), "__name__", "<lambda>")
     return type(made).__name__ if name == "<lambda>" else name
 
 

@@ -22,11 +22,9 @@ from drophot._core import random_state
 from drophot._core.installed_packages import qualified_name, stable_name
 from drophot._core.json_values import Json
 from drophot.pipeline.provenance.digests import digest, digest_of, text_of
-from drophot.pipeline.provenance.fingerprints import attributes, describe
+from drophot.pipeline.provenance.fingerprints import MODULE_ATTRIBUTES, attributes, describe
 
 _SAMPLES = 32  # how many samples of data that is not in memory are compared
-# The attributes of every module: parts and hooks, which are compared elsewhere or by their code.
-_PARTS = vars(nn.Module()).keys()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +89,7 @@ def _network(
         settings[name] = [stable_name(type(module))] + [
             [key, value if drawn.get(key) == value else "drawn"]
             for key, value in sorted(own.items())
-            if key not in _PARTS
+            if key not in MODULE_ATTRIBUTES  # compared elsewhere, or by their code
         ]
     values = {}
     other = _tensors(twin)

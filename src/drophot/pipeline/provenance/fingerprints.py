@@ -50,7 +50,8 @@ _LONG = 400  # characters of JSON, beyond which a digest replaces a value
 _DEEP = 60  # attributes of attributes
 _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size)
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
-_MODULE = vars(nn.Module()).keys()
+MODULE_ATTRIBUTES = vars(nn.Module()).keys()
+"""The attributes of every module: its parts and hooks."""
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward", "select")
 
@@ -327,7 +328,7 @@ def _lasting(thing: Any, state: dict[str, Any]) -> dict[str, Any]:
     methods = [getattr(cast(Any, type(thing)), name, None) for name in _CALLED]
     codes = [m.__code__ for m in methods if isinstance(m, types.FunctionType)]
     rest = without_accumulated(codes)
-    empty = _MODULE if isinstance(thing, nn.Module) else ()
+    empty = MODULE_ATTRIBUTES if isinstance(thing, nn.Module) else ()
     kept = {name: rest(f"self.{name}", value) for name, value in state.items()}
     return {
         name: value

@@ -75,7 +75,7 @@ def record_of(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         settings=settings,
         cell=fingerprint(settings),
-        test_samples=len(config.test_set),  # type: ignore[arg-type]
+        test_samples=config.num_test_samples,
     )
 
 
