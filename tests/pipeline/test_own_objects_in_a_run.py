@@ -157,6 +157,25 @@ class Partial:
     name, needs = "partial", ()
 
 
+class NotCallable:
+    name, needs, select = "not_callable", (), 3
+
+
+class NoSeed:
+    name, needs = "no_seed", ()
+
+    def select(self, ratio: float, evidence: Evidence) -> Tensor:
+        return torch.arange(60)
+
+
+class NoNeeds(Confident):
+    needs: Any = None
+
+
+class NeedsOnce(Confident):
+    needs: Any = iter(["scores"])  # empty when it is read a second time
+
+
 class Unknown:
     name, needs, select = "unknown", ("gradients",), select
 
@@ -170,9 +189,11 @@ class Unknown:
         (Taken(), "`mode` .*'high'"),
         (Confident(name="el2n-low-balanced"), "`mode` .*'el2n-low-balanced'"),
         (Finer(cutoff=0.1), "`mode` .*'stratified-cutoff0.1'"),
-        (Scored(Margin(name="aum"), "low"), "`mode` .*'aum-low'"),
-        (Scored(Spread(score=Margin(), name="loss")), "`mode` .*'loss-high'"),
         (Partial(), "`mode` .*Partial"),
+        (NotCallable(), "'not_callable'.*`?3"),
+        (NoSeed(), "'no_seed'.*seed"),
+        (NoNeeds(), "`needs`.*None"),
+        (NeedsOnce(), "`needs`.*iterator"),
         (Unknown(), "'unknown'.*gradients"),
     ],
 )
@@ -422,3 +443,63 @@ def test_the_settings_of_a_run_are_fixed() -> None:
         _ = run.modes
     with pytest.raises(TypeError, match="`batch_size`"):
         run.replace(batch_size=3)
+
+
+@pytest.mark.parametrize(
+    "score", [Margin(name="aum"), Spread(score=Margin(), name="loss")], ids=["score", "spread"]
+)
+def test_a_score_with_the_name_of_a_built_in_one_is_refused(score: Any) -> None:
+    with pytest.raises(ValueError, match=f"`name`.*'{score.name}'"):
+        Scored(score)
+
+
+class Overwriting:
+    name, needs, statistic = "overwriting", ("scores", "targets"), "aum"
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        assert evidence.scores is not None
+        assert evidence.targets is not None
+        evidence.scores.zero_()
+        evidence.targets.zero_()
+        return torch.arange(round(ratio * evidence.num_samples))
+
+
+def test_a_selector_cannot_change_the_scores_and_targets_of_its_caller() -> None:
+    run = drop_hot(mode=Overwriting())
+    found = run.score().clone()
+    run.select()
+    assert torch.equal(run.scores, found)
+    scores, targets = torch.rand(10), torch.ones(10, dtype=torch.int64)
+    select(scores, 0.5, Overwriting(), targets=targets)
+    assert scores.all()
+    assert targets.all()
+
+
+class Remembering:
+    """Changes what identifies it."""
+
+    name, hard_end = "remembering", "high"
+
+    def __init__(self) -> None:
+        self.mean = 0.0
+
+    def __call__(self, first: Any, second: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1
+        return first[:, 0] if isinstance(first, Tensor) else second.abs() + self.mean
+
+
+def test_a_score_or_an_importance_that_changes_its_attributes_is_refused() -> None:
+    with pytest.raises(ValueError, match="'remembering'.*`mean`"):
+        drop_hot(mode=Scored(Remembering())).score()
+    run = drop_hot(mode="random", importance=Remembering())
+    run.select()
+    run.train()
+    with pytest.raises(ValueError, match="`importance`.*`mean`"):
+        run.prune()
+
+
+@pytest.mark.parametrize("hook", ["counter", "select"])
+def test_a_hook_that_cannot_take_its_arguments_is_refused_when_it_is_passed(hook: str) -> None:
+    hooks: Any = {hook: lambda: None}
+    with pytest.raises(TypeError, match=f"`{hook}`.*arguments"):
+        RunProtocol(name="mine", **hooks)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from drophot import Grid, Scored, evaluate, fit, report, stats
 from drophot.coreset import Evidence
+from drophot.models import fcnet
 from drophot.pipeline import RunProtocol
 from drophot.tracking import Spread
 
@@ -285,3 +286,84 @@ def test_logits_of_minus_infinity_are_never_right() -> None:
 
     data = torch.utils.data.TensorDataset(torch.zeros(6, 2), torch.zeros(6, dtype=torch.int64))
     assert evaluate(Nothing(), data) == 0.0
+
+
+def wide() -> nn.Module:
+    return fcnet(in_features=2, hidden=64, num_classes=3)
+
+
+def test_a_network_of_ones_own_has_no_masks_and_counts_of_another() -> None:
+    run = drop_hot(mode="random", structured=True, finetune_epochs=1)
+    run.run()
+    run.model = wide()
+    with pytest.raises(RuntimeError, match=r"run\.prune\(\)"):
+        run.finetune()
+    run.prune()
+    found = run.finetune()
+    alone = run.replace()
+    alone.model, alone.indices = wide(), run.indices
+    alone.prune()
+    assert found.sparsity == alone.finetune().sparsity > 0
+
+
+class StoppedOnce:
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, *args: Any, on_epoch: Any, **kwargs: Any) -> None:
+        def stop(epoch: int) -> None:
+            on_epoch(epoch)
+            self.left += -1
+            if self.left == 0:
+                raise KeyboardInterrupt
+
+        fit(*args, on_epoch=stop, **kwargs)
+
+
+def test_a_fine_tuning_that_was_interrupted_and_begun_again_is_told_apart() -> None:
+    run = drop_hot(mode="random", fit=StoppedOnce(after=4))  # the first epoch of step 5
+    run.select()
+    run.train()
+    run.prune()
+    with pytest.raises(KeyboardInterrupt):
+        run.finetune()
+    again = run.finetune()
+    whole = run.run()
+    assert again.finetune_curve != whole.finetune_curve
+    assert again.fingerprint != whole.fingerprint
+    assert whole == run.replace().run()
+
+
+def test_a_record_counts_the_samples_that_were_trained_on() -> None:
+    run = drop_hot(mode="random")
+    run.select()
+    run.train()
+    run.indices = torch.arange(5)
+    run.prune()
+    assert run.finetune().num_kept == 60
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        ("model", "net.pt", TypeError, "`model`.*'net.pt'"),
+        ("scorer", {}, TypeError, r"`scorer`.*\{\}"),
+        ("masks", {"0.weight": None}, TypeError, "`masks`.*from_zeros"),
+        ("trained_accuracy", "0.8", TypeError, "`trained_accuracy`.*'0.8'"),
+        ("pruned_accuracy", 80, ValueError, "`pruned_accuracy`.*80"),
+    ],
+)
+def test_a_result_of_the_wrong_kind_is_refused_when_it_is_set(
+    name: str, value: Any, error: type[Exception], words: str
+) -> None:
+    run = drop_hot(mode="random")
+    with pytest.raises(error, match=words):
+        setattr(run, name, value)
+
+
+@pytest.mark.parametrize("scores", [3, "abc", iter(range(120))], ids=type)
+def test_scores_of_the_wrong_kind_are_refused_by_name(scores: Any) -> None:
+    run = drop_hot(mode="high")
+    run.scores = scores
+    with pytest.raises((TypeError, ValueError), match="`scores`"):
+        run.select()

@@ -398,3 +398,41 @@ def test_a_score_that_fails_leaves_the_random_numbers_of_the_training() -> None:
     with pytest.raises(KeyError, match="mine"):
         fed(DynamicsTracker(N, statistics=[Failing()]), batches(6))
     assert random_state.state() == before
+
+
+def test_random_numbers_of_a_score_continue_from_a_checkpoint() -> None:
+    first, second = batches(12)[:6], batches(12)[6:]
+    found = fed(DynamicsTracker(N, statistics=[Noise()]), first)
+    file = io.BytesIO()
+    torch.save(found.state_dict(), file)
+    whole = fed(found, second).scores("noise", missing="nan")
+    torch.rand(3)  # another process is at another place
+    file.seek(0)
+    resumed = DynamicsTracker(N, statistics=[Noise()])
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    np.testing.assert_array_equal(fed(resumed, second).scores("noise", missing="nan"), whole)
+
+
+class Changing(Entropy):
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return logits.zero_().sum(1)
+
+
+def test_a_score_that_changes_its_arguments_is_refused_by_name() -> None:
+    found = DynamicsTracker(2, statistics=[Changing()])
+    with pytest.raises(ValueError, match="'entropy'.*`logits`"):
+        found.update(torch.arange(2), torch.ones(2, 3), torch.tensor([0, 1]))
+    assert found.presentations.tolist() == [0, 0]
+
+
+class OneArgument:
+    name, hard_end = "one_argument", "high"
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return logits[:, 0]
+
+
+def test_a_score_that_cannot_take_its_arguments_is_refused_when_it_is_passed() -> None:
+    score: Any = OneArgument()
+    with pytest.raises(TypeError, match=r"'one_argument'.*targets.*\(self, logits|'one_argument'"):
+        DynamicsTracker(2, statistics=[score])

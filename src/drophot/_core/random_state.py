@@ -102,6 +102,32 @@ class RandomStream:
         """Begin again with a copy of the global generators."""
         self._state = None
 
+    def dump(self) -> dict[str, Any] | None:
+        """Where the stream is, in tensors, numbers and lists; `None` if nothing was drawn yet."""
+        if self._state is None:
+            return None
+        (version, words, gauss), (name, keys, *rest), cpu, own = self._state
+        return {
+            "python": [version, list(words), gauss],
+            "numpy": [name, _tensor(keys), *rest],
+            "cpu": _tensor(cpu),
+            "device": None if own is None else _tensor(own),
+        }
+
+    def load(self, saved: dict[str, Any] | None) -> None:
+        """Continue from the result of `dump`."""
+        if saved is None:
+            self._state = None
+            return
+        (version, words, gauss), (name, keys, *rest) = saved["python"], saved["numpy"]
+        own = saved["device"]
+        self._state = (
+            (version, tuple(words), gauss),
+            (name, _bytes(keys), *rest),
+            _bytes(saved["cpu"]),
+            None if own is None else _bytes(own),
+        )
+
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """Use this stream in place of the global generators and that of `device`."""
@@ -161,6 +187,10 @@ def _seed(device: torch.device | None, seed: int) -> None:
         return
     with _module(device).device(device):
         _module(device).manual_seed(seed)
+
+
+def _bytes(content: torch.Tensor) -> bytes:
+    return content.cpu().numpy().tobytes()
 
 
 def _tensor(content: bytes) -> torch.Tensor:

@@ -16,6 +16,8 @@ def without_partials(function: object) -> object:
 
 def signature_error(function: Callable[..., object], *args: object, **kwargs: object) -> str:
     """Why a function cannot take these arguments; empty if it can or has no known signature."""
+    if not callable(function):
+        return f"{function!r:.80}, which is not callable"
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):

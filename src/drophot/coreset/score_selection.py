@@ -135,7 +135,8 @@ def _select_by(
     seed: int,
 ) -> Tensor:
     """The selection of a user's selector, which receives the evidence that `select` has."""
-    classes = None if targets is None else torch.from_numpy(check_targets(targets, len(scores)))
+    scores = scores.clone()  # copies, so that a selector cannot change what the caller holds
+    classes = None if targets is None else torch.tensor(check_targets(targets, len(scores)))
     if part is not None:
         indices = torch.from_numpy(part)
         scores = scores[indices.to(scores.device)]

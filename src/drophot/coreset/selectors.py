@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from drophot._core.ratios import num_kept
+from drophot._core.signatures import signature_error
 from drophot.coreset.class_balance import check_targets
 from drophot.coreset.score_ranking import check_no_nan, check_scores
 
@@ -124,8 +125,13 @@ def check_selector(argument: str, selector: Selector) -> None:
             f"The `name` of `{argument}`, a {type(selector).__name__}, must be a non-empty string, "
             f"got {selector.name!r}."
         )
-    unknown = [need for need in selector.needs if need not in NEEDS]
-    if unknown:
+    if wrong := signature_error(selector.select, 0.5, None, 0):
+        raise TypeError(
+            f"`select` of selector {selector.name!r} must take three arguments, the ratio, the "
+            f"evidence and the seed, got {wrong}."
+        )
+    needs: object = selector.needs
+    if not isinstance(needs, Collection) or any(need not in NEEDS for need in needs):
         raise ValueError(
             f"The `needs` of selector {selector.name!r} must be a collection of "
             f"{', '.join(map(repr, NEEDS))}, got {selector.needs!r}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
-from math import nan
+from math import isnan, nan
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from drophot._core import scalars
 from drophot._core.json_values import Json
 from drophot.data.cache import Cache
 from drophot.pipeline import preflight, pruning_steps, selection_steps
 from drophot.pipeline.config import Arguments, ModelFactory, OptimizerFactory, RunConfig
-from drophot.pipeline.provenance.run_record import USUAL_STEPS, configuration, record_of
+from drophot.pipeline.provenance.run_record import configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
 from drophot.records.record import Record
@@ -63,8 +64,9 @@ class DropHot(_ShowsSettings):
     `run` takes all five. Called one by one, each step leaves its result on the object: `tracker`,
     `scorer` and `scores`, `indices`, `model`, `masks`, `record`. You can replace these between the
     steps: after `run.scores = my_scores`, neither `select` nor `run` needs step 1. After
-    `run.model = my_model`, the accuracy of the trained model is NaN until you set it. A record of
-    your own model or masks, or of a step that was taken twice, has a fingerprint of its own. The
+    `run.model = my_model`, the accuracy of the trained model is NaN until you set it, and the masks
+    are gone. A record of your own model or masks, or of a step that was begun twice, has a
+    fingerprint of its own. The
     settings can be read as attributes, such as `run.prune_ratio`, and `replace` makes a run with
     others.
 
@@ -127,6 +129,7 @@ class DropHot(_ShowsSettings):
     record: Record | None = None
     seconds: Mapping[str, float] = MappingProxyType({})  # of each step
     _steps: tuple[str, ...] = ()  # that made the model, results that the user replaced among them
+    _trained_on: Tensor | None = None  # (K,), of step 3; None for a model of the user's own
 
     @_takes(Arguments)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -155,9 +158,10 @@ class DropHot(_ShowsSettings):
             raise AttributeError(f"`{name}` of a run is fixed. Use `run.replace({name}=...)`.")
         if name in SETTINGS or name in _OBJECTS:
             raise AttributeError(f"`{name}` of a run is fixed. Create another DropHot.")
-        super().__setattr__(name, value)
-        if name == "model":  # the accuracies are those of another model
+        super().__setattr__(name, _checked_result(name, value))
+        if name == "model":  # all later results are those of another model
             self._keep(trained_accuracy=nan, pruned_accuracy=nan, _steps=("own model",))
+            self._keep(masks=None, pruner=None, channels=None, prunable=0, _trained_on=None)
         elif name == "masks":
             self._keep(_steps=(*self._steps, "own masks"))
 
@@ -287,7 +291,8 @@ class DropHot(_ShowsSettings):
             raise RuntimeError("`train` needs a coreset: call `run.select()` first.")
         self.indices = selection_steps.checked_positions(self.config, self.indices)
         found = selection_steps.train(self.config, self.indices)
-        self._keep(model=found.model, masks=None, trained_accuracy=found.accuracy, _steps=())
+        self.model = found.model
+        self._keep(trained_accuracy=found.accuracy, _steps=("train",), _trained_on=self.indices)
         self._took("train", found.seconds)
         return found.model
 
@@ -302,6 +307,7 @@ class DropHot(_ShowsSettings):
         """
         if self.model is None:
             raise RuntimeError("`prune` needs a trained model: call `run.train()` first.")
+        self._begin("prune")
         found = pruning_steps.prune(self.config, self.model)
         if self.masks is None:  # of the dense network, if it is pruned once more
             self.num_prunable = found.num_prunable
@@ -329,12 +335,13 @@ class DropHot(_ShowsSettings):
             num_prunable=self.num_prunable,
             accuracy=self.pruned_accuracy,
         )
+        self._begin("finetune")
         found = pruning_steps.finetune(self.config, pruned)
         self._keep(masks=found.masks)
         self._took("finetune", found.seconds)
         self.record = record_of(
             self.config,
-            indices=self.indices,
+            indices=self.indices if self._trained_on is None else self._trained_on,
             trained_accuracy=self.trained_accuracy,
             pruned_accuracy=self.pruned_accuracy,
             finetuned=found,
@@ -343,10 +350,34 @@ class DropHot(_ShowsSettings):
         )
         return self.record
 
+    def _begin(self, step: str) -> None:
+        """Note a step that changes the model, which it may leave half changed if it fails."""
+        self._steps = (*self._steps, step)
+
     def _took(self, step: str, seconds: float) -> None:
         self.seconds = {**self.seconds, step: seconds}
-        if step in USUAL_STEPS:
-            self._steps = (*self._steps, step)
+
+
+_RESULTS: Mapping[str, tuple[type, str]] = {
+    "scorer": (nn.Module, "a network, as the factory `model` returns it"),
+    "model": (nn.Module, "a network, as the factory `model` returns it"),
+    "masks": (Masks, "Masks, such as those of `Masks.from_zeros(run.model)`"),
+    "pruner": (Schedule, "a Schedule"),
+    "channels": (Pruned, "the result of `prune_channels`"),
+}
+
+
+def _checked_result(name: str, value: object) -> object:
+    """A result, checked to be of a kind that later steps can use."""
+    if name in ("trained_accuracy", "pruned_accuracy"):
+        found = scalars.ratio(name, value, "[0, 1]")
+        if not (isnan(found) or 0 <= found <= 1):
+            raise ValueError(f"`{name}` must be in [0, 1], got {found:g}. For 80 %, set 0.8.")
+        return found
+    kind, words = _RESULTS.get(name, (object, ""))
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"`{name}` of a run must be {words}, got {value!r:.80}.")
+    return value
 
 
 def _arguments_section(docstring: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from drophot._core.signatures import signature_error
 from drophot.coreset.selectors import Evidence, Selector, check_evidence
 from drophot.pipeline import modes
 from drophot.settings import Named, Settings, name_of
@@ -30,6 +31,12 @@ class SelectionHook(Protocol):
     def __call__(self, scores: Tensor, ratio: float, mode: Literal["high", "low"]) -> Tensor: ...
 
 
+_HOOK_ARGUMENTS: tuple[tuple[str, tuple[object, ...], str], ...] = (
+    ("counter", (1, 0), "two arguments, the number of samples and the seed"),
+    ("select", (None, 0.5, "high"), "three arguments, the scores, the ratio and the mode"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunProtocol:
     """The hooks in which a run can differ from the paper's text, for `DropHot(protocol=...)`.
@@ -49,7 +56,8 @@ class RunProtocol:
             everything is kept) run in evaluation mode.
 
     Raises:
-        TypeError: If a hook is not callable, or one of the last two is not a bool.
+        TypeError: If a hook is not callable or cannot take its arguments, or one of the last two
+            is not a bool.
 
     Example:
         >>> RunProtocol(name="regrown", holds_masks=False).select is None
@@ -67,6 +75,10 @@ class RunProtocol:
             hook = getattr(self, name)
             if hook is not None and not callable(hook):
                 raise TypeError(f"`{name}` must be callable or None, got {hook!r}.")
+        for name, arguments, words in _HOOK_ARGUMENTS:
+            hook = getattr(self, name)
+            if hook is not None and (wrong := signature_error(hook, *arguments)):
+                raise TypeError(f"`{name}` must take {words}, got {wrong}.")
         for name in ("holds_masks", "baseline_in_eval_mode"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {value!r}.")

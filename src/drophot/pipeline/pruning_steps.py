@@ -18,6 +18,7 @@ from drophot.data.batching import batches
 from drophot.data.samples import first_sample
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.fit_checks import LoopError
+from drophot.pipeline.provenance.own_objects import unchanged
 from drophot.pipeline.step import running
 from drophot.prune import schedule
 from drophot.prune.batchnorm import recalibrate_alone
@@ -67,7 +68,8 @@ def prune(config: RunConfig, model: nn.Module) -> PrunedModel:
         # A grid prunes a saved model, which has no gradients: an importance finds the same here.
         model.zero_grad(set_to_none=True)
         num_prunable = sum(weight.numel() for weight in prunable(model).values())
-        masks, pruner, channels = _pruned(config, model)
+        with unchanged("importance", config.settings.importance):
+            masks, pruner, channels = _pruned(config, model)
         if config.settings.recalibrate_bn:
             _recalibrate(config, model)
         accuracy = evaluate(model, config.test_set)

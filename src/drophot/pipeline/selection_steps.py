@@ -15,6 +15,7 @@ from drophot._core import random_state
 from drophot._core.arrays import as_indices
 from drophot._core.user_warnings import warn
 from drophot.coreset.builtin_selectors import FacilityLocation, KCenter
+from drophot.coreset.score_ranking import check_scores
 from drophot.coreset.selectors import Evidence, checked_indices
 from drophot.data.batching import batches, num_batches
 from drophot.data.samples import known_targets, targets_of
@@ -95,7 +96,7 @@ def score(config: RunConfig, own_scores: Sequence[Score] = ()) -> Scoring:
             else:
                 observer.observe(model, batches(config.train_set, 1024, config.device))
 
-        with _baseline_mode(config, model):
+        with _baseline_mode(config, model), unchanged("mode", settings.mode):
             step.fit(
                 model,
                 config.train_set,
@@ -148,7 +149,7 @@ def select(
         raise RuntimeError(
             f"mode {name_of(mode)!r} needs {needed}: call `run.score()` first, or set `run.{lack}`."
         )
-    if scores is not None and len(scores) != total:
+    if scores is not None and len(scores := check_scores(scores)) != total:
         raise ValueError(
             f"`scores` must have one entry for each training sample, {total}, got {len(scores)}."
         )
@@ -163,11 +164,11 @@ def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) 
     selector = config.selector
     if selector is None or config.keeps_all:
         return torch.arange(total, device="cpu")
-    evidence = Evidence(
+    evidence = Evidence(  # copies, so that a selector cannot change the data or the results
         num_samples=total,
-        scores=scores if "scores" in config.needs else None,
+        scores=scores.clone() if scores is not None and "scores" in config.needs else None,
         model=scorer if "model" in config.needs else None,
-        targets=targets_of(config.train_set) if "targets" in config.needs else None,
+        targets=targets_of(config.train_set).clone() if "targets" in config.needs else None,
         dataset=config.train_set,
     )
     with unchanged("mode", settings.mode):

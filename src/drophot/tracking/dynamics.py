@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from drophot.tracking.statistics import (
     validate_statistics,
 )
 from drophot.tracking.statistics import Statistic as Statistic
+
+_RANDOM = "random"  # in a `state_dict`: where the random numbers of each score are
 
 
 class DynamicsTracker(ForgettingTracker):
@@ -146,6 +149,41 @@ class DynamicsTracker(ForgettingTracker):
         super().reset()
         for stream in self._statistics.streams:
             stream.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the whole state, as in :meth:`drophot.ForgettingTracker.state_dict`.
+
+        It includes the random numbers of scores that draw some, so that a run that is resumed draws
+        those of an uninterrupted one.
+
+        Returns:
+            Tensors, numbers, names, and lists and dictionaries of these.
+
+        Raises:
+            RuntimeError: As there.
+            ValueError: As there.
+        """
+        names, streams = self._statistics.own_names, self._statistics.streams
+        random = {
+            name: state
+            for name, stream in zip(names, streams, strict=True)
+            if (state := stream.dump()) is not None
+        }
+        return super().state_dict() | ({_RANDOM: random} if random else {})
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore a saved state, as :meth:`drophot.ForgettingTracker.load_state_dict` does.
+
+        Args:
+            state_dict: The `state_dict` of a tracker of the same class, size and statistics.
+
+        Raises:
+            ValueError: As there.
+        """
+        super().load_state_dict({n: value for n, value in state_dict.items() if n != _RANDOM})
+        random = state_dict.get(_RANDOM, {})
+        for name, stream in zip(self._statistics.own_names, self._statistics.streams, strict=True):
+            stream.load(random.get(name))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Not available: the statistics need logits.

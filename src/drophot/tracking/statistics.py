@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol, runtime_checkable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from drophot._core.random_state import RandomStream
+from drophot._core.signatures import signature_error
 from drophot.tracking.state import to_device
 from drophot.tracking.validation import describe
 
@@ -203,10 +205,26 @@ class Statistics:
             parts += [values[:, column : column + 1] for column in self.fused]
         logits, targets = logits.detach(), classes[:, 0]
         for score, stream in zip(self.own, self.streams, strict=True):
-            with stream.on(logits.device):
+            with stream.on(logits.device), _unchanged(score, logits=logits, targets=targets):
                 found = score(logits, targets)
             parts.append(_checked(score, found, logits)[:, None])
         return torch.cat(parts, 1)
+
+
+@contextmanager
+def _unchanged(score: Score, **tensors: Tensor) -> Generator[None]:
+    """Refuse a score that changes its arguments, which the training and other scores use too."""
+    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors.values()):
+        yield  # there are no versions
+        return
+    before = {name: tensor._version for name, tensor in tensors.items()}
+    yield
+    for name, tensor in tensors.items():
+        if tensor._version != before[name]:
+            raise ValueError(
+                f"Score {score.name!r} must not change its arguments, but it changed `{name}` in "
+                f"place. Work on a copy: `{name} = {name}.clone()`."
+            )
 
 
 def _checked(score: Score, values: Tensor, logits: Tensor) -> Tensor:
@@ -312,6 +330,11 @@ def check_score(score: Score) -> Score:
         raise ValueError(
             f'`hard_end` of score {score.name!r} must be "high" or "low": which scores hard '
             f"samples have. Got {score.hard_end!r}."
+        )
+    if wrong := signature_error(score, None, None):
+        raise TypeError(
+            f"Score {score.name!r} must take two arguments, the logits and the targets, got "
+            f"{wrong}."
         )
     if isinstance(score, Spread):
         if isinstance(score.score, Spread):
