@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import save
@@ -149,7 +149,7 @@ def epoch(
 
 def eager_and_graph(make: Callable[[], nn.Module], data: TensorDataset) -> tuple[float, float]:
     """Seconds of a plain PyTorch step on resident data, and of its captured graph."""
-    model = make().to(DEVICE, memory_format=torch.channels_last)
+    model = make().to(DEVICE).to(memory_format=torch.channels_last)
     adam = Adam(model.parameters(), 1e-3, capturable=CUDA, fused=True)
     inputs, targets = (tensor[:BATCH].to(DEVICE) for tensor in data.tensors)
     inputs = inputs.contiguous(memory_format=torch.channels_last)
@@ -160,7 +160,8 @@ def eager_and_graph(make: Callable[[], nn.Module], data: TensorDataset) -> tuple
         adam.step()
 
     if not CUDA:
-        return (seconds(plain, 2),) * 2
+        eager = seconds(plain, 2)
+        return eager, eager
     eager = seconds(plain, 30)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -223,7 +224,11 @@ def pruning(report: Report, quick: bool) -> None:
             load()
 
         size = sum(parameter.nbytes for parameter in base.parameters())
-        for scope, theirs in (("global", globally), ("layer", by_layer)):
+        scopes: dict[Literal["global", "layer"], Callable[[], None]] = {
+            "global": globally,
+            "layer": by_layer,
+        }
+        for scope, theirs in scopes.items():
             ours_s = seconds(partial(magnitude_prune, base, 0.8, scope=scope), 5, before=load)
             extra = peak(partial(magnitude_prune, base, 0.8, scope=scope)) / size
             theirs_s = seconds(theirs, 3, before=dense)
@@ -297,7 +302,7 @@ def semi_structured(report: Report, quick: bool) -> None:
             magnitude_prune(block, 0.5, pattern="2:4")
             with torch.inference_mode():
                 dense = seconds(partial(block, inputs), 10)
-                converted = to_semi_structured(block, inputs)
+                converted = to_semi_structured(block, rows=rows)
                 sparse = seconds(partial(block, inputs), 10)
             print(converted)
             also = {"dense_ms": 1e3 * dense, "sparse_ms": 1e3 * sparse}
@@ -314,6 +319,8 @@ def channels(report: Report, quick: bool) -> None:
         before = summary(model, inputs, batch_sizes=sizes)
         prune_channels(model, 0.5, inputs)
         after = summary(model, inputs, batch_sizes=sizes)
+        assert before.latency is not None
+        assert after.latency is not None
         for size in sizes:
             dense, pruned = before.latency[size], after.latency[size]
             also = {"dense_ms": 1e3 * dense, "pruned_ms": 1e3 * pruned}

@@ -104,7 +104,7 @@ def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: 
 
     As with `torchrun`, the process that starts them has the store at which they meet.
     """
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     output = folder / "ranks.output"

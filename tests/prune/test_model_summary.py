@@ -877,9 +877,9 @@ class StandInEvent:
 
 def test_on_a_gpu_the_time_is_that_of_its_events(monkeypatch: pytest.MonkeyPatch) -> None:
     class Takes(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
             StandInEvent.now += 200.0 * self.in_features
-            return super().forward(x)
+            return super().forward(input)
 
     monkeypatch.setattr(torch.cuda, "Event", StandInEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)

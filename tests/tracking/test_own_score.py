@@ -349,6 +349,7 @@ class Noise:
         self.name, self.draws = name, draws
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        numbers = torch.zeros(len(logits))
         for _ in range(self.draws):
             numbers = torch.rand(len(logits)) + np.random.rand() + random.random()  # noqa: NPY002
         return numbers

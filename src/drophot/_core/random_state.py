@@ -8,7 +8,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ if hasattr(os, "register_at_fork"):
 
 def state(device: torch.device | None = None) -> tuple[Any, ...]:
     """The states of all global generators and that of `device`, comparable with `==`."""
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - transforms use it
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state(legacy=True))  # noqa: NPY002 - transforms use it
     return (
         random.getstate(),
         (name, keys.tobytes(), *rest),

@@ -116,7 +116,7 @@ def _add_center(
         near = tl.where(rows == center, -1, tl.minimum(before, near))
         tl.store(nearest + rows, near, mask=inside)
         largest = tl.max(near, 0)
-        sample = tl.min(tl.where(near == largest, rows, total), 0).to(tl.int64)
+        sample = tl.cast(tl.min(tl.where(near == largest, rows, total), 0), tl.int64)
         best_sample = tl.where(largest > best, sample, best_sample)
         best = tl.maximum(largest, best)
     tl.store(next_away + program, best)
