@@ -78,7 +78,8 @@ def _result_before(store: Store, stage: Stage) -> SavedModel | None:
     content = store.load(stage.predecessor.name)
     if content is None:
         raise RuntimeError(
-            f"{stage.predecessor.name} in {store.folder} was damaged in the meantime. Run the grid again."
+            f"{stage.predecessor.name} in {store.folder} was damaged in the meantime. Run the grid "
+            f"again."
         )
     return SavedModel.from_bytes(content)
 

@@ -178,6 +178,13 @@ def check_inputs(name: str, dataset: Dataset[object]) -> None:
             )
 
 
+def with_settings(config: RunConfig, **settings: object) -> RunConfig:
+    """The run with other settings, checked against its model and data."""
+    changed = config.replace(**settings)
+    check_run(changed)
+    return changed
+
+
 def check_run(config: RunConfig) -> None:
     """Refuse settings that the model or the data do not allow."""
     pruning_steps.check_model(config)
