@@ -22,7 +22,7 @@ from drophot.pipeline.provenance.experiment import describe_experiment
 from drophot.prune.prunable_weights import prunable
 from drophot.prune.unpruned_weights import uncovered_warning_silenced, warn_of_uncovered
 
-_CHUNK = 1024  # samples looked at in one go
+_CHUNK = 1024  # samples checked at a time
 
 
 def prepare(arguments: Arguments) -> RunConfig:
