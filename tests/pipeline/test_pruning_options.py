@@ -1,4 +1,4 @@
-"""Schedules, the lottery ticket, BatchNorm anew, channels: what step 4 and 5 of a run can do."""
+"""Schedules, the lottery ticket, BatchNorm recalibration and channels in steps 4 and 5 of a run."""
 
 import json
 import warnings

@@ -10,7 +10,8 @@ from typing import Any
 from drophot._core.ratios import num_kept
 from drophot.grid.stages import BASELINE_CELL, Cell
 from drophot.pipeline import modes as pipeline_modes
-from drophot.pipeline.drophot import DropHot
+from drophot.pipeline.config import RunConfig
+from drophot.pipeline.preflight import with_settings
 from drophot.settings import CONTROLS, SETTINGS, Mode, name_of
 from drophot.tracking.statistics import Score
 
@@ -68,7 +69,7 @@ class Axes:
 
 
 def checked_axes(
-    pipeline: DropHot,
+    config: RunConfig,
     *,
     data_ratios: Iterable[float],
     modes: Iterable[Mode],
@@ -84,19 +85,19 @@ def checked_axes(
             values cannot be combined.
     """
     for control, (name, value) in CONTROLS.items():
-        if getattr(pipeline, name) == value:
+        if getattr(config.settings, name) == value:
             raise ValueError(
                 f"`pipeline` must leave its controls to the grid, got {name}={value!r}. Pass "
                 f"controls=[{control!r}] to the grid, which compares it with the run without."
             )
     # Each value is tried with others that fit any value; combinations are tried below.
-    neutral = pipeline.replace(mode="random", data_ratio=1.0)
+    neutral = with_settings(config, mode="random", data_ratio=1.0)
     ratios = _checked("data_ratios", data_ratios, neutral)
     axes = Axes(
         data_ratios=ratios,
-        modes=_checked("modes", modes, neutral.replace(data_ratio=min(ratios))),
-        prune_ratios=_checked("prune_ratios", prune_ratios, pipeline),
-        seeds=_checked("seeds", seeds, pipeline),
+        modes=_checked("modes", modes, with_settings(neutral, data_ratio=min(ratios))),
+        prune_ratios=_checked("prune_ratios", prune_ratios, config),
+        seeds=_checked("seeds", seeds, config),
         controls=list(controls),
     )
     for control in axes.controls:
@@ -104,17 +105,17 @@ def checked_axes(
             choices = ", ".join(f'"{name}"' for name in CONTROLS)
             raise ValueError(f"`controls` must be of {choices}, got {control!r}.")
     _check_scores(axes.modes)
-    _check_sizes(axes.data_ratios, pipeline.config.num_samples)
+    _check_sizes(axes.data_ratios, config.num_samples)
     for ratio, mode, change in product(axes.data_ratios, axes.modes, axes.training_changes):
-        pipeline.replace(mode=mode, data_ratio=ratio, **change)
+        with_settings(config, mode=mode, data_ratio=ratio, **change)
     for ratio, control in product(axes.prune_ratios, axes.controls):
         name, value = CONTROLS[control]
-        pipeline.replace(prune_ratio=ratio, **{name: value})
+        with_settings(config, prune_ratio=ratio, **{name: value})
     return axes
 
 
-def _checked(name: str, values: Iterable[Any], pipeline: DropHot) -> list[Any]:
-    """The values of one axis as the pipeline takes them."""
+def _checked(name: str, values: Iterable[Any], config: RunConfig) -> list[Any]:
+    """The values of one axis as the settings of a run hold them."""
     if isinstance(values, str) or not hasattr(values, "__iter__"):
         raise TypeError(f"`{name}` must be a list, got {values!r}. Pass [{values!r}].")
     found = list(values)
@@ -122,8 +123,9 @@ def _checked(name: str, values: Iterable[Any], pipeline: DropHot) -> list[Any]:
         raise ValueError(f"`{name}` must have at least one value, got none.")
     setting = name.removesuffix("s")
     for position, value in enumerate(found):
-        try:  # the pipeline makes plain numbers of numbers
-            value = found[position] = getattr(pipeline.replace(**{setting: value}), setting)
+        try:  # the settings convert numbers to plain ones
+            changed = with_settings(config, **{setting: value}).settings
+            value = found[position] = getattr(changed, setting)
         except (ValueError, TypeError) as error:
             error.add_note(f"The value is in `{name}`.")
             raise

@@ -97,7 +97,7 @@ class Grid:
                 f"DropHot(model, train_set, test_set, data_ratio=..., mode=..., prune_ratio=...)."
             )
         self._axes = checked_axes(
-            pipeline,
+            pipeline.config,
             data_ratios=data_ratios,
             modes=modes,
             prune_ratios=prune_ratios,

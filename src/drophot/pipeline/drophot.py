@@ -183,8 +183,8 @@ class DropHot(_ShowsSettings):
         """The same run with other settings and without results, on the same data in memory.
 
         Args:
-            **settings: The settings in which the cells of a grid may differ, from `data_ratio` to
-                `schedule`.
+            **settings: Settings in which the cells of a grid may differ, such as `data_ratio`,
+                `schedule` or `seed`.
 
         Returns:
             A new object; this one is left as it is.
@@ -199,8 +199,7 @@ class DropHot(_ShowsSettings):
                 f"`replace` takes the settings {', '.join(known)}, got `{unknown[0]}`. Create "
                 f"another DropHot for that."
             )
-        config = self.config.replace(**settings)
-        preflight.check_run(config)
+        config = preflight.with_settings(self.config, **settings)
         other = copy.copy(self)
         for name in DropHot.__annotations__:  # the results
             vars(other).pop(name, None)

@@ -51,7 +51,7 @@ def watched(
 ) -> Generator[Callable[[int], None]]:
     """Check that a training loop calls back after each epoch, and that it does not diverge.
 
-    Yields what the loop has to call after each epoch; `on_epoch` is called then, too.
+    Yields the function to call after each epoch, which also calls `on_epoch`.
     """
     calls = 0
 
@@ -98,7 +98,7 @@ def check_presented(tracker: ForgettingTracker, *, over: bool = True) -> None:
 def counted_reports(on_batch: OnBatch, optimizer: Optimizer, step: str) -> Generator[OnBatch]:
     """Check that a training loop reports the batch of each step of its optimizer.
 
-    Yields what the loop has to call after each step.
+    Yields the function to call after each step.
     """
     reports = steps = 0
 

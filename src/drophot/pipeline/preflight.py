@@ -22,7 +22,7 @@ from drophot.pipeline.provenance.experiment import describe_experiment
 from drophot.prune.prunable_weights import prunable
 from drophot.prune.unpruned_weights import uncovered_warning_silenced, warn_of_uncovered
 
-_CHUNK = 1024  # samples looked at in one go
+_CHUNK = 1024  # samples checked at a time
 
 
 def prepare(arguments: Arguments) -> RunConfig:
@@ -177,6 +177,13 @@ def check_inputs(name: str, dataset: Dataset[object]) -> None:
                 f"`{name}` must have finite inputs, got NaN or infinity at position {position}. "
                 f"Leave such samples out, or replace the values: they would make every weight NaN."
             )
+
+
+def with_settings(config: RunConfig, **settings: object) -> RunConfig:
+    """The run with other settings, checked against its model and data."""
+    changed = config.replace(**settings)
+    check_run(changed)
+    return changed
 
 
 def check_run(config: RunConfig) -> None:
