@@ -168,12 +168,12 @@ class NoSeed:
         return torch.arange(60)
 
 
-class NoNeeds(Confident):
-    needs: Any = None
+class NoNeeds:
+    name, needs, select = "no_needs", None, Confident.select
 
 
-class NeedsOnce(Confident):
-    needs: Any = iter(["scores"])  # empty when it is read a second time
+class NeedsOnce:
+    name, needs, select = "needs_once", iter(["scores"]), Confident.select  # empty when read again
 
 
 class Unknown:

@@ -125,16 +125,16 @@ def check_selector(argument: str, selector: Selector) -> None:
             f"The `name` of `{argument}`, a {type(selector).__name__}, must be a non-empty string, "
             f"got {selector.name!r}."
         )
-    if wrong := signature_error(selector.select, 0.5, None, 0):
-        raise TypeError(
-            f"`select` of selector {selector.name!r} must take three arguments, the ratio, the "
-            f"evidence and the seed, got {wrong}."
-        )
     needs: object = selector.needs
     if not isinstance(needs, Collection) or any(need not in NEEDS for need in needs):
         raise ValueError(
             f"The `needs` of selector {selector.name!r} must be a collection of "
             f"{', '.join(map(repr, NEEDS))}, got {selector.needs!r}."
+        )
+    if wrong := signature_error(selector.select, 0.5, None, 0):
+        raise TypeError(
+            f"`select` of selector {selector.name!r} must take three arguments, the ratio, the "
+            f"evidence and the seed, got {wrong}."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,10 +77,9 @@ def score(config: RunConfig, own_scores: Sequence[Score] = ()) -> Scoring:
     toneva = settings.forgetting == "toneva"
     with running(config, "score") as step:
         model = config.factory().to(config.device)
+        followed = _distinct(own_scores, modes.own_score_of(settings.mode))
         tracker = DynamicsTracker(
-            config.num_samples,
-            device=config.device,
-            statistics=(*DEFAULT, *_distinct(own_scores, modes.own_score_of(settings.mode))),
+            config.num_samples, device=config.device, statistics=(*DEFAULT, *followed)
         )
         counter = protocol.counter and protocol.counter(config.num_samples, settings.seed)
         if protocol.counter is not None and counter is None:
@@ -96,7 +95,9 @@ def score(config: RunConfig, own_scores: Sequence[Score] = ()) -> Scoring:
             else:
                 observer.observe(model, batches(config.train_set, 1024, config.device))
 
-        with _baseline_mode(config, model), unchanged("mode", settings.mode):
+        with _baseline_mode(config, model), ExitStack() as uses:
+            for one in followed:
+                uses.enter_context(unchanged("statistic", one))
             step.fit(
                 model,
                 config.train_set,
