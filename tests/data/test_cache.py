@@ -240,7 +240,7 @@ def test_tensors_that_change_between_epochs_are_seen(how: str, shape: tuple[int,
 class Labelled(Dataset[Any]):
     """Labels of every kind that somebody may correct."""
 
-    def __init__(self, labels: Any, size: int = 3000) -> None:
+    def __init__(self, labels: Any, size: int = 1500) -> None:
         self.labels, self.size = labels, size
 
     def __len__(self) -> int:
