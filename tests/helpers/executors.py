@@ -179,7 +179,7 @@ class Watching:
         self.most = 0
 
     def submit(self, function: Any, job: Any, stage: Any) -> Any:
-        need = stage.needs
+        need = stage.predecessor
         assert need is None or job.store.load(need.name) is not None, f"{stage.name} came too early"
         assert stage.name not in self.futures, f"{stage.name} came twice"
         future = self.executor.submit(function, job, stage)

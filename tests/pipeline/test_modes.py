@@ -365,9 +365,9 @@ def test_a_grid_whose_scoring_is_no_baseline_has_its_network_for_the_features(
 def test_what_chooses_while_it_trains_waits_for_nothing() -> None:
     settings = drop_hot(data_ratio=0.3).config.settings
     for mode in ("random", BY_CLASS, *SAMPLING_MODES):
-        assert stage_of({"mode": mode}, settings, kind="train").needs is None
+        assert stage_of({"mode": mode}, settings, kind="train").predecessor is None
     for mode in ("high", *FEATURE_MODES, *STRATEGIES):
-        need = stage_of({"mode": mode}, settings, kind="train").needs
+        need = stage_of({"mode": mode}, settings, kind="train").predecessor
         assert need is not None
         assert need == stage_of({}, settings, kind="score")
 
