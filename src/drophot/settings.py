@@ -20,6 +20,7 @@ from typing import Any, Literal, ParamSpec, Protocol, cast, get_args
 from drophot._core import scalars
 from drophot._core.importance import Importance, check_importance
 from drophot._core.json_values import Json
+from drophot._core.operator_rules import rules_by_name
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
 from drophot._core.setting_checks import check_flag, name_or_object, one_of
 
@@ -149,6 +150,8 @@ class Settings:
             :func:`drophot.magnitude_prune` or, with `structured`, for
             :func:`drophot.structured.prune_channels`. The least important are removed. `None` ranks
             by magnitude.
+        rules: With `structured`, functions by operator for operators of your own: see
+            :func:`drophot.structured.prune_channels`. They are kept by the operators' names.
         score_epochs: Epochs of step 1, on the full training set.
         train_epochs: Epochs of step 3, on the coreset.
         finetune_epochs: Epochs of step 5, on the full training set.
@@ -293,6 +296,9 @@ class Settings:
     importance: Importance | None = field(
         default=None, metadata=_declare(check=check_importance, stage="finetune", optional=True)
     )
+    rules: Mapping[Any, Callable[..., None]] | None = field(
+        default=None, metadata=_declare(check=rules_by_name, stage="finetune", optional=True)
+    )
     score_epochs: int = field(
         default=10, metadata=_declare(check=_at_least(1), stage="score", scoring_only=True)
     )
@@ -330,6 +336,11 @@ class Settings:
                 raise ValueError(
                     f"`{name}=True` cannot be combined with `{other}`: {why}. Remove one of them."
                 )
+        if self.rules and not self.structured:
+            raise ValueError(
+                f"`rules` can only be used with `structured=True`, got rules for "
+                f"{', '.join(self.rules)}. Remove them, or set `structured`."
+            )
 
 
 _START = "fine-tuning starts either from the first weights or from new ones"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from helpers.executors import stamps
 from helpers.own_objects import Confident, Margin, Noise
+from helpers.own_operators import linear_relu, network, rule, rule_of_inputs
 from helpers.runs import drop_hot
 from torch import Tensor, nn
 
@@ -130,6 +131,42 @@ def test_random_numbers_of_a_score_change_nothing_in_other_cells(tmp_path: Path)
     both = grid(["high", Scored(Noise())], **settings).run(tmp_path / "both")
     alone = grid(["high"], **settings).run(tmp_path / "alone")
     assert [record for record in both if record.mode in ("high", "baseline")] == alone
+
+
+def test_rules_for_operators_in_a_run_and_a_resumed_grid(tmp_path: Path) -> None:
+    own: dict[str, Any] = {"model": network, "structured": True, "importance": None}
+    settings: dict[str, Any] = own | {"protocol": "paper", "rules": {linear_relu: rule}}
+    alone = run(**settings).replace(mode="high", data_ratio=0.5, prune_ratio=0.5, seed=0)
+    record = alone.run()
+    assert alone.channels.layers == {"0.weight": (16, 8), "1.weight": (8, 4), "2.weight": (3, 3)}
+    first = grid(["high"], **settings).run(tmp_path)
+    assert record in first
+    for path in (tmp_path / "stages").glob("*seed1*"):
+        path.unlink()
+    by_name = settings | {"rules": {"drophot_tests::linear_relu.default": rule}}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        assert grid(["high"], **by_name).run(tmp_path, pool) == first
+    assert "high" in table(first, "text")
+    with pytest.raises(ValueError, match="`store` .*another `rules`.*linear_relu"):
+        grid(["high"], **settings | {"rules": {linear_relu: rule_of_inputs}}).run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rules", "structured", "error", "words"),
+    [
+        ({linear_relu: rule}, False, ValueError, "`rules`.*structured=True.*linear_relu"),
+        ({"no::such": rule}, True, ValueError, "`rules`.*'no::such'"),
+        ({3: rule}, True, TypeError, "`rules`.*key 3"),
+        ({linear_relu: nn.Linear}, True, TypeError, "`rules`.*Linear"),
+        ({linear_relu: len}, True, TypeError, "`rules`.*linear_relu"),
+        ([rule], True, TypeError, "`rules`.*dictionary"),
+    ],
+)
+def test_rules_that_a_run_cannot_use(
+    rules: Any, structured: bool, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        drop_hot(model=network, structured=structured, rules=rules, prune_ratio=0.5)
 
 
 def test_two_scores_of_one_name_are_refused() -> None:

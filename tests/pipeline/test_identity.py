@@ -330,6 +330,21 @@ def test_globals_that_are_used_belong_to_it(kind: str, monkeypatch: pytest.Monke
     assert said(optimizer=quiet) == unused
 
 
+@torch.library.custom_op("drophot_identity::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def test_an_operator_is_its_name_and_its_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    def use(parameters: Any) -> SGD:
+        return SGD(parameters, lr=float(twice(torch.ops.aten.relu(torch.ones(1)))))
+
+    before = drop_hot(fit=partial(fit, make=use)).configuration
+    assert drop_hot(fit=partial(fit, make=use)).configuration == before
+    monkeypatch.setattr(twice, "_init_fn", lambda x: 3 * x)
+    assert drop_hot(fit=partial(fit, make=use)).configuration != before
+
+
 def test_what_a_global_has_besides_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     make = GLOBALS["attribute"][0]
     before = said(optimizer=make)

@@ -137,7 +137,9 @@ def check_model(config: RunConfig) -> None:
             _check_reads_no_gradient(importance, probe)
         if removes_channels:
             ratio = settings.prune_ratio
-            prune_channels(probe, ratio, _sample(config), importance=importance)
+            prune_channels(
+                probe, ratio, _sample(config), importance=importance, rules=settings.rules
+            )
 
 
 def _check_reads_no_gradient(importance: Importance, model: nn.Module) -> None:
@@ -178,7 +180,9 @@ def _pruned(
     settings = config.settings
     ratio, times = settings.prune_ratio, settings.prunings
     if settings.structured:
-        channels = prune_channels(model, ratio, _sample(config), importance=settings.importance)
+        channels = prune_channels(
+            model, ratio, _sample(config), importance=settings.importance, rules=settings.rules
+        )
         # No weight that is left was removed, zeros included.
         left = prunable(model, ())
         masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})

@@ -88,7 +88,8 @@ def prune_channels(
             weight, in the shape of `weight`; these are summed for each channel, and the layers that
             read the channel count too. The default is the square of each weight.
         rules: Functions by operator, for operators of your own: the result of
-            `torch.library.custom_op` or `torch.ops.<namespace>.<name>`. A function
+            `torch.library.custom_op`, `torch.ops.<namespace>.<name>` or `"namespace::name"`. A
+            function
             `rule(call, *args, **kwargs)` takes an `OperatorCall` and the operator's arguments, and
             calls `call.couple` for dimensions that lose the same entries. It replaces a built-in
             rule. See "Prune through your own operators" in the documentation.

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
 from drophot._core.interruptions import must_propagate
+from drophot._core.operator_rules import check_rule, operator_of
 from drophot._core.signatures import signature_error
 from drophot.structured.dependency_graph import Axis, DependencyGraph
 from drophot.structured.observations import UserError
@@ -124,20 +125,12 @@ def with_custom_rules(
     Raises:
         TypeError: If a key of `rules` is not an operator, or a value not a function that takes the
             operator's arguments.
+        ValueError: If a key is a name that no operator has.
     """
     table: dict[object, Rule] = {**builtin}
     for operator, rule in (rules or {}).items():
-        key = getattr(operator, "_opoverload", operator)  # of a `torch.library.custom_op`
-        if not isinstance(key, (OpOverload, OpOverloadPacket)):
-            raise TypeError(
-                f"`rules` must map operators to functions, got the key {operator!r}. Pass the "
-                f"result of `torch.library.custom_op` or `torch.ops.<namespace>.<name>`."
-            )
-        if isinstance(rule, type) or not callable(rule):
-            raise TypeError(
-                f"`rules` must map operators to functions, got {rule!r} for {key}. Pass a function "
-                f"`rule(call, *args, **kwargs)`."
-            )
+        key = operator_of(operator)
+        check_rule(key, rule)
         overloads = [key] if isinstance(key, OpOverload) else _overloads(key)
         errors = [_required_arguments_error(rule, overload) for overload in overloads]
         if errors and all(errors):

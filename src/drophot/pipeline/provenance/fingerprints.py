@@ -28,6 +28,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
+from torch._ops import OpOverload, OpOverloadPacket
 
 from drophot._core.installed_packages import (
     is_installed,
@@ -52,6 +54,8 @@ _NAMED = (torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Si
 _FUNCTIONS = (types.FunctionType, staticmethod, classmethod, property)
 MODULE_ATTRIBUTES = vars(nn.Module()).keys()
 """The attributes of every module: its parts and hooks."""
+# The functions of an operator that was made by `torch.library.custom_op`.
+_CUSTOM_OP = ("init", "setup_context", "backward")
 # The methods of an object that an experiment calls.
 _CALLED = ("__call__", "__getitem__", "__getitems__", "forward", "select")
 
@@ -249,6 +253,12 @@ class _Reader:
         ]
         return {"module": module.__name__, "code": digest_of([self.code(code), self.value(uses)])}
 
+    def operator(self, operator: Any) -> Any:
+        """An operator of torch: its name, and the functions of one that was made by `custom_op`."""
+        parts = (getattr(operator, f"_{one}_fn", None) for one in _CUSTOM_OP)
+        name = getattr(operator, "_qualname", None) or str(operator)
+        return [name, *(self.value(part) for part in parts if part is not None)]
+
     def random(self, generator: Any) -> Any:
         if self.data or _is_global(generator):
             return {"random": qualified_name(type(generator))}
@@ -301,6 +311,7 @@ _READERS: tuple[tuple[Any, Callable[[_Reader, Any], Any]], ...] = (
     (types.ModuleType, _Reader.module),
     (types.CodeType, _Reader.code),
     ((property, staticmethod, classmethod, cached_property), _Reader.wrapped),
+    ((CustomOpDef, OpOverload, OpOverloadPacket), _Reader.operator),
     (logging.Logger, lambda _, __: "a logger"),
     (type(os.environ), lambda _, __: "os.environ"),
     (type(lru_cache(MISSING.__eq__)), _Reader.wrapped),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from drophot._core.json_values import Json
@@ -20,6 +20,8 @@ def described(value: object) -> Json:
     """
     if isinstance(value, bool | int | float | str | None):
         return value
+    if isinstance(value, Mapping):
+        return {str(key): described(one) for key, one in value.items()}
     name = _name(value)
     return name if is_known_by_name(value) else {"name": name, "object": describe(value)[0]}
 
@@ -56,7 +58,10 @@ def unknown_parts(settings: Settings) -> list[str]:
 
 def own_objects(settings: Settings) -> list[object]:
     """The values of the settings that a user defined."""
-    values = [getattr(settings, name) for name in SETTINGS]
+    values: list[object] = []
+    for name in SETTINGS:
+        value = getattr(settings, name)
+        values += value.values() if isinstance(value, Mapping) else [value]
     return [value for value in values if not is_known_by_name(value)]
 
 
