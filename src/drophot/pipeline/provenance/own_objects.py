@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import cast
 
 from drophot._core.json_values import Json
 from drophot._core.setting_checks import is_known_by_name
@@ -21,7 +22,8 @@ def described(value: object) -> Json:
     if isinstance(value, bool | int | float | str | None):
         return value
     if isinstance(value, Mapping):
-        return {str(key): described(one) for key, one in value.items()}
+        named = cast("Mapping[str, object]", value)
+        return {key: described(one) for key, one in named.items()}
     name = _name(value)
     return name if is_known_by_name(value) else {"name": name, "object": describe(value)[0]}
 
