@@ -143,8 +143,16 @@ class _Kept(TorchDispatchMode):
         ]
         if numbers[0] != numbers[1]:
             raise Wrong(f"{name} is called with {numbers[1]} instead of {numbers[0]}")
-        masks = matched(given, small, name)
-        parts = iter([_part(a, m) for a, m in zip(given, masks, strict=True)])
+        masks, by_slice = [list[Tensor]()], None
+        try:
+            masks = matched(given, small, name)
+            found = [_part(a, m) for a, m in zip(given, masks, strict=True)]
+        except (Wrong, NotChecked):  # heads can have lost different ones
+            by_slice = _remaining_by_slice(given[0], small[0]) if len(given) == 1 else None
+            if by_slice is None:
+                raise
+            found = [given[0].gather(*by_slice)]
+        parts = iter(found)
         args, kwargs = tree_map_only(Tensor, lambda _: next(parts), (small_args, small_kwargs))
         left = func(*args, **kwargs)
         one = isinstance(out, Tensor)
@@ -157,6 +165,11 @@ class _Kept(TorchDispatchMode):
                 outs[place] = some
                 continue
             put = torch.zeros_like(whole)
+            if by_slice is not None:
+                if some.shape != by_slice[1].shape:
+                    raise NotChecked("an operator's output has other sizes than its input")
+                outs[place] = put.scatter(*by_slice, some)
+                continue
             keep = _positions(whole.shape, some.shape, masks[0])
             put[torch.meshgrid(*keep, indexing="ij")] = some
             outs[place] = put
@@ -249,6 +262,31 @@ def _part(tensor: Tensor, places: list[Tensor]) -> Tensor:
         if len(index) != tensor.shape[d]:
             tensor = tensor.index_select(d, index)
     return tensor
+
+
+def _remaining_by_slice(dense: Tensor, pruned: Tensor) -> tuple[int, Tensor] | None:
+    """The entries that remain in each slice of a dimension such as that of the heads.
+
+    Returns the dimension that shrank and, in the shape of `pruned`, the entries along it. `None` if
+    there is no dimension whose slices have, in ascending order, the values of `pruned`.
+    """
+    sizes = [d for d in range(dense.dim()) if dense.shape[d] != pruned.shape[d]]
+    if len(sizes) != 1:
+        return None
+    (shrank,) = sizes
+    for h in set(range(dense.dim())) - {shrank}:
+        places = []
+        d = shrank - (h < shrank)
+        shape = [1] * (dense.dim() - 1)
+        shape[d] = pruned.shape[shrank]
+        try:
+            for whole, some in zip(dense.unbind(h), pruned.unbind(h), strict=True):
+                found = _in_order(_rows(whole, d), _rows(some, d), "the operator")
+                places.append(found.view(shape).expand(some.shape))
+        except Wrong:
+            continue
+        return shrank, torch.stack(places, h)
+    return None
 
 
 def _positions(whole: Sequence[int], some: Sequence[int], places: list[Tensor]) -> list[Tensor]:

@@ -74,6 +74,30 @@ def test_the_oracle_sees_values_that_were_changed() -> None:
         oracle.compare(dense, pruned, [x], scale=True)
 
 
+class HeadNorm(nn.Module):
+    """An RMS norm of each of two heads, without a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.a(x).unflatten(-1, (2, -1))
+        return self.out((heads * heads.square().mean(-1, keepdim=True).rsqrt()).flatten(-2))
+
+
+@pytest.mark.parametrize("kept", [[0, 2, 5, 7], [1, 3, 4, 5]])
+def test_the_oracle_follows_heads_that_lost_different_channels(kept: list[int]) -> None:
+    dense = oracle.distinct(HeadNorm().double())
+    pruned, x = deepcopy(dense), torch.randn(4, 7, 5, dtype=torch.float64)
+    cut(pruned, "a", kept, None)
+    cut(pruned, "out", None, kept)
+    assert oracle.compare(dense, pruned, [x], scale=True) < 1e-12
+    pruned.a.bias.data[0] += 1
+    with pytest.raises(oracle.Wrong):
+        oracle.compare(dense, pruned, [x], scale=True)
+
+
 def test_the_oracle_tells_the_scale_of_attention_from_other_faults() -> None:
     class Heads(Block):
         def forward(self, x: Tensor) -> Tensor:
