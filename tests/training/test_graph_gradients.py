@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.graphs import graphs  # noqa: F401 (a fixture)
 from helpers.references import plain_fit
-from helpers.stand_in import Graph
+from helpers.stand_in import Graph, Stream
 from helpers.steps import assert_equal, mlp, samples, train
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -27,19 +27,20 @@ def clip(model: nn.Module) -> None:
 @pytest.mark.parametrize("cleared", [False, True])
 def test_the_gradients_are_those_of_the_last_step(cleared: bool, graphs: list[Graph]) -> None:
     """Seven captured steps and a plain one of 6 samples, whose gradients are other tensors."""
-    results = []
+
+    def loop(way: Any, seen: list[Tensor], model: nn.Module, *rest: Any, **options: Any) -> None:
+        def on_batch(*_: Any) -> None:
+            seen.extend(parameter.grad.clone() for parameter in model.parameters())
+            if cleared:
+                model.zero_grad()
+
+        way(model, *rest, **options | {"on_batch": on_batch})
+
+    data, results = samples(62, 6), []
     for way in (fit, plain_fit):
-
-        def loop(model: nn.Module, *rest: Any, way: Any = way, **options: Any) -> None:
-            def on_batch(*_: Any) -> None:
-                gradients.extend(parameter.grad.clone() for parameter in model.parameters())
-                if cleared:
-                    model.zero_grad()
-
-            way(model, *rest, **options | {"on_batch": on_batch})
-
         gradients: list[Tensor] = []
-        results.append(train(loop, mlp(), samples(62, 6), fused_sgd) + gradients)
+        learned = train(partial(loop, way, gradients), mlp(), data, fused_sgd)
+        results.append(learned + gradients)
     assert [graph.replays for graph in graphs] == [11]
     assert_equal(*results)
 
@@ -101,6 +102,23 @@ def test_a_state_that_takes_the_place_of_a_deleted_one_is_used(graphs: list[Grap
     found = train(partial(loop, fit), mlp(), data, fused_sgd)
     assert [graph.replays for graph in graphs] == [5, 5]
     assert_equal(found, train(partial(loop, plain_fit), mlp(), data, fused_sgd))
+
+
+class Fails(nn.Module):
+    def forward(self, inputs: Tensor) -> Tensor:
+        raise KeyError("in the middle of a step")
+
+
+def test_an_error_in_a_step_leaves_no_work_on_another_stream(
+    graphs: list[Graph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[tuple[Stream, Stream]] = []
+    monkeypatch.setattr(Stream, "wait_stream", lambda *pair: waits.append(pair))
+    model = mlp(Fails())
+    with pytest.raises(KeyError, match="in the middle"):
+        fit(model, samples(8, 6), 1, optimizer=fused_sgd(model.parameters()))
+    there, back = waits
+    assert back == there[::-1]
 
 
 class Scaled(nn.Module):
