@@ -45,7 +45,9 @@ def test_the_gradients_are_those_of_the_last_step(cleared: bool, graphs: list[Gr
     assert_equal(*results)
 
 
-def test_gradients_that_the_optimizer_does_not_clear_start_again_from_none(graphs: list[Graph]) -> None:
+def test_gradients_that_the_optimizer_does_not_clear_start_again_from_none(
+    graphs: list[Graph],
+) -> None:
     """The norm, by which `before_step` clips, includes the gradients of untrained layers."""
 
     def loop(way: Any, model: nn.Module, *rest: Any, **options: Any) -> None:
