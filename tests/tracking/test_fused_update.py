@@ -3,7 +3,10 @@
 import importlib.util
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,11 +156,28 @@ def test_the_kernel_is_never_compiled_inside_a_capture(kind: Any, monkeypatch: A
     monkeypatch.setattr(fused_update, "_is_gpu", lambda tensor: True)
     monkeypatch.setattr(fused_update, "_works", {})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    selected: list[Tensor] = []  # only the device of the logits has a stream that is captured
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        selected.append(tensor)
+        yield
+        selected.pop()
+
+    monkeypatch.setattr("torch.cuda.device_of", device_of)
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: len(selected) == 1)
     with Operations() as operations:
         found = followed(kind(N), batches())
     assert "drophot.present.default" not in operations.seen
     assert_equal(found, plain)
+
+
+@no_gpu
+@pytest.mark.parametrize("version", [None, "6.4"])
+def test_a_gpu_of_rocm_takes_plain_operations(version: str | None, monkeypatch: Any) -> None:
+    monkeypatch.setattr("torch.version.hip", version)
+    device: Any = SimpleNamespace(is_cuda=True)
+    assert fused_update._is_gpu(device) == (version is None)
 
 
 class Subclass(Tensor):

@@ -70,7 +70,7 @@ def present(state: State, layout: Layout, index: Tensor, logits: Tensor, targets
         return True
     kernel = (index.dtype, logits.dtype, targets.dtype, logits.shape[1], logits.device, layout)
     works = _works.get(kernel)
-    if works is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if works is None and _is_captured(logits):
         return False
     if works is None:
         works = _works[kernel] = _try(arguments)
@@ -90,7 +90,15 @@ def _try(arguments: tuple[object, ...]) -> bool:
 
 
 def _is_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
+    # ROCm calls its devices "cuda", too. Its compiler may round in another way.
+    return tensor.is_cuda and torch.version.hip is None
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    if not torch.cuda.is_available():
+        return False
+    with torch.cuda.device_of(tensor):  # each device has a current stream
+        return torch.cuda.is_current_stream_capturing()
 
 
 # An operator, so that `torch.compile` takes the launch as it is, and so that it counts as one.

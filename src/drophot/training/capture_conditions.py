@@ -69,7 +69,9 @@ class Conditions:
         if isinstance(loss, nn.Module) and type(loss).__module__ == "torch.nn.modules.loss":
             named["loss function"], self._loss = loss, None  # holds no more than modules do
         modules = list(named.values())
-        self._parameters = list(dict.fromkeys([*model.parameters(), *_parameters_of(optimizer)]))
+        self._parameters = parameters_of(model, optimizer)
+        trained = set(_trained_by(optimizer))
+        self._only_differentiated = [p for p in self._parameters if p not in trained]
         self._tensors = list(filter(_has_memory, [*self._parameters, *model.buffers()]))
         self._members = [
             members
@@ -89,6 +91,9 @@ class Conditions:
         self._step_hooks = [getattr(optimizer, kind) for kind in _STEP_HOOKS]
         self._step_hooks += _GLOBAL_STEP_HOOKS
         self._kept = [*self._tensors, *modules, *_all(self._module_hooks), *_all(self._step_hooks)]
+        self._kept += [parameter.grad for parameter in self._only_differentiated]
+        self._kept += [setting for group in optimizer.param_groups for setting in group.values()]
+        self._kept += [value for state in optimizer.state.values() for value in state.values()]
         self._owners: dict[int, HookOwner] = {}
         self.hook = self._hook(model, named)
         """A hook that a graph would not call, in words; `None` if there is none."""
@@ -100,6 +105,8 @@ class Conditions:
         found = self.held_by_step()
         found += map(Tensor.data_ptr, self._tensors)
         found += map(_requires_grad, self._parameters)
+        # `optimizer.zero_grad` leaves these gradients, to which a graph adds in place.
+        found += [id(parameter.grad) for parameter in self._only_differentiated]
         for hooks in chain(self._module_hooks, self._step_hooks, self._tensor_hooks()):
             if hooks:
                 found += map(id, hooks.values())
@@ -120,6 +127,7 @@ class Conditions:
             found: list[Any] = [read(attributes) for read, attributes in self._scalars]
         except KeyError:  # an attribute was deleted
             return [object()]
+        found += [len(attributes) for _, attributes in self._scalars]  # one may hide a class's
         for members in self._members:
             found += map(id, members.values())
         return found if self._loss is None else found + values_of(self._loss)
@@ -155,7 +163,12 @@ def _all(hooks: list[dict[int, Any]]) -> list[Callable[..., Any]]:
     return [hook for each in hooks for hook in each.values()]
 
 
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(model: nn.Module, optimizer: Optimizer) -> list[Tensor]:
+    """The parameters of a model, and those that its optimizer has in addition."""
+    return list(dict.fromkeys([*model.parameters(), *_trained_by(optimizer)]))
+
+
+def _trained_by(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -169,10 +182,13 @@ def _has_memory(tensor: Tensor) -> bool:
 
 
 def _value(setting: Any) -> Any:
-    """A setting's number, if it is a tensor on the CPU, which may change in place."""
-    if isinstance(setting, Tensor) and setting.is_cpu:
-        return setting.tolist()
-    return setting
+    """A setting's number, which a tensor on the CPU may change in place.
+
+    A graph reads a tensor on the device from its memory, so another tensor is another setting.
+    """
+    if isinstance(setting, Tensor):
+        return setting.tolist() if setting.is_cpu else id(setting)
+    return tuple(map(_value, setting)) if isinstance(setting, tuple) else setting
 
 
 _requires_grad = attrgetter("requires_grad")

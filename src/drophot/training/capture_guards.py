@@ -3,44 +3,44 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.optim import Optimizer
 
 _EARLIER, _OWN = "drophot: of an earlier forward pass", "drophot: of a step"
 
 
-def mark_earlier_nodes(model: nn.Module) -> None:
+def mark_earlier_nodes(parameters: Iterable[Tensor]) -> None:
     """Mark the autograd nodes of the parameters that are in use by tensors of the user."""
-    for node in _metadata(model):
+    for node in _metadata(parameters):
         if _OWN not in node:
             node[_EARLIER] = True  # is lost at once if nothing refers to the node
 
 
-def mark_own_nodes(model: nn.Module) -> None:
+def mark_own_nodes(parameters: Iterable[Tensor]) -> None:
     """Mark the nodes that a step has created, which a model may keep in use."""
-    for node in _metadata(model):
+    for node in _metadata(parameters):
         if _EARLIER not in node:
             node[_OWN] = True
 
 
-def has_earlier_nodes(model: nn.Module) -> bool:
+def has_earlier_nodes(parameters: Iterable[Tensor]) -> bool:
     """Whether nodes of an earlier forward pass are still in use.
 
     They belong to the stream on which they were created, so that a gradient that is added by one of
     them would leave the stream that is captured.
     """
-    return any(_EARLIER in node for node in _metadata(model))
+    return any(_EARLIER in node for node in _metadata(parameters))
 
 
-def _metadata(model: nn.Module) -> Iterator[dict[str, Any]]:
+def _metadata(parameters: Iterable[Tensor]) -> Iterator[dict[str, Any]]:
     """A dictionary for each parameter, which lives as long as its node."""
-    for parameter in model.parameters():
+    for parameter in parameters:
         if parameter.requires_grad:
             node: Any = get_gradient_edge(parameter).node
             yield node.metadata

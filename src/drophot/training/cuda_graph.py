@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from drophot._core import random_state
 from drophot._core.user_warnings import warn
-from drophot.training.capture_conditions import Conditions
+from drophot.training.capture_conditions import Conditions, parameters_of
 from drophot.training.capture_guards import (
     empty_graph_refused,
     has_earlier_nodes,
@@ -70,7 +70,7 @@ class CapturedStep:
         self._told: set[str] = set()
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: list[Tensor] = []
-        self._grads: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._grads: list[tuple[Tensor, Tensor | None]] = []
 
     def __call__(self, *batch: Tensor) -> Tensor:
         signature = [(tensor.shape, tensor.dtype) for tensor in batch]
@@ -103,16 +103,18 @@ class CapturedStep:
         """An eager step on the stream that a later capture uses."""
         if self._warm_up_steps == 0:
             torch.clear_autocast_cache()  # which keeps nodes of the parameters in use
-            mark_earlier_nodes(self._model)
+            mark_earlier_nodes(self._parameters())
         self._warm_up_steps += 1
         last = self._warm_up_steps == _WARM_UP_STEPS
         before = self._conditions.held_by_step() if last and self._conditions else None
         current = torch.cuda.current_stream(self._device)
         self._side_stream.wait_stream(current)
-        with torch.cuda.stream(self._side_stream), noticed_hooks() as hooked:
-            logits = self._eager(*batch)
-        current.wait_stream(self._side_stream)
-        mark_own_nodes(self._model)
+        try:
+            with torch.cuda.stream(self._side_stream), noticed_hooks() as hooked:
+                logits = self._eager(*batch)
+        finally:  # after an error, too: the weights may still be written to
+            current.wait_stream(self._side_stream)
+        mark_own_nodes(self._parameters())
         if before is not None and self._conditions and before != self._conditions.held_by_step():
             self._give_up("the model or the loss changes an attribute in each call")
         if hooked:
@@ -130,15 +132,17 @@ class CapturedStep:
                 static.copy_(new)
         self._graph.replay()  # type: ignore[union-attr]
         logits = self._logits.clone() if self._keeps_logits else self._logits
-        if not self._update_is_captured:
-            for parameter, grad in self._grads:  # eager steps and hooks may have replaced them
+        # An eager step or a hook may have replaced the gradients. It replaces all of them.
+        if not self._update_is_captured or any(p.grad is not grad for p, grad in self._grads[:1]):
+            for parameter, grad in self._grads:
                 parameter.grad = grad
+        if not self._update_is_captured:
             self._update()
         return logits
 
     def _capture(self, batch: tuple[Tensor, ...]) -> bool:
         """Record a step, which does not run. Nothing has changed if this fails."""
-        if has_earlier_nodes(self._model):
+        if has_earlier_nodes(self._parameters()):
             self._fall_back(
                 "a tensor that was computed by `model` before `fit` is still in use, such as a "
                 "loss. Delete it, or call `detach()` on it"
@@ -168,10 +172,15 @@ class CapturedStep:
         if drawn:
             self._give_up("the model draws from a random generator on the CPU")
             return False
-        mark_own_nodes(self._model)
+        mark_own_nodes(self._parameters())
         self._graph = graph
-        self._grads = [(p, p.grad) for p in self._model.parameters()]
+        # Those with a gradient come first, so that a look at one tells whether they were replaced.
+        grads = [(parameter, parameter.grad) for parameter in self._parameters()]
+        self._grads = sorted(grads, key=lambda pair: pair[1] is None)
         return True
+
+    def _parameters(self) -> list[Tensor]:
+        return parameters_of(self._model, self._optimizer)
 
     def _fall_back(self, why: str) -> None:
         self._possible = False
