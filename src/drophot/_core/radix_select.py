@@ -102,13 +102,13 @@ def _works_on(device: torch.device) -> bool:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return False  # Triton may end the process there, instead of raising an error
     try:
-        if works := _finds_a_threshold(device):
+        if _finds_a_threshold(device):
             return True
-        reason = "it compiles wrong kernels"
+        reason = "its kernels count wrongly"
     except Exception as error:
         reason = f"it has failed: {error}"
     logger.info("selection and pruning use plain operations instead of Triton, as %s", reason)
-    return works
+    return False
 
 
 def _finds_a_threshold(device: torch.device) -> bool:
