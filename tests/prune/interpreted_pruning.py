@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drophot import magnitude_prune
 from drophot._core import order_statistics, radix_select
+from drophot.prune import device_pruning
 
 few = settings(max_examples=10)
 # NumPy, which the interpreter uses, warns of operations that overflow.
@@ -148,6 +149,24 @@ def test_several_chunks(scope: str, levels: int) -> None:
     assert all(torch.equal(mask, expected[0][name]) for name, mask in found[0].items())
 
 
+def test_kernels_that_are_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    radix_select._works_on.cache_clear()
+    monkeypatch.setattr(radix_select, "choose_digit", lambda *_, **__: None)
+    assert not radix_select.has_kernels([torch.zeros(3)])
+    radix_select._works_on.cache_clear()
+    monkeypatch.undo()
+    assert radix_select.has_kernels([torch.zeros(3)])
+
+
+def test_old_gpus_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(radix_select, "_finds_a_threshold", lambda _: True)
+    for capability, expected in [((6, 1), False), ((7, 0), True), ((9, 0), True)]:
+        radix_select._works_on.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert radix_select._works_on(torch.device("cuda", 0)) == expected
+    radix_select._works_on.cache_clear()
+
+
 @pytest.mark.parametrize("scattered", [False, True])
 def test_autograd_sees_the_change(scattered: bool) -> None:
     net = Net().scattered() if scattered else Net()
@@ -155,6 +174,18 @@ def test_autograd_sees_the_change(scattered: bool) -> None:
     magnitude_prune(net, 0.5)
     changed = [p._version > v for p, v in zip(net.parameters(), before, strict=True)]
     assert changed == [p.dim() > 1 and p.numel() > 0 for p in net.parameters()]
+
+
+def test_values_in_another_order_in_memory() -> None:
+    weights = [nn.Parameter(torch.randn(6, 4)) for _ in range(2)]
+    values = [torch.randn(4, 6).t(), torch.randn(6, 4)]
+    expected = [value.flatten() > value.flatten().sort().values[8] for value in values]
+    masks = device_pruning.prune_smallest(
+        weights, [0, 1], [9, 9], earlier=[None, None], values=values
+    ).masks
+    for mask, kept, weight in zip(masks, expected, weights, strict=True):
+        assert torch.equal(mask.flatten(), kept)
+        assert torch.equal(weight.detach() != 0, mask)
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

@@ -75,12 +75,13 @@ def offsets_of(row, position, STRIDED: tl.constexpr):
 def bits_of(address, offsets, valid, FLOAT: tl.constexpr, RAW: tl.constexpr, KEY: tl.constexpr):
     """The bits of floats of one dtype, exactly converted to the dtype `KEY`."""
     bits = tl.load(address.to(tl.pointer_type(RAW)) + offsets, mask=valid, other=0)
+    # Triton 3.2 compares a constexpr with a dtype only if the constexpr is on the left.
     if KEY != FLOAT:
-        if tl.bfloat16 == FLOAT:
+        if FLOAT == tl.bfloat16:  # noqa: SIM300
             values = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
         else:
             values = bits.to(FLOAT, bitcast=True)
-        if tl.float64 == KEY:
+        if KEY == tl.float64:  # noqa: SIM300
             bits = values.to(KEY).to(tl.uint64, bitcast=True)
         else:
             bits = values.to(KEY).to(tl.uint32, bitcast=True)

@@ -26,6 +26,7 @@ logger = logging.getLogger("drophot")
 _BLOCK = 2048  # elements per step of a program
 _LEAST_CHUNK = 1 << 14  # elements per program, at least
 _MOST_CHUNKS = 1 << 14
+_LEAST_CAPABILITY = (7, 0)  # for Triton
 
 
 class DTypes(NamedTuple):
@@ -90,22 +91,33 @@ def has_kernels(tensors: Iterable[Tensor]) -> bool:
     if len(devices) != 1:
         return False
     device = devices.pop()
-    return device.type == ("cpu" if interpreted else "cuda") and _compiles_for(device)
+    return device.type == ("cpu" if interpreted else "cuda") and _works_on(device)
 
 
 @cache
-def _compiles_for(device: torch.device) -> bool:
-    """Whether Triton works here: it needs a C compiler and a GPU that is not too old."""
+def _works_on(device: torch.device) -> bool:
+    """Whether Triton compiles correct kernels here. It needs a C compiler and a recent GPU."""
     if find_spec("triton") is None:
         return False
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        return False  # Triton may end the process there, instead of raising an error
     try:
-        state = torch.tensor([[0, 1, 0, 0]]).to(device)
-        counts = torch.ones(1, 256, dtype=torch.int64, device=device)
-        choose_digit(state, counts, 0, ends_early=False)
+        if _finds_a_threshold(device):
+            return True
+        reason = "its kernels count wrongly"
     except Exception as error:
-        logger.info("selection and pruning use plain operations, as Triton has failed: %s", error)
-        return False
-    return True
+        reason = f"it has failed: {error}"
+    logger.info("selection and pruning use plain operations instead of Triton, as %s", reason)
+    return False
+
+
+def _finds_a_threshold(device: torch.device) -> bool:
+    """Whether the kernels find a known order statistic: the number 5 among 0, 0, 0, 1, 1, 1, ..."""
+    each = 3 * _LEAST_CHUNK // 256 + 1  # so that four programs add their counts
+    values = torch.arange(256, dtype=torch.uint8).repeat_interleave(each).to(device)
+    keys = Keys(kind="INTEGER", width=8, low=torch.zeros((), dtype=torch.int64).to(device))
+    rows = find_thresholds(tensor_table([values], [0]), keys, [5 * each + 2]).tolist()
+    return rows == [[5, 2, each, 0]]
 
 
 def kernels(name: str = "drophot._core.radix_kernels") -> Any:

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from drophot._core.radix_select import has_kernels
+from drophot._core.radix_select import has_kernels, on_device
 from drophot._core.seeded_draw import draw
 from drophot.coreset.greedy import Coreset, greedy, row_blocks, squared_norms
 
@@ -137,7 +137,8 @@ def _choose_by_kernel(
 
     values = values.contiguous()
     _update_all(nearest, values, norms, centers)
-    found, squares = add_centers(values, nearest, int(nearest.argmax()), size - len(centers))
+    with on_device(values):
+        found, squares = add_centers(values, nearest, int(nearest.argmax()), size - len(centers))
     ranking = torch.cat([torch.tensor(chosen, dtype=torch.int64), found.cpu()])
     away = squares.cpu().double().clamp_(min=0).sqrt_()
     return ranking, torch.cat([torch.tensor(gains, dtype=torch.float64), away]), None

@@ -85,7 +85,7 @@ def _add_center(
     block_columns: tl.constexpr,
     num_slots: tl.constexpr,
 ):
-    program = tl.program_id(0)
+    program = tl.program_id(0).to(tl.int64)  # so that the numbers of samples do not overflow
     others = tl.arange(0, num_slots)
     found = tl.load(away + others, mask=others < programs, other=-2)
     distance = tl.max(found, 0)
@@ -99,7 +99,7 @@ def _add_center(
     for piece in range(per_program):
         rows = (program * per_program + piece) * block_rows + tl.arange(0, block_rows)
         inside = rows < total
-        begins = rows.to(tl.int64) * width
+        begins = rows * width
         near = tl.zeros([block_rows], dtype=values.dtype.element_ty)
         for begin in range(0, width, block_columns):
             columns = begin + tl.arange(0, block_columns)
@@ -116,7 +116,7 @@ def _add_center(
         near = tl.where(rows == center, -1, tl.minimum(before, near))
         tl.store(nearest + rows, near, mask=inside)
         largest = tl.max(near, 0)
-        sample = tl.cast(tl.min(tl.where(near == largest, rows, total), 0), tl.int64)
+        sample = tl.min(tl.where(near == largest, rows, total), 0)
         best_sample = tl.where(largest > best, sample, best_sample)
         best = tl.maximum(largest, best)
     tl.store(next_away + program, best)

@@ -150,7 +150,8 @@ class _Targets:
         inner: Sequence[int] = (),
     ) -> TensorTable:
         return radix_select.tensor_table(
-            self._changed if values is None else values,
+            # The strides in the table are those of the weights.
+            self._changed if values is None else [value.contiguous() for value in values],
             groups,
             earlier=earlier,
             weights=self._changed,
