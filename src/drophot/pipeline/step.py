@@ -45,7 +45,7 @@ class Step:
         config = self._config
         fit = config.fit
         if fit_checks.is_library_fit(fit) and "cache" not in bound_keywords(fit):
-            fit = partial(fit, cache=config.cache)
+            fit = partial(fit, **{"cache": config.cache})
         reports = nullcontext(on_batch)
         if on_batch is not None and not fit_checks.is_library_fit(fit):
             reports = fit_checks.counted_reports(on_batch, optimizer, self.name)
