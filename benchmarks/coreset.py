@@ -13,8 +13,11 @@ Parts that measure memory run in a separate process.
 import json
 import resource
 import statistics
+import subprocess
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from multiprocessing import get_context
 from time import perf_counter
@@ -39,21 +42,37 @@ def main() -> None:
     parser.add_argument("--features", type=int, default=512, help="D, for greedy and growth")
     parser.add_argument("--ratio", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--busy", action="store_true", help="another process takes core 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     figures = []
-    for row in WHAT[options.what](options):
-        figures.append(row)
-        print(json.dumps(row), flush=True)
+    with busy_core() if options.busy else nullcontext():
+        for row in WHAT[options.what](options):
+            figures.append(row)
+            print(json.dumps(row), flush=True)
     name = "coreset" if options.what == "select" else f"coreset_{options.what}"
-    name = "_".join([name, *map(str, options.samples or [])])
+    name = "_".join([name, *map(str, options.samples or []), *["busy"] * options.busy])
     save(name, torch.device(options.device), figures)
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep core 1 busy, as the workers of a loader do."""
+    work = "import os; os.sched_setaffinity(0, {1})\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", work])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def scores_of(kind: str, size: int, device: str) -> Tensor:
     scores = torch.randn(size, device=device)
     if kind == "forgetting counts":  # most samples 0, as on MNIST
         scores = scores.mul_(1.5).clamp_(0).round_().to(torch.uint8 if size > 2e8 else torch.int64)
+    elif kind == "rounded scores":  # the same counts in float32
+        scores = scores.mul_(1.5).clamp_(0).round_()
     return scores
 
 
@@ -61,7 +80,7 @@ def selecting(options: Namespace) -> Any:
     torch.manual_seed(0)
     (samples,) = options.samples or [100_000_000]
     size = int(options.ratio * samples)
-    for kind in ("forgetting counts", "distinct scores"):
+    for kind in ("forgetting counts", "rounded scores", "distinct scores"):
         scores = scores_of(kind, samples, options.device)
         times: dict[str, list[float]] = {"select": [], "topk": []}
         for _ in range(options.rounds):
@@ -73,7 +92,9 @@ def selecting(options: Namespace) -> Any:
                     scores.topk(size).indices.cpu()
                 times[name].append(perf_counter() - start)
         row: dict[str, Any] = {"scores": kind, "samples": samples, "ratio": options.ratio}
+        row["threads"] = torch.get_num_threads()
         row |= {name: round(statistics.median(values), 3) for name, values in times.items()}
+        row |= {f"{name}_least": round(min(values), 3) for name, values in times.items()}
         row["select_over_topk"] = round(
             statistics.median(a / b for a, b in zip(times["select"], times["topk"], strict=True)), 3
         )

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from drophot._core import sampled_select
 from drophot._core.order_statistics import count_removed, kth_value, magnitude_threshold, pruner
 
 
@@ -36,9 +37,43 @@ def test_more_than_a_block(dtype: torch.dtype) -> None:
         assert kth_value(values, rank) == ordered[rank]
 
 
+@given(
+    st.integers(0, 2**32),
+    st.integers(1, 1 << 21),
+    st.integers(0, (1 << 20) + 99),
+    st.sampled_from([torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64]),
+)
+@settings(max_examples=15, deadline=None)
+def test_many_values_with_ties(seed: int, distinct: int, rank: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.randint(-distinct, distinct, ((1 << 20) + 100,), generator=generator)
+    values = (whole.abs() // 16).to(dtype) if dtype == torch.uint8 else whole.to(dtype)
+    before = values.clone()
+    assert kth_value(values, rank) == values.sort().values[rank]
+    assert values.equal(before)
+
+
+@given(st.integers(0, 2**32), st.integers(0, (1 << 18) + 99), st.sampled_from([0, 0.1, 1, 6]))
+@settings(max_examples=15, deadline=None)
+def test_a_sample_that_misses_the_rank_says_so(seed: int, rank: int, deviations: float) -> None:
+    values = np.random.default_rng(seed).standard_normal((1 << 18) + 100)
+    found = sampled_select.kth_value(values, rank, num_deviations=deviations)
+    assert (
+        found == np.sort(values)[rank]
+        if deviations == 6
+        else found in (None, np.sort(values)[rank])
+    )
+
+
+def test_a_view_of_many_values_that_is_not_contiguous() -> None:
+    values = torch.randn(2, 1 << 20, generator=torch.Generator().manual_seed(0)).T[:, 1]
+    assert kth_value(values, 77_777) == values.sort().values[77_777]
+
+
 def test_both_zeros_are_one() -> None:
     assert kth_value(torch.tensor([0.0, -0.0, 1.0]), 0) == 0
     assert not np.signbit(kth_value(torch.tensor([-0.0, -0.0]), 1).numpy())
+    assert not np.signbit(kth_value(torch.full((1 << 20,), -0.0), 1).numpy())
 
 
 @given(

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import drop_hot
+from helpers.runs import TRAIN, drop_hot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import TensorDataset
 
 from drophot import fit, training
 
@@ -131,3 +132,26 @@ def test_an_interval_needs_a_scheduler() -> None:
         fit(model, data, 1, optimizer=optimizer, scheduler_interval="step")
     with pytest.raises(ValueError, match=r"`scheduler_interval`.*'step'.*`scheduler`"):
         drop_hot(fit=partial(partial(fit, scheduler_interval="step"), loss=F.cross_entropy))
+
+
+class Counted(TensorDataset):
+    """Counts how often a sample is read."""
+
+    reads = 0
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def test_a_partial_of_fit_gets_the_cache_of_the_run() -> None:
+    def reads(**changes: Any) -> int:
+        data = Counted(*TRAIN.tensors)
+        drop_hot(train_set=data, **changes).run()
+        return data.reads
+
+    smoothed = partial(fit, loss=partial(F.cross_entropy, label_smoothing=0.1))
+    uncached = reads(cache=False)
+    assert reads(cache=False, fit=smoothed) == uncached
+    # The partial's own setting comes first.
+    assert reads(cache=False, fit=partial(smoothed, cache=True)) < uncached

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from drophot._core import radix_select
+from drophot._core import radix_select, sampled_select
 
 # Numbers processed at a time. They fit in the cache of a CPU. Other devices need larger blocks,
 # since each takes several launches, but a bound on the memory as well.
@@ -45,6 +45,10 @@ def kth_value(values: Tensor, rank: int) -> Tensor:
 
     `values` is one-dimensional: floats of 32 bits or more without NaN, or integers.
     """
+    if values.device.type == "cpu" and len(values) >= sampled_select.MIN_LENGTH:
+        found = sampled_select.kth_value(values.detach().resolve_neg().numpy(), rank)
+        if found is not None:
+            return torch.tensor(found.item(), dtype=values.dtype)
     if values.is_floating_point():
         found = _key_at([lambda: map(_ordered, _blocks(values))], values.dtype.itemsize, rank + 1)
         key = torch.tensor(found.key, dtype=_INTEGERS[values.dtype.itemsize])

@@ -14,6 +14,15 @@ def without_partials(function: object) -> object:
     return function
 
 
+def bound_keywords(function: object) -> dict[str, object]:
+    """The keyword arguments that a `functools.partial` sets, those of the outermost first."""
+    bound: dict[str, object] = {}
+    while isinstance(function, partial):
+        bound = function.keywords | bound
+        function = function.func
+    return bound
+
+
 def signature_error(function: Callable[..., object], *args: object, **kwargs: object) -> str:
     """Why a function cannot take these arguments; empty if it can or has no known signature."""
     if not callable(function):

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from drophot._core import order_statistics
 from drophot._core.arrays import IntArray, as_real_tensor
+from drophot._core.block_threads import BLOCK as CPU_BLOCK
+from drophot._core.block_threads import map_blocks
 from drophot._core.exact_arithmetic import exact
 from drophot._core.radix_select import has_kernels
 from drophot._core.ratios import check_keep_ratio, num_kept
@@ -133,15 +135,50 @@ def draw_by_score(
     total, high = len(scores), end == "high"
     threshold = _kth_value(scores, total - size if high else size - 1)
 
+    if scores.device.type == "cpu":
+        beyond, tie_blocks, ties = _compare_on_cpu(scores, threshold, high)
+    else:
+        beyond, tie_blocks, ties = _compare_on_device(scores, threshold, high)
+
+    def at(found: IntArray) -> IntArray:
+        return found if positions is None else positions[found]
+
+    rest = draw(lambda: map(at, tie_blocks()), ties, size - len(beyond), seed, largest=high)
+    return np.concatenate([at(beyond), rest])
+
+
+# The positions beyond a threshold, a function that finds the ties block by block, and their number.
+_Compared = tuple[IntArray, Callable[[], Iterator[IntArray]], int]
+
+
+def _compare_on_cpu(scores: Tensor, threshold: Tensor, high: bool) -> _Compared:
+    values = scores.detach().resolve_neg().numpy()
+    limit = threshold.numpy()
+    beyond = np.greater if high else np.less
+
+    def compare(start: int) -> tuple[IntArray, int]:
+        block = values[start : start + CPU_BLOCK]
+        found = np.flatnonzero(beyond(block, limit)) + start
+        return found, int(np.count_nonzero(block == limit))
+
+    found, ties = zip(*map_blocks(compare, len(values)), strict=True)
+
+    def tie_blocks() -> Iterator[IntArray]:
+        for number in np.flatnonzero(ties).tolist():
+            start = number * CPU_BLOCK
+            yield np.flatnonzero(values[start : start + CPU_BLOCK] == limit) + start
+
+    return np.concatenate(found), tie_blocks, sum(ties)
+
+
+def _compare_on_device(scores: Tensor, threshold: Tensor, high: bool) -> _Compared:
     def where(test: Callable[[Tensor, Tensor], Tensor]) -> Iterator[IntArray]:
-        for start, block in zip(range(0, total, BLOCK), scores.split(BLOCK), strict=True):
-            found = test(block, threshold).nonzero()[:, 0].cpu().numpy() + start
-            yield found if positions is None else positions[found]
+        for start, block in zip(range(0, len(scores), BLOCK), scores.split(BLOCK), strict=True):
+            yield test(block, threshold).nonzero()[:, 0].cpu().numpy() + start
 
     beyond = np.concatenate(list(where(torch.gt if high else torch.lt)))
     ties = sum(int((block == threshold).sum()) for block in scores.split(BLOCK))
-    rest = draw(lambda: where(torch.eq), ties, size - len(beyond), seed, largest=high)
-    return np.concatenate([beyond, rest])
+    return beyond, lambda: where(torch.eq), ties
 
 
 def draw_randomly(total: int, size: int, seed: int, positions: IntArray | None = None) -> IntArray:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core.classifier import first_nonfinite
-from drophot._core.signatures import without_partials
+from drophot._core.signatures import bound_keywords, without_partials
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.training import loop
 from drophot.training.schedulers import check_interval
@@ -27,16 +26,13 @@ _SET_BY_THE_RUN = ("optimizer", "batch_size", "seed", "on_batch", "on_epoch")
 
 def check_bound_arguments(fit: object) -> None:
     """Refuse a partial of `fit` that sets an argument which the run passes itself."""
-    bound: dict[str, object] = {}
-    while isinstance(fit, partial):
-        if wrong := [name for name in _SET_BY_THE_RUN if name in fit.keywords]:
-            raise ValueError(
-                f"`fit` must leave {', '.join(_SET_BY_THE_RUN)} to the run, got a partial that "
-                f"sets {wrong[0]!r}. Remove it there."
-            )
-        bound = fit.keywords | bound
-        fit = fit.func
-    if fit is loop.fit:
+    bound = bound_keywords(fit)
+    if wrong := [name for name in _SET_BY_THE_RUN if name in bound]:
+        raise ValueError(
+            f"`fit` must leave {', '.join(_SET_BY_THE_RUN)} to the run, got a partial that sets "
+            f"{wrong[0]!r}. Remove it there."
+        )
+    if is_library_fit(fit):
         check_interval(bound.get("scheduler"), bound.get("scheduler_interval", "epoch"))
 
 

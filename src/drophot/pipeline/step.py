@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from drophot._core import progress, random_state
+from drophot._core.signatures import bound_keywords
 from drophot.pipeline import fit_checks
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.loader_use import LoaderUse
 from drophot.sampling.loss_sampling import LossSampling
-from drophot.training import loop
 from drophot.training.loaders import BatchLoader
 
 StepName = Literal["score", "select", "train", "prune", "finetune"]
@@ -44,8 +44,8 @@ class Step:
         """Train by the run's loop, and check that it does what a run needs."""
         config = self._config
         fit = config.fit
-        if fit is loop.fit:
-            fit = partial(loop.fit, cache=config.cache)
+        if fit_checks.is_library_fit(fit) and "cache" not in bound_keywords(fit):
+            fit = partial(fit, **{"cache": config.cache})
         reports = nullcontext(on_batch)
         if on_batch is not None and not fit_checks.is_library_fit(fit):
             reports = fit_checks.counted_reports(on_batch, optimizer, self.name)
