@@ -54,14 +54,15 @@ def run(
 @contextmanager
 def _decomposed_rnn() -> Iterator[None]:
     """Disable libraries that run a recurrent layer as one operator."""
-    before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    torch._C._set_cudnn_enabled(False)
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]
+    for library in libraries:
+        library.enabled = False
     try:
         yield
     finally:
-        torch._C._set_mkldnn_enabled(before[0])
-        torch._C._set_cudnn_enabled(before[1])
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled
 
 
 def tensors_in(value: Any) -> list[Tensor]:
