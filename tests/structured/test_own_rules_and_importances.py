@@ -258,15 +258,16 @@ def test_a_rule_that_cannot_be_is_an_error_and_nothing_is_changed(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("rules", "message"),
+    ("rules", "error", "message"),
     [
-        ({"ranked": channels_alike}, "`rules`.*'ranked'"),
-        ({ranked: 3}, r"`rules`.*3.*ranked"),
-        ({ranked: nn.Linear}, "`rules`.*Linear.*ranked"),
+        ({"ranked": channels_alike}, ValueError, "`rules`.*'ranked'"),
+        ({7: channels_alike}, TypeError, "`rules`.*7"),
+        ({ranked: 3}, TypeError, r"`rules`.*3.*ranked"),
+        ({ranked: nn.Linear}, TypeError, "`rules`.*Linear.*ranked"),
     ],
 )
-def test_rules_map_operators_to_functions(rules: Any, message: str) -> None:
-    with pytest.raises(TypeError, match=message):
+def test_rules_map_operators_to_functions(rules: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         prune_channels(between(lambda x: ranked(x)).double(), 0.5, normal(5, 6), rules=rules)
 
 
