@@ -112,4 +112,4 @@ def test_the_values_of_a_varying_setting_have_different_parts_of_a_file_s_name()
 
 def test_an_optional_setting_is_filled_in() -> None:
     assert with_defaults({"seed": 1}) == {"importance": None, "rules": None, "seed": 1}
-    assert with_defaults({"importance": "x"}) == {"importance": "x"}
+    assert with_defaults({"importance": "x"}) == {"importance": "x", "rules": None}

@@ -221,12 +221,11 @@ def test_processes_that_take_turns_on_a_gpu_are_warned_about(
 def test_a_plan_says_how_gpus_are_shared(
     workers: int, sharing: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    grid = tiniest()
+    assert grid.plan().gpu_sharing is None
     gpus(monkeypatch, 2)
-    plan = tiniest().plan()
-    assert plan.gpu_sharing is None
     monkeypatch.setattr("drophot._core.memory.available", lambda _: float("inf"))
     with GpuPool(workers_per_gpu=workers) as pool:
-        grid = tiniest()
         monkeypatch.setattr("drophot.grid.grid.estimate", lambda *_: COST)
         grid._config = replace(grid._config, device=torch.device("cuda"))
         found = grid.plan(executor=pool)

@@ -208,7 +208,7 @@ def test_a_comparison_does_not_choose_among_objects_of_one_name(
 ) -> None:
     pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     other = grid(["random", Confident(offset=1)]).run(tmp_path)
-    with pytest.raises(ValueError, match="`against` .*'confident'.* 2 "):
+    with pytest.raises(ValueError, match="`records` .*two of the `mode` 'confident'"):
         compare([*found, *other], against="confident")
     rows = [row for row in compare([*found, *other], against="random") if row.mode == "confident"]
     assert len(rows) == 2

@@ -44,11 +44,10 @@ class GpuPool(ProcessPoolExecutor):
         RuntimeError: If there is no GPU, or `workers_per_gpu` is above 1 and MPS cannot be started.
 
     Example:
-        Runs on a machine with a GPU::
-
-            if __name__ == "__main__":
-                with GpuPool(workers_per_gpu=8) as pool:
-                    records = grid.run("store", pool)
+        >>> import torch
+        >>> if torch.cuda.is_available():
+        ...     with GpuPool(workers_per_gpu=2) as pool:  # or grid.run("store", pool)
+        ...         assert pool.submit(torch.cuda.device_count).result() == 1
     """
 
     def __init__(
