@@ -211,6 +211,8 @@ def test_processes_that_take_turns_on_a_gpu_are_warned_about(
     run(three)  # without a warning
     mps.stop(tmp_path)
     run(spawned(1))
+    gpus(monkeypatch, 2)
+    run(three)  # which may be spread over the GPUs
 
 
 @pytest.mark.usefixtures("control")

@@ -77,13 +77,17 @@ def test_the_oracle_sees_values_that_were_changed() -> None:
 class HeadNorm(nn.Module):
     """An RMS norm of each of two heads, without a weight."""
 
+    scale = 1.0
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         heads = self.a(x).unflatten(-1, (2, -1))
-        return self.out((heads * heads.square().mean(-1, keepdim=True).rsqrt()).flatten(-2))
+        return self.out(
+            (heads * heads.square().mean(-1, keepdim=True).rsqrt() * self.scale).flatten(-2)
+        )
 
 
 @pytest.mark.parametrize("kept", [[0, 2, 5, 7], [1, 3, 4, 5]])
@@ -93,9 +97,8 @@ def test_the_oracle_follows_heads_that_lost_different_channels(kept: list[int]) 
     cut(pruned, "a", kept, None)
     cut(pruned, "out", None, kept)
     assert oracle.compare(dense, pruned, [x], scale=True) < 1e-12
-    pruned.a.bias.data[0] += 1
-    with pytest.raises(oracle.Wrong):
-        oracle.compare(dense, pruned, [x], scale=True)
+    pruned.scale = 0.5
+    assert oracle.compare(dense, pruned, [x], scale=True) > 1e-4
 
 
 def test_the_oracle_tells_the_scale_of_attention_from_other_faults() -> None:

@@ -80,15 +80,10 @@ def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads:
             f"`executor` must not fork if stages use several threads, got fork and "
             f"threads={threads}. Pass ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
         )
-    if method == "fork" and on_gpu:
+    if method == "fork" and (on_gpu or torch.cuda.is_initialized()):
         raise ValueError(
-            "`executor` must not fork for a grid on CUDA, which does not work after a fork. Pass "
+            "`executor` must not fork if CUDA is used, which does not work after a fork. Pass "
             "drophot.grid.GpuPool(), or ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
-        )
-    if method == "fork" and torch.cuda.is_initialized():
-        raise ValueError(
-            "`executor` must not fork once CUDA is in use, which does not work after a fork. Pass "
-            "ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
         )
     _check_sendable(executor, _parts(config, modes), method, threads)
     if gpu_sharing(executor, config.device) == "turns":
@@ -112,7 +107,8 @@ def gpu_sharing(executor: Executor | None, device: torch.device) -> GpuSharing |
         return "one each"
     if isinstance(executor, GpuPool) or mps.is_running():
         return "mps"
-    return "turns"
+    # With several GPUs, an initializer of the pool may have spread its workers.
+    return "turns" if torch.cuda.device_count() <= 1 else None
 
 
 def num_gpus(executor: Executor) -> int:
