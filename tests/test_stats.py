@@ -1,18 +1,20 @@
 """Statistics, against SciPy's own tests and the definitions."""
 
 import math
+import statistics
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers.record import one
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from drophot import Record, Scored
 from drophot.records import fingerprint
-from drophot.stats import Comparison, compare, estimate, holm, paired, seeds_needed
+from drophot.stats import Comparison, compare, estimate, holm, paired, seeds_needed, stability
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="`scipy` is not installed")
 
@@ -547,3 +549,73 @@ def test_without_scipy_the_error_has_the_line_for_pip(monkeypatch: pytest.Monkey
     monkeypatch.setitem(__import__("sys").modules, "scipy", None)
     with pytest.raises(ImportError, match=r'pip install "drophot\[stats\]"'):
         paired([0.1, 0.2], [0.2, 0.4])
+
+
+# --- stability ------------------------------------------------------------------------------------
+
+
+def kuncheva(coresets: list[list[int]], total: int) -> float:
+    """The mean over pairs of Kuncheva's index (2007), which coresets of one size must have."""
+    size = len(coresets[0])
+    chance = size**2 / total
+    pairs = [
+        (len(set(a) & set(b)) - chance) / (size - chance)
+        for number, a in enumerate(coresets)
+        for b in coresets[number + 1 :]
+    ]
+    return statistics.fmean(pairs)
+
+
+@given(st.integers(2, 12), st.integers(2, 5), st.data())
+def test_stability_of_equal_sizes_is_the_mean_over_pairs(
+    total: int, number: int, data: st.DataObject
+) -> None:
+    size = data.draw(st.integers(1, total - 1))
+    one = st.permutations(range(total)).map(lambda order: order[:size])
+    coresets = data.draw(st.lists(one, min_size=number, max_size=number))
+    found = stability(coresets, total)
+    assert found.n == number
+    assert found.index == pytest.approx(kuncheva(coresets, total), abs=1e-12)
+    assert found.interval[0] <= found.index <= found.interval[1]
+    again = stability([torch.tensor(coreset) for coreset in reversed(coresets)], total)
+    assert again.index == pytest.approx(found.index)
+    assert again.interval == pytest.approx(found.interval)
+
+
+def test_equal_coresets_are_stable_and_random_ones_are_not() -> None:
+    same = stability([[0, 3, 4]] * 4, 20)
+    assert (same.index, *same.interval) == pytest.approx((1, 1, 1))
+    chance = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        draws = [chance.permutation(200)[:40] for _ in range(10)]
+        found = stability(draws, 200)
+        assert abs(found.index) < 0.1
+        covered += found.interval[0] <= 0 <= found.interval[1]
+    assert covered >= 180, "of about 190"
+
+
+def test_coresets_of_different_sizes_may_be_compared() -> None:
+    """By the definition, sample by sample: the variance over that of random selections."""
+    coresets, total = [[0, 1], [0, 1, 2], [1, 2, 3, 4]], 6
+    chosen = np.array([[sample in coreset for sample in range(total)] for coreset in coresets])
+    share = chosen.mean()
+    wanted = 1 - chosen.var(axis=0, ddof=1).mean() / (share * (1 - share))
+    assert stability(coresets, total).index == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("coresets", "words"),
+    [
+        ([[0, 1]], "`coresets`.*at least two.*1"),
+        ([[0, 1], [0, 6]], "`coresets`.*6"),
+        ([[0, 1], [1, 1]], "`coresets`.*1 repeated"),
+        ([range(5), range(5)], "`coresets`.*5 of 5"),
+        ([[], []], "`coresets`.*0 of 5"),
+    ],
+)
+def test_coresets_that_cannot_be_compared_are_refused(coresets: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        stability(coresets, 5)
+    with pytest.raises(TypeError, match="`coresets`.*float"):
+        stability([[0.5], [0]], 5)
