@@ -1,11 +1,11 @@
-"""Generate the tables of docs/results.md from the records in benchmarks/results.
+"""Generate the tables of docs/results.md and docs/result_tables.md from the records.
 
     python benchmarks/paper.py            prints the tables
-    python benchmarks/paper.py --write    writes them to docs/results.md, between their markers, and
-                                          draws docs/_static/little_data.svg
+    python benchmarks/paper.py --write    writes them to the pages, between their markers, and draws
+                                          the figures of docs/results.md
 
-The records come from examples/paper_grid.py and benchmarks/selection.py; docs/results.md has the
-commands.
+The records are in benchmarks/results. They come from examples/paper_grid.py,
+benchmarks/selection.py and benchmarks/table1.py; docs/results.md has the commands.
 """
 
 import json
@@ -15,12 +15,15 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import faults
+from faults import Differences, Faults, signed
+
 from drophot import Record, records, report, stats
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results.md"
-FIGURE = ROOT / "docs" / "_static" / "little_data.svg"
+PAGES = [ROOT / "docs" / name for name in ("results.md", "result_tables.md")]
+FIGURES = ROOT / "docs" / "_static"
 
 MODES = ("baseline", "low", "high", "random")
 
@@ -50,12 +53,14 @@ PUBLISHED = {
 
 def main() -> None:
     parser = ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--write", action="store_true", help="write the tables to docs/results.md")
+    parser.add_argument("--write", action="store_true", help="write the tables to the pages")
     options = parser.parse_args()
     found = tables()
     if options.write:
-        PAGE.write_text(filled(PAGE.read_text(), found))
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), found))
         draw()
+        draw_resnets()
     else:
         for name, table in found.items():
             print(f"{name}\n\n{table}\n")
@@ -69,7 +74,12 @@ def tables() -> dict[str, str]:
     wide = [r for r in fcnet if uncontrolled(r)]
     once = [r for r in wide if r.prune_ratio == 0]  # one training serves every prune ratio
     controls = [r for r in fcnet if r.prune_ratio == 0.8 and r.keep_ratio in (0.1, 1)]
+    resnets = Differences(records.read(RESULTS / "table1_resnet18_cifar10.jsonl"))
     return {
+        "summary": summary({"FCNet": wide, "LeNet": lenet}),
+        "side_by_side": faults.side_by_side(),
+        "combinations": faults.combinations(resnets),
+        "effects": faults.effects(resnets),
         "trained": report.differences(once, measure="trained_accuracy"),
         "pruned": report.differences(wide, measure="pruned_accuracy"),
         "finetuned": report.differences(wide, measure="finetuned_accuracy"),
@@ -105,6 +115,58 @@ def tables() -> dict[str, str]:
         "latency": latency(),
         "recalibrated": recalibrated(),
     }
+
+
+def summary(grids: dict[str, list[Record]]) -> str:
+    """Coreset minus baseline, averaged over the data ratios of a grid and paired by seed."""
+    lines = [
+        "| network | accuracy | n | baseline, % | low − base | high − base | random − base |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for network, runs in grids.items():
+        for step, measure, prune_ratios in STEPS:
+            cells = [r for r in runs if r.prune_ratio in prune_ratios]
+            seeds = sorted({r.seed for r in cells})
+            means = {
+                mode: [
+                    100 * mean(getattr(r, measure) for r in cells if (r.mode, r.seed) == (mode, s))
+                    for s in seeds
+                ]
+                for mode in MODES
+            }
+            base = means["baseline"]
+            gains = [
+                faults.interval([a - b for a, b in zip(means[mode], base, strict=True)])
+                for mode in MODES[1:]
+            ]
+            lines.append(
+                f"| {network} | {step} | {len(seeds)} | {mean(base):.2f} | {' | '.join(gains)} |"
+            )
+    return "\n".join(lines)
+
+
+def draw_resnets() -> None:
+    """Draw docs/_static/answer.svg and docs/_static/table1_curves.svg."""
+    from fault_figures import draw_answer, draw_curves, faults_row, published_row, text_row
+
+    hundred = records.read(RESULTS / "grid_resnet18_tiny100.jsonl")
+    found = Differences(records.read(RESULTS / "table1_resnet18_cifar10.jsonl"))
+    grids = {name: [r for r in read(name) if uncontrolled(r)] for name in ("fcnet", "lenet")}
+    draw_answer(
+        FIGURES / "answer.svg",
+        [
+            published_row(),
+            text_row("the text: ResNet-18, 100 classes", hundred, 0.3, 0.8),
+            text_row("the text: FCNet, MNIST", grids["fcnet"], 0.3, 0.8),
+            text_row("the text: LeNet, MNIST", grids["lenet"], 0.3, 0.8),
+            faults_row("the text: ResNet-18, 800 images", found, Faults(False, False, False)),
+            faults_row("scores are noise", found, Faults(True, False, False)),
+            faults_row("masks are dropped", found, Faults(False, True, False)),
+            faults_row("baseline in evaluation mode", found, Faults(False, False, True)),
+            faults_row("all three faults", found, Faults(True, True, True)),
+        ],
+    )
+    draw_curves(FIGURES / "table1_curves.svg", hundred, found)
 
 
 def selected() -> dict[str, str]:
@@ -167,8 +229,7 @@ def draw() -> None:
     }
     legend = {"loc": "outside right upper", "frameon": False, "fontsize": 9}
     figure.legend(handles.values(), handles.keys(), **legend)
-    FIGURE.parent.mkdir(exist_ok=True)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    figure.savefig(FIGURES / "little_data.svg", metadata={"Date": None})
 
 
 # Okabe and Ito's colors, with markers and line styles that also work without color.
@@ -440,23 +501,20 @@ def read(name: str) -> list[Record]:
     return sorted(found, key=lambda r: (modes.index(r.mode), r.keep_ratio, r.prune_ratio, r.seed))
 
 
-def signed(value: float) -> str:
-    return f"{value:+z.2f}".replace("-", "−")
-
-
 def chance(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def filled(text: str, found: dict[str, str]) -> str:
-    """The page with each table between its markers."""
-    for name, table in found.items():
+    """A page with each of its tables between its markers."""
+    names = re.findall(r"<!-- (\w+) -->", text)
+    for name in names:
+        if name == "end":
+            continue
+        if name not in found:
+            raise ValueError(f"The marker <!-- {name} --> has no table.")
         marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        if not re.search(marks, text, re.S):
-            raise ValueError(
-                f"docs/results.md must have the marker <!-- {name} -->, but it is missing."
-            )
-        text = re.sub(marks, lambda m, t=table: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S)
+        text = re.sub(marks, lambda m, t=found[name]: f"{m[1]}\n{t}\n\n{m[2]}", text, flags=re.S)
     return text
 
 

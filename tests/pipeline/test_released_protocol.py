@@ -1,5 +1,6 @@
 """The released protocol: noise for scores, ties by index, no mask."""
 
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,8 +12,10 @@ from helpers.runs import drop_hot, points
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from drophot import ForgettingTracker, Masks, coreset, evaluate, fit, magnitude_prune
+from drophot.models import fcnet, lenet
 from drophot.pipeline.released_protocol import PositionCounts, select
 
 
@@ -115,6 +118,9 @@ def test_the_papers_ties_do_not() -> None:
     assert coreset.select(scores, 0.1, "high").tolist() != list(range(100))
 
 
+small_fcnet = partial(fcnet, hidden=8)
+
+
 # --- the run --------------------------------------------------------------------------------------
 
 
@@ -208,6 +214,31 @@ def test_equal_scores_keep_the_order_of_the_data() -> None:
         released.scores = paper.scores = torch.zeros(120)
         assert released.select().tolist() == first
         assert paper.select().tolist() not in (first, last)
+
+
+@pytest.mark.parametrize("network", [small_fcnet, lenet])
+def test_a_baseline_without_batchnorm_does_not_change_by_a_bit(network: Any) -> None:
+    """The paper's networks for MNIST are the same in evaluation mode."""
+    chance = torch.Generator().manual_seed(0)
+    data = TensorDataset(
+        torch.randn(12, 1, 28, 28, generator=chance),
+        torch.randint(0, 10, (12,), generator=chance),
+    )
+    states = []
+    for protocol in ("paper", "released-baseline"):
+        run = drop_hot(
+            model=network,
+            train_set=data,
+            test_set=data,
+            protocol=protocol,
+            data_ratio=1.0,
+            score_epochs=2,
+            train_epochs=2,
+        )
+        record = run.run()
+        assert (record.mode, record.protocol) == ("baseline", protocol)
+        states.append(run.model.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_the_controls_go_with_it() -> None:
