@@ -3,10 +3,12 @@
 import ast
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ def added():
     return sorted(after - before - set(sys.stdlib_module_names) - {"drophot"})
 found = {"added": added()}
 found |= {kind.__name__: [n for n in kind(drophot) if n[0] != "_"] for kind in (vars, dir)}
+drophot.report
+found["of the report"] = sorted({"matplotlib", "scipy"} & set(sys.modules))
 def there(path):
     try:
         return callable(eval(path))
@@ -74,6 +78,10 @@ def test_importing_drophot_costs_torch_numpy_and_typing_extensions_only(
 ) -> None:
     assert fresh["added"] == []
     assert fresh["one more"], "which would be seen"
+
+
+def test_importing_the_report_imports_neither_matplotlib_nor_scipy(fresh: dict[str, Any]) -> None:
+    assert fresh["of the report"] == []
 
 
 def imported(path: Path) -> set[str]:
@@ -209,6 +217,9 @@ def test_the_python_blocks_of_a_page_run(
         if re.search(words, "".join(found)):
             pytest.importorskip(package, reason=f"`{package}` is not installed")
     monkeypatch.chdir(tmp_path)
+    if "forkserver" in get_all_start_methods():  # sooner there than a process that is spawned
+        quick = get_context("forkserver")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: quick)
     names: dict[str, object] = {"__name__": page}
     torch.manual_seed(1)  # their data is random, and a coreset of it may lack a class
     for block in found:

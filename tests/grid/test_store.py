@@ -21,7 +21,7 @@ import torch
 from helpers import processes
 from helpers.executors import stamps
 from helpers.runs import drop_hot
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import Dataset
@@ -328,6 +328,7 @@ def test_what_is_damaged_is_computed_again(
 
 
 @given(st.binary(max_size=200), st.data())
+@settings(max_examples=100)
 def test_no_damage_passes(content: bytes, data: st.DataObject) -> None:
     import tempfile
 
