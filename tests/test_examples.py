@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 from helpers.processes import run_script, run_script_on_ranks
 
+pytestmark = pytest.mark.slow
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 

@@ -13,6 +13,8 @@ from conftest import ROOT
 
 from drophot.records import fingerprint
 
+pytestmark = pytest.mark.slow
+
 # The whole change, in two files: what is added before which line.
 CHANGE = {
     "settings.py": {

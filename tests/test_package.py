@@ -204,6 +204,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}" for page in PAGES)])
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # advice on small data
 @pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.")  # its use of torch

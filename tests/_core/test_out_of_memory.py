@@ -19,6 +19,8 @@ from drophot import DropHot, Grid, Record, fit
 from drophot._core import memory
 from drophot.models import fcnet
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Hungry:

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from helpers.executors import (
     CELLS,
     RATIOS,
     STAGES,
+    START_METHOD,
     Backwards,
     Noting,
     Plain,
@@ -40,6 +42,7 @@ from drophot._core import random_state
 from drophot.grid.executors import starts_all_at_once
 from drophot.models import fcnet
 
+pytestmark = pytest.mark.slow
 # Workers import this module by its name: no conftest here, and what they need stands at the top.
 PAGE = Path(__file__).parents[2] / "docs" / "executors.md"
 
@@ -134,9 +137,12 @@ class Grids:
     def __init__(self, *grids: Grid) -> None:
         self.grids = grids
         self.workers = 0
+        self.begun: Path | None = None  # a store from which the first of them resumes
 
     def run(self, store: str, executor: Any) -> list[list[Record]]:
         self.workers = self.grids[-1].plan(executor=executor).workers
+        if self.begun is not None:
+            shutil.copytree(self.begun, f"{store}-0")
         return [grid.run(f"{store}-{n}", executor) for n, grid in enumerate(self.grids)]
 
 
@@ -172,17 +178,24 @@ def test_loky(reference: list[Record]) -> None:
 @pytest.mark.usefixtures("here")
 def test_dask(reference: list[Record]) -> None:
     pytest.importorskip("dask.distributed")
+    import dask.config
+
     grids = Grids(controlled(), with_a_lambda())
-    assert run_the_page("dask", grids) == [reference, with_a_lambda().run("here")]
+    with dask.config.set({"distributed.worker.multiprocessing-method": START_METHOD}):
+        assert run_the_page("dask", grids) == [reference, with_a_lambda().run("here")]
     assert grids.workers == 2
 
 
 @pytest.mark.usefixtures("here")
 def test_submitit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each stage starts two Pythons, so there are few of them."""
+    """Each stage starts two Pythons, so there are two of them, of which one needs the other."""
     submitit = pytest.importorskip("submitit")
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", lambda: -1)  # no jobs of ours there
-    assert run_the_page("submitit", Grids(with_a_lambda())) == [with_a_lambda().run("here")]
+    grids, expected = Grids(with_a_lambda()), with_a_lambda().run("here")
+    grids.begun = Path("here")
+    left = [path.unlink() for path in Path("here", "stages").glob("*-random-*")]
+    assert len(left) == 2
+    assert run_the_page("submitit", grids) == [expected]
 
 
 @pytest.mark.usefixtures("here")

@@ -28,6 +28,8 @@ from torch import nn
 
 from drophot import Record, fit, records
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:

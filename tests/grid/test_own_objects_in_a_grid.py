@@ -16,7 +16,10 @@ from drophot.pipeline import RunProtocol
 from drophot.report import differences, html, table
 from drophot.stats import compare
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*leave no sample of classes"),
+]
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ from drophot.grid import store as grid_store
 from drophot.grid.store import Store, open_store, write_file
 from drophot.pipeline.provenance import digests
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*leave no sample of classes"),
+]
 
 STAGES = 1 + 4 + 10
 

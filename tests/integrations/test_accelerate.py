@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from drophot import DynamicsTracker, IndexedDataset
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = pytest.mark.slow
 SIZE, EPOCHS = 30, 3
 
 
