@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def torchrun(processes: int, script: str | Path, *arguments: str, folder: Path) 
 
 # No time limits, since machines differ; the same examples each time where nobody can look.
 if hypothesis is not None:
-    hypothesis.settings.register_profile("drophot", deadline=None, derandomize="CI" in os.environ)
+    common: dict[str, Any] = {"deadline": None, "derandomize": "CI" in os.environ}
+    hypothesis.settings.register_profile("drophot", max_examples=50, **common)
+    hypothesis.settings.register_profile("thorough", max_examples=200, **common)  # .ci/versions
     hypothesis.settings.load_profile("drophot")
 
 

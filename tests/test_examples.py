@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, torchrun
-from helpers.processes import run_script
+from conftest import ROOT
+from helpers.processes import run_script, run_script_on_ranks
 
+pytestmark = pytest.mark.slow
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 
 
@@ -105,7 +106,8 @@ def test_your_own_loop(tmp_path: Path) -> None:
 def test_ddp_in_two_processes_and_in_one(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     script = ROOT / "examples" / "ddp.py"
-    two = torchrun(2, script, "--epochs", "3", folder=tmp_path)
+    filters = ["error::UserWarning"]
+    two = run_script_on_ranks(2, script, "--epochs", "3", folder=tmp_path, filters=filters)
     one = run("ddp.py", "--epochs", "3", folder=tmp_path)
     assert two.startswith("2 processes, 3 epochs of 1,797 samples: 5,394 presentations")
     assert one.startswith("1 processes, 3 epochs of 1,797 samples: 5,391 presentations")

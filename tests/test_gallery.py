@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 from helpers.processes import run_script
 
+pytestmark = pytest.mark.slow
 GALLERY = sorted((ROOT / "docs" / "gallery").glob("*.py"))
 
 

@@ -1,11 +1,16 @@
 """The package: what an import costs, which way imports point, and what the README promises."""
 
 import ast
+import importlib
+import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,33 +32,56 @@ ROWS = [
 ]
 ALIASES = {"forgetting"}  # another name for a package; nothing inside imports it
 
-COST = """
-import sys
+FRESH = """
+import json, sys
 import torch, numpy, typing_extensions
 before = {name.partition(".")[0] for name in sys.modules}
 import drophot
 def added():
     after = {name.partition(".")[0] for name in sys.modules}
     return sorted(after - before - set(sys.stdlib_module_names) - {"drophot"})
-print(added())
+found = {"added": added()}
+found |= {kind.__name__: [n for n in kind(drophot) if n[0] != "_"] for kind in (vars, dir)}
+drophot.report
+found["of the report"] = sorted({"matplotlib", "scipy"} & set(sys.modules))
+def there(path):
+    try:
+        return callable(eval(path))
+    except (AttributeError, ImportError):
+        return False
+found["promised"] = [path for path in sys.argv[1:] if not there(path)]
+drophot.integrations
+import logging
+logging.getLogger("drophot").warning("as if")
 import hypothesis
-print("hypothesis" in added())
+found["one more"] = "hypothesis" in added()
+print(json.dumps(found))
 """
 
 
-def python(code: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, Any]:
+    """What a new process finds that has imported drophot and nothing else of ours."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", FRESH, *sorted(PROMISED)],
         capture_output=True,
         text=True,
-        check=True,
-        env=environment,
-    ).stdout.strip()
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout) | {"errors": done.stderr}
 
 
-def test_importing_drophot_costs_torch_numpy_and_typing_extensions_only() -> None:
-    assert python(COST).splitlines() == ["[]", "True"], "nothing, and one more would be seen"
+def test_importing_drophot_costs_torch_numpy_and_typing_extensions_only(
+    fresh: dict[str, Any],
+) -> None:
+    assert fresh["added"] == []
+    assert fresh["one more"], "which would be seen"
+
+
+def test_importing_the_report_imports_neither_matplotlib_nor_scipy(fresh: dict[str, Any]) -> None:
+    assert fresh["of the report"] == []
 
 
 def imported(path: Path) -> set[str]:
@@ -92,13 +120,16 @@ def test_packages_import_only_from_the_rows_above() -> None:
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])
-def test_an_extra_that_is_not_installed_is_an_error_with_the_line_for_pip(name: str) -> None:
-    found = python(
-        f"import sys; sys.modules[{name!r}] = None\n"
-        f"try:\n    import drophot.integrations.{name}\n"
-        f"except ImportError as error:\n    print(error)"
-    )
-    assert f'pip install "drophot[{name}]"' in found
+def test_an_extra_that_is_not_installed_is_an_error_with_the_line_for_pip(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"drophot.integrations.{name}"
+    for loaded in [other for other in sys.modules if other.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ImportError, match=re.escape(f'pip install "drophot[{name}]"')):
+        importlib.import_module(module)
 
 
 def test_the_test_of_the_imports_can_fail() -> None:
@@ -124,20 +155,16 @@ PROMISED = {
 }
 
 
-def test_promised_paths_are_there_after_a_plain_import() -> None:
+def test_promised_paths_are_there_after_a_plain_import(fresh: dict[str, Any]) -> None:
     pytest.importorskip("torchvision", reason="the extra `vision` is not installed")
-    lines = "\n".join(f"assert callable({path}), {path!r}" for path in sorted(PROMISED))
-    assert python(f"import drophot\n{lines}\ndrophot.integrations") == ""
+    assert fresh["promised"] == []
 
 
-def test_nothing_leaks_from_the_package() -> None:
+def test_nothing_leaks_from_the_package(fresh: dict[str, Any]) -> None:
     """Its attributes are its public names and its packages."""
     packages = {path.stem for path in SOURCE.iterdir() if path.name[0] != "_"} - {"py"}
-    public = "print(*(n for n in {}(drophot) if n[0] != '_'))"
-    code = "\n".join(["import drophot", public.format("vars"), public.format("dir")])
-    leaked, found = (set(line.split()) for line in python(code).split("\n"))
-    assert leaked <= {*drophot.__all__, *packages}
-    assert packages <= found <= {*drophot.__all__, *packages}
+    assert set(fresh["vars"]) <= {*drophot.__all__, *packages}
+    assert packages <= set(fresh["dir"]) <= {*drophot.__all__, *packages}
 
 
 def test_public_names_are_there_and_documented() -> None:
@@ -154,8 +181,9 @@ def test_the_package_is_typed_and_its_version_stands_in_one_place() -> None:
     assert f"[{drophot.__version__.removesuffix('.dev0')}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_library_is_silent() -> None:
-    assert python("import logging, drophot; logging.getLogger('drophot').warning('x')") == ""
+def test_the_library_is_silent(fresh: dict[str, Any]) -> None:
+    """Even where nobody has set up logging."""
+    assert fresh["errors"] == ""
 
 
 UNRUN = ("changelog.md", "contributing.md", "results.md")  # words and tables
@@ -176,6 +204,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["README.md", *(f"docs/{page}" for page in PAGES)])
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # advice on small data
 @pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.")  # its use of torch
@@ -189,6 +218,9 @@ def test_the_python_blocks_of_a_page_run(
         if re.search(words, "".join(found)):
             pytest.importorskip(package, reason=f"`{package}` is not installed")
     monkeypatch.chdir(tmp_path)
+    if "forkserver" in get_all_start_methods():  # sooner there than a process that is spawned
+        quick = get_context("forkserver")
+        monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: quick)
     names: dict[str, object] = {"__name__": page}
     torch.manual_seed(1)  # their data is random, and a coreset of it may lack a class
     for block in found:

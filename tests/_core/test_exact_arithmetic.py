@@ -178,14 +178,18 @@ def crest(dtype: torch.dtype, around: Callable[[], Any] = ExitStack) -> list[Ten
     return [*found, loader._gradient, loader._curvature]
 
 
+@pytest.fixture(scope="module")
+def chosen() -> list[Tensor]:
+    return crest(torch.float32)
+
+
 @pytest.mark.parametrize(
     "mode",
     ["autocast to bfloat16", "float64 by default", "medium precision", "a surrounding device"],
 )
-def test_crest_chooses_the_same_under_any_mode(mode: str) -> None:
-    expected = crest(torch.float32)
+def test_crest_chooses_the_same_under_any_mode(mode: str, chosen: list[Tensor]) -> None:
     found = crest(torch.float32, MODES[mode])
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(found, chosen, strict=True))
 
 
 def test_crest_in_float64() -> None:

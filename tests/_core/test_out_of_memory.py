@@ -4,21 +4,22 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers.executors import Plain, Watching, points, stamps, tiny
+from helpers.executors import Plain, Watching, of_any_fit, points, quick_pool, stamps, tiny
 
 from drophot import DropHot, Grid, Record, fit
 from drophot._core import memory
 from drophot.models import fcnet
+
+pytestmark = pytest.mark.slow
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Hungry:
 
     folder: Path
     times: int
+    pause: float = 0.0
 
     def __call__(self, model: Any, dataset: Any, epochs: int, **others: Any) -> None:
         begun = time.monotonic()
@@ -35,7 +37,7 @@ class Hungry:
             if len(list(self.folder.glob(f"{name} *"))) < self.times:
                 (self.folder / f"{name} {begun}").touch()
                 torch.empty(1 << 60, dtype=torch.uint8)
-        time.sleep(0.1)
+        time.sleep(self.pause)
         fit(model, dataset, epochs, **others)
         (self.folder / f"done {begun} {time.monotonic()} {len(dataset)}").touch()
 
@@ -45,24 +47,28 @@ class Hungry:
         return sorted((float(begun), float(ended), int(size)) for _, begun, ended, size in names)
 
 
-def of_any_fit(records: list[Record]) -> list[Record]:
-    """The records, but for the name of the training loop."""
-    return [replace(record, fingerprint="") for record in records]
-
-
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+    with quick_pool() as executor:
         yield executor
 
 
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    """What the tiny grid gives where there is enough memory."""
+    return tiny().run(tmp_path_factory.mktemp("here"))
+
+
 def test_what_runs_out_of_memory_is_computed_once_more_alone(
-    pool: ProcessPoolExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pool: ProcessPoolExecutor,
+    reference: list[Record],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    hungry = Hungry(tmp_path, 1)
+    hungry = Hungry(tmp_path, 1, pause=0.1)
     with caplog.at_level(logging.WARNING, logger="drophot"):
         found = tiny(fit=hungry).run(tmp_path / "store", pool)
-    assert of_any_fit(found) == of_any_fit(tiny().run(tmp_path / "here"))
+    assert of_any_fit(found) == of_any_fit(reference)
     messages = [m for m in caplog.messages if "ran out of memory" in m and "alone" in m]
     assert len(messages) == 4
     assert all(m.startswith("train-seed") for m in messages)
@@ -77,7 +83,7 @@ def test_what_runs_out_of_memory_is_computed_once_more_alone(
 
 @pytest.mark.parametrize("kind", ["processes", "plain"])
 def test_what_runs_out_of_memory_twice_is_an_error(
-    kind: str, pool: ProcessPoolExecutor, tmp_path: Path
+    kind: str, pool: ProcessPoolExecutor, reference: list[Record], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
     with pytest.raises(RuntimeError, match="allocate memory") as caught:
@@ -87,7 +93,7 @@ def test_what_runs_out_of_memory_twice_is_an_error(
     assert any(name.startswith("score") for name in kept)
     (tmp_path / "fed").touch()
     found = tiny(fit=Hungry(tmp_path, 2)).run(store, pool)
-    assert of_any_fit(found) == of_any_fit(tiny().run(tmp_path / "here"))
+    assert of_any_fit(found) == of_any_fit(reference)
     assert kept.items() <= stamps(store).items()
 
 
@@ -103,15 +109,18 @@ def with_memory(share: float) -> Callable[[Any], float]:
 
 
 def test_no_more_workers_than_there_is_memory_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, reference: list[Record], tmp_path: Path
 ) -> None:
-    reference = tiny().run(tmp_path / "here")
+    ran: set[int] = set()
     with ThreadPoolExecutor(3) as threads:
-        for share, expected in ((1.2, 1), (2.3, 2), (0.1, 1), (50.0, 3), (float("inf"), 3)):
+        for share, expected in ((0.1, 1), (1.2, 1), (2.3, 2), (float("inf"), 3), (50.0, 3)):
             monkeypatch.setattr("drophot._core.memory.available", with_memory(share))
             plan = tiny().plan(executor=threads)
             assert plan.workers == expected
             assert f"on {expected} worker{'s' * (expected > 1)} of 0.4 GB" in str(plan)
+            if expected in ran:
+                continue
+            ran.add(expected)
             executor = Watching(threads)
             store = tmp_path / f"store{share}"
             assert tiny().run(store, executor) == reference

@@ -12,6 +12,7 @@ from drophot.coreset import Stratified, select
 MODES = ["high", "low", "random", Stratified(bins=7)]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_by_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).with_name("interpreted_selection.py")

@@ -434,6 +434,7 @@ def test_the_scale_of_the_features_changes_the_gains_alone(
     assert torch.allclose(gains, other.gains, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, torch.arange(20_000) % 10])
 @both
 def test_the_process_grows_by_no_more_than_was_said(

@@ -10,6 +10,7 @@ from drophot import k_center
 from drophot.coreset import greedy_k_center
 
 
+@pytest.mark.slow
 def test_interpreted_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -77,7 +77,7 @@ def test_rare_difficulties_are_kept_whole_and_common_ones_thinned_out() -> None:
 
 
 def test_every_sample_of_a_bin_has_the_same_chance() -> None:
-    rounds, counts = 800, torch.zeros(40)
+    rounds, counts = 400, torch.zeros(40)
     scores = torch.tensor(20 * [0.0] + 20 * [1.0])
     for seed in range(rounds):
         counts[select(scores, 0.25, Stratified(bins=2), seed=seed)] += 1

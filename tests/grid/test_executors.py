@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,7 +19,9 @@ import pytest
 import torch
 from helpers.executors import (
     CELLS,
+    RATIOS,
     STAGES,
+    START_METHOD,
     Backwards,
     Noting,
     Plain,
@@ -39,11 +42,12 @@ from drophot._core import random_state
 from drophot.grid.executors import starts_all_at_once
 from drophot.models import fcnet
 
+pytestmark = pytest.mark.slow
 # Workers import this module by its name: no conftest here, and what they need stands at the top.
 PAGE = Path(__file__).parents[2] / "docs" / "executors.md"
 
 
-controlled = partial(tiny, "equal_steps", "reinitialize")
+controlled = partial(tiny, "equal_steps", "reinitialize", ratios=RATIOS | {"data_ratios": [0.2]})
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +85,7 @@ class Noisy(Dataset[Any]):
 
 
 def test_the_reference_is_the_whole_grid(reference: list[Record]) -> None:
-    assert len({record.fingerprint for record in reference}) == len(reference) == 74
+    assert len({record.fingerprint for record in reference}) == len(reference) == 42
     assert {(r.mode, r.equal_steps, r.reinitialized) for r in reference} == {
         ("baseline", False, False),
         ("baseline", False, True),
@@ -133,9 +137,12 @@ class Grids:
     def __init__(self, *grids: Grid) -> None:
         self.grids = grids
         self.workers = 0
+        self.begun: Path | None = None  # a store from which the first of them resumes
 
     def run(self, store: str, executor: Any) -> list[list[Record]]:
         self.workers = self.grids[-1].plan(executor=executor).workers
+        if self.begun is not None:
+            shutil.copytree(self.begun, f"{store}-0")
         return [grid.run(f"{store}-{n}", executor) for n, grid in enumerate(self.grids)]
 
 
@@ -171,17 +178,24 @@ def test_loky(reference: list[Record]) -> None:
 @pytest.mark.usefixtures("here")
 def test_dask(reference: list[Record]) -> None:
     pytest.importorskip("dask.distributed")
+    import dask.config
+
     grids = Grids(controlled(), with_a_lambda())
-    assert run_the_page("dask", grids) == [reference, with_a_lambda().run("here")]
+    with dask.config.set({"distributed.worker.multiprocessing-method": START_METHOD}):
+        assert run_the_page("dask", grids) == [reference, with_a_lambda().run("here")]
     assert grids.workers == 2
 
 
 @pytest.mark.usefixtures("here")
 def test_submitit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each stage starts two Pythons, so there are few of them."""
+    """Each stage starts two Pythons, so there are two of them, of which one needs the other."""
     submitit = pytest.importorskip("submitit")
     monkeypatch.setattr(submitit.SlurmExecutor, "affinity", lambda: -1)  # no jobs of ours there
-    assert run_the_page("submitit", Grids(with_a_lambda())) == [with_a_lambda().run("here")]
+    grids, expected = Grids(with_a_lambda()), with_a_lambda().run("here")
+    grids.begun = Path("here")
+    left = [path.unlink() for path in Path("here", "stages").glob("*-random-*")]
+    assert len(left) == 2
+    assert run_the_page("submitit", grids) == [expected]
 
 
 @pytest.mark.usefixtures("here")
@@ -197,10 +211,11 @@ def test_ray(reference: list[Record], monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_data_that_is_random(pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     """It cannot go by the store, as the test set does; what it draws is the same everywhere."""
-    expected = tiny(train_set=Noisy()).run(tmp_path / "here")
-    assert tiny(train_set=Noisy()).run(tmp_path / "there", pool) == expected
+    few = partial(tiny, ratios=RATIOS | {"data_ratios": [0.5], "prune_ratios": [0.8], "seeds": [0]})
+    expected = few(train_set=Noisy()).run(tmp_path / "here")
+    assert few(train_set=Noisy()).run(tmp_path / "there", pool) == expected
     assert set(torch.load(tmp_path / "there" / "data.pt")) == {"test_set"}
-    still = tiny().run(tmp_path / "still")
+    still = few().run(tmp_path / "still")
     assert [r.finetune_curve for r in still] != [r.finetune_curve for r in expected]
 
 
@@ -219,7 +234,7 @@ def test_each_stage_has_the_threads_asked_for(pool: ProcessPoolExecutor, tmp_pat
 @pytest.mark.parametrize("kind", ["here", "threads", "processes"])
 def test_the_caller_is_left_alone(kind: str, pool: ProcessPoolExecutor, tmp_path: Path) -> None:
     noting = Noting(tmp_path)
-    grid = tiny(fit=noting, threads=3)
+    grid = tiniest(fit=noting, threads=3)
     before = random_state.state(), torch.get_num_threads()
     with ThreadPoolExecutor(2) as threads:
         executors = {"here": None, "threads": threads, "processes": pool}

@@ -1,13 +1,11 @@
 """A score, a selector, an importance and a protocol of a user's own in a grid and its report."""
 
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.executors import stamps
+from helpers.executors import quick_pool, stamps
 from helpers.own_objects import Confident, Margin, Noise
 from helpers.own_operators import linear_relu, network, rule, rule_of_inputs
 from helpers.runs import drop_hot
@@ -18,7 +16,10 @@ from drophot.pipeline import RunProtocol
 from drophot.report import differences, html, table
 from drophot.stats import compare
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*leave no sample of classes"),
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(store: Path) -> list[Record]:
-    """Begun here, cut in the middle, and resumed in spawned processes."""
+    """Begun here, cut in the middle, and resumed in another process."""
     first = grid().run(store)
     stages = store / "stages"
     for number, path in enumerate(sorted(stages.glob("*-confident-*"))):
@@ -62,7 +63,7 @@ def found(store: Path) -> list[Record]:
         path.unlink()
     before = stamps(store)
     lost = [name for name in before if "confident" in name]
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with quick_pool(1) as pool:
         assert grid().run(store, pool) == first
     after = stamps(store)
     assert all(after[name] == before[name] for name in before if name not in lost)
@@ -144,7 +145,7 @@ def test_rules_for_operators_in_a_run_and_a_resumed_grid(tmp_path: Path) -> None
     for path in (tmp_path / "stages").glob("*seed1*"):
         path.unlink()
     by_name = settings | {"rules": {"drophot_tests::linear_relu.default": rule}}
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with quick_pool(1) as pool:
         assert grid(["high"], **by_name).run(tmp_path, pool) == first
     assert "high" in table(first, "text")
     with pytest.raises(ValueError, match="`store` .*another `rules`.*linear_relu"):

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from helpers.one_process import assert_same
 from helpers.processes import begin
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from drophot import DynamicsTracker, IndexedDataset
 
+pytestmark = pytest.mark.slow
 SIZE, EPOCHS, BATCH = 60, 6, 8
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import processes
+from helpers.executors import stamps
 from helpers.runs import drop_hot
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +31,10 @@ from drophot.grid import store as grid_store
 from drophot.grid.store import Store, open_store, write_file
 from drophot.pipeline.provenance import digests
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*leave no sample of classes"),
+]
 
 STAGES = 1 + 4 + 10
 
@@ -62,9 +66,33 @@ def grid() -> Grid:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Record]]:
+    store = tmp_path_factory.mktemp("uninterrupted")
+    return store, grid().run(store)
+
+
+@pytest.fixture(scope="module")
+def done(uninterrupted: tuple[Path, list[Record]]) -> Path:
+    """The store of an uninterrupted run, which tests copy before they change anything."""
+    return uninterrupted[0]
+
+
+@pytest.fixture(scope="module")
+def wanted(uninterrupted: tuple[Path, list[Record]]) -> list[Record]:
     """What an uninterrupted run gives."""
-    return grid().run(tmp_path_factory.mktemp("uninterrupted"))
+    return uninterrupted[1]
+
+
+@pytest.fixture
+def store(done: Path, tmp_path: Path) -> Path:
+    """A finished store."""
+    return shutil.copytree(done, tmp_path / "store")
+
+
+def test_a_finished_store_is_the_same_in_another_place(store: Path, wanted: list[Record]) -> None:
+    before = stamps(store)
+    assert grid().run(store) == wanted
+    assert stamps(store) == before, "nothing twice"
 
 
 def begin(store: Path, workers: int, pause: float = 0.0) -> BaseProcess:
@@ -290,21 +318,20 @@ def damage(path: Path, how: str, at: float = 0.5) -> None:
     "name", ["score-seed0", "train-seed0-high-keep0.5", "finetune-", "grid", "records"]
 )
 def test_what_is_damaged_is_computed_again(
-    name: str, how: str, tmp_path: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
+    name: str, how: str, store: Path, wanted: list[Record]
 ) -> None:
-    grid().run(tmp_path)
-    for path in [p for p in tmp_path.rglob("*") if p.is_file() and p.name.startswith(name)]:
+    for path in [p for p in store.rglob("*") if p.is_file() and p.name.startswith(name)]:
         damage(path, how)
     if name.startswith(("score", "train")):  # needed again only for what goes on from it
-        for path in tmp_path.glob("stages/finetune-*"):
+        for path in store.glob("stages/finetune-*"):
             path.unlink()
-    assert grid().run(tmp_path) == wanted
-    assert records.read(tmp_path / "records.jsonl") == wanted
-    assert json.loads((tmp_path / "grid.json").read_text())["plan"] == {"cells": 10}
+    assert grid().run(store) == wanted
+    assert records.read(store / "records.jsonl") == wanted
+    assert json.loads((store / "grid.json").read_text())["plan"] == {"cells": 10}
 
 
 @given(st.binary(max_size=200), st.data())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_no_damage_passes(content: bytes, data: st.DataObject) -> None:
     import tempfile
 
@@ -386,11 +413,9 @@ def test_two_processes_on_one_store(workers: int, tmp_path: Path, wanted: list[R
 
 
 def test_a_stage_that_another_process_finished_is_not_computed_again(
-    tmp_path: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
+    done: Path, tmp_path: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is found when the stage's turn comes, not only when the run starts."""
-    done = tmp_path / "done"
-    grid().run(done)
     monkeypatch.setenv("DROPHOT_TEST_LOG", str(tmp_path / "store.log"))
     open_, store = Store.append, tmp_path / "store"
 
@@ -421,12 +446,11 @@ def test_records_can_be_read_while_it_runs(
 
 
 def test_a_line_that_was_cut_is_mended_before_others_follow(
-    tmp_path: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
+    store: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid().run(tmp_path)
-    path = tmp_path / "records.jsonl"
+    path = store / "records.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    (tmp_path / "stages" / "finetune-seed0-random-keep0.5-prune0.6.json").unlink()
+    (store / "stages" / "finetune-seed0-random-keep0.5-prune0.6.json").unlink()
     append = Store.append
 
     def watched(self: Store, record: Record) -> None:
@@ -435,7 +459,7 @@ def test_a_line_that_was_cut_is_mended_before_others_follow(
         assert records.read(path) == wanted
 
     monkeypatch.setattr(Store, "append", watched)
-    assert grid().run(tmp_path) == wanted
+    assert grid().run(store) == wanted
 
 
 # --- a full disk ----------------------------------------------------------------------------------
@@ -514,10 +538,9 @@ def test_a_new_or_an_empty_folder_is_taken(tmp_path: Path, wanted: list[Record])
 
 
 def test_a_finished_store_can_be_read_where_it_cannot_be_written(
-    tmp_path: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
+    store: Path, wanted: list[Record], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid().run(tmp_path)
-    part = grid().run(tmp_path)  # and so can a part of it, whose lines and plan would be others
+    part = grid().run(store)  # and so can a part of it, whose lines and plan would be others
     with monkeypatch.context() as patched:
         for name in ("touch", "unlink", "replace", "mkdir", "write_bytes"):
             patched.setattr(Path, name, read_only)
@@ -529,17 +552,17 @@ def test_a_finished_store_can_be_read_where_it_cannot_be_written(
                 read_only() if set(mode) & set("wxa") else open_(path, mode, *rest, **how)
             ),
         )
-        assert grid().run(tmp_path) == part == wanted
+        assert grid().run(store) == part == wanted
         cells: dict[str, Any] = {"data_ratios": [0.2], "modes": ["high"], "prune_ratios": [0.6]}
         few = Grid(grid().pipeline, **cells, seeds=[0])
-        assert [record in wanted for record in few.run(tmp_path)] == [True] * 3
+        assert [record in wanted for record in few.run(store)] == [True] * 3
         called: list[str] = []
         patched.setattr(grid_store.Store, "save", lambda *_: called.append("save"))
         more = Grid(grid().pipeline, **cells, seeds=[7])
         with pytest.raises(OSError, match="Read-only"):
-            more.run(tmp_path)
+            more.run(store)
         assert called == [], "before anything is computed"
-    assert records.read(tmp_path / "records.jsonl") == wanted
+    assert records.read(store / "records.jsonl") == wanted
 
 
 def read_only(*_: Any, **__: Any) -> Any:
@@ -550,25 +573,23 @@ def read_only(*_: Any, **__: Any) -> Any:
     "name",
     ["grid.json", "records.jsonl", "stages/finetune-seed0-random-keep0.5-prune0.6.json"],
 )
-def test_a_folder_in_place_of_a_file_is_named(name: str, tmp_path: Path) -> None:
-    grid().run(tmp_path)
-    (tmp_path / name).unlink()
-    (tmp_path / name).mkdir()
+def test_a_folder_in_place_of_a_file_is_named(name: str, store: Path) -> None:
+    (store / name).unlink()
+    (store / name).mkdir()
     with pytest.raises(ValueError, match=rf"`store`.*{Path(name).name}.*folder"):
-        grid().run(tmp_path)
+        grid().run(store)
 
 
 def test_stages_that_were_removed_by_hand_are_computed_again(
-    tmp_path: Path, wanted: list[Record]
+    store: Path, wanted: list[Record]
 ) -> None:
-    grid().run(tmp_path)
-    shutil.rmtree(tmp_path / "stages")
-    assert grid().plan(tmp_path).finetunings == 10
-    assert grid().run(tmp_path) == wanted
-    shutil.rmtree(tmp_path / "stages")
-    (tmp_path / "stages").touch()
+    shutil.rmtree(store / "stages")
+    assert grid().plan(store).finetunings == 10
+    assert grid().run(store) == wanted
+    shutil.rmtree(store / "stages")
+    (store / "stages").touch()
     with pytest.raises(ValueError, match="`store`.*stages"):
-        grid().run(tmp_path)
+        grid().run(store)
 
 
 def test_what_is_written_whole_replaces_or_leaves(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Adam
 from torch.utils.data import Dataset, TensorDataset
 
-from drophot import DropHot, Grid, fit
+from drophot import DropHot, Grid, Record, fit
 from drophot.models import fcnet
 
 
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
     "train_epochs": 3,
     "finetune_epochs": 1,
     "optimizer": partial(Adam, lr=0.02),
-    "batch_size": 16,
+    "batch_size": 32,
     "device": "cpu",
 }
 
@@ -56,10 +56,10 @@ CELLS = 2 * ((1 + 2) + 4 * 2)  # of RATIOS; baselines have the dense network too
 STAGES = CELLS + 2 * (1 + 4)
 
 
-def tiny(*controls: Any, threads: int = 1, **changes: Any) -> Grid:
+def tiny(*controls: Any, threads: int = 1, ratios: Any = RATIOS, **changes: Any) -> Grid:
     """Two of everything, with other settings of the run."""
     run = DropHot(**(SETTINGS | changes))
-    return Grid(run, **RATIOS, controls=controls, threads=threads)
+    return Grid(run, **ratios, controls=controls, threads=threads)
 
 
 def tiniest(threads: int = 1, **changes: Any) -> Grid:
@@ -68,8 +68,23 @@ def tiniest(threads: int = 1, **changes: Any) -> Grid:
     return Grid(DropHot(**(SETTINGS | changes)), **ratios, threads=threads)
 
 
+# Of the methods that fork nothing of the tests, the one that takes least time.
+START_METHOD = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
+
+
 def spawned(workers: int = 2) -> ProcessPoolExecutor:
+    """Each worker imports torch again, which takes seconds."""
     return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+
+def quick_pool(workers: int = 2) -> ProcessPoolExecutor:
+    """Processes for tests in which the start method does not matter."""
+    return ProcessPoolExecutor(workers, mp_context=get_context(START_METHOD))
+
+
+def of_any_fit(records: list[Record]) -> list[Record]:
+    """The records, but for the name of the training loop."""
+    return [replace(record, fingerprint="") for record in records]
 
 
 class AwkwardError(ArithmeticError):

@@ -129,3 +129,11 @@ def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: 
         for rank in range(count)
     ]
     finish(*started, errors=output)
+
+
+def run_script_on_ranks(
+    count: int, script: Path, *arguments: str, folder: Path, filters: Sequence[str]
+) -> str:
+    """What a script prints that `torchrun` would start."""
+    ranks(count, _as_main, str(script), arguments, filters, folder=folder)
+    return (folder / "ranks.output").read_text()

@@ -1,12 +1,11 @@
 """The tracker under accelerate, in two processes and through its checkpoints."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import torchrun
+from helpers import processes
 from helpers.one_process import assert_same, in_one_process
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from drophot import DynamicsTracker, IndexedDataset
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = pytest.mark.slow
 SIZE, EPOCHS = 30, 3
 
 
@@ -45,7 +45,7 @@ def train(folder: Path, stop: int = EPOCHS, resume: bool = False) -> dict[str, A
 
 
 def test_two_processes_and_a_restart(tmp_path: Path) -> None:
-    torchrun(2, __file__, str(tmp_path), folder=tmp_path)
+    processes.ranks(2, main, tmp_path, folder=tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     shown = [rank["whole"]["shown"] for rank in ranks]
     assert sum(len(index) for rank in shown for _, index, *_ in rank) > EPOCHS * SIZE, "repeated"
@@ -62,7 +62,3 @@ def main(folder: Path) -> None:
     train(folder / "parts", stop=1)
     found["resumed"] = train(folder / "parts", resume=True)
     torch.save(found, folder / f"{accelerate.PartialState().process_index}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -19,6 +19,7 @@ pl = pytest.importorskip("lightning.pytorch", reason="the extra `lightning` is n
 from drophot.integrations.lightning import TrackerCallback  # noqa: E402 - only where it is there
 
 pytestmark = [
+    pytest.mark.slow,
     # What Lightning advises on small loaders and absent validation, and its own use of torch.
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec."),

@@ -21,7 +21,9 @@ from drophot.integrations.transformers import (  # noqa: E402 - only where it is
     TrackerMixin,
 )
 
-pytestmark = [  # of its own, or of old versions of it
+pytestmark = [
+    pytest.mark.slow,
+    # Warnings of its own, or of old versions of it.
     pytest.mark.filterwarnings("ignore:.*pin_memory.*no accelerator is found"),
     pytest.mark.filterwarnings("ignore:.*torch.cpu.amp.autocast"),
 ]

@@ -33,7 +33,8 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from drophot import DropHot, Grid, fit
+from drophot import DropHot, Grid, fit, select
+from drophot.records import fingerprint
 
 INPUTS = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
 TARGETS = (INPUTS[:, 0] > 0).long()
@@ -239,6 +240,9 @@ def everything() -> dict[str, str]:
         found["data"] = said(train_set=Drawn(root=folder, files=[f"{folder}/{i}" for i in "ab"]))
     found["optimiser"] = said(optimizer=Make(0.1))
     found["globals"] = said(model=of_globals, fit=logging_fit)
+    found["fingerprint"] = fingerprint(found)
+    for mode in ("high", "low", "random"):
+        found[f"selection, {mode}"] = str(select([0, 3, 1, 0, 0, 2, 0], 0.4, mode).tolist())
     return found
 
 

@@ -4,16 +4,19 @@ import json
 import os
 import stat
 import struct
-import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections import Counter
 from copy import deepcopy
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.processes import begin, finish
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -666,34 +669,29 @@ def test_threads_that_save_to_one_path_do_not_damage_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-WRITER = """
-import os, sys, torch
-from pathlib import Path
-from torch import nn
-from drophot.prune import compressed_checkpoint
-os.getpid = lambda: 1  # as in a container
-write = compressed_checkpoint._write
-def slow(archive, *rest):
-    out = write(archive, *rest)
-    print("writing", flush=True)
-    sys.stdin.readline()
-    return out
-compressed_checkpoint._write = slow
-compressed_checkpoint.save_compressed(nn.Linear(20, 20), sys.argv[1])
-print("saved", flush=True)
-"""
+def save_slowly(path: Path, folder: Path) -> None:
+    """Save, but wait in the middle until there is a file `folder`/go."""
+    os.getpid = lambda: 1  # as in a container
+    write = compressed_checkpoint._write
+
+    def slow(*arguments: Any) -> Any:
+        out = write(*arguments)
+        (folder / "writing").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        return out
+
+    compressed_checkpoint._write = slow
+    save_compressed(nn.Linear(20, 20), path)
 
 
-def writer(path: Path) -> subprocess.Popen[str]:
+def writer(path: Path, folder: Path) -> BaseProcess:
     """A process in the middle of saving."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout.readline() == "writing\n"
+    folder.mkdir()
+    process = begin(save_slowly, path, folder, folder=folder, output=folder / "output")
+    while not (folder / "writing").exists():
+        assert process.exitcode is None, (folder / "output").read_text()
+        time.sleep(0.01)
     return process
 
 
@@ -703,24 +701,27 @@ def parts(folder: Path) -> list[str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed there")
 def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
-    path = tmp_path / "model"
-    live = writer(path)
-    (mine,) = parts(tmp_path)
-    killed = writer(path)
+    folder, processes = tmp_path / "folder", tmp_path / "processes"
+    folder.mkdir()
+    processes.mkdir()
+    path = folder / "model"
+    live = writer(path, processes / "live")
+    (mine,) = parts(folder)
+    killed = writer(path, processes / "killed")
     killed.kill()
-    killed.communicate()
-    assert len(parts(tmp_path)) == 2
+    killed.join()
+    assert len(parts(folder)) == 2
     others = ["model.backup.part", "model.0123456789abcdef.part.txt", "other.0123456789abcdef.part"]
     for name in others:
-        (tmp_path / name).write_text("somebody's")
+        (folder / name).write_text("somebody's")
     model, found = nn.Linear(20, 20), nn.Linear(20, 20)
     save_compressed(model, path)
     load_compressed(found, path)
     assert same(model, found)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, mine, "model"])
-    rest, _ = live.communicate("\n\n")
-    assert rest.splitlines()[-1] == "saved"
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*others, "model"])
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*others, mine, "model"])
+    (processes / "live" / "go").touch()
+    finish(live, errors=processes / "live" / "output")
+    assert sorted(p.name for p in folder.iterdir()) == sorted([*others, "model"])
     load_compressed(found, path)
     assert not same(model, found), "the one that ended last"
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from drophot import magnitude_prune
 
 
+@pytest.mark.slow
 @needs_triton
 def test_by_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).with_name("interpreted_pruning.py")

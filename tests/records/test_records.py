@@ -1,7 +1,5 @@
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +126,3 @@ def test_fingerprints_are_equal_if_and_only_if_configurations_are(one: Any, othe
     assert (fingerprint(one) == fingerprint(other)) == (
         json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     )
-
-
-def test_a_fingerprint_is_the_same_in_another_process() -> None:
-    code = "from drophot.records import fingerprint; print(fingerprint({'b': 1, 'a': [0.1]}))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == fingerprint({"a": [0.1], "b": 1})

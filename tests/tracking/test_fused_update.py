@@ -28,6 +28,7 @@ no_gpu = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @triton
 def test_by_the_interpreter(tmp_path: Path, monkeypatch: Any) -> None:
     pytest.importorskip("hypothesis")
