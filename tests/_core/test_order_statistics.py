@@ -4,8 +4,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drophot._core import sampled_select
-from drophot._core.order_statistics import count_removed, kth_value, magnitude_threshold, pruner
+from drophot._core.order_statistics import (
+    Layers,
+    count_removed,
+    kth_value,
+    magnitude_thresholds,
+    prune_below,
+)
+from drophot._core.sampled_select import Group, values_at_ranks
 
 
 @given(st.data(), st.sampled_from([32, 64]))
@@ -53,16 +59,27 @@ def test_many_values_with_ties(seed: int, distinct: int, rank: int, dtype: torch
     assert values.equal(before)
 
 
-@given(st.integers(0, 2**32), st.integers(0, (1 << 18) + 99), st.sampled_from([0, 0.1, 1, 6]))
+@given(
+    st.lists(st.integers(0, 100_000), min_size=1, max_size=4),
+    st.integers(0, 99_999),
+    st.sampled_from([0, 0.1, 6]),
+    st.integers(1, 1 << 20),
+    st.integers(0, 2**32),
+)
 @settings(max_examples=15, deadline=None)
-def test_a_sample_that_misses_the_rank_says_so(seed: int, rank: int, deviations: float) -> None:
-    values = np.random.default_rng(seed).standard_normal((1 << 18) + 100)
-    found = sampled_select.kth_value(values, rank, num_deviations=deviations)
-    assert (
-        found == np.sort(values)[rank]
-        if deviations == 6
-        else found in (None, np.sort(values)[rank])
-    )
+def test_ranks_of_several_groups_despite_bounds_that_miss_them(
+    sizes: list[int], rank: int, deviations: float, distinct: int, seed: int
+) -> None:
+    draws = np.random.default_rng(seed)
+    several = [draws.integers(distinct, size=size) for size in [*sizes, 100_000]]
+    single = draws.standard_normal((1 << 18) + 100)
+    groups = [Group(several, rank), Group([single], rank), Group([several[-1]], rank)]
+    found = values_at_ranks(groups, num_deviations=deviations)
+    for group, (value, below, ties) in zip(groups, found, strict=True):
+        ordered = np.sort(np.concatenate(group.arrays))
+        assert value == ordered[rank]
+        assert below == np.searchsorted(ordered, value)
+        assert below + ties == np.searchsorted(ordered, value, "right")
 
 
 def test_a_view_of_many_values_that_is_not_contiguous() -> None:
@@ -86,12 +103,12 @@ def test_cutting_removes_as_many_as_asked_spread_over_the_pieces(
     remove = data.draw(st.integers(0, len(values)))
     split = data.draw(st.integers(0, len(values)))
     pieces = [torch.tensor(values[:split]), torch.tensor(values[split:])]
-    found = magnitude_threshold(pieces, remove)
-    expected = count_removed(found, pieces)
-    cut = pruner(found)
-    masks = [cut(piece) for piece in pieces]
-    assert [int((~mask).sum()) for mask in masks] == expected
-    masks = torch.cat(masks)
+    layers = Layers(pieces, remove)
+    (threshold,) = magnitude_thresholds([layers])
+    expected = count_removed(threshold, layers)
+    (found,) = prune_below([layers], [threshold])
+    assert [int((~mask).sum()) for mask in found] == expected
+    masks = torch.cat(found)
     magnitudes = torch.tensor(values).abs()
     assert int((~masks).sum()) == remove
     assert torch.equal(torch.cat(pieces), torch.tensor(values) * masks)
@@ -114,8 +131,9 @@ def test_what_an_older_mask_removed_goes_first(
     weight = torch.tensor(values, dtype=dtype)
     older = kept | (weight != 0)
     gone = int((~older).sum())
-    found = magnitude_threshold([weight], remove, [kept])
-    assert count_removed(found, [weight], [kept]) == [max(remove, gone)]
-    mask = pruner(found)(weight, kept)
+    layers = Layers([weight], remove, [kept])
+    (threshold,) = magnitude_thresholds([layers])
+    assert count_removed(threshold, layers) == [max(remove, gone)]
+    ((mask,),) = prune_below([layers], [threshold])
     assert int((~mask).sum()) == max(remove, gone)
     assert not (mask & ~older).any()
