@@ -62,15 +62,13 @@ def magnitude_thresholds(groups: Sequence[Layers], *, signed: bool = False) -> l
     With `signed`, values are compared with their signs, instead of by magnitude.
     """
     dtypes = [reduce(torch.promote_types, (w.dtype for w in group.weights)) for group in groups]
-    ranked = values_at_ranks(
-        [
-            Group(
-                [FloatKeys(w, dtype=dtype, earlier=m, signed=signed) for w, m in group.pairs()],
-                max(group.remove, 1) - 1,
-            )
-            for group, dtype in zip(groups, dtypes, strict=True)
-        ]
-    )
+    ranked = values_at_ranks([
+        Group(
+            [FloatKeys(w, dtype=dtype, earlier=m, signed=signed) for w, m in group.pairs()],
+            max(group.remove, 1) - 1,
+        )
+        for group, dtype in zip(groups, dtypes, strict=True)
+    ])
     found = []
     for group, dtype, (value, below, ties) in zip(groups, dtypes, ranked, strict=True):
         all_ties = value == removed_key(dtype, signed=signed)
@@ -99,7 +97,9 @@ def count_removed(threshold: Threshold, layers: Layers) -> list[int]:
             found = keys[number][block]
             return int(np.count_nonzero(found < key)), int(np.count_nonzero(found == key))
 
-        counts = [np.sum(own or [(0, 0)], axis=0).tolist() for own in map_blocks(count, map(len, keys))]
+        counts = [
+            np.sum(own or [(0, 0)], axis=0).tolist() for own in map_blocks(count, map(len, keys))
+        ]
     more = divide_evenly((tied for _, tied in counts), threshold.ties_removed)
     return [less + tied for (less, _), tied in zip(counts, more, strict=True)]
 
