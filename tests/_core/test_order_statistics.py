@@ -137,3 +137,40 @@ def test_what_an_older_mask_removed_goes_first(
     ((mask,),) = prune_below([layers], [threshold])
     assert int((~mask).sum()) == max(remove, gone)
     assert not (mask & ~older).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_ties_over_many_blocks_and_layouts_are_those_of_a_direct_computation(
+    dtype: torch.dtype,
+) -> None:
+    draws = torch.Generator().manual_seed(0)
+    shapes = [(3, 7), (600, 500), (2, 3, 300, 100), (1, 2, 150_001)]
+    pieces = [(torch.randn(s, generator=draws) * 2).round().to(dtype) for s in shapes]
+    pieces[1] = pieces[1].t().contiguous().t()
+    pieces[2] = pieces[2].to(memory_format=torch.channels_last)
+    pieces[3] = pieces[3].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    values = torch.cat([piece.reshape(-1) for piece in pieces])
+    remove = len(values) // 2
+    limit = values.abs().sort().values[remove]
+    ties = (values.abs() == limit).nonzero()[:, 0]
+    number = torch.arange(len(ties))
+    num_removed = remove - int((values.abs() < limit).sum())
+    assert 0 < num_removed < len(ties)
+    expected = values.abs() > limit
+    expected[ties] = (number + 1) * num_removed // len(ties) == number * num_removed // len(ties)
+
+    layers = Layers(pieces, remove)
+    (found,) = prune_below([layers], magnitude_thresholds([layers]))
+    assert torch.cat([mask.view(-1) for mask in found]).equal(expected)
+    pruned = torch.cat([piece.reshape(-1) for piece in pieces])
+    assert pruned.equal(values * expected)
+    assert not pruned[~expected].signbit().any()
+
+
+def test_autograd_notices_that_a_weight_was_pruned() -> None:
+    weight, inputs = torch.nn.Parameter(torch.arange(4.0)), torch.ones(4, requires_grad=True)
+    output = (weight * inputs).sum()
+    layers = Layers([weight], 2)
+    prune_below([layers], magnitude_thresholds([layers]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.backward()
