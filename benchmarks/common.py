@@ -1,9 +1,15 @@
-"""Write the results of a benchmark with the device, the versions and the command line."""
+"""Write the results of a benchmark with the device, the versions and the command line.
+
+`busy_core` takes a core while a benchmark runs.
+"""
 
 import json
 import os
 import platform
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,3 +34,15 @@ def save(name: str, device: torch.device, figures: Any) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(written, indent=2) + "\n")
     print(f"\nWritten to {path.relative_to(RESULTS.parent.parent)}")
+
+
+@contextmanager
+def busy_core() -> Iterator[None]:
+    """Keep core 1 busy, as the workers of a loader do."""
+    work = "import os; os.sched_setaffinity(0, {1})\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-c", work])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()

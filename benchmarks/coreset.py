@@ -13,11 +13,9 @@ Parts that measure memory run in a separate process.
 import json
 import resource
 import statistics
-import subprocess
-import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import import_module
 from multiprocessing import get_context
 from time import perf_counter
@@ -25,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import save
+from common import busy_core, save
 from torch import Tensor
 
 from drophot import CrestLoader, facility_location, fit, k_center, select
@@ -53,18 +51,6 @@ def main() -> None:
     name = "coreset" if options.what == "select" else f"coreset_{options.what}"
     name = "_".join([name, *map(str, options.samples or []), *["busy"] * options.busy])
     save(name, torch.device(options.device), figures)
-
-
-@contextmanager
-def busy_core() -> Iterator[None]:
-    """Keep core 1 busy, as the workers of a loader do."""
-    work = "import os; os.sched_setaffinity(0, {1})\nwhile True: pass"
-    process = subprocess.Popen([sys.executable, "-c", work])
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def scores_of(kind: str, size: int, device: str) -> Tensor:

@@ -29,6 +29,7 @@ import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +38,7 @@ from time import perf_counter, process_time
 from typing import Any, cast
 
 import torch
-from common import save
+from common import busy_core, save
 from torch import nn
 from torch.nn.utils import prune as peer
 from torchvision import models
@@ -77,13 +78,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["drophot", "torch"], help="measure one side only")
     parser.add_argument("--measure", nargs=2, help="MODEL drophot|torch: one measurement, as JSON")
+    parser.add_argument("--busy", action="store_true", help="another process takes core 1")
     options = parser.parse_args()
     if options.measure:
         name, side = options.measure
         print(json.dumps(measure(name, side, options.ratio, options.scope)))
         return
-    figures = PARTS[options.part](options)
-    parts = ["prune", options.part, options.scope, options.only]
+    with busy_core() if options.busy else nullcontext():
+        figures = PARTS[options.part](options)
+    threads = f"busy_{torch.get_num_threads()}" if options.busy else None
+    parts = ["prune", options.part, options.scope, options.only, threads]
     name = "_".join(p for p in parts if p not in (None, "unstructured", "global"))
     save(name, torch.device("cpu"), figures)
 

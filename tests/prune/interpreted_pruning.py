@@ -226,8 +226,9 @@ def test_thresholds_and_counts(
     remove = data.draw(st.integers(0, sum(map(len, tensors))))
 
     def found() -> Any:
-        threshold = order_statistics.magnitude_threshold(tensors, remove, masks, signed=signed)
-        return threshold, order_statistics.count_removed(threshold, tensors, masks)
+        layers = order_statistics.Layers(tensors, remove, masks)
+        threshold = order_statistics.magnitude_threshold(layers, signed=signed)
+        return threshold, order_statistics.count_removed(threshold, layers)
 
     assert found() == on_a_cpu(found)
 

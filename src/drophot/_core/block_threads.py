@@ -1,13 +1,15 @@
-"""Work on the blocks of an array in threads that do not wait for each other."""
+"""Work on the blocks of arrays in threads that do not wait for each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 import torch
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # Elements per block. Small enough for the cache of one core with the temporaries, and large enough
@@ -15,16 +17,36 @@ Result = TypeVar("Result")
 BLOCK = 1 << 18
 
 
-def map_blocks(function: Callable[[int], Result], length: int) -> list[Result]:
-    """Call a function with the start of each block, in as many threads as torch has.
+def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Call a function with each item, in as many threads as torch has.
 
     Use it with NumPy, which computes in the calling thread. An operation of torch ends when its
     slowest thread does, so many small ones wait again and again for a core that another process
-    takes. Here a slow thread only takes fewer blocks.
+    takes. Here a slow thread only takes fewer items.
     """
-    starts: Iterable[int] = range(0, length, BLOCK)
-    threads = min(torch.get_num_threads(), -(-length // BLOCK))
+    threads = min(torch.get_num_threads(), len(items))
     if threads <= 1:
-        return [function(start) for start in starts]
+        return [function(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, starts))
+        return list(pool.map(function, items))
+
+
+def map_blocks(
+    function: Callable[[int, slice], Result], lengths: Iterable[int]
+) -> list[list[Result]]:
+    """Call a function with the number of an array and a block of it, for all blocks of all arrays.
+
+    Returns the results by array. The threads are those of `map_threads`.
+    """
+    blocks = [
+        [block_at(position, length) for position in range(-(-length // BLOCK))]
+        for length in lengths
+    ]
+    items = [(number, block) for number, own in enumerate(blocks) for block in own]
+    found = iter(map_threads(lambda item: function(*item), items))
+    return [list(islice(found, len(own))) for own in blocks]
+
+
+def block_at(position: int, length: int) -> slice:
+    """The block at a position among those of an array."""
+    return slice(position * BLOCK, min((position + 1) * BLOCK, length))

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial, reduce
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from drophot._core import radix_select, sampled_select
-
-# Numbers processed at a time. They fit in the cache of a CPU. Other devices need larger blocks,
-# since each takes several launches, but a bound on the memory as well.
-_BLOCK = 1 << 20
-_LARGE_BLOCK = 1 << 26
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-# The integer keys of one tensor, block by block, from the start at each call.
-Keys = Callable[[], Iterable[Tensor]]
-
-
-class RankedKey(NamedTuple):
-    """The key at a rank, and how many of the `ties` equal keys are up to that rank."""
-
-    key: int
-    ties_below: int
-    ties: int
+from drophot._core import radix_select
+from drophot._core.block_threads import block_at, map_blocks, map_threads
+from drophot._core.float_keys import INTEGERS, FloatKeys, removed_key
+from drophot._core.sampled_select import Group, values_at_ranks
 
 
 class Threshold(NamedTuple):
@@ -40,230 +29,212 @@ class Threshold(NamedTuple):
     signed: bool  # whether values are compared with their signs, instead of by magnitude
 
 
+class Layers(NamedTuple):
+    """Weights that are ranked together, and how many of their elements are removed.
+
+    The weights are finite float tensors of 16 bits or more. `earlier` has for each of them the mask
+    of an earlier pruning, or `None`, and is empty if there are none. The zeros that these masks
+    removed are removed first, and all of them are, even if they are more than `remove`.
+    """
+
+    weights: Sequence[Tensor]
+    remove: int
+    earlier: Sequence[Tensor | None] = ()
+
+    def pairs(self) -> Iterable[tuple[Tensor, Tensor | None]]:
+        return zip(self.weights, self.earlier or [None] * len(self.weights), strict=True)
+
+
 def kth_value(values: Tensor, rank: int) -> Tensor:
     """The value at `rank` (from 0) in ascending order, as a tensor without dimensions.
 
     `values` is one-dimensional: floats of 32 bits or more without NaN, or integers.
     """
-    if values.device.type == "cpu" and len(values) >= sampled_select.MIN_LENGTH:
-        found = sampled_select.kth_value(values.detach().resolve_neg().numpy(), rank)
-        if found is not None:
-            return torch.tensor(found.item(), dtype=values.dtype)
-    if values.is_floating_point():
-        found = _key_at([lambda: map(_ordered, _blocks(values))], values.dtype.itemsize, rank + 1)
-        key = torch.tensor(found.key, dtype=_INTEGERS[values.dtype.itemsize])
-        return _flip_negative(key).view(values.dtype)
-    low, high = (int(value) for value in values.aminmax())
-    width = next(w for w in _INTEGERS if -(1 << (8 * w - 1)) <= low and high < 1 << (8 * w - 1))
-    dtype = _INTEGERS[width]
-    found = _key_at([lambda: (block.to(dtype) for block in _blocks(values))], width, rank + 1)
-    return torch.tensor(found.key, dtype=values.dtype)
+    array = values.detach().resolve_neg().cpu().numpy()
+    (found,) = values_at_ranks([Group([array], rank)])
+    # A zero is returned without a sign.
+    return torch.tensor(found.value.item() + 0, dtype=values.dtype)
 
 
-def magnitude_threshold(
-    weights: Sequence[Tensor],
-    remove: int,
-    earlier: Sequence[Tensor | None] = (),
-    *,
-    signed: bool = False,
-) -> Threshold:
-    """The threshold that separates the `remove` smallest magnitudes of all weights.
+def magnitude_thresholds(groups: Sequence[Layers], *, signed: bool = False) -> list[Threshold]:
+    """For each group the threshold that separates the smallest magnitudes of its weights.
+
+    With `signed`, values are compared with their signs, instead of by magnitude.
+    """
+    dtypes = [reduce(torch.promote_types, (w.dtype for w in group.weights)) for group in groups]
+    ranked = values_at_ranks([
+        Group(
+            [FloatKeys(w, dtype=dtype, earlier=m, signed=signed) for w, m in group.pairs()],
+            max(group.remove, 1) - 1,
+        )
+        for group, dtype in zip(groups, dtypes, strict=True)
+    ])
+    found = []
+    for group, dtype, (value, below, ties) in zip(groups, dtypes, ranked, strict=True):
+        all_ties = value == removed_key(dtype, signed=signed)
+        ties_removed = ties if all_ties else max(group.remove - below, 0)
+        found.append(Threshold(dtype, int(value), ties_removed, ties, signed))
+    return found
+
+
+def magnitude_threshold(layers: Layers, *, signed: bool = False) -> Threshold:
+    """The threshold that separates the smallest magnitudes of all weights, on any device."""
+    if radix_select.has_kernels(layers.weights):
+        return _threshold_on_device(layers, signed)
+    (found,) = magnitude_thresholds([layers], signed=signed)
+    return found
+
+
+def count_removed(threshold: Threshold, layers: Layers) -> list[int]:
+    """How many elements of each weight `prune` removes if these are all weights of a group."""
+    if radix_select.has_kernels(layers.weights):
+        counts = _counts_on_device(threshold, layers)
+    else:
+        dtype, key, _, _, signed = threshold
+        keys = [FloatKeys(w, dtype=dtype, earlier=m, signed=signed) for w, m in layers.pairs()]
+
+        def count(number: int, block: slice) -> tuple[int, int]:
+            found = keys[number][block]
+            return int(np.count_nonzero(found < key)), int(np.count_nonzero(found == key))
+
+        counts = [
+            np.sum(own or [(0, 0)], axis=0).tolist() for own in map_blocks(count, map(len, keys))
+        ]
+    more = divide_evenly((tied for _, tied in counts), threshold.ties_removed)
+    return [less + tied for (less, _), tied in zip(counts, more, strict=True)]
+
+
+def prune_below(
+    groups: Sequence[Layers],
+    thresholds: Sequence[Threshold],
+    weights: Sequence[Sequence[Tensor]] | None = None,
+) -> list[list[Tensor]]:
+    """Set the elements below each group's threshold to zero in place, and return the masks.
+
+    A mask is `True` for kept elements: bool, contiguous, of the weight's shape. Ties at the
+    threshold are broken so that the removed elements are spread evenly among all ties of the group,
+    in the order of its weights; no layer loses more than its share because it comes first.
 
     Args:
-        weights: Finite float tensors of 16 bits or more.
-        remove: How many of their elements to remove.
-        earlier: For each weight the mask of an earlier pruning, or `None`. The zeros that it
-            removed are removed first, and all of them are, even if they are more than `remove`.
-        signed: Compare the values with their signs, instead of by magnitude.
+        groups: What is compared with the thresholds.
+        thresholds: From `magnitude_thresholds`.
+        weights: The weights that are pruned, if they are not compared themselves.
     """
-    dtype = reduce(torch.promote_types, (weight.dtype for weight in weights))
-    if radix_select.has_kernels(weights):
-        return _threshold_on_device(weights, remove, earlier, signed)
-    pairs = zip(weights, earlier or [None] * len(weights), strict=True)
-    sources = [partial(_keys, weight, dtype, mask, signed) for weight, mask in pairs]
-    key, below, ties = _key_at(sources, dtype.itemsize, remove)
-    all_ties = key == _removed_key(dtype, signed)
-    return Threshold(dtype, key, ties if all_ties else below, ties, signed)
+    parts = [
+        [
+            _PrunedWeight(weight, values, mask, threshold)
+            for weight, (values, mask) in zip(pruned, group.pairs(), strict=True)
+        ]
+        for group, pruned, threshold in zip(
+            groups, weights or [group.weights for group in groups], thresholds, strict=True
+        )
+    ]
+    flat = [part for own in parts for part in own]
+    ties = iter(map_blocks(lambda n, block: flat[n].prune(block), [len(p.keys) for p in flat]))
+    tied: list[tuple[_PrunedWeight, slice, int]] = []
+    for own in parts:
+        seen = 0
+        for part in own:
+            for number, count in enumerate(next(ties)):
+                if count:
+                    tied.append((part, block_at(number, len(part.keys)), seen))
+                seen += count
+    map_threads(lambda item: item[0].break_ties(*item[1:]), tied)
+    return [[part.finished() for part in own] for own in parts]
 
 
-def count_removed(
-    threshold: Threshold, weights: Sequence[Tensor], earlier: Sequence[Tensor | None] = ()
-) -> list[int]:
-    """How many elements of each weight a `pruner` removes if it is called in this order."""
-    if radix_select.has_kernels(weights):
-        counts = _counts_on_device(threshold, weights, earlier)
-        more = divide_evenly((tied for _, tied in counts), threshold.ties_removed)
-        return [less + tied for (less, _), tied in zip(counts, more, strict=True)]
-    below, ties = [], []
-    for weight, mask in zip(weights, earlier or [None] * len(weights), strict=True):
-        less = tied = torch.zeros((), dtype=torch.int64, device=weight.device)
-        for keys in _keys(weight, threshold.dtype, mask, threshold.signed):
-            less = less + (keys < threshold.key).sum()
-            tied = tied + (keys == threshold.key).sum()
-        below.append(int(less))
-        ties.append(int(tied))
-    more = divide_evenly(ties, threshold.ties_removed)
-    return [less + tied for less, tied in zip(below, more, strict=True)]
+class _PrunedWeight:
+    """A weight that is pruned block by block."""
+
+    def __init__(
+        self, weight: Tensor, values: Tensor, earlier: Tensor | None, threshold: Threshold
+    ) -> None:
+        self.keys = FloatKeys(
+            values, dtype=threshold.dtype, earlier=earlier, signed=threshold.signed
+        )
+        self._threshold = threshold
+        self._weight = weight.detach()
+        self._mask = torch.empty(weight.shape, dtype=torch.bool)
+        self._keep = self._mask.view(-1).numpy()
+        self._bits: NDArray[Any] | None = None  # of a weight whose memory is in order
+        if weight.device.type == "cpu" and weight.is_contiguous():
+            self._bits = self._weight.view(INTEGERS[weight.dtype.itemsize]).view(-1).numpy()
+
+    def prune(self, block: slice) -> int:
+        """Prune a block without ties; of another one the number of ties, which are not broken."""
+        keys = self.keys[block]
+        np.greater(keys, self._threshold.key, out=self._keep[block])
+        ties = 0
+        if self._threshold.ties_removed < self._threshold.ties:
+            ties = int(np.count_nonzero(keys == self._threshold.key))
+        if not ties:
+            self._zero(block)
+        return ties
+
+    def break_ties(self, block: slice, seen: int) -> None:
+        """Break the ties of a block; `seen` is the number of ties before it."""
+        _, key, removed, tied, _ = self._threshold
+        ties = np.flatnonzero(self.keys[block] == key)
+        number = np.arange(seen, seen + len(ties)) * removed
+        self._keep[block][ties] = (number + removed) // tied == number // tied
+        self._zero(block)
+
+    def finished(self) -> Tensor:
+        """The mask on the weight's device, when all blocks are done."""
+        weight, mask = self._weight, self._mask.to(self._weight.device)
+        if self._bits is None:
+            weight.masked_fill_(~mask, 0)
+        elif not weight.is_inference():
+            increment_version(weight)  # as an operation of torch does, for the checks of autograd
+        return mask
+
+    def _zero(self, block: slice) -> None:
+        if self._bits is not None:
+            # Bits times 0 are those of 0 without a sign.
+            np.multiply(self._bits[block], self._keep[block], out=self._bits[block])
 
 
-def _threshold_on_device(
-    weights: Sequence[Tensor], remove: int, earlier: Sequence[Tensor | None], signed: bool
-) -> Threshold:
-    table, keys = _table_and_keys(weights, earlier, signed)
-    (row,) = radix_select.find_thresholds(table, keys, [remove]).tolist()
+def divide_evenly(sizes: Iterable[int], amount: int) -> list[int]:
+    """Divide `amount` over consecutive groups of these sizes, as `prune_below` divides ties."""
+    ends = [0, *accumulate(sizes)]
+    parts = [end * amount // max(ends[-1], 1) for end in ends]
+    return [after - before for before, after in pairwise(parts)]
+
+
+def largest_keys(weights: Sequence[Tensor]) -> list[int]:
+    """The key of the largest magnitude of each weight: 0 if all are zero.
+
+    It is at least the `infinite_key` if a weight is not finite.
+    """
+    keys = [FloatKeys(weight) for weight in weights]
+    found = map_blocks(lambda n, block: int(keys[n][block].max()), map(len, keys))
+    return [max(own, default=0) for own in found]
+
+
+def _threshold_on_device(layers: Layers, signed: bool) -> Threshold:
+    table, keys = _table_and_keys(layers, signed)
+    (row,) = radix_select.find_thresholds(table, keys, [layers.remove]).tolist()
     key, below, ties, _ = row
     dtype = keys.dtype or torch.float32
     # The unsigned keys of the device begin at 0, for a weight that an earlier mask removed.
-    key = key % (1 << keys.width) + _removed_key(dtype, signed)
-    all_ties = key == _removed_key(dtype, signed)
-    return Threshold(dtype, key, ties if all_ties else below, ties, signed)
+    lowest = removed_key(dtype, signed=signed)
+    key = key % (1 << keys.width) + lowest
+    return Threshold(dtype, key, ties if key == lowest else below, ties, signed)
 
 
-def _counts_on_device(
-    threshold: Threshold, weights: Sequence[Tensor], earlier: Sequence[Tensor | None]
-) -> list[list[int]]:
+def _counts_on_device(threshold: Threshold, layers: Layers) -> list[list[int]]:
     """How many elements of each weight are below the threshold, and how many equal it."""
-    table, keys = _table_and_keys(weights, earlier, threshold.signed)
-    key = threshold.key - _removed_key(threshold.dtype, threshold.signed)
+    table, keys = _table_and_keys(layers, threshold.signed)
+    key = threshold.key - removed_key(threshold.dtype, signed=threshold.signed)
     key -= 1 << 64 if key >> 63 else 0  # its bits in an int64
     state = torch.tensor([[key, 0, 0, 0]]).to(table.rows.device)
     return table.by_tensor(radix_select.count_below(table, keys, state)).tolist()
 
 
 def _table_and_keys(
-    weights: Sequence[Tensor], earlier: Sequence[Tensor | None], signed: bool
+    layers: Layers, signed: bool
 ) -> tuple[radix_select.TensorTable, radix_select.Keys]:
-    weights = [radix_select.addressable(weight) for weight in weights]
-    table = radix_select.tensor_table(weights, [0] * len(weights), earlier=earlier)
+    weights = [radix_select.addressable(weight) for weight in layers.weights]
+    table = radix_select.tensor_table(weights, [0] * len(weights), earlier=layers.earlier)
     keys = radix_select.float_keys((weight.dtype for weight in weights), signed=signed)
     return table, keys
-
-
-def divide_evenly(sizes: Iterable[int], amount: int) -> list[int]:
-    """Divide `amount` over consecutive groups of these sizes, as a `pruner` divides ties."""
-    ends = [0, *accumulate(sizes)]
-    parts = [end * amount // max(ends[-1], 1) for end in ends]
-    return [after - before for before, after in pairwise(parts)]
-
-
-def pruner(threshold: Threshold) -> Callable[..., Tensor]:
-    """A function that prunes one weight after the other at the threshold.
-
-    It takes a weight and optionally the mask of an earlier pruning and the values by which the
-    weights are compared, if not by themselves. It sets weights below the threshold to zero in place
-    and returns the mask of the kept ones: bool, contiguous, of the weight's shape. Ties at the
-    threshold are broken so that the removed weights are spread evenly among all ties, in the order
-    of the calls; no layer loses more than its share because it comes first.
-    """
-    dtype, key, removed, tied, signed = threshold
-    seen = 0  # ties in earlier calls and blocks
-
-    def prune(
-        weight: Tensor, earlier: Tensor | None = None, values: Tensor | None = None
-    ) -> Tensor:
-        nonlocal seen
-        weight = weight.detach()
-        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
-        flat = weight.reshape(-1)
-        for keys, block, keep in zip(
-            _keys(flat if values is None else values, dtype, earlier, signed),
-            _blocks(flat),
-            _blocks(mask),
-            strict=True,
-        ):
-            torch.gt(keys, key, out=keep)
-            if removed < tied:
-                ties = (keys == key).nonzero()[:, 0]
-                number = torch.arange(seen, seen + len(ties), device=ties.device) * removed
-                keep[ties] = (number + removed) // tied == number // tied
-                seen += len(ties)
-            block.masked_fill_(~keep, 0)
-        if not weight.is_contiguous():
-            weight.copy_(flat.view(weight.shape))
-        return mask
-
-    return prune
-
-
-def magnitude_keys(weight: Tensor, earlier: Tensor | None = None) -> Tensor:
-    """A new one-dimensional tensor of integers that are ordered like the magnitudes.
-
-    They are the bits of the finite floats without the sign; -1 for a zero that `earlier` removed.
-    """
-    keys = torch.empty(weight.numel(), dtype=_INTEGERS[weight.dtype.itemsize], device=weight.device)
-    for block, part in zip(_keys(weight, weight.dtype, earlier), _blocks(keys), strict=True):
-        part.copy_(block)
-    return keys
-
-
-def _key_at(sources: Sequence[Keys], width: int, rank: int) -> RankedKey:
-    """The key at a rank (from 1) among signed integers of `width` bytes."""
-    # Radix selection: a histogram of the first 16 bits finds which of 65,536 ranges the key is in,
-    # and the next 16 bits divide that range. That is two passes for 32 bits, without a copy,
-    # whatever the distribution.
-    top = 8 * width - 16
-    prefix = tied = 0
-    for shift in range(top, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for source in sources:
-            counts += _histogram(source, shift, prefix if shift < top else None)
-        upto = counts.cumsum(0)
-        digit = int(torch.searchsorted(upto, max(rank, 1)))
-        tied = int(counts[digit])
-        rank -= int(upto[digit]) - tied
-        # The first digit is counted from the most negative integer.
-        prefix = digit - (1 << 15) if shift == top else prefix << 16 | digit
-    return RankedKey(prefix, max(rank, 0), tied)
-
-
-def _histogram(source: Keys, shift: int, prefix: int | None) -> Tensor:
-    """How many keys with this prefix have each value of the 16 bits at `shift`."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
-    for keys in source():
-        counts = counts.to(keys.device)
-        if prefix is None:
-            digits = (keys >> shift).int() + (1 << 15)
-        else:
-            digits = (keys[keys >> (shift + 16) == prefix] >> shift) & 0xFFFF
-        counts += torch.bincount(digits, minlength=1 << 16)
-    return counts.cpu()
-
-
-def _keys(
-    weight: Tensor, dtype: torch.dtype, earlier: Tensor | None, signed: bool = False
-) -> Iterator[Tensor]:
-    """Integers in the order of the magnitudes or signed values in a dtype, block by block."""
-    key = _ordered if signed else _magnitude
-    if earlier is None:
-        return (key(block.to(dtype)) for block in _blocks(weight))
-    removed = _removed_key(dtype, signed)
-    return (
-        key(block.to(dtype)).masked_fill_(~mask & (block == 0), removed)
-        for block, mask in zip(_blocks(weight), _blocks(earlier), strict=True)
-    )
-
-
-def _removed_key(dtype: torch.dtype, signed: bool) -> int:
-    """The key of a weight that an earlier pruning removed: below that of every finite float."""
-    return torch.iinfo(_INTEGERS[dtype.itemsize]).min if signed else -1
-
-
-def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    size = _BLOCK if tensor.device.type == "cpu" else _LARGE_BLOCK
-    yield from tensor.detach().reshape(-1).split(size)
-
-
-def _magnitude(block: Tensor) -> Tensor:
-    """The bits without the sign: integers in the order of the magnitudes."""
-    integer = _INTEGERS[block.dtype.itemsize]
-    return block.view(integer) & torch.iinfo(integer).max
-
-
-def _ordered(block: Tensor) -> Tensor:
-    """Integers in the order of the floats, with -0 and 0 equal."""
-    return _flip_negative((block + 0.0).view(_INTEGERS[block.dtype.itemsize]))
-
-
-def _flip_negative(bits: Tensor) -> Tensor:
-    """Reverse the order of the bits of negative floats; its own inverse."""
-    return bits ^ ((bits >> (8 * bits.dtype.itemsize - 1)) & torch.iinfo(bits.dtype).max)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from drophot._core import order_statistics
 from drophot._core.arrays import IntArray, as_real_tensor
-from drophot._core.block_threads import BLOCK as CPU_BLOCK
-from drophot._core.block_threads import map_blocks
+from drophot._core.block_threads import block_at, map_blocks
 from drophot._core.exact_arithmetic import exact
 from drophot._core.radix_select import has_kernels
 from drophot._core.ratios import check_keep_ratio, num_kept
@@ -156,17 +155,17 @@ def _compare_on_cpu(scores: Tensor, threshold: Tensor, high: bool) -> _Compared:
     limit = threshold.numpy()
     beyond = np.greater if high else np.less
 
-    def compare(start: int) -> tuple[IntArray, int]:
-        block = values[start : start + CPU_BLOCK]
-        found = np.flatnonzero(beyond(block, limit)) + start
-        return found, int(np.count_nonzero(block == limit))
+    def compare(_: int, block: slice) -> tuple[IntArray, int]:
+        found = np.flatnonzero(beyond(values[block], limit)) + block.start
+        return found, int(np.count_nonzero(values[block] == limit))
 
-    found, ties = zip(*map_blocks(compare, len(values)), strict=True)
+    (blocks,) = map_blocks(compare, [len(values)])
+    found, ties = zip(*blocks, strict=True)
 
     def tie_blocks() -> Iterator[IntArray]:
         for number in np.flatnonzero(ties).tolist():
-            start = number * CPU_BLOCK
-            yield np.flatnonzero(values[start : start + CPU_BLOCK] == limit) + start
+            block = block_at(number, len(values))
+            yield np.flatnonzero(values[block] == limit) + block.start
 
     return np.concatenate(found), tie_blocks, sum(ties)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from weakref import WeakKeyDictionary
 
+import numpy as np
 from torch import Tensor, nn
 
+from drophot._core.block_threads import map_blocks
+from drophot._core.float_keys import FloatKeys
 from drophot._core.radix_select import has_kernels
 from drophot.prune.current_parameters import paths
 from drophot.prune.device_pruning import count_values
-
-_BLOCK = 1 << 20  # weights per block, to save memory
 
 # The last mask that was applied to each parameter of a module, for as long as the module lives. The
 # key is the module, since torch cannot swap a parameter that is weakly referenced.
@@ -48,16 +49,19 @@ def masks_of(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     if has_kernels(masked):
         intact = not any(count.revived for count in count_values(masked, [*found.values()]))
     else:
-        intact = all(map(_is_intact, masked, found.values()))
+        intact = _are_zero(masked, [*found.values()])
     return found if intact else {}
 
 
-def _is_intact(weight: Tensor, mask: Tensor) -> bool:
-    """Whether all weights that a mask removed are zero."""
-    blocks = zip(
-        weight.detach().reshape(-1).split(_BLOCK), mask.reshape(-1).split(_BLOCK), strict=True
-    )
-    return not any(bool((values.bool() & ~keep_mask).any()) for values, keep_mask in blocks)
+def _are_zero(weights: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
+    """Whether all weights that the masks removed are zero."""
+    keys = [FloatKeys(weight) for weight in weights]
+    keep = [mask.reshape(-1).cpu().numpy() for mask in masks]
+
+    def revived(number: int, block: slice) -> bool:
+        return bool(np.greater(keys[number][block] != 0, keep[number][block]).any())
+
+    return not any(map(any, map_blocks(revived, map(len, keys))))
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:

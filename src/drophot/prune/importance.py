@@ -26,10 +26,10 @@ class Ranking:
     signed: bool = False
     """Whether the values are compared with their signs, instead of by magnitude."""
 
-    def threshold(self, names: Sequence[str], count: int) -> order_statistics.Threshold:
-        """The value below which `count` weights of these layers lie."""
-        tensors, masks = [self.values[n] for n in names], [self.earlier.get(n) for n in names]
-        return order_statistics.magnitude_threshold(tensors, count, masks, signed=self.signed)
+    def layers(self, names: Sequence[str], count: int) -> order_statistics.Layers:
+        """These layers, if they lose `count` weights together."""
+        masks = [self.earlier.get(name) for name in names]
+        return order_statistics.Layers([self.values[name] for name in names], count, masks)
 
     def nonzero_layers(self) -> set[str]:
         """The names of the layers whose values are not all zero."""
@@ -40,9 +40,9 @@ class Ranking:
 
     def counts(self, names: Sequence[str], count: int) -> dict[str, int]:
         """How many weights each layer loses if these layers lose `count` together."""
-        tensors, masks = [self.values[n] for n in names], [self.earlier.get(n) for n in names]
-        found = order_statistics.count_removed(self.threshold(names, count), tensors, masks)
-        return dict(zip(names, found, strict=True))
+        layers = self.layers(names, count)
+        threshold = order_statistics.magnitude_threshold(layers, signed=self.signed)
+        return dict(zip(names, order_statistics.count_removed(threshold, layers), strict=True))
 
 
 def rank_by(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from drophot._core import order_statistics
+from drophot._core.float_keys import INTEGERS, removed_key
 
 _BLOCK = 1 << 13  # scores computed at a time
 _ONE = int(np.float64(1.0).view(np.int64))
@@ -28,7 +29,7 @@ class LampScores:
 
     def __init__(self, weight: Tensor, earlier: Tensor | None = None) -> None:
         self._dtype = weight.dtype
-        keys = order_statistics.magnitude_keys(weight, earlier)
+        keys = _magnitude_keys(weight.detach(), earlier)
         if keys.device.type != "cpu":
             keys = keys.sort().values.cpu()
         keys = keys.numpy()
@@ -120,6 +121,16 @@ def lamp_counts(scores: Mapping[str, LampScores], remove: int) -> dict[str, int]
         name: layer.num_removed + less + tied
         for (name, layer), less, tied in zip(scores.items(), below, more, strict=True)
     }
+
+
+def _magnitude_keys(weight: Tensor, earlier: Tensor | None) -> Tensor:
+    """The keys of `FloatKeys` as a tensor on the weight's device."""
+    integer = INTEGERS[weight.dtype.itemsize]
+    keys = weight.reshape(-1).view(integer) & torch.iinfo(integer).max
+    if earlier is not None:
+        removed = ~earlier.reshape(-1) & (keys == 0)
+        keys.masked_fill_(removed, removed_key(weight.dtype, signed=False))
+    return keys
 
 
 def _score(bits: int) -> float:

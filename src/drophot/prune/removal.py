@@ -1,7 +1,7 @@
 """Set the lowest-ranked weights to zero, and count what was removed.
 
-On a GPU, `device_pruning` processes all layers together. On other devices, one layer is pruned
-after the other, in blocks that fit in the cache.
+All layers are processed together: on a GPU by the kernels of `device_pruning`, and elsewhere in
+blocks that fit in the cache of a CPU.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def remove_by_rank(
             values=[ranking.values[name] for name in names] if ranking.signed else None,
         )
         return _removal(names, found)
-    thresholds = [ranking.threshold(names, count) for names, count in groups]
+    layers = [ranking.layers(names, count) for names, count in groups]
+    thresholds = order_statistics.magnitude_thresholds(layers, signed=ranking.signed)
+    pruned = [[weights[name] for name in names] for names, _ in groups]
+    found = order_statistics.prune_below(layers, thresholds, pruned)
     masks: dict[str, Tensor] = {}
     may_keep_zeros: list[str] = []
-    for (names, _), threshold in zip(groups, thresholds, strict=True):
-        prune = order_statistics.pruner(threshold)
-        for name in names:
-            value = ranking.values[name] if ranking.signed else None
-            masks[name] = prune(weights[name], ranking.earlier.get(name), value)
+    for (names, _), threshold, own in zip(groups, thresholds, found, strict=True):
+        masks |= dict(zip(names, own, strict=True))
         if ranking.signed or threshold.key <= 0:  # else all zeros are below the threshold
             may_keep_zeros += names
     return _counted(masks, {name: weights[name] for name in may_keep_zeros}, ranking)
