@@ -19,20 +19,20 @@ everything runs. After being stopped or killed, the same command resumes after t
 epoch. To find out whether the scores help, compare with --mode random and another --out.
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Iterable
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import MNIST, FakeData, ImageFolder
 
-from drophot import ForgettingTracker, IndexedDataset, Masks, magnitude_prune, select, summary
+from drophot import ForgettingTracker, IndexedDataset, magnitude_prune, select, summary
 from drophot.prune import save_compressed
 
 parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
@@ -53,7 +53,7 @@ parser.add_argument("--out", type=Path, default=Path("lenet_mnist"), help="folde
 parser.add_argument("--smoke", action="store_true", help="a quick test on generated images")
 
 
-def main() -> None:
+def main():
     args = parser.parse_args()
     if args.smoke:
         args.batch_size, args.epochs, args.workers = 32, 3, 0
@@ -74,9 +74,8 @@ def main() -> None:
     with tracker.attach(baseline):  # drophot: read the logits
         everything = train("score", baseline, watched, test, args, tracker=tracker)
 
-    indices = select(
-        tracker.scores(), args.data_ratio, args.mode, seed=args.seed
-    )  # drophot: select
+    # drophot: select
+    indices = select(tracker.scores(), args.data_ratio, args.mode, seed=args.seed)
     coreset = Subset(train_set, indices.tolist())  # drophot: an ordinary dataset to train on
     model = lenet(num_classes).to(args.device)
     trained = train("train", model, batches(coreset, shuffle=True), test, args)
@@ -94,29 +93,18 @@ def main() -> None:
     print(f"fine-tuned               {finetuned:7.2%}")
 
 
-def train(
-    stage: str,
-    model: nn.Module,
-    loader: Iterable[Any],
-    test: Iterable[Any],
-    args: Namespace,
-    tracker: ForgettingTracker | None = None,
-    masks: Masks | None = None,
-) -> float:
+def train(stage, model, loader, test, args, tracker=None, masks=None):
     """Train a model, or resume its training, and return the test accuracy after the last epoch."""
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    optimizer = AdamW(model.parameters(), args.lr)
+    scheduler = CosineAnnealingLR(optimizer, args.epochs)
     scaler = torch.amp.GradScaler(args.device, enabled=args.amp and args.device == "cuda")
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if tracker is not None:
         stateful["tracker"] = tracker  # drophot: its state is a part of the checkpoint
 
     epochs, test_accuracy = 0, 0.0
-    settings = {  # a checkpoint of other settings is not resumed
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("data_root", "download", "device", "workers", "out")
-    }
+    compared = vars(args).keys() - {"data_root", "download", "device", "workers", "out"}
+    settings = {name: getattr(args, name) for name in compared}
     checkpoint = args.out / f"{stage}.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -144,10 +132,8 @@ def train(
                 scaler.update()
             scheduler.step()
             test_accuracy = accuracy(model, test, args)
-            print(
-                f"{stage:8}  epoch {epoch + 1:2}/{args.epochs}  test {test_accuracy:7.2%}",
-                flush=True,
-            )
+            done = f"epoch {epoch + 1}/{args.epochs}"
+            print(f"{stage:8}  {done:12}  test {test_accuracy:7.2%}", flush=True)
 
             saved = {name: part.state_dict() for name, part in stateful.items()}
             saved |= {"epochs": epoch + 1, "accuracy": test_accuracy, "settings": settings}
@@ -160,7 +146,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, test: Iterable[Any], args: Namespace) -> float:
+def accuracy(model, test, args):
     model.eval()
     correct = total = 0
     for images, labels in test:
@@ -171,7 +157,7 @@ def accuracy(model: nn.Module, test: Iterable[Any], args: Namespace) -> float:
     return correct / total
 
 
-def lenet(num_classes: int) -> nn.Module:
+def lenet(num_classes):
     return nn.Sequential(
         *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
@@ -180,12 +166,12 @@ def lenet(num_classes: int) -> nn.Module:
     )
 
 
-def autocast(args: Namespace) -> torch.autocast:
+def autocast(args):
     dtype = torch.float16 if args.device == "cuda" else torch.bfloat16
     return torch.autocast(args.device, dtype, enabled=args.amp)
 
 
-def read_data(args: Namespace) -> tuple[Dataset, Dataset, int]:
+def read_data(args):
     root, normalize = args.data_root, transforms.Normalize(0.1307, 0.3081)
     plain = transforms.Compose([
         transforms.Grayscale(),

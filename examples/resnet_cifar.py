@@ -13,23 +13,24 @@ drophot adds. The script trains three times:
     python examples/resnet_cifar.py --smoke
 
 A folder has the images train/CLASS/*.jpg and test/CLASS/*.jpg (or .png), of any size. --smoke
-trains on a few generated images without labels that could be learned, to see that everything runs.
-After being stopped or killed, the same command resumes after the last finished epoch. Whether the
-scores help shows only in comparison: run it again with --mode random and another --out.
+trains on a few generated images with random labels, to see that everything runs. After being
+stopped or killed, the same command resumes after the last finished epoch. To find out whether the
+scores help, compare with --mode random and another --out.
 """
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from torchvision import models, transforms
 from torchvision.datasets import CIFAR10, CIFAR100, FakeData, ImageFolder
 
-from drophot import ForgettingTracker, IndexedDataset, Masks, magnitude_prune, select, summary
+from drophot import ForgettingTracker, IndexedDataset, magnitude_prune, select, summary
 from drophot.prune import save_compressed
 
 parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
@@ -53,7 +54,7 @@ parser.add_argument("--out", type=Path, default=Path("resnet_cifar"), help="fold
 parser.add_argument("--smoke", action="store_true", help="a quick test on generated images")
 
 
-def main() -> None:
+def main():
     args = parser.parse_args()
     if args.smoke:
         args.image_size, args.batch_size, args.epochs, args.workers = 8, 32, 2, 0
@@ -67,14 +68,13 @@ def main() -> None:
 
     indexed = IndexedDataset(train_set)  # drophot: (image, label) becomes (image, label, index)
     tracker = ForgettingTracker(len(indexed))  # drophot: track
-    baseline = resnet(args, num_classes)
+    baseline = resnet(num_classes, args)
     everything = train("score", baseline, indexed, test_set, args, args.lr, tracker=tracker)
 
-    indices = select(
-        tracker.scores(), args.data_ratio, args.mode, seed=args.seed
-    )  # drophot: select
+    # drophot: select
+    indices = select(tracker.scores(), args.data_ratio, args.mode, seed=args.seed)
     coreset = Subset(indexed, indices.tolist())  # drophot: an ordinary dataset to train on
-    model = resnet(args, num_classes)
+    model = resnet(num_classes, args)
     trained = train("train", model, coreset, test_set, args, args.lr)
 
     masks = magnitude_prune(model, args.prune_ratio)  # drophot: prune
@@ -90,41 +90,21 @@ def main() -> None:
     print(f"fine-tuned               {finetuned:7.2%}")
 
 
-def train(
-    stage: str,
-    model: nn.Module,
-    dataset: Dataset,
-    test_set: Dataset,
-    args: Namespace,
-    lr: float,
-    tracker: ForgettingTracker | None = None,
-    masks: Masks | None = None,
-) -> float:
+def train(stage, model, dataset, test_set, args, lr, tracker=None, masks=None):
     """Train a model, or resume its training, and return the test accuracy after the last epoch."""
-    loader = DataLoader(  # not persistent: workers that stay alive could not be resumed exactly
-        dataset,
-        args.batch_size,
-        shuffle=True,
-        num_workers=args.workers,
-        pin_memory=args.device == "cuda",
-    )
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    workers = {"num_workers": args.workers, "pin_memory": args.device == "cuda"}
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, **workers)
+    optimizer = SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     scheduler = OneCycleLR(optimizer, lr, total_steps=args.epochs * len(loader))
-    scaler = torch.amp.GradScaler(
-        args.device, enabled=args.amp and autocast(args).fast_dtype == torch.float16
-    )
+    float16 = args.amp and autocast(args).fast_dtype == torch.float16
+    scaler = torch.amp.GradScaler(args.device, enabled=float16)
     stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     if tracker is not None:
         stateful["tracker"] = tracker  # drophot: its state is a part of the checkpoint
 
     epochs, test_accuracy = 0, 0.0
-    settings = {  # a checkpoint of other settings is not resumed
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("data_root", "download", "device", "workers", "out")
-    }
+    compared = vars(args).keys() - {"data_root", "download", "device", "workers", "out"}
+    settings = {name: getattr(args, name) for name in compared}
     checkpoint = args.out / f"{stage}.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -140,7 +120,6 @@ def train(
     with nullcontext() if masks is None else masks.hold(optimizer):  # drophot: zeros stay zero
         for epoch in range(epochs, args.epochs):
             model.train()
-            loss_sum = torch.zeros((), device=args.device)
             for images, labels, index in loader:
                 images = images.to(args.device, non_blocking=True)
                 labels = labels.to(args.device, non_blocking=True)
@@ -154,16 +133,11 @@ def train(
                 scaler.step(optimizer)
                 scaler.update()
                 scheduler.step()
-                loss_sum += loss.detach() * len(labels)
                 if tracker is not None:
                     tracker.update(index, logits, labels)  # drophot: track
             test_accuracy = accuracy(model, test_set, args)
-            mean_loss = loss_sum.item() / len(loader.dataset)  # type: ignore[arg-type]
-            print(
-                f"{stage:8}  epoch {epoch + 1:3}/{args.epochs}  loss {mean_loss:.4f}  "
-                f"test {test_accuracy:7.2%}",
-                flush=True,
-            )
+            done = f"epoch {epoch + 1}/{args.epochs}"
+            print(f"{stage:8}  {done:12}  test {test_accuracy:7.2%}", flush=True)
 
             saved = {name: part.state_dict() for name, part in stateful.items()}
             saved |= {"epochs": epoch + 1, "accuracy": test_accuracy, "settings": settings}
@@ -176,7 +150,7 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset: Dataset, args: Namespace) -> float:
+def accuracy(model, dataset, args):
     model.eval()
     correct = total = 0
     for images, labels in DataLoader(dataset, 2 * args.batch_size, num_workers=args.workers):
@@ -187,7 +161,7 @@ def accuracy(model: nn.Module, dataset: Dataset, args: Namespace) -> float:
     return correct / total
 
 
-def resnet(args: Namespace, num_classes: int) -> nn.Module:
+def resnet(num_classes, args):
     model = getattr(models, args.model)(num_classes=num_classes)
     if args.image_size <= 64:  # the usual stem for small images, which keeps their resolution
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -195,13 +169,13 @@ def resnet(args: Namespace, num_classes: int) -> nn.Module:
     return model.to(args.device, memory_format=torch.channels_last)
 
 
-def autocast(args: Namespace) -> torch.autocast:
+def autocast(args):
     bfloat16 = args.device == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = torch.bfloat16 if bfloat16 else torch.float16
     return torch.autocast(args.device, dtype, enabled=args.amp)
 
 
-def read_data(args: Namespace) -> tuple[Dataset, Dataset, int]:
+def read_data(args):
     size, root = args.image_size, args.data_root
     normalize = transforms.Normalize((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
     augment = transforms.Compose([
