@@ -283,7 +283,7 @@ def test_lenet_learns_a_folder_of_images(tmp_path: Path, stops: Stops) -> None:
                 pixels = pattern + chance.integers(0, 100, (28, 28))
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     arguments = ("--data", "folder", "--data-root", str(tmp_path / "images"), "--workers", "0")
-    options = ("--epochs", "5", "--batch-size", "12", "--lr", "0.01", "--data-ratio", "0.5")
+    options = ("--epochs", "8", "--batch-size", "12", "--lr", "0.003", "--data-ratio", "0.5")
     output = run("lenet_mnist.py", *arguments, *options, folder=tmp_path)
     assert "36 of 72 samples kept, mode high" in output
     accuracies = re.findall(r"^(trained|fine-tuned).* ([\d.]+)%$", output, re.M)
