@@ -1,9 +1,10 @@
 """The five steps on scikit-learn's digits: 1,797 real images of 8x8 pixels, no download.
 
-For each seed, one model is trained on all samples while its forgetting events are counted. Then
-three coresets of the same size are compared with training on everything: the most forgotten
-samples, the least forgotten ones and a random subset. Each trains a new model, which is pruned
-layer by layer and fine-tuned on the full training set with the removed weights held at zero.
+For each seed, one model is trained on all samples while its forgetting events are counted. It is
+the baseline. Then a new model is trained on each of three coresets of the same size: the most
+forgotten samples (high), the least forgotten ones (low) and a random subset, which is the control.
+Each of the four models is pruned layer by layer and fine-tuned on the full training set with the
+removed weights held at zero.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -1,14 +1,21 @@
 """The examples, run as a person runs them, on little data."""
 
+import os
 import re
 import runpy
+import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
-from helpers.processes import run_script, run_script_on_ranks
+from helpers.processes import begin, run_script, run_script_on_ranks
+
+from drophot import Masks
+from drophot.prune import load_compressed
 
 pytestmark = pytest.mark.slow
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
@@ -67,9 +74,11 @@ def test_the_examples_are_there() -> None:
     assert EXAMPLES == [
         "ddp.py",
         "find_mislabeled.py",
+        "lenet_mnist.py",
         "noisy_labels.py",
         "paper_grid.py",
         "quickstart.py",
+        "resnet_cifar.py",
         "your_own_loop.py",
     ]
 
@@ -201,10 +210,108 @@ def test_paper_grid_refuses_images_that_a_network_does_not_take(stops: Stops) ->
         assert f"--model {wrong[1]} cannot be trained on --data" in said
 
 
+def run_until_checkpoint(script: str, arguments: tuple[str, ...], checkpoints: int) -> None:
+    """Run a script, and kill its process right after it has written so many checkpoints."""
+    replace, written = Path.replace, 0
+
+    def replace_and_die(source: Path, target: Path) -> Path:
+        nonlocal written
+        result = replace(source, target)
+        written += source.suffix == ".part"
+        if written == checkpoints:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    Path.replace = replace_and_die  # type: ignore[method-assign]
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
+
+
+def is_same(one: object, other: object) -> bool:
+    """Whether two states are equal, bit for bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kills"),
+    [
+        ("lenet_mnist.py", ("--smoke", "--amp"), (1, 3, 3)),
+        ("resnet_cifar.py", ("--smoke",), (3,)),
+    ],
+)
+def test_a_training_that_is_killed_and_resumed_ends_in_the_same_weights(
+    name: str, arguments: tuple[str, ...], kills: tuple[int, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("torchvision")
+    output = run(name, *arguments, "--out", "whole", folder=tmp_path)
+    assert re.search(r"removed, sparsity 0\.8000", output)
+    resumed = (*arguments, "--out", "resumed")
+    for checkpoints in kills:
+        script, log = str(ROOT / "examples" / name), tmp_path / "killed"
+        process = begin(
+            run_until_checkpoint, script, resumed, checkpoints, folder=tmp_path, output=log
+        )
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, log.read_text()
+    rest = run(name, *resumed, folder=tmp_path)
+    assert len(re.findall("epoch", rest)) == len(re.findall("epoch", output)) - sum(kills)
+    assert rest.partition("\nlayer")[2] == output.partition("\nlayer")[2], "summary and accuracies"
+    for stage in ("score", "train", "finetune"):
+        whole, again = (
+            torch.load(tmp_path / out / f"{stage}.pt", weights_only=True)
+            for out in ("whole", "resumed")
+        )
+        assert ("tracker" in whole) == (stage == "score")
+        assert whole.keys() >= {"model", "optimizer", "scheduler", "scaler", "rng"}
+        assert is_same(again, whole)
+    for out in ("whole", "resumed"):
+        shutil.rmtree(tmp_path / out)  # 270 MB of a ResNet
+
+
+def test_lenet_learns_a_folder_of_images(tmp_path: Path, stops: Stops) -> None:
+    """Horizontal, vertical and no stripes, and what the compressed file has of the network."""
+    pytest.importorskip("torchvision")
+    import numpy as np
+    from PIL import Image
+
+    chance = np.random.default_rng(0)
+    stripes = np.arange(28) // 4 % 2 * np.full((28, 28), 150)
+    for part, size in (("train", 24), ("test", 8)):
+        for label, pattern in enumerate((stripes, stripes.T, 0 * stripes)):
+            folder = tmp_path / "images" / part / str(label)
+            folder.mkdir(parents=True)
+            for i in range(size):
+                pixels = pattern + chance.integers(0, 100, (28, 28))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    arguments = ("--data", "folder", "--data-root", str(tmp_path / "images"), "--workers", "0")
+    options = ("--epochs", "8", "--batch-size", "12", "--lr", "0.003", "--data-ratio", "0.5")
+    output = run("lenet_mnist.py", *arguments, *options, folder=tmp_path)
+    assert "36 of 72 samples kept, mode high" in output
+    accuracies = re.findall(r"^(trained|fine-tuned).* ([\d.]+)%$", output, re.M)
+    assert len(accuracies) == 3
+    assert all(float(accuracy) > 80 for _, accuracy in accuracies), "it has learned"
+
+    model = runpy.run_path(str(ROOT / "examples" / "lenet_mnist.py"))["lenet"](3)
+    load_compressed(model, tmp_path / "lenet_mnist" / "model.drophot")
+    assert round(Masks.from_zeros(model).sparsity, 3) == 0.8
+    code, said = stops("lenet_mnist.py", *arguments, *options, "--mode", "low")
+    assert code == 2
+    assert "score.pt is of a run with other settings" in said
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "cure"),
     [
         ("find_mislabeled.py", (), "--download"),
+        ("lenet_mnist.py", (), "--download"),
+        ("lenet_mnist.py", ("--data", "folder"), "another --data-root"),
+        ("resnet_cifar.py", (), "--download"),
+        ("resnet_cifar.py", ("--data", "cifar100"), "--download"),
+        ("resnet_cifar.py", ("--data", "folder"), "another --data-root"),
         ("noisy_labels.py", (), "--download"),
         ("paper_grid.py", (), "--download"),
         ("paper_grid.py", ("--model", "resnet18", "--data", "cifar100"), "--download"),
