@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from drophot.tracking import packed_history, validation
+from drophot.tracking.accumulators import Accumulation, Accumulator
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
 from drophot.tracking.fused_update import Layout
+from drophot.tracking.record import Rows
 from drophot.tracking.running_means import RunningMeans
 from drophot.tracking.state import Columns, State, to_device
 from drophot.tracking.statistics import (
@@ -98,8 +100,9 @@ class DynamicsTracker(ForgettingTracker):
         statistics: Iterable[str | Score] = DEFAULT,
     ) -> None:
         self._statistics = validate_statistics(statistics)
-        self._means = RunningMeans(self._statistics.num_values, _square_columns(self._statistics))
-        self._layout = _layout(self._statistics, self._means)
+        means = RunningMeans(self._statistics.num_values, _square_columns(self._statistics))
+        self._kept = Accumulation(means, self._statistics.accumulators)
+        self._layout = _layout(self._statistics, means)
         super().__init__(num_samples, device=device)
 
     @property
@@ -137,17 +140,16 @@ class DynamicsTracker(ForgettingTracker):
             targets = to_device(targets, logits.device, torch.int64)
             classes = targets.clamp(0, logits.shape[1] - 1)
             values = self._statistics.values(logits.float(), classes[:, None])
-            if self._statistics.own:
-                own = values[:, len(self._statistics.fused) :]
+            series = self._statistics.series(logits.float(), classes[:, None])
+            if (own := self._statistics.to_check(values, series)) is not None:
                 self._state.check_finite(index, own)
             rows = self._record_logits(index, logits, targets)
-            values = to_device(values, rows.position.device).index_select(0, rows.order)
-            self._means.add(self._state.columns, rows.position, rows.repeats, values)
+            self._accumulate(rows, values, series)
 
     def reset(self) -> None:
         """Return to the initial state."""
         super().reset()
-        for stream in self._statistics.streams:
+        for stream in self._statistics.streams.values():
             stream.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,10 +165,9 @@ class DynamicsTracker(ForgettingTracker):
             RuntimeError: As there.
             ValueError: As there.
         """
-        names, streams = self._statistics.own_names, self._statistics.streams
         random = {
             name: state
-            for name, stream in zip(names, streams, strict=True)
+            for name, stream in self._statistics.streams.items()
             if (state := stream.dump()) is not None
         }
         return super().state_dict() | ({_RANDOM: random} if random else {})
@@ -182,7 +183,7 @@ class DynamicsTracker(ForgettingTracker):
         """
         super().load_state_dict({n: value for n, value in state_dict.items() if n != _RANDOM})
         random = state_dict.get(_RANDOM, {})
-        for name, stream in zip(self._statistics.own_names, self._statistics.streams, strict=True):
+        for name, stream in self._statistics.streams.items():
             stream.load(random.get(name))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
@@ -230,7 +231,11 @@ class DynamicsTracker(ForgettingTracker):
                 f"`statistic` must be one of {', '.join(map(repr, known))}, got {statistic!r}. To "
                 f"track another one, name it in `DynamicsTracker(..., statistics=[...])`."
             )
-        return self._of_each_sample(self._presented(missing), statistic)
+        columns = self._presented(missing)
+        score = self._statistics.by_name[statistic]
+        if missing == "raise" and isinstance(score, Accumulator):
+            validation.check_presented_often(columns["history"], statistic, score.num_needed)
+        return self._of_each_sample(columns, statistic)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Everything at once, for a table: `pandas.DataFrame(tracker.columns())`.
@@ -258,17 +263,26 @@ class DynamicsTracker(ForgettingTracker):
         names = tuple(self._statistics.by_name)
         return State(
             self.num_samples,
-            {"history": (torch.int64, ()), **self._means.columns()},
-            self._means.join,
+            {"history": (torch.int64, ()), **self._kept.columns()},
+            self._kept.join,
             device,
             statistics=() if names == DEFAULT else names,
-            own_scores=self._statistics.own_names,
+            own_scores=self._statistics.checked_names,
         )
+
+    def _accumulate(self, rows: Rows, values: Tensor, series: list[Tensor]) -> None:
+        """Add the values of a batch, in its own order, to those of its samples."""
+        device, order = rows.position.device, rows.order
+        values = to_device(values, device).index_select(0, order)
+        series = [to_device(part, device).index_select(0, order) for part in series]
+        self._kept.add(self._state.columns, rows.position, rows.repeats, values, series)
 
     def _of_each_sample(self, columns: Columns, name: str) -> Tensor:
         """A statistic `(N,)`, NaN for a sample that was never presented."""
         presented = packed_history.presentations(columns["history"])
         score = self._statistics.by_name[name]
+        if isinstance(score, Accumulator):
+            return self._kept.result(score, columns)
         if isinstance(score, Spread):
             return (columns[_square_column(score.score)] / presented).sqrt()
         means = columns["means"][:, self._statistics.column(score)]
@@ -276,7 +290,7 @@ class DynamicsTracker(ForgettingTracker):
 
 
 def _layout(kept: Statistics, means: RunningMeans) -> Layout | None:
-    if kept.own:
+    if kept.own or kept.accumulators:
         return None
     squares = {kept.fused[value]: name for name, value in means.squares.items()}
     return Layout(

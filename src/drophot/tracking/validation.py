@@ -132,3 +132,14 @@ def check_presented(history: Tensor, missing: str) -> None:
     raise ValueError(
         f"`scores` needs every sample to be presented, but {lack} of {total} never were. {fix}."
     )
+
+
+def check_presented_often(history: Tensor, statistic: str, least: int) -> None:
+    """Check that every sample was presented as often as a statistic needs it."""
+    presented = packed_history.presentations(history)
+    if lack := int((presented < least).sum()):
+        raise ValueError(
+            f"`scores({statistic!r})` needs every sample to be presented at least {least} times, "
+            f"but {lack} of {len(history)} were not; one has {int(presented.min())} presentations. "
+            f'Train for more epochs, lower `window`, or use `scores(..., missing="nan")`.'
+        )
