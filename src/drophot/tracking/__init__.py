@@ -2,6 +2,7 @@
 
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.forgetting import ForgettingTracker
+from drophot.tracking.sequence_losses import sequence_losses
 from drophot.tracking.sequence_scores import FirstLearned, Last, MovingAverage
 from drophot.tracking.statistics import Score, Spread
 from drophot.tracking.window_statistics import DUAL, TDDS, WindowSpread
@@ -17,4 +18,5 @@ __all__ = [
     "Score",
     "Spread",
     "WindowSpread",
+    "sequence_losses",
 ]

@@ -186,6 +186,47 @@ class DynamicsTracker(ForgettingTracker):
         for name, stream in self._statistics.streams.items():
             stream.load(random.get(name))
 
+    def update_loss(self, index: Tensor, loss: Tensor) -> None:
+        """Present a batch by its losses, for a model without logits `(B, C)`.
+
+        The tracker must have only statistics of the loss: `"loss"`, :class:`drophot.tracking.Last`,
+        :class:`drophot.tracking.MovingAverage`, :class:`drophot.tracking.WindowSpread` of
+        `"loss"`, and a :class:`drophot.tracking.Spread` of it. Whether a sample is correct is not
+        known, so there are no forgetting scores, and without targets, indices that do not follow
+        their samples cannot be detected.
+
+        Args:
+            index: The samples' indices in the dataset, integers, shape `(B,)`.
+            loss: The loss of each sample, floats, shape `(B,)`, with or without gradient. A NaN
+                makes the statistics of its sample NaN.
+
+        Raises:
+            TypeError: If an argument is not such a tensor, or the tracker has a statistic that
+                needs logits.
+            ValueError: If a shape is wrong; on a CPU also if an index is out of range. Nothing is
+                counted then.
+
+        Example:
+            >>> tracker = DynamicsTracker(3, statistics=["loss"])
+            >>> tracker.update_loss(torch.tensor([2, 0]), torch.tensor([0.5, 4.0]))
+            >>> tracker.scores("loss", missing="nan")
+            tensor([4.0000,    nan, 0.5000])
+        """
+        validation.check_loss(index, loss)
+        if names := self._statistics.not_of_losses:
+            raise TypeError(
+                f"`update_loss` needs a tracker whose statistics are all of the loss, got "
+                f"{', '.join(map(repr, names))}, which need logits. Create it with "
+                f'`DynamicsTracker(..., statistics=["loss"])`.'
+            )
+        if len(index) == 0:
+            return
+        with torch.no_grad():
+            values = loss.detach().float()
+            rows = self._record(index, torch.zeros_like(values, dtype=torch.bool), None)
+            means = values[:, None].expand(-1, self._statistics.num_values)
+            self._accumulate(rows, means, [values] * len(self._statistics.accumulators))
+
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Not available: the statistics need logits.
 
@@ -219,8 +260,17 @@ class DynamicsTracker(ForgettingTracker):
 
         Raises:
             ValueError: If the tracker does not keep the statistic, another argument is unknown, a
-                sample was never presented, or a batch had wrong indices.
+                sample was never presented or too rarely for the statistic, a batch had wrong
+                indices, or forgetting scores are requested after `update_loss`.
         """
+        if statistic in ("forgetting", "hardest", "zero"):
+            unknown = (self.presentations > 0) & (self._state.targets < 0)
+            if n := int(unknown.sum()):
+                raise ValueError(
+                    f"`scores({statistic!r})` needs logits, but {n} of {self.num_samples} samples "
+                    f"were presented by `update_loss`. Name one of "
+                    f"{', '.join(map(repr, self._statistics.by_name))}."
+                )
         if statistic == "forgetting":
             return super().scores(never_learned, missing=missing)
         if statistic == "hardest" or statistic == "zero":

@@ -233,6 +233,13 @@ class Statistics:
         rest = [part[:, None] for score, part in own if _is_of_own(score)]
         return torch.cat([values[:, len(self.fused) :], *rest], 1)
 
+    @property
+    def not_of_losses(self) -> list[str]:
+        """The names of the statistics that need more than the loss of each sample."""
+        return [
+            name for name, score in self.by_name.items() if getattr(score, "score", score) != LOSS
+        ]
+
     def _call(self, score: Score, logits: Tensor, targets: Tensor) -> Tensor:
         stream = self.streams[score.name]
         with stream.on(logits.device), _unchanged(score, logits=logits, targets=targets):
