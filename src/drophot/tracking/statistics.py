@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol, runtime_checkable
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from drophot._core.random_state import RandomStream
 from drophot._core.signatures import signature_error
+from drophot.tracking import score_checks
 from drophot.tracking.accumulators import Accumulator
-from drophot.tracking.state import to_device
 from drophot.tracking.validation import describe
 
 HardEnd = Literal["high", "low"]
@@ -213,7 +212,7 @@ class Statistics:
         logits, targets = logits.detach(), classes[:, 0]
         for score in self.own:
             found = self._call(score, logits, targets)
-            parts.append(_checked(score, found, logits)[:, None])
+            parts.append(score_checks.checked(score.name, found, logits)[:, None])
         return torch.cat(parts, 1)
 
     def series(self, logits: Tensor, classes: Tensor) -> list[Tensor]:
@@ -221,7 +220,7 @@ class Statistics:
         logits, targets = logits.detach(), classes[:, 0]
         found = [self._call(own, logits, targets) for own in self.accumulators]
         return [
-            _checked(own, values, logits) if _is_of_own(own) else values
+            score_checks.checked(own.name, values, logits) if _is_of_own(own) else values
             for own, values in zip(self.accumulators, found, strict=True)
         ]
 
@@ -242,39 +241,11 @@ class Statistics:
 
     def _call(self, score: Score, logits: Tensor, targets: Tensor) -> Tensor:
         stream = self.streams[score.name]
-        with stream.on(logits.device), _unchanged(score, logits=logits, targets=targets):
+        with (
+            stream.on(logits.device),
+            score_checks.unchanged(score.name, logits=logits, targets=targets),
+        ):
             return score(logits, targets)
-
-
-@contextmanager
-def _unchanged(score: Score, **tensors: Tensor) -> Generator[None]:
-    """Refuse a score that changes its arguments, which the training and other scores use too."""
-    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors.values()):
-        yield  # there are no versions
-        return
-    before = {name: tensor._version for name, tensor in tensors.items()}
-    yield
-    for name, tensor in tensors.items():
-        if tensor._version != before[name]:
-            raise ValueError(
-                f"Score {score.name!r} must not change its arguments, but it changed `{name}` in "
-                f"place. Work on a copy: `{name} = {name}.clone()`."
-            )
-
-
-def _checked(score: Score, values: Tensor, logits: Tensor) -> Tensor:
-    """A score's values as float32 on the device of the logits, if there is one for each row."""
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError(
-            f"Score {score.name!r} must return a float tensor, got {describe(values)}. Convert it "
-            f"with `.float()`."
-        )
-    if values.shape != logits.shape[:1]:
-        raise ValueError(
-            f"Score {score.name!r} must return one value per sample, shape ({len(logits)},), got "
-            f"shape {tuple(values.shape)}. Reduce over the classes, not over the batch."
-        )
-    return to_device(values.detach(), logits.device, torch.float32)
 
 
 def _source(score: Score) -> Score:
