@@ -68,10 +68,10 @@ def density_facility_location(
         MemoryError: If there is not enough memory.
 
     Example:
-        >>> angles = torch.tensor([0.0, 0.1, 0.2, 1.5, 1.6, 1.7, 3.0])  # the last is an outlier
+        >>> angles = torch.tensor([0.0, 0.1, 0.2, 1.5, 1.6, 1.7, 3.0])
         >>> rows = torch.stack([angles.cos(), angles.sin()], dim=1)
         >>> density_facility_location(rows, 0.3).indices
-        tensor([1, 4])
+        tensor([2, 3])
     """
     coverage = scalars.real("coverage", coverage, "a number in (0, 1)")
     if not 0 < coverage < 1:

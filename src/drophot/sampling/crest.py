@@ -144,8 +144,9 @@ class CrestLoader:
             )
         self.num_replicas, self.rank = check_replicas(num_replicas, rank)
         # Rank 0 evaluates the model alone, and DDP's forward may wait for the others.
-        is_wrapped = self.num_replicas > 1 and isinstance(model, DistributedDataParallel)
-        self.model = model.module if is_wrapped else model
+        self.model = model
+        if self.num_replicas > 1 and isinstance(model, DistributedDataParallel):
+            self.model: nn.Module = model.module
         device = next(model.parameters()).device
         with random_state.preserved_rng():  # a random transform may draw numbers
             indexed = len(loop.first_sample("dataset", dataset)) == 3

@@ -15,8 +15,15 @@ class Epochs(Protocol):
     handed out; it is 0 if that epoch is complete.
     """
 
-    epoch: int
-    _yielded: int
+    @property
+    def epoch(self) -> int: ...
+    @epoch.setter
+    def epoch(self, value: int) -> None: ...
+
+    @property
+    def _yielded(self) -> int: ...
+    @_yielded.setter
+    def _yielded(self, value: int) -> None: ...
 
     def _next_order(self) -> list[int]:
         """Begin an epoch, and return this rank's samples."""
