@@ -79,6 +79,7 @@ def test_the_examples_are_there() -> None:
         "paper_grid.py",
         "quickstart.py",
         "resnet_cifar.py",
+        "text_losses.py",
         "your_own_loop.py",
     ]
 
@@ -110,6 +111,13 @@ def test_your_own_loop(tmp_path: Path) -> None:
     output = run("your_own_loop.py", "--epochs", "5", folder=tmp_path)
     assert re.search(r"zeros\D+0\.80", output)
     assert float(re.findall(r"fine-tuned\D+([\d.]+)", output)[0]) > 90
+
+
+def test_text_losses_find_the_scrambled_sentences(tmp_path: Path) -> None:
+    output = run("text_losses.py", "--epochs", "3", folder=tmp_path)
+    aurocs = dict(re.findall(r"^(\w+) +([\d.]+)$", output, re.M))
+    assert list(aurocs) == ["loss", "last_loss", "loss_average"]
+    assert all(float(value) > 0.9 for value in aurocs.values()), "by chance it would be 0.5"
 
 
 def test_ddp_in_two_processes_and_in_one(tmp_path: Path) -> None:

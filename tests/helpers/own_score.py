@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from drophot import DynamicsTracker
-from drophot.tracking import Spread
+from drophot.tracking import DUAL, FirstLearned, Last, MovingAverage, Spread
 
 N, C = 20, 4
 Batch = tuple[Tensor, Tensor, Tensor]  # index, logits, targets
@@ -49,6 +49,13 @@ def tracker(size: int = N) -> DynamicsTracker:
     return DynamicsTracker(size, statistics=["variability", Entropy(), "aum", spread, power])
 
 
+def accumulating(size: int = N) -> DynamicsTracker:
+    """Scores that keep more than a mean; no rank shows a sample 20 times in an epoch."""
+    window = DUAL(window=20, until=None)
+    scores = [window, Last(), MovingAverage(), FirstLearned(), FirstLearned(for_good=True)]
+    return DynamicsTracker(size, statistics=scores)
+
+
 def batches(seed: int, count: int = 6) -> list[Batch]:
     """Batches with repeats, and samples that are missing."""
     generator = torch.Generator().manual_seed(seed)
@@ -62,11 +69,14 @@ def batches(seed: int, count: int = 6) -> list[Batch]:
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    found = tracker()
+    found, other = tracker(), accumulating()
     for epoch in range(3):
         for batch in batches(10 * epoch + rank):
             found.update(*batch)
+            other.update(*batch)
         found.sync()
+        other.sync()
+    accumulated = other.state_dict()
     save({"tracker": found}, checkpoint_id=folder / "dcp")
     again = tracker()
     load({"tracker": again}, checkpoint_id=folder / "dcp")
@@ -77,6 +87,7 @@ def main(folder: Path) -> None:
     except ValueError as raised:
         error = str(raised)
     states = {"state": found.state_dict(), "loaded": again.state_dict(), "error": error}
+    states["accumulated"] = accumulated
     torch.save(states, folder / f"{rank}.pt")
     dist.barrier()  # no rank leaves while another one still communicates
     dist.destroy_process_group()

@@ -273,3 +273,46 @@ def weights_of_medoids(vectors: np.ndarray, chosen: Sequence[int]) -> list[int]:
     owner = apart(vectors, vectors[list(chosen)]).argmin(1) if len(chosen) else np.empty(0)
     owner[list(chosen)] = np.arange(len(chosen))
     return [int((owner == number).sum()) for number in range(len(chosen))]
+
+
+def window_spread(values: Sequence[float], window: int) -> float:
+    """He et al.: the mean of the standard deviations (divided by J - 1) of sliding windows."""
+    parts = [values[k : k + window] for k in range(len(values) - window + 1)]
+    return float(np.mean([np.std(part, ddof=1) for part in parts])) if parts else np.nan
+
+
+def dual(values: Sequence[float], window: int) -> float:
+    """Cho et al.: the mean over sliding windows of 10 · std · (1 - mean)."""
+    parts = [values[k : k + window] for k in range(len(values) - window + 1)]
+    found = [10 * np.std(part, ddof=1) * (1 - np.mean(part)) for part in parts]
+    return float(np.mean(found)) if found else np.nan
+
+
+def tdds(outputs: Sequence[np.ndarray], window: int, decay: float) -> float:
+    """Zhang et al.: changes of the outputs, their norm in each window, weighted by recency."""
+    if len(outputs) < window:
+        return np.nan
+    total, last = 0.0, len(outputs) - window
+    for k in range(last + 1):
+        part = outputs[k : k + window]
+        changes = [
+            np.abs(new * (np.log(new + 1e-8) - np.log(old + 1e-8))).sum()
+            for old, new in pairwise(part)
+        ]
+        norm = np.linalg.norm(np.array(changes) - np.mean(changes))
+        total += float(norm * decay * (1 - decay) ** (last - k))
+    return total
+
+
+def first_learned(right: Sequence[bool]) -> float:
+    """Toneva et al.: the first presentation at which a sample is right; NaN without any."""
+    if not right:
+        return np.nan
+    return right.index(True) + 1 if True in right else np.inf
+
+
+def learned_for_good(right: Sequence[bool]) -> float:
+    """Baldock et al.: the first presentation from which on a sample is right each time."""
+    if not right:
+        return np.nan
+    return next((t + 1 for t in range(len(right)) if all(right[t:])), np.inf)

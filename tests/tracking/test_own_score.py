@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.one_process import assert_same
-from helpers.own_score import Batch, C, Entropy, N, Power, batches, main, tracker
+from helpers.own_score import Batch, C, Entropy, N, Power, accumulating, batches, main, tracker
 from helpers.processes import ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -202,16 +202,21 @@ def test_watch_attach_and_observe_include_them() -> None:
 
 def test_ranks_equal_one_process_that_saw_everything(tmp_path: Path) -> None:
     ranks(2, main, tmp_path, folder=tmp_path)
-    expected = tracker()
+    expected, other = tracker(), accumulating()
     for epoch in range(3):
         for rank in range(2):
             fed(expected, batches(10 * epoch + rank))
+            fed(other, batches(10 * epoch + rank))
+    assert other.scores("dual", missing="nan").isfinite().any()
     wanted = {k: v for k, v in expected.state_dict().items() if k != "statistics"}
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found["state"].pop("statistics") == list(expected.statistics)
         assert found["loaded"].pop("statistics") == list(expected.statistics)
         assert_same(found["state"], wanted, 1e-5)
+        assert found["accumulated"].pop("statistics") == list(other.statistics)
+        accumulated = {k: v for k, v in other.state_dict().items() if k != "statistics"}
+        assert_same(found["accumulated"], accumulated, 1e-5)
         assert_same(found["loaded"], found["state"], 0.0)
         assert "statistics" in found["error"]
         assert ("entropy" if rank else "power") in found["error"]

@@ -70,6 +70,8 @@ def greedy(
     targets: Tensor | ArrayLike | None,
     start: Tensor | ArrayLike | None,
     seed: int,
+    *,
+    centered: bool = True,
 ) -> Coreset:
     """Check the input and the available memory, then select, within classes if there are targets.
 
@@ -81,6 +83,7 @@ def greedy(
         targets: The classes.
         start: The indices of samples that are already kept.
         seed: Any integer.
+        centered: Whether the features may be shifted and scaled, for exact Euclidean distances.
     """
     ratio = check_keep_ratio("ratio", ratio)
     seed = scalars.integer("seed", seed)
@@ -93,7 +96,7 @@ def greedy(
     starts = _starts_in_groups(groups, sizes, started, of_classes=targets is not None)
     largest = max((len(g), s) for g, s in zip(groups, sizes, strict=True))
     _check_memory(values, memory_needed, largest, in_parts=targets is not None)
-    values, scale = _centered(values)
+    values, scale = _centered(values) if centered else (values, 1.0)
 
     ranking, gains = [], []
     weights = np.zeros(total, dtype=np.float32)

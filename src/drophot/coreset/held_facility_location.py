@@ -25,8 +25,14 @@ def choose_held(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tenso
     selected. A gain depends only on pairs that are closer to each other than to a medoid. Once they
     are few, only these are read.
     """
-    total = len(values)
-    distances, sums = _all_distances(values)
+    return choose_from(*_all_distances(values), size, start)
+
+
+def choose_from(
+    distances: Tensor, sums: Tensor, size: int, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from distances `(N, N)`, one row per candidate, and the sums of their rows."""
+    total = len(distances)
     owner = np.zeros(total, dtype=np.int64)
     ranking: list[int] = []
     gains: list[float] = []

@@ -13,6 +13,7 @@ from torch import Tensor
 from drophot._core import scalars
 from drophot._core.arrays import IntArray, as_indices
 from drophot._core.ratios import check_keep_ratio
+from drophot.coreset.beta_sampling import Beta, check_length, draw_by_density
 from drophot.coreset.builtin_selectors import SELECTORS, ByScore, Random
 from drophot.coreset.class_balance import check_targets
 from drophot.coreset.score_ranking import check_no_nan, check_scores, select_by_score
@@ -101,8 +102,13 @@ def select(
     values = check_scores(scores)
     part = None if among is None else _check_among(among, len(values))
     if _is_builtin(selector) and not (selector.balanced and targets is None):
-        stratified = isinstance(selector, Stratified)
-        draw = partial(draw_from_strata, selector) if stratified else selector.draw
+        if isinstance(selector, Stratified):
+            draw = partial(draw_from_strata, selector)
+        elif isinstance(selector, Beta):
+            check_length(selector, len(values))
+            draw = partial(draw_by_density, selector, ratio)
+        else:
+            draw = selector.draw
         return select_by_score(draw, values, ratio, targets=targets, among=part, seed=seed)
     return _select_by(selector, values, ratio, targets, part, seed)
 
@@ -120,9 +126,14 @@ def check_mode(name: str, mode: Any, ratio: float = 0.0) -> None:
         )
 
 
-def _is_builtin(selector: Selector) -> TypeGuard[ByScore | Random | Stratified]:
+def _is_builtin(selector: Selector) -> TypeGuard[ByScore | Random | Stratified | Beta]:
     """Whether a selector draws as the built-in ones do; a subclass may have its own `select`."""
-    builtin: tuple[object, ...] = (ByScore.select, Random.select, Stratified.select)
+    builtin: tuple[object, ...] = (
+        ByScore.select,
+        Random.select,
+        Stratified.select,
+        Beta.select,
+    )
     return getattr(type(selector), "select", None) in builtin
 
 

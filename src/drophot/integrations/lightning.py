@@ -64,6 +64,10 @@ class TrackerCallback(Callback):
             `batch=lambda batch: batch["labelled"]`. If it returns None, nothing is counted.
         correct: For tasks other than classification: gets the batch without its index and the
             return value of `training_step`, and returns a bool `(B,)`. Needs a ForgettingTracker.
+        losses: For models without logits `(B, C)`, such as language models: gets the batch without
+            its index and the return value of `training_step`, and returns the loss of each sample,
+            floats `(B,)`; see :func:`drophot.tracking.sequence_losses`. A sample whose loss is NaN
+            is left out. Needs a DynamicsTracker with statistics of the loss alone.
         group: The ranks that see different batches, if not all do (tensor parallelism): a process
             group, or a function that gets it from the Trainer when `fit` has begun. `None` means
             all ranks, and with `ModelParallelStrategy` its data-parallel ranks.
@@ -71,11 +75,11 @@ class TrackerCallback(Callback):
             give each a different name.
 
     Raises:
-        TypeError: If `tracker` is not a tracker, or is a DynamicsTracker although `correct` is
-            given; after the first training batch, if there are no logits, no index or no targets.
-        ValueError: Before the first training batch, if a loader's dataset joins several
-            IndexedDatasets; after it, if the logits or targets do not have the shape of a
-            classification.
+        TypeError: If `tracker` is not a tracker, or not the kind that `correct` or `losses` needs;
+            after the first training batch, if there are no logits, no index or no targets.
+        ValueError: If `correct` and `losses` are both given; before the first training batch, if a
+            loader's dataset joins several IndexedDatasets; after it, if the logits or targets do
+            not have the shape of a classification.
         RuntimeError: At the end of the first epoch, if no batch was counted.
 
     Example:
@@ -93,10 +97,11 @@ class TrackerCallback(Callback):
         *,
         batch: Callable[[Any], Any] | None = None,
         correct: Callable[[Any, Any], Tensor] | None = None,
+        losses: Callable[[Any, Any], Tensor] | None = None,
         group: ProcessGroup | Callable[[Trainer], ProcessGroup] | None = None,
         state_key: str = "TrackerCallback",
     ) -> None:
-        self._presenter = Presenter(tracker, "TrackerCallback", logits, targets, correct)
+        self._presenter = Presenter(tracker, "TrackerCallback", logits, targets, correct, losses)
         self._batch = batch
         self._group = group
         self._state_key = state_key

@@ -77,19 +77,23 @@ class TrackerMixin(_Base):
             label (`labels`).
         correct: For tasks other than classification: gets the batch without its index and the
             model's outputs, and returns a bool `(B,)`. Needs a ForgettingTracker.
+        losses: For models without logits `(B, C)`, such as language models: gets the batch without
+            its index and the model's outputs, and returns the loss of each sample, floats `(B,)`;
+            see :func:`drophot.tracking.sequence_losses`. A sample whose loss is NaN is left out.
+            Needs a DynamicsTracker with statistics of the loss alone.
         group: The ranks that see different batches, if not all do (tensor or context parallelism):
             a process group, or a function that gets it from the Trainer. `None` means all ranks.
         **kwargs: Arguments of the Trainer. `train_dataset` is an :class:`drophot.IndexedDataset`
             whose samples are dicts, a `Subset` of one, or any other dataset with a column `index`.
 
     Raises:
-        TypeError: If `tracker` is not a tracker, or is a DynamicsTracker although `correct` is
-            given; at the first batch, if it has no index or no labels, or the model's output has no
+        TypeError: If `tracker` is not a tracker, or not the kind that `correct` or `losses` needs;
+            at the first batch, if it has no index or no labels, or the model's output has no
             logits.
-        ValueError: If the training set has more samples than the tracker, has a column `index` with
-            other numbers, or joins several IndexedDatasets; at the first batch, if the logits or
-            labels do not have the shape of a classification; when training begins, if ranks share
-            batches and no `group` is given.
+        ValueError: If `correct` and `losses` are both given; if the training set has more samples
+            than the tracker, has a column `index` with other numbers, or joins several
+            IndexedDatasets; at the first batch, if the logits or labels do not have the shape of a
+            classification; when training begins, if ranks share batches and no `group` is given.
         RuntimeError: After a batch for which the model was called only on tensors that are not the
             batch's, and whose outputs were not returned; at the end of the first epoch, if no batch
             was counted.
@@ -102,11 +106,12 @@ class TrackerMixin(_Base):
         logits: Callable[[Any], Tensor] | None = None,
         targets: Callable[[Any], Tensor] | None = None,
         correct: Callable[[Any, Any], Tensor] | None = None,
+        losses: Callable[[Any, Any], Tensor] | None = None,
         group: ProcessGroup | Callable[[Trainer], ProcessGroup] | None = None,
         **kwargs: Any,
     ) -> None:
         self._presenter = Presenter(
-            tracker, "TrackedTrainer", logits, targets or self._labels, correct
+            tracker, "TrackedTrainer", logits, targets or self._labels, correct, losses
         )
         self._group = group
         self._awaited: Taken | None = None  # the batch of this step, until it is presented

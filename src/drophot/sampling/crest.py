@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from drophot._core import random_state, scalars
+from drophot._core import distributed, random_state, scalars
 from drophot._core.exact_arithmetic import exact
 from drophot._core.model_contexts import evaluating
 from drophot._core.ratios import check_keep_ratio, num_kept
@@ -26,7 +28,9 @@ from drophot.coreset.feature_extraction import error_vectors
 from drophot.data import batching
 from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import targets_of
+from drophot.sampling import selection_state
 from drophot.sampling.batched_medoids import medoids
+from drophot.sampling.epoch_iterator import check_replicas, check_state
 from drophot.training import loop
 from drophot.training.step import fast_forward
 
@@ -59,8 +63,14 @@ class CrestLoader:
 
     During selection and checks, the model is in evaluation mode and runs without autocast; all
     arithmetic is in float32 or better. Learned samples are not excluded (section 4.3 of the paper,
-    which saves time over hundreds of epochs). Distributed training is not supported: each process
-    would select its own coresets.
+    which saves time over hundreds of epochs).
+
+    On several ranks, pass `num_replicas` and `rank`. Rank 0 selects and checks while the others
+    wait, and sends them the result. Each rank yields its share of every mini-batch, so that DDP's
+    mean over the ranks is the mean over the mini-batch. Selection is not divided among the ranks.
+
+    `state_dict` and `load_state_dict` resume in the middle of an epoch, with the selection, the
+    model of the loss and the random generators. Save the weights of the model with it.
 
     References:
         Yang, Kang and Mirzasoleiman, Towards Sustainable Learning: Coresets for Data-efficient Deep
@@ -80,11 +90,13 @@ class CrestLoader:
         interval: `h`, a factor of the number of steps between two checks.
         seed: Determines the subsets and Hutchinson's estimates.
         cache: Whether the decoded dataset is held in memory, as in :func:`drophot.fit`.
+        num_replicas: The number of ranks among which each mini-batch is divided.
+        rank: Which of them this one is.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, the dataset is empty, or its targets are not
-            classes.
+        ValueError: If an argument is out of range, the dataset is empty, its targets are not
+            classes, or the ranks do not divide the size of a mini-batch.
 
     Example:
         >>> from torch.utils.data import TensorDataset
@@ -113,6 +125,8 @@ class CrestLoader:
         interval: float = 1.0,
         seed: int = 0,
         cache: loop.Cache = "auto",
+        num_replicas: int = 1,
+        rank: int = 0,
     ) -> None:
         ratio, subset = check_keep_ratio("ratio", ratio), check_keep_ratio("subset", subset)
         self.batch_size = scalars.integer("batch_size", batch_size)
@@ -128,7 +142,11 @@ class CrestLoader:
             raise ValueError(
                 f"`model` must have trainable parameters, but this {type(model).__name__} has none."
             )
+        self.num_replicas, self.rank = check_replicas(num_replicas, rank)
+        # Rank 0 evaluates the model alone, and DDP's forward may wait for the others.
         self.model = model
+        if self.num_replicas > 1 and isinstance(model, DistributedDataParallel):
+            self.model: nn.Module = model.module
         device = next(model.parameters()).device
         with random_state.preserved_rng():  # a random transform may draw numbers
             indexed = len(loop.first_sample("dataset", dataset)) == 3
@@ -137,6 +155,12 @@ class CrestLoader:
         self._total = len(dataset)  # type: ignore[arg-type]
         self._steps = batching.num_batches(num_kept(self._total, ratio), self.batch_size)
         self._size = min(self._total, max(num_kept(self._total, subset), 2 * self.batch_size))
+        if min(self._size, self.batch_size) % self.num_replicas:
+            raise ValueError(
+                f"`num_replicas` must divide the size of a mini-batch, "
+                f"{min(self._size, self.batch_size)}, got {self.num_replicas}. Choose another "
+                f"`batch_size`, of which each rank gets an equal share."
+            )
         targets = check_targets(targets_of(self.dataset), self._total)
         if targets.min() < 0:
             raise ValueError(f"`dataset` must have targets of at least 0, got {targets.min()}.")
@@ -154,24 +178,82 @@ class CrestLoader:
         # Moving averages of the gradient and of the squared curvature.
         self._averages: tuple[Tensor, Tensor] | None = None
         self._first_norm = 0.0
+        self._yielded = 0  # steps of the epoch that was begun last; 0 if it is complete
+        self._resume_at = 0
 
     def __len__(self) -> int:
         return self._steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        start, self._resume_at = self._resume_at, 0
+        return self._steps_from(start)
+
+    def _steps_from(self, start: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         device = next(self.model.parameters()).device
-        for _ in range(self._steps):
+        for step in range(start, self._steps):
             due = (
                 self._steps_since_selection and self._steps_since_selection % self.check_every == 0
             )
-            if not self.selections or (due and self._is_outdated()):
-                self._select()
+            if not self.selections or due:
+                self._update_selection()
             self._steps_since_selection += 1
             number = int(
                 torch.randint(len(self._batches), (), generator=self._torch_generator, device="cpu")
             )
-            inputs, targets, index = batching.at(self.dataset, self._batches[number], device)
-            yield inputs, targets, index, self._weights[number].to(device)
+            mine = slice(self.rank, None, self.num_replicas)
+            inputs, targets, index = batching.at(self.dataset, self._batches[number, mine], device)
+            self._yielded = step + 1
+            yield inputs, targets, index, self._weights[number, mine].to(device)
+        self._yielded = 0
+
+    def _update_selection(self) -> None:
+        """Select if there is no selection or it is outdated, on rank 0 for all ranks."""
+        if self.num_replicas > 1 and (ranks := distributed.count()) != self.num_replicas:
+            raise RuntimeError(
+                f"`num_replicas` must be the number of processes, {ranks}, got "
+                f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
+            )
+        selected = False
+        if self.rank == 0 and (not self.selections or self._is_outdated()):
+            self._select()
+            selected = True
+        if self.num_replicas > 1:
+            sent = [selection_state.dump(self) if selected else {"checks": self.checks}]
+            dist.broadcast_object_list(sent, src=0)
+            if self.rank:
+                selection_state.load(self, sent[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the whole state, equal on all ranks, for `torch.save`.
+
+        Returns:
+            Tensors, numbers and names; `torch.load(weights_only=True)` reads them.
+        """
+        return {
+            **self._settings(),
+            "yielded": self._yielded,
+            "selection": selection_state.dump(self),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume: the next iteration yields the rest of the epoch.
+
+        Args:
+            state_dict: The state of a loader with the same data and arguments, of any rank.
+
+        Raises:
+            ValueError: If it is of a loader with other arguments, or not such a state.
+        """
+        check_state(state_dict, self._settings(), "CrestLoader")
+        selection_state.load(self, state_dict["selection"])
+        self._yielded = self._resume_at = state_dict["yielded"]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_samples": self._total,
+            "batch_size": self.batch_size,
+            "steps_per_epoch": self._steps,
+        }
 
     @exact(products=True)
     def _select(self) -> None:

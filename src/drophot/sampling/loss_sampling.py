@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from drophot._core import scalars
+from drophot._core import distributed, scalars
 from drophot._core.exact_arithmetic import exact
 from drophot._core.ratios import check_keep_ratio, num_kept
-from drophot._core.seeded_draw import derive_seed, draw
+from drophot._core.seeded_draw import derive_seed, draw, splitmix64
 from drophot.coreset.score_selection import select
+from drophot.sampling.epoch_iterator import check_replicas, check_state
+from drophot.sampling.subset_of_epoch import SubsetOfEpoch
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _NO_INVALID_INDEX = torch.iinfo(torch.int64).max
@@ -51,7 +54,15 @@ class LossSampling:
 
     InfoBatch trains on all samples in the last epochs; for these, use a loader without the sampler
     and `losses.mean()`. A sample that has not been seen yet is drawn like the easy samples.
-    Distributed training is not supported.
+
+    On several ranks, pass `num_replicas` and `rank`. The losses of all ranks are merged when an
+    epoch begins, all ranks draw the same samples, and each yields every `num_replicas`-th of them.
+    The wrapped sampler must have the same order on all ranks; the simplest way is `sampler()`.
+
+    `state_dict` and `load_state_dict` resume in the middle of an epoch. They are the protocol of
+    torchdata's `StatefulDataLoader`, which calls them. In a DataLoader with worker processes, which
+    requests samples in advance, set `state["yielded"]` to the number of samples that the loop has
+    received.
 
     References:
         Qin et al., InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning,
@@ -63,10 +74,13 @@ class LossSampling:
         seed: Together with the attribute `epoch`, which counts the epochs begun so far, it
             determines which samples are drawn.
         device: Where losses and weights are stored, 8 bytes per sample.
+        num_replicas: The number of ranks among which each epoch is divided.
+        rank: Which of them this one is.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `ratio` is not in (0, 1] or `num_samples` is less than 1.
+        ValueError: If `ratio` is not in (0, 1], `num_samples` or `num_replicas` is less than 1, or
+            `rank` is not in [0, `num_replicas`).
     """
 
     def __init__(
@@ -76,32 +90,42 @@ class LossSampling:
         *,
         seed: int = 0,
         device: torch.device | str | None = None,
+        num_replicas: int = 1,
+        rank: int = 0,
     ) -> None:
         self.num_samples = scalars.integer("num_samples", num_samples, least=1)
         self.ratio = check_keep_ratio("ratio", ratio)
         self.seed = scalars.integer("seed", seed)
+        self.num_replicas, self.rank = check_replicas(num_replicas, rank)
         self.epoch = 0
+        self._yielded = 0  # samples of the epoch that was begun last; 0 if it is complete
+        self._resume_at = 0
+        self._order = torch.empty(0, dtype=torch.int64)  # of all ranks, in that epoch
         with torch.inference_mode(False):  # so that training can update them
             self.losses = torch.full(  # the last known losses
                 (self.num_samples,), torch.nan, dtype=torch.float32, device=device
             )
             self._weights = torch.zeros_like(self.losses)  # of this epoch; 0 if skipped
+            # Which losses the other ranks lack, if there are any.
+            several = self.num_samples if self.num_replicas > 1 else 0
+            self._unmerged = torch.zeros(several, dtype=torch.bool, device=self.losses.device)
             # The smallest out-of-range index that has not been reported yet.
             self._invalid_index = torch.tensor(_NO_INVALID_INDEX, device=self.losses.device)
 
-    def sampler(self, sampler: Iterable[int]) -> Sampler[int]:
+    def sampler(self, sampler: Iterable[int] | None = None) -> Sampler[int]:
         """Wrap a sampler so that it leaves out the samples that are skipped in this epoch.
 
-        Iterating over it begins an epoch. Its length is `K`, which is correct for a sampler that
-        yields each sample once.
+        Iterating over it begins an epoch. Its length is `K`, divided by the number of ranks and
+        rounded up, which is correct for a sampler that yields each sample once.
 
         Args:
-            sampler: Yields sample indices in any order.
+            sampler: Yields sample indices in any order, the same on all ranks. `None` yields them
+                in a random order that `seed` and the epoch determine.
 
         Returns:
-            The wrapped sampler.
+            The wrapped sampler. Its `state_dict` and `load_state_dict` are those of this object.
         """
-        return _SubsetOfEpoch(self, sampler)
+        return SubsetOfEpoch(self, sampler)
 
     def loss(self, index: Tensor, losses: Tensor) -> Tensor:
         """Record the losses of a batch and return the weighted loss for `backward`.
@@ -148,6 +172,8 @@ class LossSampling:
                 f'{tuple(losses.shape)}. Compute them with reduction="none".'
             )
         self.losses[inside] = losses.detach().to(self.losses)
+        if len(self._unmerged):
+            self._unmerged[inside] = True
 
     def weights(self, index: Tensor) -> Tensor:
         """The weights of the samples' losses in this epoch.
@@ -165,6 +191,106 @@ class LossSampling:
         """
         inside, invalid = self._clamp(index)
         return self._weights[inside].masked_fill_(invalid, torch.nan)
+
+    def sync(self) -> None:
+        """Merge the losses of all ranks. `begin` does this; call it also before `state_dict`.
+
+        Of several losses of a sample, that of the highest rank is kept. Without ranks, it does
+        nothing.
+
+        Raises:
+            RuntimeError: If there are several ranks, but no process group of that size.
+            ValueError: On all ranks, if their numbers of samples or epochs differ, or one of them
+                received an index out of range.
+        """
+        if self.num_replicas == 1:
+            return
+        if (ranks := distributed.count()) != self.num_replicas:
+            raise RuntimeError(
+                f"`num_replicas` must be the number of processes, {ranks}, got "
+                f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
+            )
+        device = self.losses.device
+        rows = self._unmerged.nonzero()[:, 0]
+        valid = int(self._invalid_index) == _NO_INVALID_INDEX
+        numbers = [self.num_samples, self.epoch, int(valid), len(rows)]
+        table = distributed.gather_numbers(numbers, None, device)
+        if (table[:, :2] != table[0, :2]).any() or not table[:, 2].all():
+            raise ValueError(
+                f"All ranks must have the same number of samples, the same epoch and only valid "
+                f"indices, got {table[:, 0].tolist()}, {table[:, 1].tolist()} and valid="
+                f"{table[:, 2].bool().tolist()}. Load the same state on every rank."
+            )
+        lengths = table[:, 3].tolist()
+        if any(lengths):
+            mine = {"index": rows, "losses": self.losses[rows]}
+            for part in distributed.gather_tables(mine, lengths, None, device):
+                self.losses[part["index"]] = part["losses"]
+        self._unmerged.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the whole state, equal on all ranks, for `torch.save`.
+
+        Returns:
+            The settings, the losses, and the weights and order of the epoch that was begun last;
+            `torch.load(weights_only=True)` reads them.
+
+        Raises:
+            RuntimeError: If this rank has recorded losses that the others lack. Call `sync` on
+                every rank before.
+        """
+        if self._unmerged.any():
+            raise RuntimeError(
+                f"Call `sync` on every rank before `state_dict`: this one of {self.num_replicas} "
+                f"ranks has recorded {int(self._unmerged.sum())} losses that the others lack."
+            )
+        return {
+            **self._settings(),
+            "epoch": self.epoch,
+            "yielded": self._yielded,
+            "losses": self.losses.clone(),
+            "weights": self._weights.clone(),
+            "order": self._order.clone(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume: the next iteration over a sampler yields the rest of the epoch.
+
+        Args:
+            state_dict: The state of an object with the same arguments, of any rank.
+
+        Raises:
+            ValueError: If it is of an object with other arguments, or not such a state.
+        """
+        own = dict.fromkeys(("epoch", "losses", "weights", "order"))
+        if missing := own.keys() - set(state_dict):
+            check_state({}, dict.fromkeys(missing), "LossSampling")
+        check_state(state_dict, self._settings(), "LossSampling")
+        self.epoch = state_dict["epoch"]
+        self._yielded = self._resume_at = state_dict["yielded"]
+        self.losses.copy_(state_dict["losses"])
+        self._weights.copy_(state_dict["weights"])
+        self._order = state_dict["order"].cpu().clone()
+        self._unmerged.zero_()
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("num_samples", "ratio", "seed", "num_replicas")
+        return {name: getattr(self, name) for name in names}
+
+    def _check_order(self) -> None:
+        """Refuse orders that differ between the ranks, whose shares would overlap."""
+        if self.num_replicas == 1:
+            return
+        place = splitmix64(np.arange(len(self._order)), 0)
+        value = splitmix64(self._order.numpy(), 1)
+        digest = int(np.bitwise_xor.reduce(place * value, initial=0) >> np.uint64(1))
+        found = distributed.gather_numbers([digest], None, self.losses.device)
+        if (found != found[0]).any():
+            raise ValueError(
+                "`sampler` must yield the same order on every rank, but the orders differ. Use "
+                "`sampling.sampler()` without a sampler, or give each rank's sampler a generator "
+                "with the same seed. It must yield all samples, not this rank's share."
+            )
 
     def _clamp(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """The indices clamped to the valid range, and which of them were out of range."""
@@ -191,14 +317,17 @@ class LossSampling:
 
     @exact()
     def begin(self) -> Tensor:
-        """Begin an epoch: draw the samples that are kept in it.
+        """Begin an epoch: draw the samples that are kept in it. Call it on every rank.
 
         Returns:
-            Their indices, int64, ascending, shape `(K,)`, on the CPU.
+            Their indices, int64, ascending, shape `(K,)`, on the CPU, the same on all ranks.
 
         Raises:
-            ValueError: If `update` or `weights` received an index out of range on a GPU.
+            ValueError: If `update` or `weights` received an index out of range on a GPU; as in
+                `sync`.
+            RuntimeError: As in `sync`.
         """
+        self.sync()
         if (invalid := int(self._invalid_index)) != _NO_INVALID_INDEX:
             self._raise_invalid(invalid)
         seed, total = derive_seed(self.seed, self.epoch), self.num_samples
@@ -221,24 +350,3 @@ class LossSampling:
             len(drawn), 1
         )
         return torch.from_numpy(np.sort(np.concatenate([hard, drawn])))
-
-
-class _SubsetOfEpoch(Sampler[int]):
-    def __init__(self, sampling: LossSampling, sampler: Iterable[int]) -> None:
-        self.sampling, self.inner = sampling, sampler
-
-    def __len__(self) -> int:
-        return num_kept(self.sampling.num_samples, self.sampling.ratio)
-
-    def __iter__(self) -> Iterator[int]:
-        total = self.sampling.num_samples
-        is_kept = np.zeros(total, dtype=bool)
-        is_kept[self.sampling.begin().numpy()] = True
-        for index in self.inner:
-            if not (hasattr(index, "__index__") and 0 <= index < total):
-                raise ValueError(
-                    f"`sampler` must yield one index in [0, {total}) at a time, got {index!r}. "
-                    f"`num_samples` is the length of the dataset that it samples from."
-                )
-            if is_kept[index]:
-                yield index

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from drophot.tracking import packed_history, validation
+from drophot.tracking.accumulators import Accumulation, Accumulator
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
 from drophot.tracking.fused_update import Layout
+from drophot.tracking.record import Rows
 from drophot.tracking.running_means import RunningMeans
 from drophot.tracking.state import Columns, State, to_device
 from drophot.tracking.statistics import (
@@ -98,8 +100,9 @@ class DynamicsTracker(ForgettingTracker):
         statistics: Iterable[str | Score] = DEFAULT,
     ) -> None:
         self._statistics = validate_statistics(statistics)
-        self._means = RunningMeans(self._statistics.num_values, _square_columns(self._statistics))
-        self._layout = _layout(self._statistics, self._means)
+        means = RunningMeans(self._statistics.num_values, _square_columns(self._statistics))
+        self._kept = Accumulation(means, self._statistics.accumulators)
+        self._layout = _layout(self._statistics, means)
         super().__init__(num_samples, device=device)
 
     @property
@@ -137,17 +140,16 @@ class DynamicsTracker(ForgettingTracker):
             targets = to_device(targets, logits.device, torch.int64)
             classes = targets.clamp(0, logits.shape[1] - 1)
             values = self._statistics.values(logits.float(), classes[:, None])
-            if self._statistics.own:
-                own = values[:, len(self._statistics.fused) :]
+            series = self._statistics.series(logits.float(), classes[:, None])
+            if (own := self._statistics.to_check(values, series)) is not None:
                 self._state.check_finite(index, own)
             rows = self._record_logits(index, logits, targets)
-            values = to_device(values, rows.position.device).index_select(0, rows.order)
-            self._means.add(self._state.columns, rows.position, rows.repeats, values)
+            self._accumulate(rows, values, series)
 
     def reset(self) -> None:
         """Return to the initial state."""
         super().reset()
-        for stream in self._statistics.streams:
+        for stream in self._statistics.streams.values():
             stream.reset()
 
     def state_dict(self) -> dict[str, Any]:
@@ -163,10 +165,9 @@ class DynamicsTracker(ForgettingTracker):
             RuntimeError: As there.
             ValueError: As there.
         """
-        names, streams = self._statistics.own_names, self._statistics.streams
         random = {
             name: state
-            for name, stream in zip(names, streams, strict=True)
+            for name, stream in self._statistics.streams.items()
             if (state := stream.dump()) is not None
         }
         return super().state_dict() | ({_RANDOM: random} if random else {})
@@ -182,8 +183,49 @@ class DynamicsTracker(ForgettingTracker):
         """
         super().load_state_dict({n: value for n, value in state_dict.items() if n != _RANDOM})
         random = state_dict.get(_RANDOM, {})
-        for name, stream in zip(self._statistics.own_names, self._statistics.streams, strict=True):
+        for name, stream in self._statistics.streams.items():
             stream.load(random.get(name))
+
+    def update_loss(self, index: Tensor, loss: Tensor) -> None:
+        """Present a batch by its losses, for a model without logits `(B, C)`.
+
+        The tracker must have only statistics of the loss: `"loss"`, :class:`drophot.tracking.Last`,
+        :class:`drophot.tracking.MovingAverage`, :class:`drophot.tracking.WindowSpread` of
+        `"loss"`, and a :class:`drophot.tracking.Spread` of it. Whether a sample is correct is not
+        known, so there are no forgetting scores, and without targets, indices that do not follow
+        their samples cannot be detected.
+
+        Args:
+            index: The samples' indices in the dataset, integers, shape `(B,)`.
+            loss: The loss of each sample, floats, shape `(B,)`, with or without gradient. A NaN
+                makes the statistics of its sample NaN.
+
+        Raises:
+            TypeError: If an argument is not such a tensor, or the tracker has a statistic that
+                needs logits.
+            ValueError: If a shape is wrong; on a CPU also if an index is out of range. Nothing is
+                counted then.
+
+        Example:
+            >>> tracker = DynamicsTracker(3, statistics=["loss"])
+            >>> tracker.update_loss(torch.tensor([2, 0]), torch.tensor([0.5, 4.0]))
+            >>> tracker.scores("loss", missing="nan")
+            tensor([4.0000,    nan, 0.5000])
+        """
+        validation.check_loss(index, loss)
+        if names := self._statistics.not_of_losses:
+            raise TypeError(
+                f"`update_loss` needs a tracker whose statistics are all of the loss, got "
+                f"{', '.join(map(repr, names))}, which need logits. Create it with "
+                f'`DynamicsTracker(..., statistics=["loss"])`.'
+            )
+        if len(index) == 0:
+            return
+        with torch.no_grad():
+            values = loss.detach().float()
+            rows = self._record(index, torch.zeros_like(values, dtype=torch.bool), None)
+            means = values[:, None].expand(-1, self._statistics.num_values)
+            self._accumulate(rows, means, [values] * len(self._statistics.accumulators))
 
     def update_correct(self, index: Tensor, correct: Tensor) -> None:
         """Not available: the statistics need logits.
@@ -218,8 +260,17 @@ class DynamicsTracker(ForgettingTracker):
 
         Raises:
             ValueError: If the tracker does not keep the statistic, another argument is unknown, a
-                sample was never presented, or a batch had wrong indices.
+                sample was never presented or too rarely for the statistic, a batch had wrong
+                indices, or forgetting scores are requested after `update_loss`.
         """
+        if statistic in ("forgetting", "hardest", "zero"):
+            unknown = (self.presentations > 0) & (self._state.targets < 0)
+            if n := int(unknown.sum()):
+                raise ValueError(
+                    f"`scores({statistic!r})` needs logits, but {n} of {self.num_samples} samples "
+                    f"were presented by `update_loss`. Name one of "
+                    f"{', '.join(map(repr, self._statistics.by_name))}."
+                )
         if statistic == "forgetting":
             return super().scores(never_learned, missing=missing)
         if statistic == "hardest" or statistic == "zero":
@@ -230,7 +281,11 @@ class DynamicsTracker(ForgettingTracker):
                 f"`statistic` must be one of {', '.join(map(repr, known))}, got {statistic!r}. To "
                 f"track another one, name it in `DynamicsTracker(..., statistics=[...])`."
             )
-        return self._of_each_sample(self._presented(missing), statistic)
+        columns = self._presented(missing)
+        score = self._statistics.by_name[statistic]
+        if missing == "raise" and isinstance(score, Accumulator):
+            validation.check_presented_often(columns["history"], statistic, score.num_needed)
+        return self._of_each_sample(columns, statistic)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Everything at once, for a table: `pandas.DataFrame(tracker.columns())`.
@@ -258,17 +313,26 @@ class DynamicsTracker(ForgettingTracker):
         names = tuple(self._statistics.by_name)
         return State(
             self.num_samples,
-            {"history": (torch.int64, ()), **self._means.columns()},
-            self._means.join,
+            {"history": (torch.int64, ()), **self._kept.columns()},
+            self._kept.join,
             device,
             statistics=() if names == DEFAULT else names,
-            own_scores=self._statistics.own_names,
+            own_scores=self._statistics.checked_names,
         )
+
+    def _accumulate(self, rows: Rows, values: Tensor, series: list[Tensor]) -> None:
+        """Add the values of a batch, in its own order, to those of its samples."""
+        device, order = rows.position.device, rows.order
+        values = to_device(values, device).index_select(0, order)
+        series = [to_device(part, device).index_select(0, order) for part in series]
+        self._kept.add(self._state.columns, rows.position, rows.repeats, values, series)
 
     def _of_each_sample(self, columns: Columns, name: str) -> Tensor:
         """A statistic `(N,)`, NaN for a sample that was never presented."""
         presented = packed_history.presentations(columns["history"])
         score = self._statistics.by_name[name]
+        if isinstance(score, Accumulator):
+            return self._kept.result(score, columns)
         if isinstance(score, Spread):
             return (columns[_square_column(score.score)] / presented).sqrt()
         means = columns["means"][:, self._statistics.column(score)]
@@ -276,7 +340,7 @@ class DynamicsTracker(ForgettingTracker):
 
 
 def _layout(kept: Statistics, means: RunningMeans) -> Layout | None:
-    if kept.own:
+    if kept.own or kept.accumulators:
         return None
     squares = {kept.fused[value]: name for name, value in means.squares.items()}
     return Layout(

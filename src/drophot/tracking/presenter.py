@@ -12,7 +12,7 @@ from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.forgetting import ForgettingTracker
 from drophot.tracking.validation import describe
 
-# The index; the targets, or None; the batch without its index, if `correct` needs it.
+# The index; the targets, or None; the batch without its index, if `correct` or `losses` needs it.
 Taken = tuple[Tensor, Any, Any]
 
 
@@ -26,9 +26,11 @@ class Presenter:
         targets: As in :func:`drophot.tracking.attach.split`.
         correct: Gets the batch without its index and the outputs, and returns which samples are
             correct.
+        losses: Gets the same, and returns the loss of each sample, NaN if it has none.
 
     Raises:
-        TypeError: If `tracker` is not a tracker, or `correct` is given for one that needs logits.
+        TypeError: If `tracker` is not a tracker, or not one for `correct` or `losses`.
+        ValueError: If both are given.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class Presenter:
         logits: Callable[[Any], Tensor] | None,
         targets: Callable[[Any], Tensor] | None,
         correct: Callable[[Any, Any], Tensor] | None,
+        losses: Callable[[Any, Any], Tensor] | None,
     ) -> None:
         if not isinstance(tracker, ForgettingTracker):
             raise TypeError(
@@ -49,11 +52,22 @@ class Presenter:
                 "`correct` cannot be used with a DynamicsTracker, whose statistics need logits and "
                 "classes. Use a ForgettingTracker."
             )
+        if losses is not None and correct is not None:
+            raise ValueError(
+                "`correct` and `losses` must not both be given: a tracker counts either forgetting "
+                "events or losses. Use two trackers."
+            )
+        if losses is not None and not isinstance(tracker, DynamicsTracker):
+            raise TypeError(
+                "`losses` needs a DynamicsTracker, got a ForgettingTracker. Use "
+                '`DynamicsTracker(n, statistics=["loss"])`.'
+            )
         self.tracker = tracker
         self._owner = owner
         self._logits = logits
         self._targets = targets
         self._correct = correct
+        self._losses = losses
 
     def take(self, batch: Any) -> Taken:
         """Read what `present` needs, before a step can change the batch.
@@ -61,7 +75,7 @@ class Presenter:
         Raises:
             TypeError: If the batch has no index, or no targets where they are needed.
         """
-        if self._correct is not None:
+        if self._correct is not None or self._losses is not None:
             rest, (index, _) = attach.split(batch, _no_targets)
             return index.clone(), None, rest
         _, (index, targets) = attach.split(batch, self._targets)
@@ -84,6 +98,9 @@ class Presenter:
         if self._correct is not None:
             self.tracker.update_correct(index, self._correct(batch, outputs))
             return
+        if self._losses is not None:
+            self._present_losses(index, self._losses(batch, outputs))
+            return
         logits = attach.find_logits(outputs, self._logits, source, fix)
         alternative = (
             f"For any task other than classification, decide which samples are correct: "
@@ -99,6 +116,13 @@ class Presenter:
                 f"{tuple(logits.shape)} and {shape}. {alternative}."
             )
         self.tracker.update(index, logits, targets)
+
+    def _present_losses(self, index: Tensor, losses: Any) -> None:
+        assert isinstance(self.tracker, DynamicsTracker)
+        if isinstance(losses, Tensor) and losses.shape == index.shape:
+            known = ~losses.isnan()
+            index, losses = index[known.to(index.device)], losses[known]
+        self.tracker.update_loss(index, losses)
 
 
 def _no_targets(_: Any) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, Protocol, runtime_checkable
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from drophot._core.random_state import RandomStream
 from drophot._core.signatures import signature_error
-from drophot.tracking.state import to_device
+from drophot.tracking import score_checks
+from drophot.tracking.accumulators import Accumulator
 from drophot.tracking.validation import describe
 
 HardEnd = Literal["high", "low"]
@@ -175,8 +175,9 @@ class Statistics:
     by_name: Mapping[str, Score]
     fused: tuple[int, ...]  # the columns of `built_in_values` that are needed
     own: tuple[Score, ...]  # the user's scores, each once
-    # One for each score in `own`, so that no score changes the values of another one.
-    streams: tuple[RandomStream, ...] = field(compare=False)
+    accumulators: tuple[Accumulator, ...]
+    # One for each of these, by name, so that no score changes the values of another one.
+    streams: Mapping[str, RandomStream] = field(compare=False)
 
     @property
     def num_values(self) -> int:
@@ -187,6 +188,11 @@ class Statistics:
     def own_names(self) -> tuple[str, ...]:
         """The names of the user's scores, in the order of their values."""
         return tuple(score.name for score in self.own)
+
+    @property
+    def checked_names(self) -> tuple[str, ...]:
+        """The names of all scores whose values must be finite, in the order of `to_check`."""
+        return self.own_names + tuple(own.name for own in self.accumulators if _is_of_own(own))
 
     def column(self, score: Score) -> int:
         """Which of the `M` values a statistic is taken of."""
@@ -199,52 +205,75 @@ class Statistics:
         """All values `(B, M)` of float32 logits `(B, C)` and valid classes `(B, 1)`."""
         if not self.own and len(self.fused) == len(_FUSED):
             return built_in_values(logits, classes)
-        parts: list[Tensor] = []
+        parts = [logits.new_empty(len(logits), 0)]
         if self.fused:
             values = built_in_values(logits, classes)
             parts += [values[:, column : column + 1] for column in self.fused]
         logits, targets = logits.detach(), classes[:, 0]
-        for score, stream in zip(self.own, self.streams, strict=True):
-            with stream.on(logits.device), _unchanged(score, logits=logits, targets=targets):
-                found = score(logits, targets)
-            parts.append(_checked(score, found, logits)[:, None])
+        for score in self.own:
+            found = self._call(score, logits, targets)
+            parts.append(score_checks.checked(score.name, found, logits)[:, None])
         return torch.cat(parts, 1)
 
+    def series(self, logits: Tensor, classes: Tensor) -> list[Tensor]:
+        """The values of each accumulator, as in `values`."""
+        logits, targets = logits.detach(), classes[:, 0]
+        found = [self._call(own, logits, targets) for own in self.accumulators]
+        return [
+            score_checks.checked(own.name, values, logits) if _is_of_own(own) else values
+            for own, values in zip(self.accumulators, found, strict=True)
+        ]
 
-@contextmanager
-def _unchanged(score: Score, **tensors: Tensor) -> Generator[None]:
-    """Refuse a score that changes its arguments, which the training and other scores use too."""
-    if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors.values()):
-        yield  # there are no versions
-        return
-    before = {name: tensor._version for name, tensor in tensors.items()}
-    yield
-    for name, tensor in tensors.items():
-        if tensor._version != before[name]:
-            raise ValueError(
-                f"Score {score.name!r} must not change its arguments, but it changed `{name}` in "
-                f"place. Work on a copy: `{name} = {name}.clone()`."
-            )
+    def to_check(self, values: Tensor, series: list[Tensor]) -> Tensor | None:
+        """The values `(B, K)` that must be finite, those of the user's scores, if there are any."""
+        if not self.checked_names:
+            return None
+        own = zip(self.accumulators, series, strict=True)
+        rest = [part[:, None] for score, part in own if _is_of_own(score)]
+        return torch.cat([values[:, len(self.fused) :], *rest], 1)
 
+    @property
+    def not_of_losses(self) -> list[str]:
+        """The names of the statistics that need more than the loss of each sample."""
+        return [
+            name for name, score in self.by_name.items() if getattr(score, "score", score) != LOSS
+        ]
 
-def _checked(score: Score, values: Tensor, logits: Tensor) -> Tensor:
-    """A score's values as float32 on the device of the logits, if there is one for each row."""
-    if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError(
-            f"Score {score.name!r} must return a float tensor, got {describe(values)}. Convert it "
-            f"with `.float()`."
-        )
-    if values.shape != logits.shape[:1]:
-        raise ValueError(
-            f"Score {score.name!r} must return one value per sample, shape ({len(logits)},), got "
-            f"shape {tuple(values.shape)}. Reduce over the classes, not over the batch."
-        )
-    return to_device(values.detach(), logits.device, torch.float32)
+    def _call(self, score: Score, logits: Tensor, targets: Tensor) -> Tensor:
+        stream = self.streams[score.name]
+        with (
+            stream.on(logits.device),
+            score_checks.unchanged(score.name, logits=logits, targets=targets),
+        ):
+            return score(logits, targets)
 
 
 def _source(score: Score) -> Score:
     """The score that gives the values."""
     return score.score if isinstance(score, Spread) else score
+
+
+def _is_of_own(score: Accumulator) -> bool:
+    """Whether an accumulator is of a score of the user."""
+    source = getattr(score, "score", None)
+    return source is not None and not is_builtin_score(source)
+
+
+def named_score(score: Score | str) -> Score:
+    """The score of one that keeps its values: the built-in one of that name, or the object."""
+    if isinstance(score, str):
+        found = BUILT_IN.get(score)
+        if found is None or isinstance(found, Spread):
+            names = [name for name, known in BUILT_IN.items() if not isinstance(known, Spread)]
+            raise ValueError(
+                f"`score` must be one of {', '.join(map(repr, names))} or a Score, got {score!r}."
+            )
+        return found
+    if isinstance(score, Spread | Accumulator):
+        raise TypeError(
+            f"`score` must be a score of single presentations, got a {type(score).__name__}."
+        )
+    return check_score(score)
 
 
 def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
@@ -265,6 +294,8 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
                 f"`statistics` must not name a statistic twice, got {score.name!r} twice."
             )
         by_name[score.name] = score
+        if isinstance(score, Accumulator):
+            continue
         source = _source(score)
         if sources.setdefault(source.name, source) != source:
             raise ValueError(
@@ -285,7 +316,14 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
     by_name = {name: by_name[name] for name in (*DEFAULT, *by_name) if name in by_name}
     fused = tuple(sorted(s.column for s in sources.values() if isinstance(s, _BuiltIn)))
     own = tuple(score for score in sources.values() if not isinstance(score, _BuiltIn))
-    return Statistics(by_name, fused, own, tuple(RandomStream() for _ in own))
+    accumulators = tuple(s for s in by_name.values() if isinstance(s, Accumulator))
+    for name in {score.name for score in accumulators} & sources.keys():
+        raise ValueError(
+            f"`statistics` must have different names for different scores, got two that are named "
+            f"{name!r}."
+        )
+    streams = {score.name: RandomStream() for score in (*own, *accumulators)}
+    return Statistics(by_name, fused, own, accumulators, streams)
 
 
 def is_builtin_score(score: object) -> bool:

@@ -59,6 +59,19 @@ def check_batch(index: Any, logits: Any, targets: Any) -> None:
     check_vector("targets", targets, len(logits), "logits")
 
 
+def check_loss(index: Any, loss: Any) -> None:
+    """Check that a batch is `index (B,)`, `loss (B,)`, with the errors of `check_batch`."""
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        raise TypeError(f"`loss` must be a float tensor, got {describe(loss)}.")
+    check_plain("loss", loss)
+    if loss.dim() != 1:
+        raise ValueError(
+            f"`loss` must have one entry per sample, shape (B,), got {tuple(loss.shape)}. Compute "
+            f'it with reduction="none"; for a language model, use `sequence_losses`.'
+        )
+    check_vector("index", index, len(loss), "loss")
+
+
 def check_vector(name: str, value: Any, length: int, other: str) -> None:
     """Check that an argument is a tensor of integers `(B,)`, with `B` the length of another one."""
     if not isinstance(value, Tensor):
@@ -132,3 +145,14 @@ def check_presented(history: Tensor, missing: str) -> None:
     raise ValueError(
         f"`scores` needs every sample to be presented, but {lack} of {total} never were. {fix}."
     )
+
+
+def check_presented_often(history: Tensor, statistic: str, least: int) -> None:
+    """Check that every sample was presented as often as a statistic needs it."""
+    presented = packed_history.presentations(history)
+    if lack := int((presented < least).sum()):
+        raise ValueError(
+            f"`scores({statistic!r})` needs every sample to be presented at least {least} times, "
+            f"but {lack} of {len(history)} were not; one has {int(presented.min())} presentations. "
+            f'Train for more epochs, lower `window`, or use `scores(..., missing="nan")`.'
+        )
