@@ -26,7 +26,7 @@ def choose_held(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tenso
     are few, only these are read.
     """
     total = len(values)
-    distances, sums = _all_distances(values)
+    distances, sums = all_distances(values, _ROWS)
     owner = np.zeros(total, dtype=np.int64)
     ranking: list[int] = []
     gains: list[float] = []
@@ -104,12 +104,15 @@ def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[f
     return heap
 
 
-def _all_distances(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The distances `(N, N)`, of which each is computed once, and the sums of their rows."""
+def all_distances(values: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The distances `(N, N)`, of which each is computed once, and the sums of their rows.
+
+    They are computed in blocks of `num_rows` rows and columns.
+    """
     total, norms = len(values), squared_norms(values)
     found = values.new_empty(total, total)
-    sums = torch.zeros(total, dtype=torch.float64)
-    blocks = [slice(begin, min(begin + _ROWS, total)) for begin in range(0, total, _ROWS)]
+    sums = torch.zeros(total, dtype=torch.float64, device=values.device)
+    blocks = [slice(begin, min(begin + num_rows, total)) for begin in range(0, total, num_rows)]
     for number, one in enumerate(blocks):
         scaled = -2 * values[one]
         for other in blocks[number:]:

@@ -51,7 +51,7 @@ class WaitingGradients:
             mask: Called at the end of the pass with the names of the weights, and for each whether
                 it had no gradient before the pass.
         """
-        if not is_gpu(weight) or _pass_number is None:
+        if not is_gpu(weight) or _pass_number is None or torch.compiler.is_compiling():
             return False
         if self._pass != (number := _pass_number()):
             self._pass = number
@@ -70,7 +70,7 @@ class WaitingGradients:
 
 def _is_read_later(weight: Tensor) -> bool:
     """Whether the gradient is stored in the weight, and read after the pass."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _executes is None:
+    if torch.is_grad_enabled() or _executes is None:
         return False
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
