@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
 from drophot import fit, magnitude_prune
-from drophot.prune import holding, masked_products, waiting_gradients
+from drophot.prune import masked_products, waiting_gradients
 
 # Operations that launch nothing on a device.
 FREE = ("aten.detach", "aten.view", "aten.alias", "aten._unsafe_view", "aten.empty", "aten.t.")
@@ -23,8 +23,7 @@ FREE = ("aten.detach", "aten.view", "aten.alias", "aten._unsafe_view", "aten.emp
 
 @pytest.fixture(autouse=True)
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (waiting_gradients, holding):
-        monkeypatch.setattr(module, "is_gpu", lambda _: True)
+    monkeypatch.setattr(waiting_gradients, "_is_gpu", lambda _: True)
 
 
 class Operations(TorchDispatchMode):
@@ -181,8 +180,7 @@ def test_training_is_that_with_a_hook_for_each_gradient(
     step: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = trained(step)
-    for module in (waiting_gradients, holding):
-        monkeypatch.setattr(module, "is_gpu", lambda _: False)
+    monkeypatch.setattr(waiting_gradients, "_is_gpu", lambda _: False)
     if step is shared:  # clipping changes shared gradients twice
         step = not_shared
     assert all(map(torch.equal, found, trained(step)))

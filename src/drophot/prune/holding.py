@@ -20,7 +20,7 @@ from drophot.prune.hold_handle import Handle
 from drophot.prune.masked_products import BitMasks, SeenValues, can_be_changed
 from drophot.prune.optimizers import innermost, trained_ids, unwrapped, zero_state
 from drophot.prune.unheld_masks import shortened, warn_of_newer_masks, warn_of_unheld
-from drophot.prune.waiting_gradients import WaitingGradients, is_gpu
+from drophot.prune.waiting_gradients import WaitingGradients
 
 if TYPE_CHECKING:
     from drophot.prune.masks import Masks
@@ -268,10 +268,13 @@ class Hold(Follower):
         requires_grad = weight.requires_grad
         weight.requires_grad_(True)  # a frozen parameter takes no hooks, but may be trained later
         try:
-            handles = [weight.register_hook(on_gradient)]
-            if not is_gpu(weight):  # there, masking all gradients again is one operation
-                handles.append(weight.register_post_accumulate_grad_hook(on_accumulated))
-            self._handles[name] = weight, handles
+            self._handles[name] = (
+                weight,
+                [
+                    weight.register_hook(on_gradient),
+                    weight.register_post_accumulate_grad_hook(on_accumulated),
+                ],
+            )
         finally:
             weight.requires_grad_(requires_grad)
 

@@ -51,7 +51,7 @@ class WaitingGradients:
             mask: Called at the end of the pass with the names of the weights, and for each whether
                 it had no gradient before the pass.
         """
-        if not is_gpu(weight) or _pass_number is None or torch.compiler.is_compiling():
+        if not _is_gpu(weight) or _pass_number is None or torch.compiler.is_compiling():
             return False
         if self._pass != (number := _pass_number()):
             self._pass = number
@@ -86,6 +86,5 @@ def _has_others(weight: Any, own: Sized) -> bool:
     return len(found) > len(own)
 
 
-def is_gpu(tensor: Tensor) -> bool:
-    """Whether launching an operation on a tensor costs more than the operation."""
+def _is_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
