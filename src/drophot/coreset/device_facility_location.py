@@ -57,7 +57,5 @@ def choose_on_device(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, 
     if not count:
         return start.new_empty(0).cpu(), torch.empty(0, dtype=torch.float64), owner
     with on_device(values):
-        ranking, ranked = add_medoids(
-            distances, nearest, owner, gains, bits, len(start), count
-        )
+        ranking, ranked = add_medoids(distances, nearest, owner, gains, bits, len(start), count)
     return ranking.cpu(), ranked.cpu().double() * 2.0 ** (exponent - bits), owner
