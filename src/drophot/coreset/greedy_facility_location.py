@@ -42,9 +42,11 @@ def facility_location(
     resolve them. The time is proportional to `N²` (with `targets`, to the sum of the squared class
     sizes). On a CPU, the distances of all pairs are computed once and held if they fit in 2 GiB, as
     those of 23,000 samples in float32 do. On a GPU that Triton supports, they are held if they fit
-    in half of the free memory. Otherwise they are never held: besides a copy of the features, the algorithm then needs memory for a few numbers per sample and for at most 2²⁴
-    pairs that are closer to each other than to any medoid, 0.8 GB while they are sorted. The amount
-    is logged (`logging.getLogger("drophot")`) and checked in advance.
+    in half of the free memory. Otherwise they are never held: besides a copy of the features, the
+    algorithm then needs memory for a few numbers per sample and for at most 2²⁴ pairs that are
+    closer to each other than to any medoid, 0.8 GB while they are sorted. That amount is logged
+    (`logging.getLogger("drophot")`) and checked in advance. Of equal gains the first sample is
+    selected.
 
     References:
         Mirzasoleiman, Bilmes and Leskovec, Coresets for Data-efficient Training of Machine Learning

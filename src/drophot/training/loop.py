@@ -66,7 +66,8 @@ def fit(
     loss holds. Other changes are not seen, such as that of a global variable. Operations are
     launched one by one if
 
-    - the optimizer is not one of torch's own, or is neither `SGD` nor has a setting `capturable`;
+    - the optimizer is not one of torch's own, is neither `SGD` nor has a setting `capturable`, or
+      its method `step` was replaced by something other than a scheduler;
     - the model has hooks on modules, parameters or tensors, is wrapped in
       `DistributedDataParallel` or `DataParallel`, or is on several devices. Hooks of
       :meth:`drophot.Masks.hold` are captured, and other hooks of the optimizer are called after
