@@ -16,20 +16,23 @@ NUMBERS = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, 1.5, -3.0, 6e-8, 6e4, 1e-3
 
 
 def removed(model: nn.Module, calls: list[tuple[float, float]], *, on_gpu: bool) -> list[Any]:
+    """The masks of several prunings, or the error of one."""
+    found: list[Any] = []
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(device_lamp, "is_used", lambda _: on_gpu)
-        return [
-            magnitude_prune(model, ratio, scope="lamp", min_kept=kept).state_dict()
-            for ratio, kept in calls
-        ]
+        for ratio, kept in calls:
+            try:
+                masks = magnitude_prune(model, ratio, scope="lamp", min_kept=kept)
+            except ValueError as error:  # too many weights are zero
+                found.append(str(error))
+            else:
+                found.append({name: mask.tolist() for name, mask in masks.items()})
+    return found
 
 
 def assert_equal(model: nn.Module, calls: list[tuple[float, float]]) -> None:
     twin = copy.deepcopy(model)
-    found, expected = removed(model, calls, on_gpu=True), removed(twin, calls, on_gpu=False)
-    for one, other in zip(found, expected, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(mask, other[name]) for name, mask in one.items())
+    assert removed(model, calls, on_gpu=True) == removed(twin, calls, on_gpu=False)
 
 
 @pytest.mark.filterwarnings("ignore:`ratio")
@@ -63,11 +66,10 @@ def test_layers_whose_scores_are_far_from_the_threshold_stay_on_the_device(
     model = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 40), nn.Linear(40, 30))
     assert_equal(copy.deepcopy(model), [(0.3, 0.0), (0.8, 0.1)])
     assert on_cpu == []
-    model[1].weight.data[:30, :40] = model[2].weight.data  # equal, but so are no scores
     twice = nn.Sequential(model[0], nn.Linear(40, 30), model[2])
     twice[1].weight.data.copy_(model[2].weight.data)
     assert_equal(twice, [(0.5, 0.0)])
-    assert set(on_cpu) <= {"1.weight", "2.weight"}, "each score occurs in both"
+    assert on_cpu in ([], ["1.weight", "2.weight"]), "each score occurs in both"
 
 
 def test_one_wait_for_each_count(monkeypatch: pytest.MonkeyPatch) -> None:
