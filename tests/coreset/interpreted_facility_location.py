@@ -31,8 +31,8 @@ def on_a_cpu(*arguments: Any, **options: Any) -> Coreset:
         return facility_location(*arguments, **options)
 
 
-@given(grids(9), st.floats(0.01, 1), st.sampled_from([4, 16]), st.booleans(), st.data())
-@settings(max_examples=8)
+@given(grids(7), st.floats(0.01, 1), st.sampled_from([4, 8]), st.booleans(), st.data())
+@settings(max_examples=5, deadline=None)
 def test_each_medoid_lowers_the_sum_most(
     points: np.ndarray, ratio: float, block: int, double: bool, data: st.DataObject
 ) -> None:
@@ -49,8 +49,8 @@ def test_each_medoid_lowers_the_sum_most(
     check_medoids(points, start, found)
 
 
-@given(st.lists(st.integers(-9, 9), min_size=1, max_size=9), st.floats(0.1, 1))
-@settings(max_examples=5)
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=6), st.floats(0.1, 1))
+@settings(max_examples=3, deadline=None)
 def test_ties_of_exact_gains_are_broken_as_on_a_cpu(numbers: list[int], ratio: float) -> None:
     points = torch.tensor(numbers, dtype=torch.float32)[:, None]
     found, expected = facility_location(points, ratio), on_a_cpu(points, ratio)
@@ -63,7 +63,7 @@ def test_ties_of_exact_gains_are_broken_as_on_a_cpu(numbers: list[int], ratio: f
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-30), (torch.float64, 1e30)])
 def test_a_cloud_by_class(dtype: torch.dtype, scale: float) -> None:
-    points, targets = (cloud(45) * scale).to(dtype), torch.arange(45) % 3
+    points, targets = (cloud(24) * scale).to(dtype), torch.arange(24) % 3
     found = facility_location(points, 0.2, targets=targets)
     expected = on_a_cpu(points, 0.2, targets=targets)
     assert found.ranking.tolist() == expected.ranking.tolist()
