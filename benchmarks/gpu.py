@@ -192,7 +192,7 @@ def eager_and_graph(make: Callable[[], nn.Module], data: TensorDataset) -> tuple
 def evaluation(report: Report, quick: bool) -> None:
     """`evaluate` compared with the bare forward passes on the same batches."""
     for name, (make, shape) in NETS.items():
-        data, model = images(512 if quick else 10_240, shape), make().to(DEVICE).eval()
+        data, model = images(64 if quick else 10_240, shape), make().to(DEVICE).eval()
         batches = data.tensors[0].split(512)
 
         def bare(model: nn.Module = model, batches: Any = batches) -> None:
