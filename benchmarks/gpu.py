@@ -33,7 +33,16 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim import Adam, AdamW
 from torch.utils.data import TensorDataset
 
-from drophot import DropHot, DynamicsTracker, Grid, IndexedDataset, fit, magnitude_prune, select
+from drophot import (
+    DropHot,
+    DynamicsTracker,
+    Grid,
+    IndexedDataset,
+    evaluate,
+    fit,
+    magnitude_prune,
+    select,
+)
 from drophot.coreset import facility_location, k_center
 from drophot.grid import GpuPool
 from drophot.models import fcnet, lenet, resnet18
@@ -180,6 +189,22 @@ def eager_and_graph(make: Callable[[], nn.Module], data: TensorDataset) -> tuple
     return eager, seconds(many, 5) / 50
 
 
+def evaluation(report: Report, quick: bool) -> None:
+    """`evaluate` compared with the bare forward passes on the same batches."""
+    for name, (make, shape) in NETS.items():
+        data, model = images(64 if quick else 10_240, shape), make().to(DEVICE).eval()
+        batches = data.tensors[0].split(512)
+
+        def bare(model: nn.Module = model, batches: Any = batches) -> None:
+            with torch.inference_mode():
+                for inputs in batches:
+                    model(inputs)
+
+        ours, theirs = seconds(partial(evaluate, model, data), 3), seconds(bare, 3)
+        also = {"ms": 1e3 * ours, "bare_ms": 1e3 * theirs}
+        report.add(f"evaluate {name} / bare forward passes", ours / theirs, at_most=1.1, **also)
+
+
 # --- selecting and pruning -----------------------------------------------------------------------
 
 
@@ -238,6 +263,10 @@ def pruning(report: Report, quick: bool) -> None:
                 f"prune {name}, {scope}: torch / drophot", theirs_s / ours_s, at_least=4, **also
             )
             report.add(f"prune {name}, {scope}: memory / weights", extra, at_most=0.6)
+        lamp = partial(magnitude_prune, base, 0.8, scope="lamp")
+        lamp_ms = 1e3 * seconds(lamp, 3, before=load)
+        report.add(f"prune {name}, lamp, ms", lamp_ms, memory=peak(lamp) / size)
+        load()
     if not quick:
         large = nn.Sequential(
             *(nn.Linear(10_000, 10_000, bias=False, device=DEVICE) for _ in range(10))
@@ -471,6 +500,7 @@ def peak(call: Callable[[], object]) -> float:
 
 PARTS: dict[str, Callable[[Report, bool], None]] = {
     "step": step,
+    "evaluate": evaluation,
     "select": selecting,
     "prune": pruning,
     "hold": holding,

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drophot import magnitude_prune
 from drophot._core import order_statistics, radix_select
-from drophot.prune import device_pruning
+from drophot.prune import device_pruning, removal
 
 few = settings(max_examples=10)
 # NumPy, which the interpreter uses, warns of operations that overflow.
@@ -186,6 +186,36 @@ def test_values_in_another_order_in_memory() -> None:
     for mask, kept, weight in zip(masks, expected, weights, strict=True):
         assert torch.equal(mask.flatten(), kept)
         assert torch.equal(weight.detach() != 0, mask)
+
+
+def sharing(memory: Tensor) -> nn.Module:
+    net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    for number, (layer, begin) in enumerate(zip(net, (0, 32, 0), strict=True)):
+        values = memory[begin : begin + 64].view(8, 8)
+        layer.weight = nn.Parameter(values.t() if number == 2 else values)
+    return net
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": "2:4"}])
+def test_weights_that_share_memory_are_pruned_one_after_the_other(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = torch.randn(8 * 12)
+    net, twin = (sharing(memory.clone()) for _ in range(2))
+    for name in ("prune_smallest", "prune_groups"):
+        monkeypatch.setattr(device_pruning, name, None)  # is not called
+    (found,) = pruned(net, [(0.5, options)])
+    (expected,) = on_a_cpu(pruned, twin, [(0.5, options)])
+    assert not isinstance(found, str)
+    assert not isinstance(expected, str)
+    assert all(torch.equal(mask, expected[0][name]) for name, mask in found[0].items())
+
+
+def test_weights_that_share_memory_without_overlapping_are_pruned_together() -> None:
+    memory = torch.arange(1.0, 33.0)
+    weights = {"a": memory[:16].view(4, 4), "b": memory[16:].view(4, 4).t()}
+    assert removal._are_pruned_together(weights, {})
+    assert not removal._are_pruned_together(weights | {"c": memory[15:17]}, {})
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:

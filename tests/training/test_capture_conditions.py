@@ -360,15 +360,15 @@ def test_a_capture_that_fails_in_the_optimizer_leaves_its_state(
     model, data = mlp(), samples(64, 6)
     expected = deepcopy(model)
     optimizer = fused_sgd(model.parameters())
-    step = optimizer.step
+    step = torch.optim.SGD.step
 
-    def failing() -> None:
+    def failing(self: torch.optim.SGD) -> None:
         if torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
             optimizer.state[model[0].weight].clear()
             raise RuntimeError("interrupted")
-        step()
+        step(self)
 
-    monkeypatch.setattr(optimizer, "step", failing)
+    monkeypatch.setattr(torch.optim.SGD, "step", failing)
     with pytest.warns(UserWarning, match="interrupted"):
         fit(model, data, 1, optimizer=optimizer, batch_size=8)
     plain_fit(expected, data, 1, optimizer=fused_sgd(expected.parameters()), batch_size=8)

@@ -1,10 +1,14 @@
-"""Hooks that a CUDA graph may repeat, because all they do is launch operations on the device."""
+"""Hooks and methods that a CUDA graph may repeat: they only launch operations on the device."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
 
 
 class HookOwner(Protocol):
@@ -31,3 +35,20 @@ def owner_of(hook: Callable[..., Any]) -> HookOwner | None:
     if owner is None:
         owner = getattr(hook, "_drophot_owner", lambda: None)()
     return owner if hasattr(type(owner), "read_by_hooks") else None
+
+
+def repeatable(method: _Method) -> _Method:
+    """Declare that a CUDA graph may repeat a method. Overridden methods are not affected.
+
+    `_memory_of_state` of its class returns the memory that the method writes to, or `None` if a
+    graph must not repeat the method of this object.
+    """
+    method._drophot_repeatable = True  # type: ignore[attr-defined]
+    return method
+
+
+def memory_written_by(function: Callable[..., object] | None) -> list[Tensor] | None:
+    """The memory that a repeatable method writes to, or `None` for any other function."""
+    method = getattr(function, "__func__", None)
+    owner: Any = getattr(function, "__self__", None)
+    return owner._memory_of_state() if hasattr(method, "_drophot_repeatable") else None

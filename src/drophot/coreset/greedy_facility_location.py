@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from drophot._core.seeded_draw import BLOCK
+from drophot.coreset.device_facility_location import choose_on_device, is_possible
 from drophot.coreset.greedy import Coreset, greedy, row_blocks, squared_norms
 from drophot.coreset.held_facility_location import choose_held
 
@@ -40,10 +41,12 @@ def facility_location(
     Distances below a thousandth of the largest are inaccurate in float32; pass float64 features to
     resolve them. The time is proportional to `N²` (with `targets`, to the sum of the squared class
     sizes). On a CPU, the distances of all pairs are computed once and held if they fit in 2 GiB, as
-    those of 23,000 samples in float32 do. For more samples they are never held: besides a copy of
-    the features, the algorithm then needs memory for a few numbers per sample and for at most 2²⁴
-    pairs that are closer to each other than to any medoid, 0.8 GB while they are sorted. The amount
-    is logged (`logging.getLogger("drophot")`) and checked in advance.
+    those of 23,000 samples in float32 do. On a GPU that Triton supports, they are held if they fit
+    in half of the free memory. Otherwise they are never held: besides a copy of the features, the
+    algorithm then needs memory for a few numbers per sample and for at most 2²⁴ pairs that are
+    closer to each other than to any medoid, 0.8 GB while they are sorted. That amount is logged
+    (`logging.getLogger("drophot")`) and checked in advance. Of equal gains the first sample is
+    selected.
 
     References:
         Mirzasoleiman, Bilmes and Leskovec, Coresets for Data-efficient Training of Machine Learning
@@ -95,6 +98,8 @@ def _strip(total: int) -> int:
 
 
 def _choose(values: Tensor, size: int, start: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    if is_possible(values):
+        return choose_on_device(values, size, start)
     if not values.is_cuda and values.nbytes // values.shape[1] * len(values) <= _MAX_HELD:
         return choose_held(values, size, start)
     state = _Medoids(values, start.to(values.device))

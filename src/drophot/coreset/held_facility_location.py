@@ -25,7 +25,7 @@ def choose_held(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tenso
     selected. A gain depends only on pairs that are closer to each other than to a medoid. Once they
     are few, only these are read.
     """
-    return choose_from(*_all_distances(values), size, start)
+    return choose_from(*all_distances(values, _ROWS), size, start)
 
 
 def choose_from(
@@ -110,12 +110,15 @@ def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[f
     return heap
 
 
-def _all_distances(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The distances `(N, N)`, of which each is computed once, and the sums of their rows."""
+def all_distances(values: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The distances `(N, N)`, of which each is computed once, and the sums of their rows.
+
+    They are computed in blocks of `num_rows` rows and columns.
+    """
     total, norms = len(values), squared_norms(values)
     found = values.new_empty(total, total)
-    sums = torch.zeros(total, dtype=torch.float64)
-    blocks = [slice(begin, min(begin + _ROWS, total)) for begin in range(0, total, _ROWS)]
+    sums = torch.zeros(total, dtype=torch.float64, device=values.device)
+    blocks = [slice(begin, min(begin + num_rows, total)) for begin in range(0, total, num_rows)]
     for number, one in enumerate(blocks):
         scaled = -2 * values[one]
         for other in blocks[number:]:

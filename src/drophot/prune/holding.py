@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,9 +16,11 @@ from drophot._core.capturable_hooks import set_owner
 from drophot.prune import earlier_masks
 from drophot.prune.copied_hooks import Follower, follow, hooks_of
 from drophot.prune.current_parameters import find, paths
-from drophot.prune.masked_products import BitMasks, can_be_changed, version_of
+from drophot.prune.hold_handle import Handle
+from drophot.prune.masked_products import BitMasks, SeenValues, can_be_changed
 from drophot.prune.optimizers import innermost, trained_ids, unwrapped, zero_state
 from drophot.prune.unheld_masks import shortened, warn_of_newer_masks, warn_of_unheld
+from drophot.prune.waiting_gradients import WaitingGradients
 
 if TYPE_CHECKING:
     from drophot.prune.masks import Masks
@@ -72,8 +74,9 @@ class Hold(Follower):
     def _reset(self) -> None:
         """Set the attributes that a copy does not take over."""
         self._handles: dict[str, tuple[Tensor, list[RemovableHandle]]] = {}
-        self._masked: dict[str, tuple[int, int] | None] = {}
+        self._masked: dict[str, SeenValues] = {}
         self._adds_to_masked: dict[str, bool] = {}
+        self._waiting = WaitingGradients()
         self._mask_versions: list[tuple[int, int]] = []
         self._trainable: list[tuple[str, bool]] = []
         self._active = False
@@ -106,8 +109,7 @@ class Hold(Follower):
         self._start()
         self._bit_masks.zero_(self.weights, self.masks)
         self._rehook()
-        for name, weight in self.weights.items():
-            self._mask_gradient(name, weight)
+        self._mask_gradients({})
         self._hook_ids = []
         for optimizer in self._live_optimizers():
             handles = [
@@ -117,7 +119,7 @@ class Hold(Follower):
             ]
             self._hook_ids += [handle.id for handle in handles]
             follow(optimizer)
-        return _Handle(self)
+        return Handle(self)
 
     def end(self, check: bool = True) -> None:
         """End the hold, and check that removed weights are zero and the schedule counted steps."""
@@ -161,8 +163,7 @@ class Hold(Follower):
             self._refresh()
             self._check_newer_masks()
         with torch.no_grad():
-            for name, weight in self.weights.items():
-                self._mask_gradient(name, weight)
+            self._mask_gradients({})
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """Set removed weights to zero, and let the schedule count the step."""
@@ -189,13 +190,19 @@ class Hold(Follower):
         if not self._active or not any(True for _ in self._live_optimizers()):
             return None
         self._saw_gradient = True
-        before = None if (weight := self.weights.get(name)) is None else weight.grad
+        weight = self.weights.get(name)
+        before = None if weight is None else weight.grad
+        if weight is not None and self._waiting.add(
+            name, weight, self._handles.values(), self._mask_gradients
+        ):
+            self._adds_to_masked.pop(name, None)
+            return None
         self._adds_to_masked[name] = before is None or self._is_masked(name, before)
         return self._bit_masks.masked(name, self.masks[name], gradient)
 
     def _on_accumulated(self, name: str, weight: Tensor) -> None:
         if weight.grad is not None and self._adds_to_masked.get(name):
-            self._masked[name] = version_of(weight.grad)
+            self._masked[name] = SeenValues(weight.grad)
 
     # --- parameters, masks and state -----------------------------------------------------------
 
@@ -271,21 +278,37 @@ class Hold(Follower):
         finally:
             weight.requires_grad_(requires_grad)
 
-    def _mask_gradient(self, name: str, weight: Tensor) -> None:
-        """Mask a gradient that was set or changed by hand, or was there before the hold."""
-        gradient = weight.grad
-        if gradient is None:
-            return
-        if not torch.compiler.is_compiling() and self._is_masked(name, gradient):
-            return
-        if can_be_changed(gradient) and gradient.element_size() == weight.element_size():
-            self._bit_masks.zero_({name: gradient}, self.masks)
-        else:
-            weight.grad = self._bit_masks.masked(name, self.masks[name], gradient)
+    def _mask_gradients(self, waiting: Mapping[str, bool]) -> None:
+        """Mask gradients that no hook has masked, by one operation for all layers.
+
+        They were set or changed by hand, or were there before the hold, or they are `waiting`: see
+        `WaitingGradients`.
+        """
+        names, in_place, copied = waiting or self.weights, {}, {}
+        for name in names:
+            weight = self.weights.get(name)
+            if weight is None or (gradient := weight.grad) is None:
+                continue
+            if not torch.compiler.is_compiling() and self._is_masked(name, gradient):
+                continue
+            plain = gradient.layout == torch.strided and not gradient.requires_grad
+            if waiting.get(name) and plain:
+                copied[name] = gradient  # whose memory may be that of another new gradient
+            elif can_be_changed(gradient) and gradient.element_size() == weight.element_size():
+                in_place[name] = gradient
+            else:
+                weight.grad = self._bit_masks.masked(name, self.masks[name], gradient)
+        self._bit_masks.zero_(in_place, self.masks)
+        for name, gradient in self._bit_masks.masked_copies(copied, self.masks):
+            self.weights[name].grad = gradient
+            self._masked[name] = SeenValues(gradient)
+        if not torch.compiler.is_compiling():
+            for name, gradient in in_place.items():
+                self._masked[name] = SeenValues(gradient)
 
     def _is_masked(self, name: str, gradient: Tensor) -> bool:
-        version = version_of(gradient)
-        return version is not None and self._masked.get(name) == version
+        seen = self._masked.get(name)
+        return seen is not None and seen.are_in(gradient)
 
     def _counts_step(self, optimizer: Optimizer) -> bool:
         """Whether the schedule counts this step: it counts those of the last held optimizer."""
@@ -350,32 +373,6 @@ class Hold(Follower):
             self._hook(name, weight)
         # In a new process the ids of hooks start again, and no id may be used twice.
         RemovableHandle.next_id = max(RemovableHandle.next_id, *(n + 1 for n in self._hook_ids))
-
-
-class _Handle(RemovableHandle):
-    def __init__(self, hold: Hold) -> None:
-        super().__init__(OrderedDict())
-        self._hold = hold
-
-    def remove(self) -> None:
-        self._hold.end()
-
-    def __enter__(self) -> _Handle:
-        if not self._hold._active:
-            raise RuntimeError(
-                "The hold has ended, so nothing would be held in this `with` block. Call `hold` "
-                "again for each block."
-            )
-        return self
-
-    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        self._hold.end(check=kind is None)
-
-    def __getstate__(self) -> Hold:  # type: ignore[override]
-        return self._hold
-
-    def __setstate__(self, state: Hold) -> None:
-        self.__init__(state)
 
 
 _HOLDS: weakref.WeakSet[Hold] = weakref.WeakSet()

@@ -29,7 +29,7 @@ class LampScores:
 
     def __init__(self, weight: Tensor, earlier: Tensor | None = None) -> None:
         self._dtype = weight.dtype
-        keys = _magnitude_keys(weight.detach(), earlier)
+        keys = magnitude_keys(weight.detach(), earlier)
         if keys.device.type != "cpu":
             keys = keys.sort().values.cpu()
         keys = keys.numpy()
@@ -123,7 +123,7 @@ def lamp_counts(scores: Mapping[str, LampScores], remove: int) -> dict[str, int]
     }
 
 
-def _magnitude_keys(weight: Tensor, earlier: Tensor | None) -> Tensor:
+def magnitude_keys(weight: Tensor, earlier: Tensor | None) -> Tensor:
     """The keys of `FloatKeys` as a tensor on the weight's device."""
     integer = INTEGERS[weight.dtype.itemsize]
     keys = weight.reshape(-1).view(integer) & torch.iinfo(integer).max

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drophot._core.radix_select import has_kernels
 from drophot._core.ratios import num_removed
+from drophot.prune import device_lamp
 from drophot.prune.device_pruning import count_values
 from drophot.prune.importance import Ranking
 from drophot.prune.lamp import LampScores, lamp_counts
@@ -122,6 +123,9 @@ def _removed_earlier(
 
 
 def _lamp_ranking(ranking: Ranking, names: Sequence[str]) -> CountByLayer:
+    values = {name: ranking.values[name] for name in names}
+    if names and device_lamp.is_used(values.values()):
+        return device_lamp.DeviceRanking(values, ranking.earlier).counts
     scores = {name: LampScores(ranking.values[name], ranking.earlier.get(name)) for name in names}
 
     def counts(names: Sequence[str], count: int) -> dict[str, int]:

@@ -6,8 +6,9 @@ blocks that fit in the cache of a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ def remove_by_rank(
     weights: Mapping[str, nn.Parameter], ranking: Ranking, groups: Groups
 ) -> Removal:
     """Remove the lowest-ranked weights of each group of layers."""
-    if has_kernels([*weights.values(), *ranking.values.values()]):
+    if _are_pruned_together(weights, ranking.values):
         names = [name for members, _ in groups for name in members]
         found = device_pruning.prune_smallest(
             [weights[name] for name in names],
@@ -63,7 +64,7 @@ def remove_by_pattern(
     names = [*dims]
     chosen = {name: weights[name] for name in names}
     values = {name: ranking.values[name] for name in names} if ranking.signed else {}
-    if has_kernels([*chosen.values(), *values.values()]):
+    if _are_pruned_together(chosen, values):
         found = device_pruning.prune_groups(
             [*chosen.values()],
             n,
@@ -80,6 +81,24 @@ def remove_by_pattern(
         for name, weight in chosen.items()
     }
     return _counted(masks, chosen, ranking)
+
+
+def _are_pruned_together(weights: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> bool:
+    """Whether `device_pruning` can process all weights in one launch."""
+    return has_kernels([*weights.values(), *values.values()]) and not _overlap(weights.values())
+
+
+def _overlap(weights: Iterable[Tensor]) -> bool:
+    """Whether weights share memory, which the programs of one launch would read and write."""
+    spans = []
+    for weight in weights:
+        if weight.numel():
+            pairs = zip(weight.shape, weight.stride(), strict=True)
+            last = sum((size - 1) * stride for size, stride in pairs)
+            begin = weight.data_ptr()
+            spans.append((begin, begin + (last + 1) * weight.element_size()))
+    spans.sort()
+    return any(begin < end for (_, end), (begin, _) in pairwise(spans))
 
 
 def _removal(names: list[str], found: device_pruning.Pruned) -> Removal:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drophot._core.capturable_hooks import repeatable
 from drophot.tracking import packed_history, validation
 from drophot.tracking.accumulators import Accumulation, Accumulator
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
@@ -113,6 +114,7 @@ class DynamicsTracker(ForgettingTracker):
         """
         return MappingProxyType(dict(self._statistics.by_name))
 
+    @repeatable
     def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Present a batch, and score it by its logits.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from drophot._core.capturable_hooks import repeatable
 from drophot._core.classifier import is_correct
 from drophot.tracking import (
     attach,
@@ -93,6 +94,7 @@ class ForgettingTracker:
         self._follows_logits = device is None
         self._state = self._new_state(device)
 
+    @repeatable
     def update(self, index: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Present a batch, and determine from its logits which samples are correct.
 
@@ -382,6 +384,12 @@ class ForgettingTracker:
             return False
         self._place_state(logits.device)
         return fused_update.present(self._state, self._layout, index, logits, targets)
+
+    def _memory_of_state(self) -> list[Tensor] | None:
+        """What `update` writes to; `None` if it calls scores of the user, in Python."""
+        if self._layout is None:
+            return None
+        return [*self._state.columns.values(), self._state.targets, self._state.fault]
 
     def _place_state(self, device: torch.device) -> None:
         """Move the state to the device of the first batch, if the user did not choose one."""

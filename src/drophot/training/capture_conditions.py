@@ -13,9 +13,10 @@ from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from drophot._core.capturable_hooks import HookOwner, owner_of
+from drophot._core.capturable_hooks import HookOwner, memory_written_by, owner_of
 from drophot.data.determinism import reached
 from drophot.data.process_state import values_of
+from drophot.training import capture_guards
 from drophot.training.loss import Loss
 
 _MAX_OBJECTS = 200  # objects that a loss may hold to be watched for changes in each step
@@ -62,9 +63,15 @@ class Conditions:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, loss: Loss | None, *, whole_step: bool
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        loss: Loss | None,
+        *,
+        whole_step: bool,
+        report: Callable[..., object] | None = None,
     ) -> None:
-        self._optimizer, self._loss = optimizer, loss
+        self._optimizer, self._loss, self._report = optimizer, loss, report
         named = dict(model.named_modules())
         if isinstance(loss, nn.Module) and type(loss).__module__ == "torch.nn.modules.loss":
             named["loss function"], self._loss = loss, None  # holds no more than modules do
@@ -94,6 +101,8 @@ class Conditions:
         self._kept += [parameter.grad for parameter in self._only_differentiated]
         self._kept += [setting for group in optimizer.param_groups for setting in group.values()]
         self._kept += [value for state in optimizer.state.values() for value in state.values()]
+        self._kept += memory_written_by(report) or []
+        self._kept.append(_own_step(optimizer))
         self._owners: dict[int, HookOwner] = {}
         self.hook = self._hook(model, named)
         """A hook that a graph would not call, in words; `None` if there is none."""
@@ -105,6 +114,8 @@ class Conditions:
         found = self.held_by_step()
         found += map(Tensor.data_ptr, self._tensors)
         found += map(_requires_grad, self._parameters)
+        found += map(id, memory_written_by(self._report) or [])
+        found += [id(_own_step(self._optimizer)), capture_guards.num_replaced_generators()]
         # `optimizer.zero_grad` leaves these gradients, to which a graph adds in place.
         found += [id(parameter.grad) for parameter in self._only_differentiated]
         for hooks in chain(self._module_hooks, self._step_hooks, self._tensor_hooks()):
@@ -140,6 +151,8 @@ class Conditions:
     def _hook(self, model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
         if any(getattr(module_hooks, kind) for kind in _GLOBAL_HOOKS):
             return "a hook on all modules"
+        if not _is_own_step(self._optimizer):
+            return "the function that replaces `optimizer.step`"
         for name, module in modules.items():
             if any(getattr(module, kind) for kind in _MODULE_HOOKS):
                 return f"a hook on the module `{name}`" if name else "a hook on the model"
@@ -157,6 +170,22 @@ class Conditions:
         owners = [owner_of(hook) for hook in _all(self._step_hooks)]
         self._owners |= {id(owner): owner for owner in owners if owner is not None}
         return all(owner is not None and not owner.counts_steps for owner in owners)
+
+
+def _own_step(optimizer: Optimizer) -> Callable[..., Any] | None:
+    """What replaces the method of the class, if anything does."""
+    return vars(optimizer).get("step")
+
+
+def _is_own_step(optimizer: Optimizer) -> bool:
+    """Whether `optimizer.step` is the method of the class.
+
+    Schedulers wrap it once, to see whether it was called before their own `step`.
+    """
+    step: Any = _own_step(optimizer)
+    while getattr(step, "_wrapped_by_lr_sched", False):
+        step = step.__wrapped__
+    return step is None or getattr(step, "__func__", step) is type(optimizer).step
 
 
 def _all(hooks: list[dict[int, Any]]) -> list[Callable[..., Any]]:

@@ -15,6 +15,18 @@ from torch.optim import Optimizer
 _EARLIER, _OWN = "drophot: of an earlier forward pass", "drophot: of a step"
 
 
+_replaced_generators = 0
+
+
+def num_replaced_generators() -> int:
+    """How often a failed capture has replaced the state of a generator.
+
+    A graph that was captured before draws from the state that it was captured with, which no longer
+    is that of the generator. This happens if one `fit` calls another.
+    """
+    return _replaced_generators
+
+
 def mark_earlier_nodes(parameters: Iterable[Tensor]) -> None:
     """Mark the autograd nodes of the parameters that are in use by tensors of the user."""
     for node in _metadata(parameters):
@@ -91,4 +103,6 @@ def unchanged_on_error(optimizer: Optimizer, device: torch.device) -> Iterator[N
         if generator is not None and random_numbers is not None:
             # An interrupted capture leaves the state in a mode in which it refuses to draw.
             generator.graphsafe_set_state(random_numbers)
+            global _replaced_generators
+            _replaced_generators += 1
         raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core import random_state
+from drophot._core.capturable_hooks import memory_written_by
 from drophot._core.user_warnings import warn
 from drophot.training.capture_conditions import Conditions, parameters_of
 from drophot.training.capture_guards import (
@@ -28,6 +29,7 @@ logger = logging.getLogger("drophot")
 _WARM_UP_STEPS = 3  # eager steps before the capture, in which libraries choose their algorithms
 
 Backward = Callable[..., Tensor]
+OnBatch = Callable[[Tensor, Tensor, Tensor], object]
 
 
 class CapturedStep:
@@ -42,6 +44,9 @@ class CapturedStep:
     With `captures_update=False` the graph ends with the backward pass, and `update` is called after
     each launch. A hook before the optimizer's step and a learning rate that changes in each step
     need this.
+
+    `report(index, logits, targets)` is called in each step, too. It is part of the graph if it
+    writes to memory on the model's device.
     """
 
     def __init__(
@@ -54,11 +59,14 @@ class CapturedStep:
         device: torch.device,
         *,
         captures_update: bool,
+        report: OnBatch | None,
         keeps_logits: bool,
     ) -> None:
         self._backward, self._update = backward, update
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._device = device
+        self._report, self.reports = report, report is not None
+        self._report_is_captured = False
         self._captures_update, self._keeps_logits = captures_update, keeps_logits
         self._update_is_captured = captures_update
         self._side_stream = torch.cuda.Stream(device)
@@ -72,7 +80,9 @@ class CapturedStep:
         self._batch: list[Tensor] = []
         self._grads: list[tuple[Tensor, Tensor | None]] = []
 
-    def __call__(self, *batch: Tensor) -> Tensor:
+    def __call__(self, *batch: Tensor, index: Tensor | None = None) -> Tensor:
+        if self._report is not None and index is not None:
+            batch = *batch, index.to(batch[0].device, non_blocking=True)
         signature = [(tensor.shape, tensor.dtype) for tensor in batch]
         self._signature = self._signature or signature
         if not self._possible or signature != self._signature:
@@ -95,9 +105,20 @@ class CapturedStep:
         return self._batch[0] if fits else None
 
     def _eager(self, *batch: Tensor) -> Tensor:
-        logits = self._backward(*batch)
-        self._update()
+        return self._run(batch, updates=True, reports=True)
+
+    def _run(self, batch: Sequence[Tensor], *, updates: bool, reports: bool) -> Tensor:
+        """A step, or the part of one that a graph repeats."""
+        logits = self._backward(*(batch if self._report is None else batch[:-1]))
+        if updates:
+            self._update()
+        if reports:
+            self._tell_logits(batch, logits)
         return logits
+
+    def _tell_logits(self, batch: Sequence[Tensor], logits: Tensor) -> None:
+        if self._report is not None:
+            self._report(batch[-1], logits, batch[1])
 
     def _warm_up(self, batch: tuple[Tensor, ...]) -> Tensor:
         """An eager step on the stream that a later capture uses."""
@@ -121,7 +142,11 @@ class CapturedStep:
             self._give_up("the model or the loss puts a hook on a tensor in each call")
         # After the step, as the first one creates the optimizer's averages.
         self._conditions = Conditions(
-            self._model, self._optimizer, self._loss, whole_step=self._captures_update
+            self._model,
+            self._optimizer,
+            self._loss,
+            whole_step=self._captures_update,
+            report=self._report,
         )
         self._captured_with = self._conditions.current()
         return logits
@@ -138,6 +163,8 @@ class CapturedStep:
                 parameter.grad = grad
         if not self._update_is_captured:
             self._update()
+        if not self._report_is_captured:
+            self._tell_logits(batch, logits)
         return logits
 
     def _capture(self, batch: tuple[Tensor, ...]) -> bool:
@@ -150,7 +177,10 @@ class CapturedStep:
             return False
         self._batch = [tensor.clone() for tensor in batch]
         self._update_is_captured = self._conditions is not None and self._conditions.captures_update
-        captured = self._eager if self._update_is_captured else self._backward
+        memory = memory_written_by(self._report)
+        self._report_is_captured = memory is not None and all(
+            tensor.device == batch[0].device for tensor in memory
+        )
         before = random_state.state()
         try:
             with (
@@ -164,7 +194,11 @@ class CapturedStep:
                 with torch.cuda.graph(
                     graph, stream=self._side_stream, capture_error_mode="thread_local"
                 ):
-                    self._logits = captured(*self._batch)
+                    self._logits = self._run(
+                        self._batch,
+                        updates=self._update_is_captured,
+                        reports=self._report_is_captured,
+                    )
                 drawn = random_state.state() != before
         except (RuntimeError, UserWarning) as error:  # waits for the device, or memory is short
             self._fall_back(str(error))

@@ -66,7 +66,8 @@ def fit(
     loss holds. Other changes are not seen, such as that of a global variable. Operations are
     launched one by one if
 
-    - the optimizer is not one of torch's own, or is neither `SGD` nor has a setting `capturable`;
+    - the optimizer is not one of torch's own, is neither `SGD` nor has a setting `capturable`, or
+      its method `step` was replaced by something other than a scheduler;
     - the model has hooks on modules, parameters or tensors, is wrapped in
       `DistributedDataParallel` or `DataParallel`, or is on several devices. Hooks of
       :meth:`drophot.Masks.hold` are captured, and other hooks of the optimizer are called after
@@ -103,7 +104,8 @@ def fit(
             optimizer's step, when the gradients are in `parameter.grad`. Clips gradients, for
             example.
         on_batch: Called as `on_batch(index, logits, targets)` after each step, with the logits of
-            that step's forward pass; `ForgettingTracker.update` fits. Needs samples with an index.
+            that step's forward pass; `ForgettingTracker.update` fits, and is captured together with
+            the step. Needs samples with an index.
         on_epoch: Called with the epoch's number, from 0, after each epoch.
         cache: Whether the decoded dataset is kept: `"auto"` decides as `in_memory` does, `True`
             always keeps it, `False` reads it again in each epoch.
@@ -178,16 +180,16 @@ def fit(
             before_step=before_step,
             lr_changes=every_step,
             cuda_graph=cuda_graph,
-            keeps_logits=on_batch is not None,
+            on_batch=on_batch,
         )
         with step_of as step, require_outputs(model, num_classes):
             for epoch in range(epochs):
                 model.train()
                 for inputs, targets, *more in batches_of(epoch, step):
-                    logits = step(inputs, targets, *more[1:])
+                    logits = step(inputs, targets, *more[1:], index=more[0] if indexed else None)
                     if scheduler is not None and every_step:
                         scheduler.step()
-                    if on_batch is not None:
+                    if on_batch is not None and not step.reports:
                         on_batch(more[0], logits, targets)
                 if scheduler is not None and not every_step:
                     scheduler.step()

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from drophot._core.capturable_hooks import memory_written_by
 from drophot._core.classifier import logits_of
 from drophot._core.onednn_linear import fast_linear
 from drophot.training.capture_conditions import obstacle
-from drophot.training.cuda_graph import CapturedStep
+from drophot.training.cuda_graph import CapturedStep, OnBatch
 from drophot.training.fused_optimizer import fused
 from drophot.training.loss import Loss, training_loss
 from drophot.training.mixed_precision import autocasts, uncached_autocast
@@ -26,7 +27,10 @@ logger = logging.getLogger("drophot")
 class Step(Protocol):
     """A training step."""
 
-    def __call__(self, *batch: Tensor) -> Tensor:
+    reports: bool
+    """Whether the step calls `on_batch`."""
+
+    def __call__(self, *batch: Tensor, index: Tensor | None = None) -> Tensor:
         """Train on `inputs, targets` or `inputs, targets, weights`, and return the logits."""
         ...
 
@@ -45,7 +49,7 @@ def fast_step(
     before_step: Callable[[nn.Module], object] | None = None,
     lr_changes: bool = False,
     cuda_graph: bool = True,
-    keeps_logits: bool = True,
+    on_batch: OnBatch | None = None,
 ) -> Iterator[Step]:
     """A training step: `step(inputs, targets)` updates the model and returns the logits.
 
@@ -63,8 +67,9 @@ def fast_step(
         before_step: Called with the model between the backward pass and the optimizer's step.
         lr_changes: Whether the learning rate changes in each step.
         cuda_graph: Whether the step may be captured.
-        keeps_logits: Whether the logits are used after the next step, which overwrites them
-            otherwise.
+        on_batch: What the caller does with the logits of each step. If a CUDA graph may repeat it,
+            the step calls it; otherwise the caller does. Without it, the next step may overwrite
+            the logits.
 
     Yields:
         The step. It never waits for the device. Its logits `(B, C)` have no gradient.
@@ -91,6 +96,7 @@ def fast_step(
             logger.info("steps are not captured as a CUDA graph: %s", why)
             yield _EagerStep(backward, update)
         else:
+            report = None if memory_written_by(on_batch) is None else on_batch
             yield CapturedStep(
                 backward,
                 update,
@@ -99,15 +105,18 @@ def fast_step(
                 loss,
                 device,
                 captures_update=before_step is None and not lr_changes,
-                keeps_logits=keeps_logits,
+                report=report,
+                keeps_logits=on_batch is not None and report is None,
             )
 
 
 class _EagerStep:
+    reports = False
+
     def __init__(self, backward: Callable[..., Tensor], update: Callable[[], None]) -> None:
         self._backward, self._update = backward, update
 
-    def __call__(self, *batch: Tensor) -> Tensor:
+    def __call__(self, *batch: Tensor, index: Tensor | None = None) -> Tensor:
         logits = self._backward(*batch)
         self._update()
         return logits
