@@ -24,7 +24,7 @@ def naive(rows: np.ndarray, size: int, coverage: float) -> list[int]:
     similar = unit @ unit.T
     total, weights = len(rows), np.ones(len(rows))
     if k := neighbors(total, size, coverage):
-        away = [sorted(np.delete(1 - similar[i], i))[k - 1] for i in range(total)]
+        away = np.array([sorted(np.delete(1 - similar[i], i))[k - 1] for i in range(total)])
         weights = np.exp(-((away - np.mean(away)) ** 2) / (2 * np.var(away)))
     chosen: list[int] = []
     for _ in range(size):

@@ -103,8 +103,12 @@ def _near_pairs(rows: NDArray, nearest: NDArray) -> list[tuple[NDArray, NDArray]
 
 def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[float, int]]:
     """A heap of upper bounds of the gains, as negative numbers, and their samples."""
-    parts = [(nearest - rows).clamp_(min=0).sum(1).double() for rows in distances.split(32)]
-    found = torch.cat(parts).mul_(-_SLACK).tolist()
+    found = torch.empty(len(distances), dtype=torch.float64)
+    # One buffer for all blocks: between small results, freed blocks would not be used again.
+    work = distances.new_empty(min(32, len(distances)), len(distances))
+    for rows, sums in zip(distances.split(32), found.split(32), strict=True):
+        sums.copy_(torch.sub(nearest, rows, out=work[: len(rows)]).clamp_(min=0).sum(1))
+    found = found.mul_(-_SLACK).tolist()
     heap = [(bound, place) for place, bound in enumerate(found) if place not in taken]
     heapify(heap)
     return heap
