@@ -67,6 +67,17 @@ def _makes_heads(view: RecordedCall, width: int) -> bool:
     )
 
 
+def all_heads(calls: Sequence[RecordedCall]) -> set[tuple[str, int]]:
+    """The modules that compute a softmax over several heads, and the width of their heads."""
+    modules = {call.path[-1] for call in calls if "softmax" in call.name}
+    return {
+        (call.path[-1], int(call.shapes[0][-1]))
+        for call in calls
+        if call.name in VIEWS and call.path[-1] in modules and call.shapes[0]
+        if _makes_heads(call, int(call.shapes[0][-1]))
+    }
+
+
 def multiples(
     calls: Sequence[RecordedCall],
     number: int,
