@@ -18,12 +18,16 @@ from drophot.structured import Budget, Pruned, prune_channels
 class Residual(nn.Module):
     """Two convolutions that add to a stream, then a classifier."""
 
-    def __init__(self) -> None:
+    def __init__(self, stream: int = 16, inner: int = 24, grouped: int = 16) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
-        self.block = nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 16, 1))
-        self.grouped = nn.Conv2d(16, 16, 3, groups=2)
-        self.head = nn.Linear(16, 5)
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, stream, 3, padding=1), nn.BatchNorm2d(stream), nn.ReLU()
+        )
+        self.block = nn.Sequential(
+            nn.Conv2d(stream, inner, 3, padding=1), nn.ReLU(), nn.Conv2d(inner, stream, 1)
+        )
+        self.grouped = nn.Conv2d(stream, grouped, 3, groups=2)
+        self.head = nn.Linear(grouped, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
@@ -74,21 +78,37 @@ def test_within_one_channel_of_the_limit(what: str, share: float) -> None:
     model, pruned = pruned_to(dense, IMAGES, **{what: limit})
     found = summary(model, IMAGES, batch_sizes=())
     assert getattr(found, what) == cost(pruned, what) <= limit
-    again, same = pruned_to(dense, IMAGES, **{what: cost(pruned, what)})
-    assert same.layers == pruned.layers
-    # A limit just below it takes one more channel: of one layer, of those that the stream couples,
-    # or of each of the two groups.
-    _, fewer = pruned_to(dense, IMAGES, **{what: cost(pruned, what) - 1})
-    changed = {
-        name: pruned.layers[name].after - fewer.layers[name].after
-        for name in pruned.layers
-        if pruned.layers[name] != fewer.layers[name]
-    }
-    assert changed in (
-        {"block.0.weight": 1},
-        {"stem.0.weight": 2, "block.2.weight": 2},
-        {"grouped.weight": 2},
+    # No layer could keep one more channel; the two groups of a convolution keep equally many.
+    stream, inner, grouped = (
+        pruned.layers[f"{name}.weight"].after for name in ("stem.0", "block.0", "grouped")
     )
+    assert stream < 16 > grouped
+    larger = [(stream + 2, inner, grouped), (stream, inner, grouped + 2)]
+    larger += [(stream, inner + 1, grouped)] if inner < 24 else []
+    for widths in larger:
+        more = summary(Residual(*widths).double(), IMAGES, batch_sizes=())
+        assert getattr(more, what) > limit
+
+
+class Encoder(nn.Module):
+    """Attention whose scale and stream follow from the number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.mlp(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("whole_heads", [False, True])
+def test_a_stream_and_its_heads_lose_equal_shares(whole_heads: bool) -> None:
+    model, pruned = pruned_to(distinct(Encoder()), TOKENS, parameters=3000, whole_heads=whole_heads)
+    assert 2900 < pruned.parameters.after <= 3000  # the MLP takes what a head leaves
+    assert model.attention.embed_dim == 8 * model.attention.num_heads < 32
 
 
 def test_all_limits_hold() -> None:
@@ -132,7 +152,7 @@ def test_whole_heads() -> None:
     dense = distinct(Attention())
     _, pruned = pruned_to(dense, TOKENS, parameters=4000)
     assert pruned.layers["q.weight"].after % 4 == 0  # as many channels in each head
-    model, pruned = pruned_to(dense, TOKENS, parameters=4000, whole_heads=True)
+    _, pruned = pruned_to(dense, TOKENS, parameters=4000, whole_heads=True)
     assert pruned.layers["q.weight"].after < 32
     for name in ("q", "k", "v"):
         heads = torch.zeros(32).index_fill_(0, pruned.kept_channels[f"{name}.weight"], 1)

@@ -40,7 +40,8 @@ class Budget:
         >>> from torch import nn
         >>> from drophot.structured import prune_channels
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-        >>> pruned = prune_channels(model, example_inputs=torch.ones(1, 4), to=Budget(parameters=40))
+        >>> inputs = torch.ones(1, 4)
+        >>> pruned = prune_channels(model, example_inputs=inputs, to=Budget(parameters=40))
         >>> pruned.parameters
         Change(before=58, after=37)
     """

@@ -13,7 +13,7 @@ from drophot.structured import single_call
 from drophot.structured.budget import Budget
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import DependencyGraph
-from drophot.structured.global_ranking import RankedSet, ranked_sets, removal_step
+from drophot.structured.global_ranking import RankedSet, ranked_sets, removal_steps
 from drophot.structured.network_cost import NetworkCost
 from drophot.structured.network_writer import NetworkWriter
 from drophot.structured.recorded_call import RecordedCall
@@ -33,7 +33,7 @@ class Unreachable(Exception):  # noqa: N818 (users get a ValueError)
 
 
 class BudgetSelection:
-    """Removes the fewest channels, in the order of `global_ranking`, with which a budget is met.
+    """Removes no more channels, in the order of `global_ranking`, than a budget needs.
 
     Args:
         model: The network.
@@ -76,9 +76,13 @@ class BudgetSelection:
                     return 1.0
                 return min(max(changes[id(one)] / typical, 1 / _MOST), _MOST)
 
-            removed_at, number = removal_step(sets, sensitivity, len(groups.frozen))
-            count = self._fewest(groups, removed_at, number)
-            entries = (removed_at < count)[groups.channel]
+            steps = removal_steps(sets, sensitivity)
+            removed_at = torch.full((len(groups.frozen),), len(steps))
+            for number, (_, channels) in enumerate(steps):
+                removed_at[channels] = number
+            count = self._fewest(groups, removed_at, len(steps))
+            removed = self._restored(groups, removed_at < count, steps[:count])
+            entries = removed[groups.channel]
             uneven = groups.uneven_rows(entries)
             if not uneven:
                 return entries
@@ -100,6 +104,26 @@ class BudgetSelection:
                     low = middle + 1
             least = low
         return least
+
+    def _restored(
+        self, groups: ChannelGroups, removed: Tensor, steps: list[tuple[RankedSet, Tensor]]
+    ) -> Tensor:
+        """Take back steps, those of the highest rank first, while all limits hold.
+
+        The last step may remove much more than was needed, such as a head.
+        """
+        done: set[int] = set()
+        for one, channels in reversed(steps if self.limits and not self.share else []):
+            if id(one) in done:
+                continue
+            fewer = removed.clone()
+            fewer[channels] = False
+            entries = fewer[groups.channel]
+            if all(self._cost.of(name, entries) <= most for name, most in self.limits.items()):
+                removed = fewer
+            else:
+                done.add(id(one))  # the channels of a set are removed in order
+        return removed
 
     def _change(self, groups: ChannelGroups, one: RankedSet) -> float:
         """How much the outputs change without half of a set: the squared relative difference."""

@@ -8,8 +8,8 @@ How a network is pruned, and which module to read for it:
    be kept: by its rule (`layer_rules` has the table; a user's rule is in the same table), or else
    by calling it with fewer entries (`entry_trials`).
 3. `channel_groups` ranks the channels, which are sets of coupled entries, by `importance`. For a
-   budget, `global_ranking` orders the channels of all layers, and `budget_selection` removes the
-   fewest with which `network_cost` fits; a plan names the channels (`planned_selection`).
+   budget, `global_ranking` orders the channels of all layers, and `budget_selection` removes no
+   more than `network_cost` requires; a plan names the channels (`planned_selection`).
 4. `network_writer` writes the smaller tensors into the network, and `passes` runs it. Each call
    must return the expected shape (`verification`); attributes that the code reads as widths are
    found and changed (`width_search`).
@@ -56,13 +56,13 @@ def prune_channels(
     Parameters and operations shrink by about `1 - (1 - ratio)²`, since a layer loses inputs too;
     the result has the shares that were achieved.
 
-    With `to` instead of `ratio`, the channels of all layers are ranked together, and the fewest are
-    removed with which the network fits the budget. A channel's rank is its score, divided by the
+    With `to` instead of `ratio`, the channels of all layers are ranked together, and no more are
+    removed than the budget needs: no layer could keep one more channel (or `round_to` more, or one
+    more in each head). Only latency is not met as closely: it is measured, by bisection of the
+    ranking to 1/64. A channel's rank is its score, divided by the
     mean score of the channels that its layer still has at that point, times the sensitivity of the
     layer: the relative change of the outputs for the example inputs when the half of its channels
-    that rank lowest is zero, between a tenth and ten times the median of the layers. The result is
-    below the limit by less than the last channel removed contributes, or the last `round_to`
-    channels; latency is found by bisection of the ranking, to 1/64 of it.
+    that rank lowest is zero, between a tenth and ten times the median of the layers.
 
     The score of a channel is a sum over every Conv and Linear layer and attention projection that
     produces or reads it: the importance of its weights there, divided by the mean over the channels

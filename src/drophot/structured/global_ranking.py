@@ -9,13 +9,13 @@ value
 where I is the mean score of its channels, N the number of channels in their set, and S the sum of
 the scores of the channels that are still there before it. N · I / S is the relative score of
 DepGraph (Fang et al. 2023, section 3.3), with the sum over the remaining channels as in LAMP (Lee
-et al. 2021). It does not depend on the scale or on the width of a layer, and it increases as a layer
-shrinks, so that no layer is emptied before the others are small.
+et al. 2021). It depends neither on the scale nor on the width of a layer, and it increases as a
+layer shrinks, so that no layer is emptied before the others are small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil
 
@@ -46,24 +46,24 @@ def ranked_sets(groups: ChannelGroups, scores: Tensor, budget: Budget) -> list[R
         scores: The score of each channel, `(channels,)`.
         budget: Its `min_kept` and `round_to` limit the steps.
     """
-    widths = _widths(groups)
+    widths, sizes = _widths(groups), torch.bincount(groups.group)
     found = []
     for linked in _linked(groups):
-        rows = []
-        for group in linked:
-            members = (groups.group == group).nonzero()[:, 0]
-            free = members[~groups.frozen[members]]
-            rows.append((members, free[scores[free].sort(stable=True).indices]))
-        size = len(rows[0][0])
-        most = min(len(free) for _, free in rows)
-        width = int(widths[rows[0][1]].min()) if most else 1
-        counts = _removable(size, most, width, groups.multiples.get(size, 1), budget)
-        remaining = sum(float(scores[members].sum()) for members, _ in rows)
+        base = int(sizes[linked].min())
+        rows = [
+            _Row.of(groups, group, scores, widths, int(sizes[group]) // base) for group in linked
+        ]
+        counts = [
+            count
+            for count in range(1, base - max(1, ceil(round(budget.min_kept * base, 6))) + 1)
+            if all(row.can_lose(count, budget.round_to) for row in rows)
+        ]
+        remaining = sum(float(scores[row.members].sum()) for row in rows)
         steps, values = [], []
         for start, end in zip([0, *counts], counts, strict=False):
-            channels = torch.cat([free[start:end] for _, free in rows])
+            channels = torch.cat([row.lost(start, end) for row in rows])
             score = float(scores[channels].sum())
-            relative = score / (end - start) * size / remaining if remaining > 0 else 0.0
+            relative = score / (end - start) * base / remaining if remaining > 0 else 0.0
             values.append(max(relative, values[-1] if values else 0.0))
             steps.append(channels)
             remaining -= score
@@ -72,33 +72,44 @@ def ranked_sets(groups: ChannelGroups, scores: Tensor, budget: Budget) -> list[R
     return found
 
 
-def removal_step(
-    sets: list[RankedSet], sensitivity: Callable[[RankedSet], float], num_channels: int
-) -> tuple[Tensor, int]:
-    """For each channel, the number of the step that removes it, and the number of steps.
-
-    Channels that no step removes have the number of steps.
-    """
+def removal_steps(
+    sets: list[RankedSet], sensitivity: Callable[[RankedSet], float]
+) -> list[tuple[RankedSet, Tensor]]:
+    """All steps in the order in which they are taken: the set and the channels of each."""
     weights = [sensitivity(one) for one in sets]
     values = torch.tensor(
         [weight * value for one, weight in zip(sets, weights, strict=True) for value in one.values],
         dtype=torch.float64,
     )
-    channels = [step for one in sets for step in one.steps]
-    removed_at = torch.full((num_channels,), len(channels))
-    for number, step in enumerate(values.sort(stable=True).indices.tolist()):
-        removed_at[channels[step]] = number
-    return removed_at, len(channels)
+    steps = [(one, channels) for one in sets for channels in one.steps]
+    return [steps[number] for number in values.sort(stable=True).indices.tolist()]
 
 
-def _removable(size: int, most: int, width: int, multiple: int, budget: Budget) -> list[int]:
-    """The numbers of channels that a set of `size` can lose, ascending, without 0."""
-    least = max(1, ceil(round(budget.min_kept * size, 6)))
-    return [
-        count
-        for count in range(1, min(most, size - least) + 1)
-        if count % multiple == 0 and (size - count) * width % budget.round_to == 0
-    ]
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One group of channels, which loses `factor` of them when those linked to it lose one."""
+
+    members: Tensor
+    order: Tensor  # the channels that can be removed, those of the lowest scores first
+    factor: int
+    width: int  # the outputs of a layer that each channel is
+    multiple: int  # of which a number of channels has to be removed
+
+    @staticmethod
+    def of(groups: ChannelGroups, group: int, scores: Tensor, widths: Tensor, factor: int) -> _Row:
+        members = (groups.group == group).nonzero()[:, 0]
+        free = members[~groups.frozen[members]]
+        order = free[scores[free].sort(stable=True).indices]
+        width = int(widths[free].min()) if len(free) else 1
+        return _Row(members, order, factor, width, groups.multiples.get(len(members), 1))
+
+    def can_lose(self, count: int, round_to: int) -> bool:
+        lost = count * self.factor
+        kept = (len(self.members) - lost) * self.width
+        return lost <= len(self.order) and lost % self.multiple == 0 and kept % round_to == 0
+
+    def lost(self, start: int, end: int) -> Tensor:
+        return self.order[start * self.factor : end * self.factor]
 
 
 def _widths(groups: ChannelGroups) -> Tensor:
@@ -111,21 +122,27 @@ def _widths(groups: ChannelGroups) -> Tensor:
 
 
 def _linked(groups: ChannelGroups) -> list[list[int]]:
-    """The groups with channels to remove; those that lose equally many are in one list."""
-    sizes = torch.bincount(groups.group)
-    free = set(groups.group[~groups.frozen].tolist())
-    linked = {group: group for group in range(len(sizes))}
+    """The groups with channels to remove; those that lose equal shares are in one list."""
+    sizes = torch.bincount(groups.group).tolist()
+    linked = list(range(len(sizes)))
 
     def first(group: int) -> int:
         while linked[group] != group:
             group = linked[group]
         return group
 
+    def link(some: Iterable[int]) -> None:
+        known: dict[int, int] = {}
+        for group in some:
+            linked[first(group)] = first(known.setdefault(sizes[group], group))
+
     for rows in groups.graph.balanced:
-        by_size: dict[int, int] = {}
-        for group in groups.group[groups.channel[rows.reshape(-1)]].unique().tolist():
-            known = by_size.setdefault(int(sizes[group]), group)
-            linked[first(group)] = first(known)
+        link(groups.group[groups.channel[rows.reshape(-1)]].unique().tolist())
+    for whole, step in groups.multiples.items():  # a stream, and the heads that it is split into
+        tied = [g for g, size in enumerate(sizes) if size in (whole, whole // step)]
+        for group in tied[1:]:
+            linked[first(group)] = first(tied[0])
+    free = set(groups.group[~groups.frozen].tolist())
     found: dict[int, list[int]] = {}
     for group in range(len(sizes)):
         found.setdefault(first(group), []).append(group)

@@ -10,6 +10,19 @@ from torch import Tensor
 from drophot.structured.channel_groups import ChannelGroups
 
 
+def check_fits(planned: Mapping[str, int], found: Mapping[str, int]) -> None:
+    """Refuse a model whose layers, with their numbers of outputs, are not those of the plan."""
+    for name in (*planned, *found):
+        expected, got = planned.get(name), found.get(name)
+        if expected != got:
+            has = "does not exist" if got is None else f"has {got} outputs"
+            wants = "has no such layer" if expected is None else f"has {expected}"
+            raise ValueError(
+                f"`model` must have the layers of the plan, but `{name}` {has} and the plan "
+                f"{wants}. Pass a model as it was when it was planned, or plan again."
+            )
+
+
 class PlannedSelection:
     """Removes exactly the planned channels, or raises an error.
 

@@ -60,13 +60,9 @@ class Pruned:
     """Milliseconds of a call before and after, if the budget limits them."""
 
     def __str__(self) -> str:
-        lines = [self._request()]
+        lines = [self.request]
         for name in ("channels", "parameters", "flops", "bytes"):
-            change: Change = getattr(self, name)
-            lines.append(
-                f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
-                f"{change.removed:>6.1%} removed"
-            )
+            lines.append(change_line(name, getattr(self, name)))
         if self.latency is not None:
             lines.append("{:<10}  {:>15,.3g} to {:>15,.3g}  ms".format("latency", *self.latency))
         own: dict[tuple[str, Change], list[str]] = {}
@@ -98,7 +94,9 @@ class Pruned:
             lines += layer_table(self.layers, self.unpruned_layers)
         return "\n".join(lines)
 
-    def _request(self) -> str:
+    @property
+    def request(self) -> str:
+        """What was requested, in words."""
         if self.budget is not None:
             return f"requested: at most {self.budget}"
         if self.ratio is not None:
@@ -106,16 +104,19 @@ class Pruned:
         return "requested: remove the channels of a plan"
 
 
-def layer_table(layers: Mapping[str, Change], reasons: Mapping[str, str]) -> list[str]:
-    """A line for each layer: its channels before and after, or why it keeps all of them."""
+def change_line(name: str, change: Change) -> str:
+    """A line of a table: a count before and after, and the share that was removed."""
+    return (
+        f"{name:<10}  {change.before:>15,} to {change.after:>15,}  {change.removed:>6.1%} removed"
+    )
+
+
+def layer_table(layers: Mapping[str, Change], notes: Mapping[str, str]) -> list[str]:
+    """A line for each layer: its channels before and after, and a note."""
     width = max(map(len, layers), default=0)
     return [
         f"{name:<{width}}  {change.before:>6,} to {change.after:>6,}  "
-        + (
-            f"{change.removed:>6.1%} removed"
-            if change.after < change.before
-            else reasons.get(name, "")
-        ).rstrip()
+        f"{change.removed:>6.1%} removed  {notes.get(name, '')}".rstrip()
         for name, change in layers.items()
     ]
 

@@ -19,7 +19,7 @@ from drophot.structured.budget_selection import BudgetSelection, Unreachable
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import DependencyGraph
 from drophot.structured.operator_call import Rule
-from drophot.structured.planned_selection import PlannedSelection
+from drophot.structured.planned_selection import PlannedSelection, check_fits
 from drophot.structured.pruning_result import Change, Pruned
 from drophot.structured.recorded_call import RecordedCall
 from drophot.structured.rewriter import Rewriter
@@ -35,6 +35,8 @@ class Request:
     budget: Budget | None = None
     planned: Mapping[str, Collection[int]] | None = None
     """The outputs to remove, by the weight's name."""
+    planned_sizes: Mapping[str, int] | None = None
+    """The number of outputs of each layer of the planned network, by the weight's name."""
     whole_heads: Collection[tuple[str, int]] = ()
     """Modules, and the width of the heads in them that are removed only as a whole."""
 
@@ -147,6 +149,11 @@ class PruningRun:
             model, graph, calls, self.weights, request.ratio, self.importance, training, tried
         )
         if request.planned is not None:
+            sizes = {
+                name: weight.shape[self.rewriter.output_dim(name)]
+                for name, weight in self.rewriter.weights.items()
+            }
+            check_fits(request.planned_sizes or {}, sizes)
             select = PlannedSelection(request.planned, self.rewriter.output_entries())
             self.rewriter.run(self.example_inputs, select)
         elif request.budget is not None:

@@ -139,6 +139,19 @@ class Rewriter:
             if axis.dim == self.output_dim(name)
         }
 
+    def channel_numbers(self) -> dict[str, list[int]]:
+        """A number for each output of each layer; outputs that are removed together have one."""
+        entries, number = self.output_entries(), len(self.groups.frozen)
+        found = {}
+        for name, weight in self.weights.items():
+            size = weight.shape[self.output_dim(name)]
+            if name in entries:
+                found[name] = self.groups.channel[entries[name]].tolist()
+            else:  # of a single output, or not used
+                found[name] = list(range(number, number + size))
+                number += size
+        return found
+
     def output_dim(self, name: str) -> int:
         """The dimension of a weight that has its output channels."""
         return self._output_dims[name]
