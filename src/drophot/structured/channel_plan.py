@@ -23,8 +23,8 @@ from drophot.structured.pruning_run import Request
 class ChannelPlan:
     """Which channels of which layers would be removed; `print` shows it as a table.
 
-    `plan_channels` makes one. `remove` and `keep` return an edited plan, `apply` prunes a model, and
-    `to_json` and `from_json` store it.
+    `plan_channels` makes one. `remove` and `keep` return an edited plan, `apply` prunes a model,
+    and `to_json` and `from_json` store it.
     """
 
     request: str
