@@ -85,7 +85,7 @@ def layer_normalized(name: str, weight: Tensor) -> Tensor:
 
     References:
         Molchanov et al., Pruning Convolutional Neural Networks for Resource Efficient Inference,
-        ICLR 2017, https://arxiv.org/abs/1611.06440, section 2.2 (layer-wise l2-normalization).
+        ICLR 2017, https://arxiv.org/abs/1611.06440 (layer-wise l2-normalization).
 
     Args:
         name: The name of the parameter.
@@ -114,7 +114,7 @@ class Taylor:
 
     References:
         Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019,
-        https://arxiv.org/abs/1906.10771, equations 8 and 9.
+        https://arxiv.org/abs/1906.10771.
 
     Args:
         model: The model, in any mode, on any device.
