@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from drophot.prune import summary
 from drophot.structured import Budget, Pruned, prune_channels
+from drophot.structured.network_cost import NetworkCost
 
 
 class Residual(nn.Module):
@@ -253,6 +254,13 @@ def test_flops_of_an_unknown_operator() -> None:
     with pytest.raises(ValueError, match=r"`to`.*linalg.*flops=50"):
         prune_channels(model, example_inputs=torch.ones(1, 3), to=Budget(flops=50))
     assert model[0].out_features == 8
+
+
+def test_flops_that_cost_more_than_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted = NetworkCost.flops
+    monkeypatch.setattr(NetworkCost, "flops", lambda self, removed: predicted(self, removed) // 2)
+    _, pruned = pruned_to(distinct(Residual()), IMAGES, flops=300_000)
+    assert 200_000 < pruned.flops.after <= 300_000
 
 
 def test_the_result_shows_each_layer() -> None:

@@ -112,17 +112,30 @@ class BudgetSelection:
 
         The last step may remove much more than was needed, such as a head.
         """
-        done: set[int] = set()
-        for one, channels in reversed(steps if self.limits and not self.share else []):
-            if id(one) in done:
-                continue
+
+        def without(number: int) -> Tensor:
             fewer = removed.clone()
-            fewer[channels] = False
-            entries = fewer[groups.channel]
-            if all(self._cost.of(name, entries) <= most for name, most in self.limits.items()):
-                removed = fewer
-            else:
-                done.add(id(one))  # the channels of a set are removed in order
+            for _, channels in left[:number]:
+                fewer[channels] = False
+            return fewer
+
+        def fits(number: int) -> bool:
+            entries = without(number)[groups.channel]
+            return all(self._cost.of(name, entries) <= most for name, most in self.limits.items())
+
+        left = steps[::-1] if self.limits and not self.share else []
+        while left:
+            low, high = 0, len(left) if fits(1) else 0
+            while low < high:
+                middle = (low + high + 1) // 2
+                if fits(middle):
+                    low = middle
+                else:
+                    high = middle - 1
+            removed = without(low)
+            # The channels of a set are removed in order, so its other steps have to stay.
+            blocked = left[low][0] if low < len(left) else None
+            left = [(one, channels) for one, channels in left[low + 1 :] if one is not blocked]
         return removed
 
     def _change(self, groups: ChannelGroups, one: RankedSet) -> float:

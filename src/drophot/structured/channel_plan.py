@@ -66,6 +66,9 @@ class ChannelPlan:
             layer: The name of a weight, as in `removed`.
             channels: Indices of its outputs.
 
+        Returns:
+            The edited plan; this one is unchanged.
+
         Raises:
             TypeError: If an index is not an integer.
             ValueError: If the layer or an index does not exist, or a layer would lose all channels.
@@ -90,7 +93,16 @@ class ChannelPlan:
     def keep(self, layer: str, channels: Iterable[int]) -> ChannelPlan:
         """A plan that keeps these channels, and the outputs that are coupled to them.
 
-        The arguments and errors are those of `remove`.
+        Args:
+            layer: The name of a weight, as in `removed`.
+            channels: Indices of its outputs.
+
+        Returns:
+            The edited plan; this one is unchanged.
+
+        Raises:
+            TypeError: If an index is not an integer.
+            ValueError: If the layer or an index does not exist.
         """
         numbers = self._numbers(layer, channels)
         return self._edited(lambda number, gone: gone and number not in numbers)
@@ -142,6 +154,12 @@ class ChannelPlan:
     @staticmethod
     def from_json(text: str) -> ChannelPlan:
         """The plan that `to_json` stored.
+
+        Args:
+            text: The result of `to_json`.
+
+        Returns:
+            The plan.
 
         Raises:
             ValueError: If the text is not the JSON of a plan.
