@@ -183,6 +183,17 @@ def test_ranking_does_not_depend_on_the_scale_of_a_layer() -> None:
         assert torch.equal(kept, other.kept_channels[name])
 
 
+def test_equal_channels_are_removed_from_all_layers() -> None:
+    def equal(name: str, weight: Tensor) -> Tensor:
+        return torch.ones(len(weight))
+
+    pruned = prune_channels(
+        chain(1), example_inputs=normal(4, 6), to=Budget(parameters=200), importance=equal
+    )
+    assert 3 < pruned.layers["0.weight"].after < 20
+    assert 3 < pruned.layers["2.weight"].after < 12
+
+
 class Branches(nn.Module):
     """Two equal branches, of which the first hardly changes the output."""
 
