@@ -190,11 +190,8 @@ class ChannelPlan:
             change: Change | None = getattr(self, name)
             if change is not None:
                 lines.append(change_line(name, change))
-        notes = {
-            name: f"channels {_ranges(self.removed[name])}" if self.removed[name] else why
-            for name, why in (dict.fromkeys(self.channels, "") | dict(self.reasons)).items()
-        }
-        return "\n".join([*lines, *layer_table(self.layers, notes)])
+        removed = {name: f"channels {_ranges(gone)}" for name, gone in self.removed.items() if gone}
+        return "\n".join([*lines, *layer_table(self.layers, {**self.reasons, **removed})])
 
     def _numbers(self, layer: str, channels: Iterable[int]) -> set[int]:
         """The numbers of the channels of these outputs."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from drophot.structured.budget import Budget
-from drophot.structured.reasons import merged
+from drophot.structured.reasons import RANKED, merged
 
 
 class Change(NamedTuple):
@@ -116,8 +116,10 @@ def layer_table(layers: Mapping[str, Change], notes: Mapping[str, str]) -> list[
     width = max(map(len, layers), default=0)
     return [
         f"{name:<{width}}  {change.before:>6,} to {change.after:>6,}  "
-        f"{change.removed:>6.1%} removed  {notes.get(name, '')}".rstrip()
-        for name, change in layers.items()
+        f"{change.removed:>6.1%} removed  {note if note != RANKED else ''}".rstrip()
+        for (name, change), note in zip(
+            layers.items(), (notes.get(name, "") for name in layers), strict=True
+        )
     ]
 
 
