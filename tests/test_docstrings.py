@@ -27,7 +27,7 @@ EXTRAS = ("lightning", "transformers")
 # functions that return them.
 RESULTS = {
     *("Change", "Comparison", "Estimate", "LayerSummary", "LeNet", "Masks", "Paired", "Plan"),
-    *("OperatorCall", "Pruned", "Summary"),
+    *("ChannelPlan", "OperatorCall", "Pruned", "Summary"),
 }
 # Names whose docstring has no example, since it would need an extra, and a page that runs one.
 SHOWN_ELSEWHERE = {
@@ -45,6 +45,8 @@ def modules() -> Iterator[ModuleType]:
             yield from (import_module(f"drophot.integrations.{extra}") for extra in EXTRAS)
         else:
             yield import_module(f"drophot.{name}")
+        if name == "prune":
+            yield import_module("drophot.prune.importances")
 
 
 def names(module: ModuleType) -> list[str]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from drophot import summary
 from drophot.models import fcnet, lenet
-from drophot.structured import Change, Pruned, channel_pruning, prune_channels, rebuild
+from drophot.structured import Change, Pruned, prune_channels, pruning_run, rebuild
 
 models = pytest.importorskip("torchvision.models", reason="the extra `vision` is not installed")
 from torchvision.models import VisionTransformer  # noqa: E402 - only where it is there
@@ -659,7 +659,7 @@ def test_a_failure_after_the_last_check_leaves_it_so_too(monkeypatch: pytest.Mon
             raise MemoryError
         return summary(*arguments, **settings)
 
-    monkeypatch.setattr(channel_pruning, "summary", fails)
+    monkeypatch.setattr(pruning_run, "summary", fails)
     with pytest.raises(MemoryError):
         prune_channels(model, 0.5, DIGITS)
     assert all(t.data_ptr() == state[name].data_ptr() for name, t in model.state_dict().items())

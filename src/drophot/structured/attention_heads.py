@@ -67,6 +67,23 @@ def _makes_heads(view: RecordedCall, width: int) -> bool:
     )
 
 
+def all_heads(calls: Sequence[RecordedCall]) -> set[tuple[str, int]]:
+    """The modules that compute attention with several heads, and the widths of their heads."""
+    found = set()
+    for number, call in enumerate(calls):
+        if "softmax" not in call.name:
+            continue
+        here = [n for n, other in enumerate(calls) if other.path == call.path]
+        products = [n for n in here if "mm" in calls[n].name]
+        near = [n for n in products if n < number][-1:] + [n for n in products if n > number][:1]
+        views = [calls[n] for n in here if calls[n].name in VIEWS]
+        for axis in (axis for n in near for axis in calls[n].inputs):
+            width = axis.ids.size(axis.dim)
+            if axis.dim >= axis.ids.dim() - 2 and any(_makes_heads(view, width) for view in views):
+                found.add((call.path[-1], width))
+    return found
+
+
 def multiples(
     calls: Sequence[RecordedCall],
     number: int,

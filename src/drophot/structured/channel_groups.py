@@ -71,15 +71,21 @@ class ChannelGroups:
                 order = scores[members].sort(stable=True).indices
                 removed[members[order[: max(count, 0)]]] = True
             entries = removed[self.channel]
-            uneven = [
-                rows for rows in self.graph.balanced if len(entries[rows].sum(1).unique()) > 1
-            ]
+            uneven = self.uneven_rows(entries)
             if not uneven:
                 return entries
-            for rows in uneven:  # these rows lose the same entries from now on
-                pairs = rows[:1].expand_as(rows).reshape(-1), rows.reshape(-1)
-                self._coupled_rows.append(pairs)
-            scores = self._merged(scores)
+            scores = self.couple_rows(uneven, scores)
+
+    def uneven_rows(self, removed: Tensor) -> list[Tensor]:
+        """The rows that have to lose equally many entries and do not."""
+        return [rows for rows in self.graph.balanced if len(removed[rows].sum(1).unique()) > 1]
+
+    def couple_rows(self, uneven: Sequence[Tensor], scores: Tensor) -> Tensor:
+        """Let rows lose the same entries from now on; the scores of the channels after that."""
+        for rows in uneven:
+            pairs = rows[:1].expand_as(rows).reshape(-1), rows.reshape(-1)
+            self._coupled_rows.append(pairs)
+        return self._merged(scores)
 
     def _merged(self, scores: Tensor) -> Tensor:
         """The scores after channels were merged: the sums of their scores."""

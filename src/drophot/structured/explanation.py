@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from drophot.structured import reasons
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import Axis, DependencyGraph
-from drophot.structured.reasons import OUTPUT, UNUSED
 
 
 def explain(
@@ -17,7 +17,7 @@ def explain(
     groups: ChannelGroups,
     removed: Tensor,
     outputs: Mapping[str, list[Axis]],
-    ratio: float,
+    ratio: float | None,
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The reasons of layers that keep all of their channels, and those of all other layers.
 
@@ -26,19 +26,19 @@ def explain(
         groups: The channels.
         removed: Whether each entry is removed.
         outputs: The axes of the outputs of each layer, by the weight's name.
-        ratio: The share that should have been removed.
+        ratio: The share that should have been removed; `None` if a budget or a plan decided.
     """
     none = len(graph.frozen) + 1
     first = torch.full((len(groups.frozen),), none)
     for number, (why, ids) in enumerate(graph.frozen):
         channels = groups.channel[ids]
-        rank = 0 if why == OUTPUT else number + 1  # the most informative reason comes first
+        rank = 0 if why == reasons.OUTPUT else number + 1  # the most informative reason comes first
         first[channels] = first[channels].clamp(max=rank)
-    reasons = [OUTPUT, *(why for why, _ in graph.frozen)]
+    found = [reasons.OUTPUT, *(why for why, _ in graph.frozen)]
     unpruned, partly = {}, {}
     for name, axes in outputs.items():
         if not axes:
-            unpruned[name] = UNUSED
+            unpruned[name] = reasons.UNUSED
         for axis in axes:
             ids = axis.ids.reshape(-1)
             channels = groups.channel[ids]
@@ -46,11 +46,13 @@ def explain(
             size = int((groups.group == groups.group[channels[0]]).sum())
             step = groups.multiples.get(size, 1)
             if len(frozen_by) and int(frozen_by.min()) < none:
-                why = reasons[int(frozen_by.min())]
+                why = found[int(frozen_by.min())]
             elif len(channels.unique()) == 1 < len(ids):
                 why = "its channels can only be removed all together"
             elif step > 1:
                 why = f"channels are removed {step} at a time, one for each head"
+            elif ratio is None:
+                why = reasons.RANKED if size > 1 else reasons.ONE
             elif ratio * size < 0.5 or size == 1:
                 channels_are = "channel is" if size == 1 else "channels is"
                 why = f"{ratio:.3g} of {size} {channels_are} less than one"

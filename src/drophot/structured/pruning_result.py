@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from drophot.structured.reasons import merged
+from drophot.structured.budget import Budget
+from drophot.structured.reasons import RANKED, merged
 
 
 class Change(NamedTuple):
@@ -27,8 +28,8 @@ class Change(NamedTuple):
 class Pruned:
     """The result of structured pruning; `print` shows it as a table."""
 
-    ratio: float
-    """The requested share of channels to remove."""
+    ratio: float | None
+    """The requested share of channels to remove; `None` if a budget or a plan decided."""
     channels: Change
     """The outputs of all Conv and Linear layers and attention projections."""
     parameters: Change
@@ -53,15 +54,17 @@ class Pruned:
     """The attributes that were changed, as `module.attribute`."""
     description: dict[str, Any]
     """The new shapes and attributes, in types that JSON has; see `rebuild`."""
+    budget: Budget | None = None
+    """The requested budget."""
+    latency: tuple[float, float] | None = None
+    """Milliseconds of a call before and after, if the budget limits them."""
 
     def __str__(self) -> str:
-        lines = [f"requested: remove {self.ratio:.1%} of the channels"]
+        lines = [self.request]
         for name in ("channels", "parameters", "flops", "bytes"):
-            change: Change = getattr(self, name)
-            lines.append(
-                f"{name:<10}  {change.before:>15,} to {change.after:>15,}  "
-                f"{change.removed:>6.1%} removed"
-            )
+            lines.append(change_line(name, getattr(self, name)))
+        if self.latency is not None:
+            lines.append("{:<10}  {:>15,.3g} to {:>15,.3g}  ms".format("latency", *self.latency))
         own: dict[tuple[str, Change], list[str]] = {}
         for name, change in self.attributes.items():
             _, _, last = name.rpartition(".")
@@ -87,7 +90,37 @@ class Pruned:
             shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
             shares = [one for one, (_, share) in zip(shares, most, strict=True) if share >= 5e-4]
             lines += [f"not pruned: {_some(shares)}"] if shares else []
+        if self.ratio is None:
+            lines += layer_table(self.layers, self.unpruned_layers)
         return "\n".join(lines)
+
+    @property
+    def request(self) -> str:
+        """What was requested, in words."""
+        if self.budget is not None:
+            return f"requested: at most {self.budget}"
+        if self.ratio is not None:
+            return f"requested: remove {self.ratio:.1%} of the channels"
+        return "requested: remove the channels of a plan"
+
+
+def change_line(name: str, change: Change) -> str:
+    """A line of a table: a count before and after, and the share that was removed."""
+    return (
+        f"{name:<10}  {change.before:>15,} to {change.after:>15,}  {change.removed:>6.1%} removed"
+    )
+
+
+def layer_table(layers: Mapping[str, Change], notes: Mapping[str, str]) -> list[str]:
+    """A line for each layer: its channels before and after, and a note."""
+    width = max(map(len, layers), default=0)
+    return [
+        f"{name:<{width}}  {change.before:>6,} to {change.after:>6,}  "
+        f"{change.removed:>6.1%} removed  {note if note != RANKED else ''}".rstrip()
+        for (name, change), note in zip(
+            layers.items(), (notes.get(name, "") for name in layers), strict=True
+        )
+    ]
 
 
 _LINES = 8  # the number of reasons that are shown

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 OUTPUT = "an output of the network"
 UNUSED = "the model does not use it with these inputs"
+RANKED = "the channels that were removed rank lower, or `min_kept` and `round_to` allow no more"
+ONE = "at least one channel is kept"
 VALUES = "the values differ from those of the network in which these channels are zero"
 
 # The operators that torch calls, and what users call them.

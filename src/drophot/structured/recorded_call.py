@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from drophot.structured.dependency_graph import Axis, Shape
+from drophot.structured.product_cost import Product
 
 # Operators whose integer arguments are sizes, which follow from the number of channels.
 SIZED = frozenset([
@@ -58,6 +59,7 @@ class RecordedCall:
     leaves: list[Any]  # what it returned: numbers, integer tensors, (dtype, device) of others
     spec: TreeSpec
     computed: bool  # from parameters, so that pruning may change its values
+    product: Product | None = None  # its cost, if it consists of products
 
     @property
     def inputs(self) -> list[Axis]:

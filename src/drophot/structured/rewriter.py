@@ -9,7 +9,7 @@ failure freezes the channels of the call that failed, and the loop starts again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import lcm
 from typing import Any
 
@@ -37,15 +37,19 @@ from drophot.structured.width_search import NEXT, WidthSearch
 CHECKS_SIZES = SIZED | {"clone", "unfold", "cat", "add", "mul"}
 
 
+# Which entries are removed, given the channels and the score of each.
+Select = Callable[[ChannelGroups, Tensor], Tensor]
+
+
 class Rewriter:
-    """Removes a share of the channels of a network.
+    """Removes channels of a network.
 
     Args:
         model: The network.
         graph: The entries of its tensors, and how they are coupled.
         calls: The recorded calls in evaluation mode.
         weights: The weights of Conv and Linear layers, by name.
-        ratio: The share to remove.
+        ratio: The share that was requested, if one was, for the explanations.
         importance: The importance of weights or of output channels.
         training: The recorded calls in training mode, if they include other operators.
         tried_heads: Heads that have already been tried as a whole.
@@ -57,7 +61,7 @@ class Rewriter:
         graph: DependencyGraph,
         calls: list[RecordedCall],
         weights: Mapping[str, nn.Parameter],
-        ratio: float,
+        ratio: float | None,
         importance: Importance,
         training: Sequence[RecordedCall] = (),
         tried_heads: Collection[tuple[str, int]] = (),
@@ -87,11 +91,16 @@ class Rewriter:
         self._runs_dense: set[bool] = set()  # modes in which the dense network raises no error
         self._evaluation = PassResult()
 
-    def run(self, example_inputs: Any) -> None:
-        """Remove the channels; if this fails, the network is unchanged."""
+    def run(self, example_inputs: Any, select: Select) -> None:
+        """Remove the channels; if this fails, the network is unchanged.
+
+        Args:
+            example_inputs: The inputs to call the network with.
+            select: Which entries are removed, given the channels and their scores.
+        """
         try:
             while True:
-                self._remove()
+                self._remove(select)
                 if (
                     not self._fails(example_inputs, self.calls, False)
                     and not (self.training and self._fails(example_inputs, self.training, True))
@@ -113,29 +122,48 @@ class Rewriter:
 
     def kept_channels(self) -> dict[str, Tensor]:
         """The outputs that each layer keeps, by the weight's name."""
+        found, entries = {}, self.output_entries()
+        for name, weight in self.weights.items():
+            keep_mask = torch.ones(weight.shape[self.output_dim(name)], dtype=torch.bool)
+            if name in entries:
+                keep_mask = ~self.removed[entries[name]]
+            found[name] = keep_mask.nonzero()[:, 0]
+        return found
+
+    def output_entries(self) -> dict[str, Tensor]:
+        """The entries of the outputs of each layer, by the weight's name, `(C_out,)`."""
+        return {
+            name: axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))[0]
+            for name, weight in self.weights.items()
+            for axis in self.graph.axes_of(weight)
+            if axis.dim == self.output_dim(name)
+        }
+
+    def channel_numbers(self) -> dict[str, list[int]]:
+        """A number for each output of each layer; outputs that are removed together have one."""
+        entries, number = self.output_entries(), len(self.groups.frozen)
         found = {}
         for name, weight in self.weights.items():
-            dim = self.output_dim(name)
-            keep_mask = torch.ones(weight.shape[dim], dtype=torch.bool)
-            for axis in self.graph.axes_of(weight):
-                if axis.dim == dim:
-                    ids = axis.ids.movedim(dim, -1).reshape(-1, weight.shape[dim])[0]
-                    keep_mask = ~self.removed[ids]
-            found[name] = keep_mask.nonzero()[:, 0]
+            size = weight.shape[self.output_dim(name)]
+            if name in entries:
+                found[name] = self.groups.channel[entries[name]].tolist()
+            else:  # of a single output, or not used
+                found[name] = list(range(number, number + size))
+                number += size
         return found
 
     def output_dim(self, name: str) -> int:
         """The dimension of a weight that has its output channels."""
         return self._output_dims[name]
 
-    def _remove(self) -> None:
+    def _remove(self, select: Select) -> None:
         """Select channels and write the smaller tensors into the network."""
         weights = {
             name: (weight, self.output_dim(name), self.graph.axes_of(weight))
             for name, weight in self.weights.items()
         }
         scores = self.groups.scores(weights, self.importance)
-        self.removed = self.groups.select(self.ratio, scores)
+        self.removed = select(self.groups, scores)
         self.writer.remove(self.removed)
 
     def _fails(self, example_inputs: Any, calls: list[RecordedCall], training: bool) -> bool:

@@ -18,6 +18,7 @@ from drophot.structured.entry_trials import axes_by_trial
 from drophot.structured.layer_rules import elementwise
 from drophot.structured.observations import UserError, guarded
 from drophot.structured.operator_call import OperatorCall, Rule
+from drophot.structured.product_cost import product_of
 from drophot.structured.reasons import OUTPUT
 from drophot.structured.recorded_call import RecordedCall, flat, numbers, recorded_leaf
 from drophot.structured.reshape_rules import MAKES_AXES
@@ -80,6 +81,7 @@ class Recorder(TorchDispatchMode):
                 [recorded_leaf(name, leaf, inputs) for leaf in leaves],
                 spec,
                 computed,
+                product_of(func, args, kwargs),
             )
         )
 

@@ -1,0 +1,322 @@
+"""Channels removed to a budget, in one ranking of all layers."""
+
+import re
+from copy import deepcopy
+from math import ceil
+from typing import Any
+
+import pytest
+import torch
+from helpers.channels import assert_same_numbers, distinct, normal
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from drophot.prune import summary
+from drophot.structured import Budget, Pruned, prune_channels
+from drophot.structured.network_cost import NetworkCost
+
+
+class Residual(nn.Module):
+    """Two convolutions that add to a stream, then a classifier."""
+
+    def __init__(self, stream: int = 16, inner: int = 24, grouped: int = 16) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, stream, 3, padding=1), nn.BatchNorm2d(stream), nn.ReLU()
+        )
+        self.block = nn.Sequential(
+            nn.Conv2d(stream, inner, 3, padding=1), nn.ReLU(), nn.Conv2d(inner, stream, 1)
+        )
+        self.grouped = nn.Conv2d(stream, grouped, 3, groups=2)
+        self.head = nn.Linear(grouped, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(self.grouped(x + self.block(x)).relu().mean((2, 3)))
+
+
+class Attention(nn.Module):
+    """Four heads of eight channels, and a residual MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 32)
+        self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.out = nn.Linear(32, 32)
+        self.mlp = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (
+            layer(x).view(*x.shape[:2], -1, 8).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=0.35)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return self.head(x + self.mlp(x))
+
+
+IMAGES, TOKENS = normal(2, 3, 6, 6), normal(2, 5, 6)
+
+
+def pruned_to(model: nn.Module, inputs: Any, **budget: Any) -> tuple[nn.Module, Pruned]:
+    """A copy of a network, pruned to a budget and checked, and the result."""
+    dense, model = deepcopy(model), deepcopy(model)
+    pruned = prune_channels(model, example_inputs=inputs, to=Budget(**budget))
+    assert_same_numbers(dense, model, inputs)
+    return model, pruned
+
+
+def cost(pruned: Pruned, what: str) -> int:
+    return getattr(pruned, what).after
+
+
+@pytest.mark.parametrize("what", ["parameters", "flops", "bytes"])
+@pytest.mark.parametrize("share", [0.7, 0.3])
+def test_within_one_channel_of_the_limit(what: str, share: float) -> None:
+    dense = distinct(Residual())
+    limit = int(share * getattr(summary(dense, IMAGES, batch_sizes=()), what))
+    model, pruned = pruned_to(dense, IMAGES, **{what: limit})
+    found = summary(model, IMAGES, batch_sizes=())
+    assert getattr(found, what) == cost(pruned, what) <= limit
+    # No layer could keep one more channel; the two groups of a convolution keep equally many.
+    stream, inner, grouped = (
+        pruned.layers[f"{name}.weight"].after for name in ("stem.0", "block.0", "grouped")
+    )
+    larger = [(stream + 2, inner, grouped), (stream, inner + 1, grouped)]
+    larger += [(stream, inner, grouped + 2)]
+    for widths in larger:
+        if max(widths[0], widths[2]) > 16 or widths[1] > 24:
+            continue  # this layer has all of its channels
+        more = summary(Residual(*widths).double(), IMAGES, batch_sizes=())
+        assert getattr(more, what) > limit
+
+
+class Encoder(nn.Module):
+    """Attention whose scale and stream follow from the number of heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.mlp(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("whole_heads", [False, True])
+def test_a_stream_and_its_heads_lose_equal_shares(whole_heads: bool) -> None:
+    model, pruned = pruned_to(distinct(Encoder()), TOKENS, parameters=3000, whole_heads=whole_heads)
+    assert 2900 < pruned.parameters.after <= 3000  # the MLP takes what a head leaves
+    attention = model.get_submodule("attention")
+    assert isinstance(attention, nn.MultiheadAttention)
+    assert attention.embed_dim == 8 * attention.num_heads < 32
+
+
+def test_all_limits_hold() -> None:
+    dense = distinct(Residual())
+    _, pruned = pruned_to(dense, IMAGES, parameters=4000, flops=300_000, bytes=25_000)
+    assert pruned.parameters.after <= 4000
+    assert pruned.flops.after <= 300_000
+    assert pruned.bytes.after <= 25_000
+
+
+def test_a_network_that_fits_is_unchanged() -> None:
+    model, pruned = pruned_to(distinct(Residual()), IMAGES, parameters=10**6)
+    assert pruned.channels.removed == 0
+    assert model.stem[0].out_channels == 16
+
+
+@pytest.mark.parametrize("min_kept", [0.0, 0.5])
+def test_each_layer_keeps_a_minimum(min_kept: float) -> None:
+    dense = distinct(Residual())
+    with pytest.raises(ValueError, match=r"`to`.*parameters=1\b.*output of the network") as error:
+        prune_channels(dense, example_inputs=IMAGES, to=Budget(parameters=1, min_kept=min_kept))
+    found = re.search(r"([\d,]+) parameters", str(error.value))
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    _, pruned = pruned_to(dense, IMAGES, parameters=least, min_kept=min_kept)
+    for name, change in pruned.layers.items():
+        if name != "head.weight":
+            rows = 1 if "block.0" in name else 2  # the groups of the convolution split the stream
+            assert change.after == rows * max(1, ceil(min_kept * change.before / rows))
+
+
+def test_multiples() -> None:
+    _, pruned = pruned_to(distinct(Attention()), TOKENS, parameters=4000, round_to=8)
+    assert pruned.parameters.after <= 4000
+    assert pruned.channels.removed > 0.2
+    for name, change in pruned.layers.items():
+        assert change.after % 8 == 0 or name == "head.weight"
+
+
+def test_whole_heads() -> None:
+    dense = distinct(Attention())
+    _, pruned = pruned_to(dense, TOKENS, parameters=4000)
+    assert pruned.layers["q.weight"].after % 4 == 0  # as many channels in each head
+    _, pruned = pruned_to(dense, TOKENS, parameters=4000, whole_heads=True)
+    assert pruned.layers["q.weight"].after < 32
+    for name in ("q", "k", "v"):
+        heads = torch.zeros(32).index_fill_(0, pruned.kept_channels[f"{name}.weight"], 1)
+        assert heads.view(4, 8).std(1).eq(0).all()
+    assert torch.equal(pruned.kept_channels["q.weight"], pruned.kept_channels["v.weight"])
+
+
+def chain(scale: float) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 20, bias=False), nn.ReLU(), nn.Linear(20, 12, bias=False), nn.ReLU(),
+        nn.Linear(12, 3, bias=False),
+    ).double()  # fmt: skip
+    model[2].weight.data.mul_(scale)
+    return model
+
+
+def test_ranking_does_not_depend_on_the_scale_of_a_layer() -> None:
+    inputs = normal(4, 6)
+    _, one = pruned_to(chain(1), inputs, parameters=200)
+    _, other = pruned_to(chain(64), inputs, parameters=200)
+    assert one.layers["0.weight"].after < 20 > one.layers["2.weight"].after
+    for name, kept in one.kept_channels.items():
+        assert torch.equal(kept, other.kept_channels[name])
+
+
+class Branches(nn.Module):
+    """Two equal branches, of which the first may hardly change the output."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        torch.manual_seed(0)
+        self.faint = nn.Sequential(nn.Linear(6, 30), nn.ReLU(), nn.Linear(30, 3))
+        self.strong = deepcopy(self.faint)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.faint(x) + self.strong(x)
+
+
+def test_insensitive_layers_lose_more() -> None:
+    model = Branches(0.1).double()
+    pruned = prune_channels(model, example_inputs=normal(4, 6), to=Budget(parameters=400))
+    assert pruned.layers["faint.0.weight"].after <= 12
+    assert pruned.layers["strong.0.weight"].after >= 27
+
+
+def test_equal_channels_are_removed_from_all_layers() -> None:
+    def equal(name: str, weight: Tensor) -> Tensor:
+        return torch.ones(len(weight))
+
+    model = Branches(1.0).double()
+    pruned = prune_channels(
+        model, example_inputs=normal(4, 6), to=Budget(parameters=400), importance=equal
+    )
+    assert sorted(pruned.layers[f"{name}.0.weight"].after for name in ("faint", "strong")) == [
+        19,
+        20,
+    ]
+
+
+def test_own_importance_orders_each_layer() -> None:
+    model = chain(1)
+
+    def by_index(name: str, weight: Tensor) -> Tensor:
+        return torch.arange(1.0, len(weight) + 1)
+
+    pruned = prune_channels(
+        model, example_inputs=normal(4, 6), to=Budget(parameters=150), importance=by_index
+    )
+    for name in ("0.weight", "2.weight"):
+        before, after = pruned.layers[name]
+        assert pruned.kept_channels[name].tolist() == list(range(before - after, before))
+
+
+def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    def milliseconds(model: nn.Module, inputs: Any) -> float:
+        return 1 + sum(p.numel() for p in model.parameters()) / 1000
+
+    monkeypatch.setattr("drophot.structured.pruning_run.latency", milliseconds)
+    dense = distinct(Residual())
+    size = sum(p.numel() for p in dense.parameters())
+    model, pruned = pruned_to(dense, IMAGES, latency=3.0)
+    assert pruned.latency == (1 + size / 1000, milliseconds(model, IMAGES))
+    assert 2.6 < pruned.latency[1] <= 3.0
+    assert "3.0 ms" in str(pruned)
+    with pytest.raises(ValueError, match=r"`to`.*latency=0.5.* ms"):
+        prune_channels(dense, example_inputs=IMAGES, to=Budget(latency=0.5))
+    assert sum(p.numel() for p in dense.parameters()) == size
+    # It is met already once another limit holds.
+    _, both = pruned_to(dense, IMAGES, latency=3.0, parameters=1500)
+    _, alone = pruned_to(dense, IMAGES, parameters=1500)
+    assert both.layers == alone.layers
+
+
+def test_measured_latency() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    pruned = prune_channels(model, example_inputs=torch.ones(2, 8), to=Budget(latency=1e6))
+    assert pruned.latency is not None
+    assert min(pruned.latency) > 0
+    assert pruned.channels.removed == 0
+
+
+def test_flops_of_an_unknown_operator() -> None:
+    class Inverse(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.linalg.inv(torch.eye(4, dtype=x.dtype) + x.mean())
+
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4), Inverse())
+    with pytest.raises(ValueError, match=r"`to`.*linalg.*flops=50"):
+        prune_channels(model, example_inputs=torch.ones(1, 3), to=Budget(flops=50))
+    assert model[0].out_features == 8
+
+
+def test_flops_that_cost_more_than_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted = NetworkCost.flops
+    monkeypatch.setattr(NetworkCost, "flops", lambda self, removed: predicted(self, removed) // 2)
+    _, pruned = pruned_to(distinct(Residual()), IMAGES, flops=300_000)
+    assert 200_000 < pruned.flops.after <= 300_000
+
+
+def test_the_result_shows_each_layer() -> None:
+    pruned = prune_channels(chain(1), example_inputs=normal(1, 6), to=Budget(parameters=200))
+    text = str(pruned)
+    assert "at most 200 parameters" in text
+    assert pruned.ratio is None
+    assert pruned.budget == Budget(parameters=200)
+    for name, (before, after) in pruned.layers.items():
+        assert any(
+            line.startswith(name) and f"{before} to" in line and f"{after}" in line
+            for line in text.splitlines()
+        )
+    assert pruned.unpruned_layers == {"4.weight": "an output of the network"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({}, TypeError, r"`ratio`.*`to`"),
+        ({"ratio": 0.5, "to": Budget(parameters=9)}, TypeError, r"`to`.*0\.5.*parameters=9"),
+        ({"to": 5000}, TypeError, r"`to`.*5000"),
+    ],
+)
+def test_ratio_or_budget(arguments: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        prune_channels(chain(1), example_inputs=normal(1, 6), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({}, ValueError, r"`Budget`.*none"),
+        ({"parameters": 0}, ValueError, r"`Budget\.parameters`.*0"),
+        ({"flops": "1e6"}, TypeError, r"`Budget\.flops`.*1e6"),
+        ({"bytes": 5, "min_kept": 1.0}, ValueError, r"`Budget\.min_kept`.*1\.0"),
+        ({"bytes": 5, "round_to": 0}, ValueError, r"`Budget\.round_to`.*0"),
+        ({"bytes": 5, "round_to": 2.5}, TypeError, r"`Budget\.round_to`.*2\.5"),
+        ({"bytes": 5, "whole_heads": 2}, TypeError, r"`Budget\.whole_heads`.*2"),
+    ],
+)
+def test_a_budget_is_checked(arguments: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        Budget(**arguments)

@@ -1,0 +1,197 @@
+"""Plans of what would be removed: made, printed, stored, edited and applied."""
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from helpers.channels import assert_same_numbers, distinct, normal
+from torch import Tensor, nn
+
+from drophot.structured import Budget, ChannelPlan, plan_channels, prune_channels
+
+
+class Residual(nn.Module):
+    """A stream that a block adds to, with a width that the code reads from an attribute."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.width = width
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.first = nn.Conv2d(width, 10, 1)
+        self.second = nn.Conv2d(10, width, 1)
+        self.head = nn.Linear(width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        x = x + self.second(self.first(x).relu())
+        return self.head(x.relu().view(len(x), self.width, -1).mean(-1))
+
+
+IMAGES = normal(2, 3, 5, 5)
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that pruning could change."""
+    tensors = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    widths = {name: dict(vars(module)) for name, module in model.named_modules()}
+    plain = {
+        (name, key): value
+        for name, own in widths.items()
+        for key, value in own.items()
+        if isinstance(value, int | tuple)
+    }
+    return {"tensors": tensors, "plain": plain}
+
+
+def plan_of(model: nn.Module, **budget: Any) -> ChannelPlan:
+    return plan_channels(model, example_inputs=IMAGES, to=Budget(**budget))
+
+
+@pytest.mark.parametrize("arguments", [{"ratio": 0.5}, {"to": Budget(parameters=400)}])
+def test_applying_does_what_pruning_does(arguments: dict[str, Any]) -> None:
+    dense = distinct(Residual())
+    before = state(dense)
+    plan = plan_channels(dense, example_inputs=IMAGES, **arguments)
+    after = state(dense)
+    assert after["plain"] == before["plain"]
+    for name, (identity, value) in before["tensors"].items():
+        assert after["tensors"][name][0] == identity
+        assert torch.equal(after["tensors"][name][1], value)
+
+    one, other = deepcopy(dense), deepcopy(dense)
+    expected = prune_channels(one, example_inputs=IMAGES, **arguments)
+    found = ChannelPlan.from_json(plan.to_json()).apply(other, IMAGES)
+    assert plan.layers == found.layers == expected.layers
+    assert plan.parameters == found.parameters == expected.parameters
+    assert plan.flops == found.flops
+    assert plan.bytes == found.bytes
+    assert found.ratio is found.budget is None
+    assert isinstance(one.width, int)
+    assert other.width == one.width < 12
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name])
+
+
+def test_a_plan_is_json() -> None:
+    plan = plan_of(distinct(Residual()), parameters=400)
+    assert ChannelPlan.from_json(plan.to_json()) == plan
+    edited = plan.keep("stem.weight", range(12))
+    assert ChannelPlan.from_json(edited.to_json()) == edited
+    for text in ("", "[]", '{"removed": {}}'):
+        with pytest.raises(ValueError, match=r"`text`"):
+            ChannelPlan.from_json(text)
+
+
+def test_edits_change_coupled_layers_too() -> None:
+    dense = distinct(Residual())
+    plan = plan_of(dense, parameters=400)
+    kept = next(i for i in range(12) if i not in plan.removed["stem.weight"])
+    gone = plan.removed["stem.weight"][0]
+    edited = plan.remove("second.weight", [kept]).keep("stem.weight", [gone])
+    expected = sorted({*plan.removed["stem.weight"], kept} - {gone})
+    assert list(edited.removed["stem.weight"]) == expected
+    assert edited.removed["second.weight"] == edited.removed["stem.weight"]
+    assert edited.removed["first.weight"] == plan.removed["first.weight"]
+    assert edited.parameters is edited.flops is edited.bytes is None
+    assert "edited" in str(edited)
+    model = deepcopy(dense)
+    pruned = edited.apply(model, IMAGES)
+    assert_same_numbers(dense, model, IMAGES)
+    assert pruned.kept_channels["stem.weight"].tolist() == [
+        i for i in range(12) if i not in expected
+    ]
+
+
+def test_a_plan_made_by_hand() -> None:
+    dense = distinct(Residual())
+    plan = plan_channels(dense, 0.0, IMAGES).remove("first.weight", [0, 3, 4, 5])
+    assert plan.layers["first.weight"] == (10, 6)
+    model = deepcopy(dense)
+    pruned = plan.apply(model, IMAGES)
+    assert_same_numbers(dense, model, IMAGES)
+    assert pruned.layers == plan.layers
+    assert model.stem.out_channels == 12
+    line = next(line for line in str(plan).splitlines() if line.startswith("first.weight"))
+    assert " ".join(line.split()) == "first.weight 10 to 6 40.0% removed channels 0, 3-5"
+    assert "an output of the network" in str(plan)
+
+
+def test_whole_heads() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 48), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, 4).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
+            return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    dense, tokens = distinct(Attention()), normal(2, 5, 6)
+    plan = plan_channels(dense, 0.5, tokens)
+    assert plan.layers["qkv.weight"] == (48, 24)
+    model = deepcopy(dense)
+    ChannelPlan.from_json(plan.to_json()).apply(model, tokens)
+    assert_same_numbers(dense, model, tokens)
+    assert model.out.in_features == 8
+
+
+def test_skipped_layers() -> None:
+    dense = distinct(Residual())
+    plan = plan_channels(dense, 0.5, IMAGES, skip=["stem"])
+    assert plan.removed["stem.weight"] == ()
+    assert "stem" in plan.reasons["second.weight"]
+    plan.apply(deepcopy(dense), IMAGES)
+    with pytest.raises(ValueError, match=r"channel 2 of `(stem|second)\.weight`.*stem"):
+        plan.remove("stem.weight", [2]).apply(dense, IMAGES)
+
+
+def test_a_plan_that_does_not_fit() -> None:
+    dense = distinct(Residual())
+    plan = plan_channels(dense, 0.5, IMAGES)
+    with pytest.raises(ValueError, match=r"`model`.*`stem\.weight`.*8.*12"):
+        plan.apply(Residual(8).double(), IMAGES)
+    with pytest.raises(ValueError, match=r"`model`.*`stem\.weight`"):
+        plan.apply(nn.Sequential(nn.Linear(3, 2)).double(), normal(1, 3))
+    with pytest.raises(ValueError, match=r"channel 1 of `head\.weight`.*output of the network"):
+        plan_channels(dense, 0.0, IMAGES).remove("head.weight", [1]).apply(dense, IMAGES)
+    assert dense.stem.out_channels == 12
+
+
+def test_coupled_channels_that_a_plan_separates() -> None:
+    dense = distinct(Residual())
+    plan = plan_channels(dense, 0.0, IMAGES)
+    text = plan.to_json().replace('"stem.weight": []', '"stem.weight": [3]', 1)
+    with pytest.raises(ValueError, match=r"channel 3 of `second\.weight`"):
+        ChannelPlan.from_json(text).apply(dense, IMAGES)
+    assert dense.width == 12
+
+
+def test_groups_have_to_lose_equally_many() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    )
+    model = distinct(model)
+    plan = plan_channels(model, 0.0, IMAGES).remove("1.weight", [0, 1])
+    with pytest.raises(ValueError, match=r"same number.*`1\.weight"):
+        plan.apply(model, IMAGES)
+    plan.remove("1.weight", [6]).keep("1.weight", [1]).apply(model, IMAGES)
+    assert model[1].out_channels == 6
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "error", "match"),
+    [
+        ("stem", [0], ValueError, r"`layer`.*'stem'.*stem\.weight"),
+        ("first.weight", [10], ValueError, r"`channels`.*10"),
+        ("first.weight", [-1], ValueError, r"`channels`.*-1"),
+        ("first.weight", [0.5], TypeError, r"`channels`.*0\.5"),
+        ("first.weight", range(10), ValueError, r"`channels`.*first\.weight"),
+    ],
+)
+def test_edits_are_checked(layer: str, channels: Any, error: type[Exception], match: str) -> None:
+    plan = plan_channels(distinct(Residual()), 0.0, IMAGES)
+    with pytest.raises(error, match=match):
+        plan.remove(layer, channels)
