@@ -81,6 +81,24 @@ def test_weights_that_are_computed(change: Callable[[nn.Module], object]) -> Non
     refused(model, ValueError, "`2.weight`.*parametrization")
 
 
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_weights_that_are_views_of_fewer_or_of_negated_values(pattern: str | None) -> None:
+    views = {
+        "an expanded view": torch.arange(1.0, 9.0)[:, None].expand(8, 8),
+        "a negated view": torch.complex(torch.ones(8, 8), torch.ones(8, 8)).conj().imag,
+    }
+    for kind, view in views.items():
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[1].weight = nn.Parameter(view)
+        before = model[0].weight.detach().clone()
+        with pytest.raises(ValueError, match=rf"`1\.weight` of shape \(8, 8\) is {kind}.*clone"):
+            magnitude_prune(model, 0.5, pattern=pattern)
+        assert torch.equal(model[0].weight, before)
+        model[1].weight = nn.Parameter(model[1].weight.detach().clone())  # as the message says
+        masks = magnitude_prune(model, 0.5, pattern=pattern)
+        assert all(torch.equal(model.get_parameter(n) != 0, mask) for n, mask in masks.items())
+
+
 def test_sparse_weights() -> None:
     model = network()
     model[2].weight = nn.Parameter(model[2].weight.detach().to_sparse())

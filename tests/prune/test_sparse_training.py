@@ -250,6 +250,23 @@ def test_gradients_that_add_up() -> None:
     assert_equal(OPTIMIZERS["AdamW"], train)
 
 
+def test_gradients_that_torch_negates_later() -> None:
+    negative = torch.complex(torch.ones(20, 12), torch.ones(20, 12)).conj().imag
+    assert negative.is_neg()
+
+    def train(run: Trained) -> None:
+        weight = run.parameters[0]
+        for by_hand in (False, True, False):
+            if by_hand:
+                weight.grad = negative
+            else:
+                (weight + 0).backward(negative)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+
+    assert_equal(OPTIMIZERS["SGD"], train)
+
+
 # --- optimisers of other libraries ---------------------------------------------------------------
 
 

@@ -225,3 +225,12 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     held = operations(5, held=True, clip=False)
     assert held["aten._foreach_mul.List"] == 3
     assert all(map(torch.equal, expected, trained(clipped)))
+
+
+def test_a_gradient_that_torch_negates_later() -> None:
+    model = nn.Linear(4, 4)
+    masks = magnitude_prune(model, 0.5)
+    optimizer = torch.optim.SGD(model.parameters())
+    with masks.hold(optimizer):
+        (model.weight + 0).backward(torch.complex(torch.ones(4, 4), torch.ones(4, 4)).conj().imag)
+    assert torch.equal(model.weight.grad, -masks["weight"].float())

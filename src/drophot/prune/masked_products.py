@@ -57,7 +57,7 @@ class BitMasks:
             groups.setdefault((kind, sizes[kind] // _MOST_COPIED), []).append(name)
             sizes[kind] += gradient.nbytes
         for names in groups.values():
-            bits = [gradients[n].view(_BITS[gradients[n].element_size()]) for n in names]
+            bits = [_bits(gradients[n]) for n in names]
             masked = [self.of(n, masks[n], each) for n, each in zip(names, bits, strict=True)]
             found = torch._foreach_mul(bits, masked)  # pyright: ignore[reportPrivateImportUsage]
             for name, each in zip(names, found, strict=True):
@@ -72,8 +72,13 @@ class BitMasks:
             return gradient
         if gradient.requires_grad or torch.compiler.is_compiling():
             return torch.where(mask.to(gradient.device), gradient, 0)
-        bits = gradient.view(_BITS[gradient.element_size()])
+        bits = _bits(gradient)
         return (bits * self.of(name, mask, bits)).view(gradient.dtype)
+
+
+def _bits(gradient: Tensor) -> Tensor:
+    """The values of a gradient as integers; torch may have put off negating them."""
+    return gradient.resolve_neg().view(_BITS[gradient.element_size()])
 
 
 class SeenValues:
@@ -98,8 +103,13 @@ def _version_of(gradient: Tensor) -> tuple[int, int] | None:
 
 
 def can_be_changed(gradient: Tensor) -> bool:
-    """Whether a gradient can change in place: it is not expanded, and no graph needs its values."""
+    """Whether a gradient can change in place: not expanded, not negated later, not in a graph."""
     if gradient.layout != torch.strided or gradient.requires_grad or gradient.is_inference():
         return False
-    layout = zip(gradient.stride(), gradient.shape, strict=True)
-    return not any(step == 0 and size > 1 for step, size in layout)
+    return not gradient.is_neg() and not is_expanded(gradient)
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """Whether elements of a tensor share memory with each other, as `expand` leaves them."""
+    layout = zip(tensor.stride(), tensor.shape, strict=True)
+    return any(step == 0 and size > 1 for step, size in layout)

@@ -19,6 +19,7 @@ from drophot._core.radix_select import has_kernels
 from drophot.prune.custom_forward import Verdicts, keeps_zeros
 from drophot.prune.device_pruning import count_values
 from drophot.prune.linear_layers import is_matrix, weights_of
+from drophot.prune.masked_products import is_expanded
 
 
 def prunable(
@@ -140,11 +141,21 @@ def check_mapping(name: str, value: Any) -> None:
 
 
 def check_changeable(name: str, weight: Tensor) -> None:
-    """Refuse a weight made in inference mode, which cannot be changed outside of it."""
+    """Refuse a weight whose elements cannot be changed one by one.
+
+    One made in inference mode cannot be changed outside of it.
+    """
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"`model` must have weights that can be changed, but `{name}` was made in "
             f"torch.inference_mode(). Create or load the model outside of it."
+        )
+    if weight.is_neg() or is_expanded(weight):
+        kind = "a negated" if weight.is_neg() else "an expanded"
+        raise ValueError(
+            f"`model` must have weights with memory for each element, but `{name}` of shape "
+            f"{tuple(weight.shape)} is {kind} view of another tensor. Replace the parameter by "
+            f"nn.Parameter(weight.detach().clone())."
         )
 
 
