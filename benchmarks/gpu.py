@@ -57,7 +57,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet": (lenet, (1, 28, 28)),
     "fcnet": (fcnet, (1, 28, 28)),
 }
-SECONDS = 225  # no part starts after it
+SECONDS = 225  # no part starts on a GPU after it
 
 
 class Report:
@@ -97,7 +97,7 @@ def main() -> None:
         parser.error("there is no GPU; --quick runs a small version on a CPU")
     report, began = Report(), time.perf_counter()
     for name in options.only:
-        if time.perf_counter() - began > SECONDS:
+        if CUDA and time.perf_counter() - began > SECONDS:
             report.failed.append(f"{name}: not started, after {SECONDS} s")
             continue
         started = time.perf_counter()

@@ -422,7 +422,7 @@ def _blocks(total: int) -> list[slice]:
 
 
 @both
-@pytest.mark.parametrize("scale", [2.0**-400, 2.0**-60, 2.0**60, 2.0**400])
+@pytest.mark.parametrize("scale", [2.0**-400, 2.0**-60, 2.0**60, 2.0**400, 2.0**1022])
 def test_the_scale_of_the_features_changes_the_gains_alone(
     selector: Selector, scale: float
 ) -> None:

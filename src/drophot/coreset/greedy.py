@@ -96,7 +96,7 @@ def greedy(
     starts = _starts_in_groups(groups, sizes, started, of_classes=targets is not None)
     largest = max((len(g), s) for g, s in zip(groups, sizes, strict=True))
     _check_memory(values, memory_needed, largest, in_parts=targets is not None)
-    values, scale = _centered(values) if centered else (values, 1.0)
+    values, scales = _centered(values) if centered else (values, (1.0, 1.0))
 
     ranking, gains = [], []
     weights = np.zeros(total, dtype=np.float32)
@@ -107,7 +107,7 @@ def greedy(
         part = values if targets is None else values[torch.from_numpy(group).to(values.device)]
         chosen, gained, owner = algorithm(part, share, torch.from_numpy(positions), seed)
         ranking.append(group[chosen.numpy()])
-        gains.append((gained.cpu().double() * scale).float())
+        gains.append((gained.cpu().double() * scales[0] * scales[1]).float())
         if owner is None:
             known = False
         else:
@@ -146,16 +146,17 @@ def _check_features(features: Tensor | ArrayLike) -> Tensor:
     return values
 
 
-def _centered(values: Tensor) -> tuple[Tensor, float]:
+def _centered(values: Tensor) -> tuple[Tensor, tuple[float, float]]:
     """A copy that is centered and scaled so that squares do not overflow, and the scale.
 
-    The scale is a power of two, so that scaling is exact.
+    The scale is a power of two, so that scaling is exact. It is the product of two, because that
+    for the largest numbers is not a finite number.
     """
     largest = max(float(part.abs().amax()) for part in _row_blocks_of(values))
     power = frexp(largest)[1]
-    # In two steps, because the power for the largest numbers is not a finite number.
-    found = (values / 2.0 ** (power // 2)).div_(2.0 ** (power - power // 2))
-    return found.sub_(_center(found)), 2.0**power
+    scales = 2.0 ** (power // 2), 2.0 ** (power - power // 2)
+    found = (values / scales[0]).div_(scales[1])
+    return found.sub_(_center(found)), scales
 
 
 def _center(values: Tensor) -> Tensor:
