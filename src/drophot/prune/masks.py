@@ -141,8 +141,8 @@ class Masks(Mapping[str, Tensor]):
                 `None` is the model that was pruned.
 
         Raises:
-            ValueError: If a masked parameter is missing in the model, sharded over processes or of
-                another shape. The model is unchanged then.
+            ValueError: If a masked parameter is missing in the model, sharded over processes, of
+                another shape, or an expanded or negated view. The model is unchanged then.
         """
         model = self._model_or_pruned(model)
         weights = current(model, self._masks)
