@@ -69,3 +69,25 @@ def test_wrong_arguments_are_named() -> None:
         select(torch.rand(4), 0.5, Beta(torch.rand(3)))
     with pytest.raises(ValueError, match="`scores`.* -1"):
         select([-1.0, 0.0], 0.5, Beta(torch.rand(2)))
+
+
+@pytest.mark.parametrize("confidence", [0.5, 1.0], ids=["no chance", "certain"])
+def test_samples_of_equal_chance_are_drawn_at_random(confidence: float) -> None:
+    # Scores of 0 have no chance. A confidence of 1 has an infinite density if beta is less than 1.
+    scores = torch.zeros(100) if confidence < 1 else torch.ones(100)
+    beta = Beta(torch.full((100,), confidence))
+    found = [select(scores, 0.1, beta, seed=seed) for seed in range(60)]
+    assert len(torch.cat(found).unique()) > 90
+
+
+def test_only_candidates_need_a_confidence() -> None:
+    confidence = torch.rand(10)
+    confidence[7] = torch.nan
+    others = [i for i in range(10) if i != 7]
+    assert 7 not in select(torch.rand(10), 0.5, Beta(confidence), among=others)
+    for targets in (None, torch.arange(10) % 2):
+        with pytest.raises(ValueError, match="`confidence`.*NaN.* 7"):
+            select(torch.rand(10), 0.5, Beta(confidence), targets=targets)
+    for shape in ((0, 2), (3, 2), ()):
+        with pytest.raises(ValueError, match="`confidence`.*shape"):
+            Beta(torch.zeros(shape))

@@ -31,8 +31,9 @@ class Beta:
     .. math:: \beta = 15 \, (1 - \mu) \, (1 - r^{c}), \qquad \alpha = 16 - \beta.
 
     If little is pruned, samples as hard as those ten are the most likely ones; if much is, easy
-    ones are. Samples are drawn without replacement, exactly `K` of them. With `targets`, all of
-    this is done within each class.
+    ones are. Samples are drawn without replacement, exactly `K` of them. If fewer than `K` have a
+    positive probability, the rest is drawn uniformly from the others. With `targets`, all of this
+    is done within each class.
 
     References:
         Cho, Shin, Kang and Yun, Lightweight Dataset Pruning without Full Training via Example
@@ -40,7 +41,8 @@ class Beta:
 
     Args:
         confidence: The mean probability of each sample's target over the presentations from which
-            the scores are computed, shape `(N,)`: `tracker.scores("confidence")`.
+            the scores are computed, shape `(N,)`: `tracker.scores("confidence")`. Samples that
+            are not selected from, because of `among`, may have NaN.
         exponent: `c`, greater than 0. The authors' code uses 4; the larger it is, the longer hard
             samples are preferred. Choose it on a validation set.
         balanced: Each class keeps its share. :func:`drophot.select` does this whenever it is given
@@ -48,7 +50,8 @@ class Beta:
 
     Raises:
         TypeError: If `confidence` does not hold real numbers, or `exponent` is not a number.
-        ValueError: If `confidence` is not in [0, 1], or `exponent` is not greater than 0.
+        ValueError: If `confidence` is not in [0, 1] or not one-dimensional, or `exponent` is not
+            greater than 0; in a selection, if the confidence of a candidate is NaN.
 
     Example:
         >>> from drophot import select
@@ -63,11 +66,16 @@ class Beta:
 
     def __post_init__(self) -> None:
         confidence = as_real_tensor("confidence", self.confidence).detach().cpu().double()
-        if confidence.dim() != 1 or not bool(((confidence >= 0) & (confidence <= 1)).all()):
+        if confidence.dim() != 1:
             raise ValueError(
-                f"`confidence` must hold probabilities in [0, 1], shape (N,), got shape "
-                f"{tuple(confidence.shape)} with values from {confidence.amin():g} to "
-                f'{confidence.amax():g}. Pass `tracker.scores("confidence")`.'
+                f"`confidence` must have shape (N,), got {tuple(confidence.shape)}. Pass "
+                f'`tracker.scores("confidence")`.'
+            )
+        outside = (confidence < 0) | (confidence > 1)
+        if outside.any():
+            raise ValueError(
+                f"`confidence` must hold probabilities in [0, 1], got "
+                f'{float(confidence[outside][0])}. Pass `tracker.scores("confidence")`.'
             )
         object.__setattr__(self, "confidence", confidence)
         exponent = scalars.real("exponent", self.exponent)
@@ -101,7 +109,7 @@ class Beta:
 
         Raises:
             ValueError: If the evidence lacks something, a score is negative, or `confidence` has
-                another length.
+                another length or NaN.
         """
         check_evidence(self, evidence)
         assert evidence.scores is not None
@@ -137,6 +145,12 @@ def draw_by_density(
             f"to {values.max():g}. Use those of DUAL."
         )
     confidence = mode.confidence.numpy()[positions]
+    if len(lack := positions[np.isnan(confidence)]):
+        raise ValueError(
+            f"`confidence` must not be NaN for samples to select from, but it is for {len(lack)} "
+            f"of {len(positions)}, the first at index {lack[0]}. NaN marks a sample that was never "
+            f"presented. Leave it out of `among`."
+        )
     hardest = np.argsort(-values, kind="stable")[:_NUM_HARDEST]
     pruned = 1 - ratio
     beta = _CONCENTRATION * (1 - confidence[hardest].mean()) * (1 - pruned**mode.exponent)
@@ -147,8 +161,9 @@ def draw_by_density(
         # The smallest of independent exponential variables, divided by the weights: the same
         # distribution as drawing one after the other without replacement.
         uniform = (splitmix64(positions, seed, _STREAM) >> np.uint64(11)).astype(float) + 0.5
-        key = np.log(-np.log(uniform / 2**53)) - weight
-    return positions[np.argsort(key, kind="stable")[:size]]
+        draws = np.log(-np.log(uniform / 2**53))
+    # Equal keys are infinite. The draws decide among them, too.
+    return positions[np.lexsort((draws, draws - weight))[:size]]
 
 
 def _times_log(factor: float, values: np.ndarray) -> np.ndarray:
