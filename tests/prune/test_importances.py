@@ -237,3 +237,114 @@ def test_an_importance_of_another_model(other: nn.Module) -> None:
     importance = Taylor(nn.Linear(5, 3), [(torch.randn(2, 5), torch.tensor([0, 1]))])
     with pytest.raises(ValueError, match=r"`importance`.*weight"):
         magnitude_prune(other, 0.5, importance=importance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_squares_of_16_bits(dtype: torch.dtype) -> None:
+    """They are zero below 1e-4 in float16, and a sum of bfloat16 stops growing."""
+    model = nn.Linear(4, 2, bias=False).to(dtype)
+    model.weight.data.copy_(torch.tensor([[1.0, 2.0, 3.0, 4.0]] * 2) / 2**13)
+    batches = [(torch.full((1, 4), 2.0**-6, dtype=dtype), torch.zeros(1))] * 300
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sum()
+
+    weight, gradient = model.weight.detach().double(), 2.0**-6
+    for values, expected in [
+        (l2("weight", model.weight), weight**2),
+        (Taylor(model, batches, loss)("weight", model.weight), (gradient * weight) ** 2),
+        (Fisher(model, batches, loss)("weight", model.weight), weight**2 * gradient**2 / 2),
+    ]:
+        torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "match"),
+    [
+        (lambda outputs, targets: F.cross_entropy(outputs, targets, reduction="none"),
+         ValueError, r"`loss`.*\(2,\)"),
+        (lambda outputs, targets: 1.0, TypeError, r"`loss`.*float"),
+        (lambda outputs, targets: outputs.detach().sum(), ValueError, r"`loss`.*gradient"),
+    ],
+)  # fmt: skip
+def test_losses_are_checked(loss: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        Taylor(network(), BATCHES, loss)
+
+
+def test_models_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"`model`.*BatchNorm1d"):
+        Fisher(nn.BatchNorm1d(5), BATCHES)
+    model: Any = network
+    for create in (
+        lambda: Taylor(model, BATCHES),
+        lambda: Fisher(model, BATCHES),
+        lambda: Wanda(model, BATCHES),
+        lambda: BatchNormScale(model, INPUTS),
+    ):
+        with pytest.raises(TypeError, match=r"`model`.*function"):
+            create()
+
+
+class FromTheRight(nn.Module):
+    """A square weight whose outputs are its columns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 3)
+        self.middle = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last((self.first(x) @ self.middle).relu())
+
+
+def test_taylor_of_channels_that_are_columns() -> None:
+    model = FromTheRight().double()
+    taylor = Taylor(model, BATCHES, channels=True)
+    assert taylor("middle", model.middle).shape == (4, 4)
+    assert taylor("first.weight", model.first.weight).shape == (4,)
+    attention = nn.MultiheadAttention(4, 2).double()
+
+    class Call(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0][:, 0]
+
+    tokens = torch.randn(3, 1, 4, dtype=torch.float64)
+    taylor = Taylor(Call(), [(tokens, torch.tensor([0, 1, 2]))], channels=True)
+    assert taylor("attention.in_proj_weight", attention.in_proj_weight).shape == (12,)
+
+
+class Tied(nn.Module):
+    """One weight in two layers, which are called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=10 * self.first(input=x))
+
+
+def test_wanda_of_tied_layers() -> None:
+    model, x = Tied(), torch.randn(4, 3)
+    norms = torch.cat([x, 10 * model.first(x)]).detach().norm(dim=0)
+    weight = model.first.weight
+    expected = weight.detach().abs() * norms
+    torch.testing.assert_close(Wanda(model, [x])("first.weight", weight), expected)
+
+
+def test_random_numbers_do_not_depend_on_defaults() -> None:
+    weight = nn.Parameter(torch.ones(3, 4))
+    expected = Random(3)("weight", weight)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(Random(3)("weight", weight), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(Random(3)("weight", weight), expected)

@@ -417,3 +417,28 @@ def test_an_importance_that_cannot_rank_is_an_error_and_nothing_is_changed(
     with pytest.raises(error, match=message):
         prune_channels(model, 0.5, torch.ones(2, 4), importance=importance)
     assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("importance", "error", "match"),
+    [
+        (lambda name, w: w.to(torch.complex128), TypeError, r"`importance`.*complex128.*weight"),
+        (lambda name, w: w.abs().to(torch.float8_e5m2), TypeError, r"`importance`.*float8"),
+        (lambda name, w: w.abs().to_sparse(), ValueError, r"`importance`.*sparse.*weight"),
+        (lambda name, w: w.abs().to("meta"), ValueError, r"`importance`.*meta.*weight"),
+    ],
+)
+def test_tensors_that_cannot_be_ranked(importance: Any, error: type[Exception], match: str) -> None:
+    model = between(torch.relu)
+    with pytest.raises(error, match=match):
+        prune_channels(model, 0.5, torch.ones(2, 6), importance=importance)
+
+
+def test_importances_whose_sum_exceeds_float16() -> None:
+    def by_index(name: str, weight: Tensor) -> Tensor:
+        order = torch.arange(1.0, len(weight) + 1).view(-1, 1, 1, 1)
+        return (2000 * order * torch.ones_like(weight)).half()
+
+    model = nn.Sequential(nn.Conv2d(1, 8, 7), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    pruned = prune_channels(model, 0.5, torch.ones(1, 1, 9, 9), importance=by_index)
+    assert pruned.kept_channels["0.weight"].tolist() == [4, 5, 6, 7]

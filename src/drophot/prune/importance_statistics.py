@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from drophot._core.model_contexts import evaluating
+from drophot.prune import prunable_weights
 from drophot.prune.eager_mode import eagerly, uncached
 from drophot.prune.latency import call
 
@@ -27,11 +28,17 @@ def mean_over_batches(
     """The mean of an estimate over the batches, for each parameter of two or more dimensions.
 
     A parameter that the loss does not depend on has zeros. The gradients of the model, and which
-    parameters require them, are unchanged.
+    parameters require them, are unchanged. The estimate gets float32 for dtypes of 16 bits.
     """
+    prunable_weights.check_module("model", model)
     weights = {
         name: p for name, p in model.named_parameters() if p.dim() > 1 and p.is_floating_point()
     }
+    if not weights:
+        raise ValueError(
+            f"`model` must have floating-point parameters of two or more dimensions, but "
+            f"{type(model).__name__} has none. Pass the model that is pruned."
+        )
     frozen = [p for p in weights.values() if not p.requires_grad]
     total: dict[str, Tensor] = {}
     count = 0
@@ -43,11 +50,12 @@ def mean_over_batches(
                 inputs, targets = _pair(batch)
                 with torch.enable_grad():
                     found = loss(model(inputs.to(device)), targets.to(device))
+                _check_loss(found)
                 gradients = torch.autograd.grad(found, [*weights.values()], allow_unused=True)
                 for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
                     if gradient is None:
                         gradient = torch.zeros_like(weight)
-                    value = estimate(name, weight.detach(), gradient)
+                    value = estimate(name, widened(weight.detach()), widened(gradient))
                     total[name] = total[name] + value if name in total else value
                 count += 1
     finally:
@@ -59,12 +67,14 @@ def mean_over_batches(
 
 def input_norms(model: nn.Module, batches: Iterable[object]) -> dict[str, Tensor]:
     """The L2 norm of each input of each Linear layer over all batches, by the weight's name."""
+    prunable_weights.check_module("model", model)
     squares: dict[str, Tensor] = {}
     count = 0
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].detach().reshape(-1, args[0].shape[-1])
+    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            (inputs,) = (*args, *kwargs.values())
+            rows = inputs.detach().reshape(-1, inputs.shape[-1])
             own = rows.float().square().sum(0)
             squares[name] = squares[name] + own if name in squares else own
 
@@ -73,10 +83,10 @@ def input_norms(model: nn.Module, batches: Iterable[object]) -> dict[str, Tensor
     with ExitStack() as stack:
         device = stack.enter_context(evaluating(model))
         stack.enter_context(eagerly())
-        for path, module in model.named_modules():
+        for name, module in weight_layers(model):
             if isinstance(module, nn.Linear):
-                name = f"{path}.weight".removeprefix(".")
-                stack.callback(module.register_forward_pre_hook(observe(name)).remove)
+                hook = module.register_forward_pre_hook(observe(name), with_kwargs=True)
+                stack.callback(hook.remove)
         for batch in batches:
             first = batch[0] if isinstance(batch, tuple | list) and batch else batch
             if not isinstance(first, Tensor):
@@ -97,6 +107,7 @@ def input_norms(model: nn.Module, batches: Iterable[object]) -> dict[str, Tensor
 
 def batch_norms(model: nn.Module, example_inputs: object) -> dict[str, _BatchNorm]:
     """The BatchNorm layer that reads the output of each Conv and Linear layer, by weight's name."""
+    prunable_weights.check_module("model", model)
     outputs: list[tuple[str, Tensor]] = []  # kept, so that no other tensor is the same object
     found: dict[str, _BatchNorm] = {}
 
@@ -111,11 +122,10 @@ def batch_norms(model: nn.Module, example_inputs: object) -> dict[str, _BatchNor
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(eagerly())
-        for path, module in model.named_modules():
-            if isinstance(module, nn.Linear | _ConvNd):
-                name = f"{path}.weight".removeprefix(".")
-                stack.callback(module.register_forward_hook(produced(name)).remove)
-            elif isinstance(module, _BatchNorm):
+        for name, module in weight_layers(model):
+            stack.callback(module.register_forward_hook(produced(name)).remove)
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
                 stack.callback(module.register_forward_pre_hook(read).remove)
         call(model, example_inputs)
     if not found:
@@ -124,6 +134,20 @@ def batch_norms(model: nn.Module, example_inputs: object) -> dict[str, _BatchNor
             f"Linear layers, but {type(model).__name__} has none. Use another importance."
         )
     return found
+
+
+def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The Conv and Linear layers, with the name of the weight; tied weights have one name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | _ConvNd):
+            own = f"{path}.weight".removeprefix(".")
+            yield names.get(id(module._parameters.get("weight")), own), module
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor, as float32 if its dtype has 16 bits, in which squares are zero or infinite."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
 def stored(values: Mapping[str, Tensor], name: str, weight: Tensor | None = None) -> Tensor:
@@ -155,6 +179,21 @@ def _pair(batch: object) -> tuple[Tensor, Tensor]:
                 f"that yields tensors of inputs and targets."
             )
     return batch[0], batch[1]
+
+
+def _check_loss(found: object) -> None:
+    if not isinstance(found, Tensor):
+        raise TypeError(f"`loss` must return a tensor, got {type(found).__name__}.")
+    if found.numel() != 1:
+        raise ValueError(
+            f"`loss` must return a scalar, got shape {tuple(found.shape)}. Return the mean over "
+            f"the batch."
+        )
+    if not found.requires_grad:
+        raise ValueError(
+            "`loss` must depend on the weights of `model`, got a tensor that does not require a "
+            "gradient. Do not detach the outputs or convert them to numbers."
+        )
 
 
 def _require_batches(count: int) -> None:

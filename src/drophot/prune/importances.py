@@ -17,12 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from drophot._core import scalars
+from drophot.prune import prunable_weights
 from drophot.prune.importance_statistics import (
     BatchLoss,
     batch_norms,
     input_norms,
     mean_over_batches,
     stored,
+    weight_layers,
+    widened,
 )
 
 __all__ = [
@@ -68,13 +71,13 @@ def l2(name: str, weight: Tensor) -> Tensor:
         weight: The parameter, of any shape.
 
     Returns:
-        The importances, in the shape of the weight.
+        The importances, in the shape of the weight; float32 for dtypes of 16 bits.
 
     Example:
         >>> l2("weight", torch.tensor([3.0, -4.0]))
         tensor([ 9., 16.])
     """
-    return weight.detach().square()
+    return widened(weight.detach()).square()
 
 
 def layer_normalized(name: str, weight: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def layer_normalized(name: str, weight: Tensor) -> Tensor:
         >>> layer_normalized("weight", torch.tensor([3.0, -4.0]))
         tensor([0.6000, 0.8000])
     """
-    weight = weight.detach().float() if weight.dtype.itemsize < 4 else weight.detach()
+    weight = widened(weight.detach())
     norm = weight.norm()
     return weight.abs() / norm if norm > 0 else torch.zeros_like(weight)
 
@@ -122,11 +125,15 @@ class Taylor:
             moved to the model's device.
         loss: A function of the outputs and the targets that returns a scalar, the mean over a
             batch.
-        channels: Whether to estimate output channels instead of single weights.
+        channels: Whether to estimate output channels instead of single weights. Parameters that do
+            not belong to a Conv, Linear or MultiheadAttention layer have single weights, since
+            their output dimension is not known.
 
     Raises:
-        TypeError: If a batch is not a tuple or list with inputs and targets.
-        ValueError: If there is no batch.
+        TypeError: If a batch is not a tuple or list with inputs and targets, or `loss` does not
+            return a tensor.
+        ValueError: If there is no batch, or `loss` does not return a scalar that depends on the
+            weights.
 
     Example:
         >>> from drophot import magnitude_prune
@@ -150,8 +157,7 @@ class Taylor:
 
         def estimate(name: str, weight: Tensor, gradient: Tensor) -> Tensor:
             change = weight * gradient
-            if channels:
-                dim = dims.get(name, 0)
+            if channels and (dim := dims.get(name)) is not None:
                 change = change.sum([d for d in range(change.dim()) if d != dim])
             return change.square()
 
@@ -182,8 +188,8 @@ class Fisher:
         loss: As in `Taylor`.
 
     Raises:
-        TypeError: If a batch is not a tuple or list with inputs and targets.
-        ValueError: If there is no batch.
+        TypeError: As in `Taylor`.
+        ValueError: As in `Taylor`.
 
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
@@ -203,7 +209,7 @@ class Fisher:
 
     def __call__(self, name: str, weight: nn.Parameter) -> Tensor:
         """The importance of each weight, in its shape."""
-        return stored(self._values, name, weight) * weight.detach().square() / 2
+        return stored(self._values, name, weight) * widened(weight.detach()).square() / 2
 
 
 class Wanda:
@@ -286,7 +292,7 @@ class BatchNormScale:
         if norm is not None:
             return norm.weight.detach().abs()
         dim = self._dims.get(name)
-        squares = weight.detach().square()
+        squares = widened(weight.detach()).square()
         if dim is None:  # not of a Conv or Linear layer: its output dimension is not known
             return squares
         return squares.sum([d for d in range(weight.dim()) if d != dim])
@@ -317,13 +323,18 @@ class Random:
         """The importance of each weight, in its shape, uniform in [0, 1)."""
         number = zlib.crc32(f"{self._seed} {name}".encode())
         generator = torch.Generator().manual_seed(number)
-        return torch.rand(weight.shape, generator=generator).to(weight.device)
+        numbers = torch.rand(weight.shape, generator=generator, device="cpu", dtype=torch.float32)
+        return numbers.to(weight.device)
 
 
 def _output_dims(model: nn.Module) -> dict[str, int]:
     """The dimension of each parameter that has its layer's outputs, by the parameter's name."""
-    return {
-        f"{path}.weight".removeprefix("."): int(isinstance(module, _ConvTransposeNd))
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    prunable_weights.check_module("model", model)
+    dims = {
+        name: int(isinstance(module, _ConvTransposeNd)) for name, module in weight_layers(model)
     }
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
+                dims[f"{path}.{name}_weight".removeprefix(".")] = 0
+    return dims

@@ -54,7 +54,20 @@ def _checked(values: Tensor, name: str, weight: Tensor, dim: int) -> Tensor:
             f"(dimension {dim} of the weight), or {shapes[1]}, one value per weight, got {got} for "
             f"`{name}`."
         )
+    if values.layout != torch.strided or values.is_meta:
+        raise ValueError(
+            f"`importance` must return a dense tensor with data, got {values.layout} on "
+            f"{values.device} for `{name}`. Call to_dense() on a sparse tensor."
+        )
+    real = not values.is_complex() and not values.is_quantized
+    if not real or (values.is_floating_point() and values.dtype.itemsize < 2):
+        raise TypeError(
+            f"`importance` must return floats of 16 bits or more, got {values.dtype} for "
+            f"`{name}`. Convert it with .float(), or .abs() if it is complex."
+        )
     values = values.detach().cpu()
+    if values.is_floating_point() and values.dtype.itemsize < 4:
+        values = values.float()  # a sum may exceed float16
     if not bool((values >= 0).all() & values.isfinite().all()):
         wrong = values[~(values >= 0) | ~values.isfinite()]
         raise ValueError(
