@@ -114,3 +114,22 @@ def test_a_trainers_batches_are_presented_by_their_losses() -> None:
         Presenter(ForgettingTracker(3), "Owner", None, None, None, lambda batch, outputs: outputs)
     with pytest.raises(ValueError, match="`correct`.*`losses`"):
         Presenter(ForgettingTracker(3), "Owner", None, None, lambda b, o: o, lambda b, o: o)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.9999, 1 - 1e-9])
+def test_an_average_of_one_loss_is_that_loss(decay: float) -> None:
+    found = DynamicsTracker(1, statistics=[MovingAverage(decay=decay)])
+    found.update_loss(torch.tensor([0]), torch.tensor([3.0]))
+    assert found.scores("loss_average").item() == pytest.approx(3, rel=1e-6)
+
+
+def test_labels_that_are_no_tokens_are_named() -> None:
+    logits = torch.zeros(1, 3, 5)
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match="`labels`.*" + str(dtype)):
+            sequence_losses(logits, torch.ones(1, 3, dtype=dtype), shift=False)
+    for label in (-1, 5):
+        with pytest.raises(ValueError, match=f"`labels`.* 5.* {label}"):
+            sequence_losses(logits, torch.tensor([[0, -100, label]]), shift=False)
+    with pytest.raises(TypeError, match="`score`.* int"):
+        Last(score=5)  # type: ignore[arg-type]

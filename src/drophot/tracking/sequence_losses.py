@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from drophot.tracking.validation import check_plain, describe
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @torch.no_grad()
 def sequence_losses(
@@ -32,7 +34,7 @@ def sequence_losses(
 
     Raises:
         TypeError: If `logits` is not a float tensor, or `labels` not a tensor of integers.
-        ValueError: If a shape is wrong.
+        ValueError: If a shape is wrong; on a CPU also if a label is not a token in [0, V).
 
     Example:
         >>> logits = torch.zeros(2, 3, 5)  # every token has probability 1/5
@@ -44,7 +46,7 @@ def sequence_losses(
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         raise TypeError(f"`logits` must be a float tensor, got {describe(logits)}.")
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.dtype not in _INTEGERS:
         raise TypeError(f"`labels` must be a tensor of integers, got {describe(labels)}.")
     check_plain("logits", logits)
     if logits.dim() != 3 or labels.shape != logits.shape[:2]:
@@ -55,6 +57,8 @@ def sequence_losses(
     labels = labels.to(logits.device, torch.int64)
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_labels(labels, logits.shape[2], ignore_index)
     sums = [
         F.cross_entropy(rows.float(), wanted, reduction="sum", ignore_index=ignore_index)
         for rows, wanted in zip(logits, labels, strict=True)
@@ -62,3 +66,13 @@ def sequence_losses(
     if not sums:
         return logits.new_empty(0, dtype=torch.float32)
     return torch.stack(sums) / (labels != ignore_index).sum(1)
+
+
+def _check_labels(labels: Tensor, num_tokens: int, ignore_index: int) -> None:
+    wrong = labels[((labels < 0) | (labels >= num_tokens)) & (labels != ignore_index)]
+    if len(wrong):
+        raise ValueError(
+            f"`labels` must be in [0, {num_tokens}), the tokens of the logits, or `ignore_index`, "
+            f"{ignore_index}, got {int(wrong[0])}. Pass `ignore_index={int(wrong[0])}` if this "
+            f"label marks tokens that are left out."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
@@ -183,7 +184,9 @@ class MovingAverage:
     def result(self, columns: Columns) -> Tensor:
         """Called by the tracker for the scores."""
         presented = packed_history.presentations(columns["history"])
-        return columns["sum"] / (1 - _power(self.decay, presented))
+        # 1 - decay ** n, whose digits a decay near 1 would lose in float32.
+        weights = -torch.expm1(presented.to(torch.float32) * log(self.decay))
+        return columns["sum"] / weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -273,6 +273,11 @@ def named_score(score: Score | str) -> Score:
         raise TypeError(
             f"`score` must be a score of single presentations, got a {type(score).__name__}."
         )
+    if not isinstance(score, Score):
+        raise TypeError(
+            f"`score` must be the name of a score or an object with `name`, `hard_end` and "
+            f"`__call__(logits, targets)`, got {describe(score)}."
+        )
     return check_score(score)
 
 
