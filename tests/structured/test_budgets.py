@@ -2,9 +2,11 @@
 
 import re
 from copy import deepcopy
+from fractions import Fraction
 from math import ceil
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.channels import assert_same_numbers, distinct, normal
@@ -320,3 +322,15 @@ def test_ratio_or_budget(arguments: Any, error: type[Exception], match: str) -> 
 def test_a_budget_is_checked(arguments: Any, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         Budget(**arguments)
+
+
+def test_a_budget_holds_plain_numbers() -> None:
+    odd: Any = {"parameters": Fraction(201, 2), "min_kept": torch.tensor(0.25)}
+    budget = Budget(**odd, round_to=np.int64(8))
+    assert [type(v) for v in (budget.parameters, budget.min_kept, budget.round_to)] == [
+        float,
+        float,
+        int,
+    ]
+    assert str(budget) == "100.5 parameters"
+    assert Budget(flops=np.float32(1000)) == Budget(flops=1000)

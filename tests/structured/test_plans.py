@@ -1,5 +1,6 @@
 """Plans of what would be removed: made, printed, stored, edited and applied."""
 
+import json
 from copy import deepcopy
 from typing import Any
 
@@ -195,3 +196,14 @@ def test_edits_are_checked(layer: str, channels: Any, error: type[Exception], ma
     plan = plan_channels(distinct(Residual()), 0.0, IMAGES)
     with pytest.raises(error, match=match):
         plan.remove(layer, channels)
+
+
+@pytest.mark.parametrize("gone", [[99], [-1], [1, 1], [True], ["x"], None])
+def test_a_stored_plan_with_impossible_channels_is_refused(gone: Any) -> None:
+    values = json.loads(plan_of(Residual(), parameters=400).to_json())
+    values["removed"]["stem.weight"] = gone
+    with pytest.raises(ValueError, match="`text` must be the JSON of a ChannelPlan"):
+        ChannelPlan.from_json(json.dumps(values))
+    values["removed"] = []
+    with pytest.raises(ValueError, match="`text` must be the JSON of a ChannelPlan"):
+        ChannelPlan.from_json(json.dumps(values))

@@ -111,7 +111,6 @@ def test_merged_ranks_equal_one_process(
     others: list[Batch],
     mine: list[Batch],
     until: int | None,
-    data: st.DataObject,
 ) -> None:
     """The rows of a rank are joined to what the earlier ranks have seen from the same start."""
     window = 4

@@ -67,13 +67,16 @@ class Budget:
                     f"`Budget.{name}` must be positive, got {limit}. Pass the most {UNITS[name]} "
                     f"that the network may have."
                 )
+            object.__setattr__(self, name, int(found) if found.is_integer() else found)
         found = scalars.real("Budget.min_kept", self.min_kept)
         if not 0 <= found < 1:
             raise ValueError(
                 f"`Budget.min_kept` must be in [0, 1), got {self.min_kept}. To keep 10 % of each "
                 f"layer, pass 0.1."
             )
-        scalars.integer("Budget.round_to", self.round_to, least=1)
+        object.__setattr__(self, "min_kept", found)
+        multiple = scalars.integer("Budget.round_to", self.round_to, least=1)
+        object.__setattr__(self, "round_to", multiple)
         if not isinstance(self.whole_heads, bool):
             raise TypeError(
                 f"`Budget.whole_heads` must be True or False, got {self.whole_heads!r}."

@@ -164,25 +164,14 @@ class ChannelPlan:
         Raises:
             ValueError: If the text is not the JSON of a plan.
         """
-        names = {one.name for one in fields(ChannelPlan)}
         try:
-            found = json.loads(text)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or set(found) != names:
-            start = text if len(text) <= 40 else f"{text[:40]}…"
+            return _from_values(json.loads(text))
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            start = repr(text if isinstance(text, str) else type(text).__name__)
             raise ValueError(
-                f"`text` must be the JSON of a ChannelPlan, got {start!r}. Pass the result of "
-                f"`to_json`."
-            )
-        for name in ("removed", "channels"):
-            found[name] = {layer: tuple(indices) for layer, indices in found[name].items()}
-        for name in ("parameters", "flops", "bytes"):
-            found[name] = None if found[name] is None else Change(*found[name])
-        found["latency"] = None if found["latency"] is None else tuple(found["latency"])
-        found["skip"] = tuple(found["skip"])
-        found["whole_heads"] = tuple((path, width) for path, width in found["whole_heads"])
-        return ChannelPlan(**found)
+                f"`text` must be the JSON of a ChannelPlan, got {start:.60}: {error}. Pass the "
+                f"result of `to_json`."
+            ) from error
 
     def __str__(self) -> str:
         lines = [self.request]
@@ -319,3 +308,25 @@ def _ranges(indices: Iterable[int]) -> str:
 
 
 _SHOWN = 8  # ranges in a line
+
+
+def _from_values(found: dict[str, Any]) -> ChannelPlan:
+    """A plan from the values of its JSON, with the channels that it removes checked."""
+    names = {one.name for one in fields(ChannelPlan)}
+    if set(found) != names:
+        raise ValueError(f"it has other fields than {', '.join(sorted(names))}")
+    for name in ("removed", "channels"):
+        found[name] = {layer: tuple(indices) for layer, indices in found[name].items()}
+    for layer, gone in found["removed"].items():
+        size = len(found["channels"].get(layer, ()))
+        inside = all(type(index) is int and 0 <= index < size for index in gone)
+        if not inside or len(set(gone)) < len(gone):
+            raise ValueError(
+                f"`{layer}` must lose distinct channels in [0, {size}), and it loses {gone}"
+            )
+    for name in ("parameters", "flops", "bytes"):
+        found[name] = None if found[name] is None else Change(*found[name])
+    found["latency"] = None if found["latency"] is None else tuple(found["latency"])
+    found["skip"] = tuple(found["skip"])
+    found["whole_heads"] = tuple((path, width) for path, width in found["whole_heads"])
+    return ChannelPlan(**found)

@@ -186,7 +186,9 @@ class PruningRun:
                 if found <= limit:
                     break
                 self.rewriter.writer.restore()
-                selection.limits["flops"] *= limit / found
+                # At least one operation less, so that each round removes more.
+                fewer = selection.limits["flops"] * limit / found
+                selection.limits["flops"] = min(fewer, selection.limits["flops"] - 1)
                 self.rewriter.run(self.example_inputs, selection)
         except Unreachable as error:
             self.rewriter.removed = error.removed
