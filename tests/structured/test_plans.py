@@ -200,7 +200,7 @@ def test_edits_are_checked(layer: str, channels: Any, error: type[Exception], ma
 
 @pytest.mark.parametrize("gone", [[99], [-1], [1, 1], [True], ["x"], None])
 def test_a_stored_plan_with_impossible_channels_is_refused(gone: Any) -> None:
-    values = json.loads(plan_of(Residual(), parameters=400).to_json())
+    values = json.loads(plan_of(distinct(Residual()), parameters=400).to_json())
     values["removed"]["stem.weight"] = gone
     with pytest.raises(ValueError, match="`text` must be the JSON of a ChannelPlan"):
         ChannelPlan.from_json(json.dumps(values))
