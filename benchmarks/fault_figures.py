@@ -91,15 +91,15 @@ def draw_curves(path: Path, text: Sequence[Record], found: Differences) -> None:
     panels = {
         "published\nResNet-18, CIFAR-100, 10 % kept": with_start(0.1, 0.8),
         "the paper's text\nResNet-18, 100 classes, 10 % kept": curves(text, 0.1, 0.8),
-        "released protocol\nResNet-18, CIFAR-10, 30 % kept": curves(
+        "released protocol\nResNet-18, 800 images, 30 % kept": curves(
             released_runs(found), found.keep_ratio, found.prune_ratio
         ),
     }
     for ax, (title, lines) in zip(axes, panels.items(), strict=True):
         for mode, line in lines.items():
-            ax.plot(range(-1, len(line) - 1), line, label=mode, markersize=3.5, **LOOKS[mode])
+            ax.plot([-2, *range(len(line) - 1)], line, label=mode, markersize=3.5, **LOOKS[mode])
         ax.set_title(title, fontsize=9)
-        ax.set_xticks([-1, 0, 5, 10], ["before\npruning", "\nafter", "5", "10"], fontsize=8)
+        ax.set_xticks([-2, 0, 5, 10], ["before\npruning", "after", "5", "10"], fontsize=8)
         ax.set_xlabel("epoch of fine-tuning", fontsize=9)
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy, %")

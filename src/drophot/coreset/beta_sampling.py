@@ -54,6 +54,7 @@ class Beta:
             greater than 0; in a selection, if the confidence of a candidate is NaN.
 
     Example:
+        >>> import torch
         >>> from drophot import select
         >>> scores, confidence = torch.rand(100), torch.rand(100)  # of DUAL, of the same training
         >>> len(select(scores, 0.1, Beta(confidence)))
