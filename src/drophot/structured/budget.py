@@ -67,7 +67,8 @@ class Budget:
                     f"`Budget.{name}` must be positive, got {limit}. Pass the most {UNITS[name]} "
                     f"that the network may have."
                 )
-            object.__setattr__(self, name, int(found) if found.is_integer() else found)
+            whole = name != "latency" and found.is_integer()
+            object.__setattr__(self, name, int(found) if whole else found)
         found = scalars.real("Budget.min_kept", self.min_kept)
         if not 0 <= found < 1:
             raise ValueError(
