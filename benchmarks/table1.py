@@ -23,7 +23,6 @@ learning rate of 1e-3, no augmentation. `--samples` takes fewer images, for a CP
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -73,7 +72,7 @@ def protocol(faults: Faults) -> Any:
 
 
 class Job(NamedTuple):
-    """The networks that are trained with the same scores: two baselines' worth of work."""
+    """The records whose networks share one scoring network."""
 
     seed: int
     scores: bool
@@ -245,15 +244,9 @@ def points_as_products() -> Iterator[None]:
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file, whose last line may be cut off."""
-    found: list[Record] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            json.loads(line)
-        except ValueError:
-            continue
-        found.append(from_line(line))
-    return found
+    """The records of a file, without a last line that was cut off."""
+    text = path.read_text() if path.exists() else ""
+    return [from_line(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def key(record: Record) -> tuple[object, ...]:

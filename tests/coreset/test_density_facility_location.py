@@ -12,30 +12,29 @@ from drophot.coreset import density_facility_location
 
 def neighbors(total: int, size: int, coverage: float) -> int:
     """Moser et al.: how many neighbors have one of `size` random samples among them."""
-    for k in range(1, total - size):
+    for k in range(1, total - size + 1):
         missed = np.prod([(total - size - m) / (total - m) for m in range(1, k + 1)])
         if 1 - missed >= coverage:
             return k
-    return max(0, total - size - 1)
+    return 0  # all samples are kept
 
 
-def naive(rows: np.ndarray, size: int, coverage: float) -> list[int]:
+def assert_greedy(rows: np.ndarray, ranking: list[int], coverage: float) -> None:
+    """Each medoid is the best one after the earlier ones, of which several may be equally good."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     similar = unit @ unit.T
     total, weights = len(rows), np.ones(len(rows))
-    if k := neighbors(total, size, coverage):
+    if k := neighbors(total, len(ranking), coverage):
         away = np.array([sorted(np.delete(1 - similar[i], i))[k - 1] for i in range(total)])
         weights = np.exp(-((away - np.mean(away)) ** 2) / (2 * np.var(away)))
-    chosen: list[int] = []
-    for _ in range(size):
-        value = [
-            -np.inf
-            if j in chosen
-            else sum(max(weights[m] * similar[i, m] for m in [*chosen, j]) for i in range(total))
-            for j in range(total)
-        ]
-        chosen.append(int(np.argmax(value)))
-    return chosen
+    assert len(set(ranking)) == len(ranking)
+    for step, medoid in enumerate(ranking):
+        earlier = ranking[:step]
+        value = {
+            j: sum(max(weights[m] * similar[i, m] for m in [*earlier, j]) for i in range(total))
+            for j in set(range(total)) - set(earlier)
+        }
+        assert value[medoid] == pytest.approx(max(value.values()), abs=1e-9)
 
 
 @settings(max_examples=30)
@@ -45,7 +44,8 @@ def test_it_is_the_greedy_algorithm_of_the_paper(
 ) -> None:
     rows = np.random.default_rng(seed).normal(size=(total, 4))
     found = density_facility_location(torch.from_numpy(rows), ratio, coverage=coverage)
-    assert found.ranking.tolist() == naive(rows, num_kept(total, ratio), coverage)
+    assert len(found.ranking) == num_kept(total, ratio)
+    assert_greedy(rows, found.ranking.tolist(), coverage)
     assert found.weights is not None
     assert found.weights.sum() == total
     assert (found.gains[1:] <= found.gains[:-1] + 1e-6).all()
@@ -78,3 +78,10 @@ def test_wrong_arguments_are_named() -> None:
             density_facility_location(torch.rand(4, 2), 0.5, coverage=coverage)
     with pytest.raises(ValueError, match=r"`features`.*\(3,\)"):
         density_facility_location(torch.rand(3), 0.5)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e25, 1e-30])
+def test_the_scale_of_the_features_changes_nothing(scale: float) -> None:
+    rows = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+    found = density_facility_location(rows * scale, 0.2)
+    assert found.ranking.tolist() == density_facility_location(rows, 0.2).ranking.tolist()

@@ -40,7 +40,7 @@ def density_facility_location(
     The method needs no training: the features can be those of a network that was trained on other
     data. It is the exact greedy algorithm of :func:`drophot.facility_location` with other
     distances. It runs on the CPU and holds those of all pairs, `4 * N²` bytes for float32 features;
-    with `targets`, `N` is the size of the largest class, and each class is a data set of its own.
+    with `targets`, `N` is the size of the largest class, and each class is covered alone.
 
     References:
         Moser et al., SubZeroCore: A Submodular Approach with Zero Training for Coreset Selection,
@@ -78,7 +78,11 @@ def density_facility_location(
         raise ValueError(f"`coverage` must be in (0, 1), got {coverage:g}. For 60 %, pass 0.6.")
     rows = as_real_tensor("features", features)
     if rows.dim() == 2:
-        rows = F.normalize(rows if rows.is_floating_point() else rows.float(), eps=1e-30)
+        rows = rows if rows.is_floating_point() else rows.float()
+        if rows.shape[1]:  # by powers of two, so that no square overflows or underflows
+            exponent = torch.frexp(rows.abs().amax(dim=1, keepdim=True)).exponent
+            rows = torch.ldexp(rows, -exponent)
+        rows = F.normalize(rows)
     choose = partial(_choose, coverage)
     return greedy(choose, _memory_needed, rows, ratio, targets, start, seed, centered=False)
 
@@ -101,7 +105,7 @@ def _choose(
 def num_neighbors(total: int, size: int, coverage: float) -> int:
     """The number of neighbors within which `size` random samples of `total` cover a sample."""
     neighbors, missed = 0, 1.0
-    while 1 - missed < coverage and neighbors < total - size - 1:
+    while 1 - missed < coverage and neighbors < total - size:
         neighbors += 1
         missed *= (total - size - neighbors) / (total - neighbors)
     return neighbors
