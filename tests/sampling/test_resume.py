@@ -220,3 +220,12 @@ def test_ranks_see_one_epoch_together(tmp_path: Path) -> None:
     for name, value in one["state"]["selection"].items():
         if torch.is_tensor(value):
             assert torch.equal(value, other["state"]["selection"][name]), name
+
+
+def test_the_state_of_another_sampler_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`state_dict` .*FreshSubset.* losses"):
+        FreshSubset(10, 0.5).load_state_dict(LossSampling(10, 0.5).state_dict())
+    state = FreshSubset(10, 0.5).state_dict()
+    del state["epoch"]
+    with pytest.raises(ValueError, match=r"`state_dict` .*FreshSubset.* without epoch"):
+        FreshSubset(10, 0.5).load_state_dict(state)

@@ -244,7 +244,7 @@ class CrestLoader:
         Raises:
             ValueError: If it is of a loader with other arguments, or not such a state.
         """
-        check_state(state_dict, self._settings(), "CrestLoader")
+        check_state(state_dict, self._settings(), "CrestLoader", "selection")
         selection_state.load(self, state_dict["selection"])
         self._yielded = self._resume_at = state_dict["yielded"]
 

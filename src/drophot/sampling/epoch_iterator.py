@@ -67,7 +67,9 @@ class EpochIterator(Iterator[int]):
         self._order = None
 
 
-def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any], kind: str) -> None:
+def check_state(
+    state_dict: Mapping[str, Any], own: Mapping[str, Any], kind: str, *others: str
+) -> None:
     """Check that a state is one of a sampler with the same settings.
 
     Args:
@@ -75,11 +77,15 @@ def check_state(state_dict: Mapping[str, Any], own: Mapping[str, Any], kind: str
         own: The settings of the sampler, which the state must have. `num_replicas` may differ
             between two epochs.
         kind: The name of the sampler's class, for errors.
+        others: The names of everything else that the state has, besides `"yielded"`.
     """
-    if missing := {*own, "yielded"} - set(state_dict):
+    names = {*own, *others, "yielded"}
+    if different := names ^ set(state_dict):
+        word = "without" if names - set(state_dict) else "with"
         raise ValueError(
-            f"`state_dict` must be that of a {kind}, got one without "
-            f"{', '.join(sorted(missing))}. Load it into an object of the class that saved it."
+            f"`state_dict` must be that of a {kind}, got one {word} "
+            f"{', '.join(sorted(names - set(state_dict) or different))}. Load it into an object of "
+            f"the class that saved it."
         )
     for name, value in own.items():
         if state_dict[name] != value and (name != "num_replicas" or state_dict["yielded"]):

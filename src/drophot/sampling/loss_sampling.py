@@ -262,10 +262,8 @@ class LossSampling:
         Raises:
             ValueError: If it is of an object with other arguments, or not such a state.
         """
-        own = dict.fromkeys(("epoch", "losses", "weights", "order"))
-        if missing := own.keys() - set(state_dict):
-            check_state({}, dict.fromkeys(missing), "LossSampling")
-        check_state(state_dict, self._settings(), "LossSampling")
+        others = ("epoch", "losses", "weights", "order")
+        check_state(state_dict, self._settings(), "LossSampling", *others)
         self.epoch = state_dict["epoch"]
         self._yielded = self._resume_at = state_dict["yielded"]
         self.losses.copy_(state_dict["losses"])

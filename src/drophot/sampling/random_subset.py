@@ -122,7 +122,7 @@ class FreshSubset(Sampler[int]):
         Raises:
             ValueError: If it is of a sampler with other arguments, or not such a state.
         """
-        check_state(state_dict, self._settings(), "FreshSubset")
+        check_state(state_dict, self._settings(), "FreshSubset", "epoch")
         self.epoch = state_dict["epoch"]
         self._yielded = self._resume_at = state_dict["yielded"]
 
