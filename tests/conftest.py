@@ -4,12 +4,17 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.processes import PRELOADED
+from torch.overrides import (
+    _get_current_function_mode_stack,  # pyright: ignore[reportPrivateUsage]
+)
 
 try:
     import hypothesis
@@ -77,8 +82,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _alone() -> Iterator[None]:
     torch.manual_seed(0)  # a test draws the same numbers whichever ran before it
+    modes = _get_current_function_mode_stack()
+    yield
+    left = [*filterfalse(modes.__contains__, _get_current_function_mode_stack())]
+    assert not left, f"the test left {left} active, which changes the tests after it"
 
 
 @pytest.fixture(scope="session")

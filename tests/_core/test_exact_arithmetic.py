@@ -34,6 +34,12 @@ def setting(get: Callable[[], Any], put: Callable[[Any], Any], value: Any) -> It
         put(before)
 
 
+def default_device() -> torch.device | None:
+    """`None` if it is the CPU: to set it to the CPU would leave a function mode behind."""
+    device = torch.get_default_device()
+    return None if device.type == "cpu" else device
+
+
 def precision(value: str) -> Any:
     return setting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, value)
 
@@ -47,9 +53,7 @@ MODES: dict[str, Callable[[], Any]] = {
     "float16 by default": lambda: setting(
         torch.get_default_dtype, torch.set_default_dtype, torch.float16
     ),
-    "another default device": lambda: setting(
-        torch.get_default_device, torch.set_default_device, "meta"
-    ),
+    "another default device": lambda: setting(default_device, torch.set_default_device, "meta"),
     "a surrounding device": lambda: torch.device("meta"),
     "inference mode": torch.inference_mode,
     "medium precision": lambda: precision("medium"),
