@@ -125,6 +125,13 @@ def errors(rank: int) -> dict[str, str]:
     found["targets"] = error(other.sync)
     found["targets left"] = str(other.presentations.tolist())
 
+    loss = DynamicsTracker(10, statistics=["loss"])
+    if rank == 0:
+        loss.update_loss(torch.tensor([4]), torch.ones(1))
+    else:
+        loss.update(torch.tensor([4]), torch.eye(C)[[0]], torch.tensor([1]))
+    found["loss and logits"] = error(loss.sync)
+
     found["sizes"] = error(ForgettingTracker(10 + rank).sync)
     found["kinds"] = error((ForgettingTracker if rank else DynamicsTracker)(10).sync)
 

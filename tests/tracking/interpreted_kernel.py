@@ -173,6 +173,14 @@ def test_a_later_target_that_differs_is_an_error(monkeypatch: Any) -> None:
         _ = presented(monkeypatch, True, made(ForgettingTracker), seen).counts
 
 
+def test_logits_after_a_loss_are_an_error(monkeypatch: Any) -> None:
+    tracker = DynamicsTracker(N, statistics=["loss"])
+    tracker.update_loss(torch.tensor([3]), torch.ones(1))
+    seen = [(torch.tensor([3]), torch.zeros(1, 4), torch.tensor([2]))]
+    with pytest.raises(ValueError, match="`update_loss`.*sample 3 by both"):
+        _ = presented(monkeypatch, True, tracker, seen).counts
+
+
 def test_a_nan_is_never_correct_and_stays_with_its_sample(monkeypatch: Any) -> None:
     logits = torch.tensor([[5.0, 0.0, torch.nan], [5.0, 0.0, 0.0]])
     seen = [(torch.tensor([1, 2]), logits, torch.tensor([0, 0]))]

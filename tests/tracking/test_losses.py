@@ -17,6 +17,7 @@ from drophot.tracking import (
     sequence_losses,
 )
 from drophot.tracking.presenter import Presenter
+from drophot.tracking.state import State
 from drophot.tracking.statistics import LOSS
 
 
@@ -55,6 +56,43 @@ def test_losses_of_logits_give_what_the_logits_give() -> None:
         other.update_loss(torch.arange(3), F.cross_entropy(logits, targets, reduction="none"))
     for name in one.statistics:
         assert torch.allclose(one.scores(name), other.scores(name), atol=1e-6), name
+
+
+INDEX, ONE_LOSS = torch.tensor([1, 2]), torch.tensor([1.0, 2.0])
+WITH_LOGITS = (INDEX, torch.eye(2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("when", ["at once", "when it is read", "after it was loaded"])
+@pytest.mark.parametrize("first", ["logits", "loss"])
+def test_a_sample_is_presented_with_logits_or_by_its_loss(
+    when: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without this error, a sample would be forgotten at each loss."""
+    found = DynamicsTracker(4, statistics=["loss"])
+    by_logits, by_loss = (
+        lambda: found.update(*WITH_LOGITS),
+        lambda: found.update_loss(INDEX, ONE_LOSS),
+    )
+    before, after = (by_logits, by_loss) if first == "logits" else (by_loss, by_logits)
+    before()
+    assert found.columns()["target"].tolist() == [
+        -1,
+        *((0, 1) if first == "logits" else (-1, -1)),
+        -1,
+    ]
+    found.update_loss(torch.tensor([0]), ONE_LOSS[:1])  # another sample
+    if when == "after it was loaded":
+        saved = found.state_dict()
+        found = DynamicsTracker(4, statistics=["loss"])
+        found.load_state_dict(saved)
+    if when == "when it is read":
+        monkeypatch.setattr(State, "can_sync", False)  # as on a GPU
+        after()
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match="`update_loss`.*sample 1 by both"):
+        found.scores("loss", missing="nan") if when == "when it is read" else after()
+    if when != "when it is read":
+        assert found.presentations.tolist() == [1, 1, 1, 0], "nothing is counted"
 
 
 def test_sequence_losses_leave_padding_out_and_shift() -> None:

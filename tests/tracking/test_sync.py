@@ -108,6 +108,7 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all(found: Any) -> None:
             "`targets`.*sample 4 with target (0.* 1|1.* 0) .*IndexedDataset", errors["targets"]
         )
         assert errors["targets left"] == str([0, 0, 0, 0, 1, 0, 0, 0, 0, 0])
+        assert re.search("`update_loss`.*sample 4 by both", errors["loss and logits"])
         assert re.search(r"num_samples.*\[10, 11", errors["sizes"])
         assert re.search(r"columns.*\[4, 1", errors["kinds"])
         mine = r"`index`.*\[0, 10\).*50" if number == 1 else r"[Rr]anks \[1\]"

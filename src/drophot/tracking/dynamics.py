@@ -13,9 +13,10 @@ from torch import Tensor
 from drophot._core.capturable_hooks import repeatable
 from drophot.tracking import packed_history, validation
 from drophot.tracking.accumulators import Accumulation, Accumulator
+from drophot.tracking.deferred_errors import NO_TARGET, ONLY_LOSS
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
 from drophot.tracking.fused_update import Layout
-from drophot.tracking.record import Rows
+from drophot.tracking.record import Rows, record_losses
 from drophot.tracking.running_means import RunningMeans
 from drophot.tracking.state import Columns, State, to_device
 from drophot.tracking.statistics import (
@@ -205,7 +206,8 @@ class DynamicsTracker(ForgettingTracker):
         Raises:
             TypeError: If an argument is not such a tensor, or the tracker has a statistic that
                 needs logits.
-            ValueError: If a shape is wrong; on a CPU also if an index is out of range. Nothing is
+            ValueError: If a shape is wrong; on a CPU also if an index is out of range or a sample
+                was presented by `update` before, on a GPU when the tracker is read. Nothing is
                 counted then.
 
         Example:
@@ -225,7 +227,8 @@ class DynamicsTracker(ForgettingTracker):
             return
         with torch.no_grad():
             values = loss.detach().float()
-            rows = self._record(index, torch.zeros_like(values, dtype=torch.bool), None)
+            self._place_state(values.device)
+            rows = record_losses(self._state, index)
             means = values[:, None].expand(-1, self._statistics.num_values)
             self._accumulate(rows, means, [values] * len(self._statistics.accumulators))
 
@@ -266,8 +269,8 @@ class DynamicsTracker(ForgettingTracker):
                 indices, or forgetting scores are requested after `update_loss`.
         """
         if statistic in ("forgetting", "hardest", "zero"):
-            unknown = (self.presentations > 0) & (self._state.targets < 0)
-            if n := int(unknown.sum()):
+            self._read()  # raises the error of a batch
+            if n := int((self._state.targets == ONLY_LOSS).sum()):
                 raise ValueError(
                     f"`scores({statistic!r})` needs logits, but {n} of {self.num_samples} samples "
                     f"were presented by `update_loss`. Name one of "
@@ -294,8 +297,8 @@ class DynamicsTracker(ForgettingTracker):
 
         Returns:
             NumPy arrays of shape `(N,)`: `index`; `target`, -1 for a sample that was never
-            presented; `presentations`; `learned`; `forgetting`, the number of events; and each of
-            the statistics as in `scores`, NaN for a sample that was never presented.
+            presented with one; `presentations`; `learned`; `forgetting`, the number of events; and
+            each of the statistics as in `scores`, NaN for a sample that was never presented.
 
         Raises:
             ValueError: If a batch had wrong indices.
@@ -303,7 +306,7 @@ class DynamicsTracker(ForgettingTracker):
         state = self._read()
         columns = {
             "index": torch.arange(self.num_samples),
-            "target": self._state.targets,
+            "target": self._state.targets.clamp(min=NO_TARGET),
             "presentations": self.presentations,
             "learned": self.learned,
             "forgetting": self.counts,

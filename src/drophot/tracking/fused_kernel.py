@@ -142,9 +142,9 @@ def _present(
             line, class_stride, num_classes, target, dtype, class_block
         )
 
-        # As in `record.record` and `deferred_errors.find_fault`.
+        # -1 is `NO_TARGET`. As in `record.record` and `deferred_errors.find_fault`.
         short = target.to(tl.int32)
-        known = tl.where(first_target < 0, short, first_target)
+        known = tl.where(first_target == -1, short, first_target)
         is_class = (target >= 0) & (target < num_classes)
         wrong = (sample != position) | (known != short)
         value = tl.minimum(tl.maximum(target, -_HALF), _HALF - 1) + _HALF

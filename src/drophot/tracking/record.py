@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drophot.tracking import packed_history
+from drophot.tracking.deferred_errors import NO_TARGET, ONLY_LOSS
 from drophot.tracking.state import State, to_device
 
 
@@ -26,7 +27,10 @@ class Rows(NamedTuple):
 def record(
     state: State, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int
 ) -> Rows:
-    """Check a batch of samples `(B,)` and add it to the histories, in place."""
+    """Check a batch of samples `(B,)` and add it to the histories, in place.
+
+    Without `targets`, nothing is known of them, and nothing is noted.
+    """
     device = state.device
     correct = to_device(correct, device)
     index = to_device(index, device, torch.int64)
@@ -38,11 +42,25 @@ def record(
         classes = to_device(targets, device)
         targets = classes.to(torch.int32)
         seen = state.targets.index_select(0, position)
-        known = torch.where(seen < 0, targets, seen)
+        known = torch.where(seen == NO_TARGET, targets, seen)
         nearest = classes.clamp(0, num_classes - 1)
         state.check_equal(index, (position, index), (known, targets), classes=(nearest, classes))
         state.targets.index_copy_(0, position, known)
 
+    return _add(state, position, correct)
+
+
+def record_losses(state: State, index: Tensor) -> Rows:
+    """As `record`, for samples of which only the losses are known. They count as not correct."""
+    index = to_device(index, state.device, torch.int64)
+    position = index.clamp(0, state.num_samples - 1)
+    state.check_equal(index, (position, index), classes=None)
+    state.check_only_loss(index, state.targets.index_select(0, position))
+    state.targets.index_fill_(0, position, ONLY_LOSS)
+    return _add(state, position, torch.zeros_like(position, dtype=torch.bool))
+
+
+def _add(state: State, position: Tensor, correct: Tensor) -> Rows:
     position, order = position.sort(stable=True)
     repeats = position[1:] == position[:-1]
     if state.can_sync and not repeats.any():

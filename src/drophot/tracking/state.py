@@ -14,7 +14,7 @@ from torch import Tensor
 from drophot._core import distributed
 from drophot._core.user_warnings import warn
 from drophot.tracking import deferred_errors, packed_history
-from drophot.tracking.deferred_errors import NO_FAULT
+from drophot.tracking.deferred_errors import NO_FAULT, NO_TARGET
 from drophot.tracking.validation import describe
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class State:
                 name: torch.zeros(num_samples, *shape, dtype=dtype, device=device)
                 for name, (dtype, shape) in columns.items()
             }
-            self.targets = torch.full((num_samples,), -1, dtype=torch.int32, device=device)
+            self.targets = torch.full((num_samples,), NO_TARGET, dtype=torch.int32, device=device)
             self.fault = torch.tensor(NO_FAULT, device=device)
             self.steps = packed_history.steps(self.targets.device)
         self.base: Columns | None = None  # all zeros
@@ -143,6 +143,13 @@ class State:
         index = to_device(index, values.device, torch.int64)
         self.note(deferred_errors.not_finite(index, finite))
 
+    def check_only_loss(self, index: Tensor, targets: Tensor) -> None:
+        """Check that samples presented by their losses `(B,)` were never presented otherwise."""
+        known = targets >= 0
+        if self.can_sync and not bool(known.any()):
+            return
+        self.note(deferred_errors.loss_later(index, known))
+
     def note(self, fault: Tensor) -> None:
         """Raise a fault if reading it is free; otherwise keep it until the state is read."""
         if self.can_sync:
@@ -162,7 +169,7 @@ class State:
         for column in self.columns.values():
             column.zero_()
         self.base, self.loaded_alone = None, False
-        self.targets.fill_(-1)
+        self.targets.fill_(NO_TARGET)
         self.fault.fill_(NO_FAULT)
 
     def dump(self) -> dict[str, Any]:
@@ -279,11 +286,12 @@ class State:
             identical = identical and all(torch.equal(rows[name], first[name]) for name in rows)
             index = rows.pop("index")
             theirs, known = rows.pop("targets"), targets.index_select(0, index)
-            clash = ((known >= 0) & (theirs >= 0) & (known != theirs)).nonzero()[:, 0]
+            both = (known != NO_TARGET) & (theirs != NO_TARGET)
+            clash = (both & (known != theirs)).nonzero()[:, 0]
             if len(clash):
                 values = (int(column[clash[0]]) for column in (index, known, theirs))
                 raise ValueError(deferred_errors.mismatch(*values))
-            targets.index_copy_(0, index, torch.where(known < 0, theirs, known))
+            targets.index_copy_(0, index, torch.where(known == NO_TARGET, theirs, known))
             # The rows of a sample that no earlier rank has seen are copied, bit for bit.
             before, start = (_select(part, index) for part in (merged, base))
             seen = before["history"] & packed_history.SEEN > 0
