@@ -31,6 +31,7 @@ Example:
 
 from drophot.report.functions import (
     Format,
+    agreement,
     differences,
     html,
     plot_curves,
@@ -41,6 +42,7 @@ from drophot.report.functions import (
 
 __all__ = [
     "Format",
+    "agreement",
     "differences",
     "html",
     "plot_curves",
