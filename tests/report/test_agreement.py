@@ -1,4 +1,4 @@
-"""The agreement of coresets in reports, against `stats.stability` of the coresets themselves."""
+"""Agreement of coresets, against `stats.stability`, and samples forgotten by pruning."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ from helpers.rows import cells
 
 from drophot import Record
 from drophot.records.coreset_text import to_text
-from drophot.report import agreement, html
-from drophot.stats import stability
+from drophot.report import agreement, html, plot_forgotten
+from drophot.stats import forgotten_by_pruning, stability
 
 N = 40
 CORESETS = {
@@ -76,3 +76,18 @@ def test_the_page_shows_the_agreement(tmp_path: Path, held: bool) -> None:
     section = text.partition("<h2>Agreement of the coresets</h2>")[2].partition("</section>")[0]
     assert ("over seeds" in section) == held
     assert ("Left out" in section) != held
+
+
+def test_the_share_forgotten_is_drawn_by_score() -> None:
+    after = np.arange(10) < 8
+    found = forgotten_by_pruning(np.ones(10, dtype=bool), after, np.arange(10), groups=2)
+    ax = plot_forgotten(found, label="half removed")
+    again = plot_forgotten(found, label="more removed", ax=ax)
+    assert again is ax
+    assert len(ax.containers) == 2
+    line = ax.containers[0].lines[0]
+    assert line.get_xdata().tolist() == [2, 7]
+    assert line.get_ydata().tolist() == [0, 40]
+    assert line.get_color() != ax.containers[1].lines[0].get_color()
+    assert (legend := ax.get_legend()) is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["half removed", "more removed"]

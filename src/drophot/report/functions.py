@@ -14,7 +14,7 @@ from drophot.report import coreset_agreement, html_page, plots, tables
 from drophot.report.plots import Ratio
 from drophot.report.svg_panels import Panels
 from drophot.settings import BASELINE, Mode
-from drophot.stats import Measure
+from drophot.stats import Forgotten, Measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -233,6 +233,27 @@ def plot_ratios(
     _check("x", x, Ratio)
     _check("measure", measure, Measure)
     return plots.ratios(records, x=x, measure=measure, ax=ax)
+
+
+def plot_forgotten(found: Forgotten, *, label: str | None = None, ax: Axes | None = None) -> Axes:
+    """Plot the share of samples that a pruned network forgets against their score.
+
+    Each point is a group of samples with similar scores that were correct before pruning, with the
+    95 % interval of the share that is wrong after it. Draw several prune ratios into the same axes
+    to compare them.
+
+    Args:
+        found: The result of :func:`drophot.stats.forgotten_by_pruning`.
+        label: The label of the line in the legend. `None` adds no legend.
+        ax: The axes to draw into. `None` creates a new figure.
+
+    Returns:
+        The axes, neither shown nor saved.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    return plots.forgotten(found, ax=ax, label=label)
 
 
 def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
