@@ -13,7 +13,7 @@ RELATIVE = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
 class RepositoryLinks(MetadataHookInterface):
     """Sets the project's URLs, and makes the links of the README absolute for PyPI."""
 
-    def update(self, metadata: dict[str, Any]) -> None:
+    def update(self, metadata: dict[str, Any]) -> None:  # noqa: D102
         repository, documentation = self.config["repository"], self.config["documentation"]
         version = metadata["version"]
         development = ".dev" in version
@@ -30,13 +30,15 @@ class RepositoryLinks(MetadataHookInterface):
                 metadata["urls"]["Documentation"] = documentation
         elif not development:
             raise ValueError(
-                f"version {version} is a release, and its links need the address of the repository: "
+                f"the links of the release {version} need the address of the repository: "
                 "set `repository` in [tool.hatch.metadata.hooks.custom] of pyproject.toml"
             )
         metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
 
 def absolute(text: str, repository: str, revision: str) -> str:
+    """The README with links that lead to a revision of the repository."""
+
     def replace(match: re.Match[str]) -> str:
         image, words, path = match.groups()
         kind = "raw" if image else "blob"

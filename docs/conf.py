@@ -60,6 +60,7 @@ exclude_patterns = ["_build", "gallery"]
 myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 
+default_role = "literal"  # docstrings write code between single backticks
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
@@ -71,7 +72,8 @@ nitpick_ignore_regex = [
         r"(loop\.)?(BatchLoss|Cache|Forgetting|Json|Measure|Mode|Numbers|OptimizerFactory|ProtocolName"
         r"|Ratio|ScheduleName|Scope)",
     ),
-    ("py:class", r"drophot\.(\w+\.)+(DependencyGraph|Executor|SampleCounter|SelectionHook|Watched)"),
+    ("py:class", r"drophot\.(\w+\.)+(DependencyGraph|Executor|SampleCounter)"),
+    ("py:class", r"drophot\.(\w+\.)+(SelectionHook|Watched)"),
     ("py:class", r"torch\.utils\.hooks\.RemovableHandle|Trainer"),
 ]
 autodoc_default_options = {"members": True, "show-inheritance": False}

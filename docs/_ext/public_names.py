@@ -1,10 +1,17 @@
 """The names under which the API is documented: those that users import."""
 
+import re
+
+from docutils.nodes import Node
 from sphinx.application import Sphinx
 from sphinx.domains.python import ObjectEntry
+from sphinx.domains.python._object import PyXrefMixin
 from sphinx.environment import BuildEnvironment
 
 import drophot
+
+LITERAL = re.compile(r"((?:~?typing\.)?Literal\[[^\]]*\])")
+make_xrefs = PyXrefMixin.make_xrefs
 
 
 def add_package_names(app: Sphinx, env: BuildEnvironment) -> None:
@@ -26,7 +33,18 @@ def keep_colons(
         lines.insert(0, "\\")  # which escapes the line break, and renders as nothing
 
 
+def make_xrefs_after_literal(
+    mixin: PyXrefMixin, role: str, domain: str, target: str, *args: object, **options: object
+) -> list[Node]:
+    """Link the types that follow a Literal, too, which Sphinx takes for parts of it."""
+    parts = [part for part in LITERAL.split(target) if part]
+    return [
+        node for part in parts for node in make_xrefs(mixin, role, domain, part, *args, **options)
+    ]
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
+    PyXrefMixin.make_xrefs = make_xrefs_after_literal
     app.connect("env-updated", add_package_names)
     app.connect("autodoc-process-docstring", keep_colons, priority=400)  # napoleon has 500
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -178,8 +178,8 @@ class Masks(Mapping[str, Tensor]):
 
         Returns:
             A handle. The hold ends with `handle.remove()` or at the end of a `with handle` block.
-            Both raise a `RuntimeError` if removed weights are not zero then, because something other
-            than a step of the optimizer changed them.
+            Both raise a `RuntimeError` if removed weights are not zero then, because something
+            other than a step of the optimizer changed them.
 
         Raises:
             TypeError: If `optimizer` is not a torch optimizer.
