@@ -120,7 +120,7 @@ def fingerprint(configuration: Mapping[str, Json]) -> str:
         configuration: Names and values that JSON can hold. The order of the names does not matter.
 
     Returns:
-        16 hexadecimal digits: the start of the SHA-256 of the canonical JSON.
+        16 hexadecimal digits, the start of the SHA-256 of the canonical JSON.
 
     Raises:
         TypeError: If JSON cannot hold a value.
