@@ -68,6 +68,8 @@ for name in ("torch.Generator", "torch.nn.Module", "torch.optim.lr_scheduler.LRS
     PAGES[name] = f"{TORCH}/generated/{name}.html#{name}"
 for name in ("numpy.dtype", "numpy.ndarray"):
     PAGES[name] = f"{NUMPY}/generated/{name}.html#{name}"
+for name in ("numpy.float64", "numpy.int64"):
+    PAGES[name] = f"{NUMPY}/arrays.scalars.html#{name}"
 
 
 def link(
