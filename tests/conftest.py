@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from itertools import filterfalse
 from pathlib import Path
@@ -74,7 +75,17 @@ if hypothesis is not None:
     hypothesis.settings.load_profile("drophot")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Of xdist from 3.7 on: files are handed out in the order of the tests, which is set below,
+    # instead of by their number of tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with many slow tests come first, so that two workers end at about the same time.
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow") is not None)
+    items.sort(key=lambda item: -slow[item.path])
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:

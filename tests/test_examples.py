@@ -201,13 +201,13 @@ def test_paper_grid_with_a_resnet_on_a_folder_of_images(tmp_path: Path) -> None:
     output = run(
         "paper_grid.py",
         *(*images, "--epochs", "1", "--seeds", "0", "--jobs", "1"),
-        *("--data-ratios", "0.5", "--prune-ratios", "0.8"),
+        *("--data-ratios", "0.5", "--modes", "low", "--prune-ratios", "0.8"),
         folder=tmp_path,
     )
     found = rows(output)
-    assert [row[1] for row in found] == ["baseline", "baseline", "low", "high", "random"]
-    assert [row[3] for row in found] == ["18", "18", "9", "9", "9"]
-    assert [row[9] for row in found] == ["0.00"] + 4 * ["80.00"]
+    assert [row[1] for row in found] == ["baseline", "baseline", "low"]
+    assert [row[3] for row in found] == ["18", "18", "9"]
+    assert [row[9] for row in found] == ["0.00", "80.00", "80.00"]
 
 
 def test_paper_grid_refuses_images_that_a_network_does_not_take(stops: Stops) -> None:

@@ -73,6 +73,7 @@ def fresh() -> dict[str, Any]:
     return json.loads(done.stdout) | {"errors": done.stderr}
 
 
+@pytest.mark.slow
 def test_importing_drophot_costs_torch_numpy_and_typing_extensions_only(
     fresh: dict[str, Any],
 ) -> None:

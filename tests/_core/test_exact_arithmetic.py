@@ -187,6 +187,7 @@ def chosen() -> list[Tensor]:
     return crest(torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     ["autocast to bfloat16", "float64 by default", "medium precision", "a surrounding device"],
@@ -196,6 +197,7 @@ def test_crest_chooses_the_same_under_any_mode(mode: str, chosen: list[Tensor]) 
     assert all(torch.equal(one, other) for one, other in zip(found, chosen, strict=True))
 
 
+@pytest.mark.slow
 def test_crest_in_float64() -> None:
     with MODES["float64 by default"]():
         found = crest(torch.float64)

@@ -82,6 +82,7 @@ LOOKS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look", LOOKS)
 @pytest.mark.parametrize("kind", [lambda: nn.Sequential(Merging(4, 3)), Outer])
 @pytest.mark.parametrize("mode", [True, False])

@@ -1,6 +1,6 @@
 """Facility location by its kernels, run by Triton's interpreter, against the definition.
 
-`test_facility_location_kernel.py` runs these tests in a process of their own, because Triton
+`test_interpreted.py` runs these tests in a process of their own, because Triton
 chooses its interpreter when it is imported. To run them alone:
 
     TRITON_INTERPRET=1 python -m pytest tests/coreset/interpreted_facility_location.py

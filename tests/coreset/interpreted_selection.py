@@ -1,6 +1,6 @@
 """Selection by the kernels for GPUs, run by Triton's interpreter, against selection on a CPU.
 
-`test_device_selection.py` runs these tests in a process of their own, because Triton chooses its
+`test_interpreted.py` runs these tests in a process of their own, because Triton chooses its
 interpreter when it is imported. To run them alone:
 
     TRITON_INTERPRET=1 python -m pytest tests/coreset/interpreted_selection.py

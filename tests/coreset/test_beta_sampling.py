@@ -12,6 +12,7 @@ from drophot._core.ratios import num_kept
 from drophot.coreset import Beta
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_as_often_as_by_numpy_with_the_papers_density() -> None:
     chance = np.random.default_rng(0)
     scores, confidence, ratio = chance.random(12), chance.random(12), 0.25

@@ -1,22 +1,13 @@
-"""`select` on a GPU, and its kernels without one."""
+"""`select` on a GPU. `interpreted_selection.py` tests its kernels without one."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.interpreter import check_by_the_interpreter, needs_triton
 
 from drophot.coreset import Stratified, select
 
 MODES = ["high", "low", "random", Stratified(bins=7)]
-
-
-@pytest.mark.slow
-@needs_triton
-def test_by_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).with_name("interpreted_selection.py")
-    check_by_the_interpreter(script, tmp_path, monkeypatch)
 
 
 @pytest.mark.gpu

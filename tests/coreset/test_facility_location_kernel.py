@@ -1,20 +1,13 @@
 """The Triton kernels of facility location."""
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.interpreter import check_by_the_interpreter, needs_triton
+from helpers.interpreter import needs_triton
 
 from drophot import facility_location
-
-
-@needs_triton
-def test_by_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).with_name("interpreted_facility_location.py")
-    check_by_the_interpreter(script, tmp_path, monkeypatch)
 
 
 @needs_triton

@@ -1,21 +1,10 @@
 """The Triton kernel of k-center, against its definition."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from conftest import run
 
 from drophot import k_center
 from drophot.coreset import greedy_k_center
-
-
-@pytest.mark.slow
-def test_interpreted_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    script = Path(__file__).with_name("interpreted_k_center.py")
-    run(script, folder=tmp_path)  # fails if anything differs
 
 
 @pytest.mark.gpu

@@ -320,6 +320,7 @@ def test_what_does_not_fit_is_read_by_workers_in_the_same_order(
         assert len(marked.readers() - {os.getpid()}) == 2, "a second epoch has the same workers"
 
 
+@pytest.mark.slow
 def test_workers_are_no_forks_of_this_process(two_threads: None, tmp_path: Path) -> None:
     """A fork would have its modules, and the user's script, which is not run again either."""
     script = tmp_path / "script.py"
@@ -626,6 +627,7 @@ class WithTargets(TensorDataset):
         return self.tensors[1]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.dictionaries(st.integers(0, 19), st.integers(0, 3), max_size=5))
 def test_targets_are_those_of_the_samples_whatever_an_attribute_says(

@@ -282,6 +282,7 @@ HELD: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [lambda d: d, lambda d: Subset(d, range(1400))])
 @pytest.mark.parametrize("at", [0, 1234])
 @pytest.mark.parametrize("name", HELD)

@@ -43,6 +43,7 @@ class Seen:
 # --- as many steps as the full training set takes ----------------------------------------------
 
 
+@pytest.mark.slow
 @given(
     st.integers(20, 60),
     st.floats(0.15, 1.0),

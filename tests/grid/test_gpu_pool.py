@@ -70,6 +70,7 @@ def _variables() -> tuple[str | None, ...]:
     return tuple(os.environ.get(name) for name in VARIABLES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("control")
 def test_a_worker_for_each_gpu_needs_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 3)
@@ -77,6 +78,7 @@ def test_a_worker_for_each_gpu_needs_no_service(monkeypatch: pytest.MonkeyPatch)
         assert pool.submit(_variables).result() == ("GPU-0000-2", None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("control")
 def test_workers_are_spread_over_gpus_and_share_a_service_that_ends_with_the_pool(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +157,7 @@ def test_numbers_of_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> 
         GpuPool(workers_per_gpu=0)
 
 
+@pytest.mark.slow
 def test_parts_of_a_gpu_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a, MIG-b")

@@ -64,6 +64,7 @@ def alone(pipeline: DropHot, record: Record) -> Record:
 # --- what is computed ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -92,6 +93,7 @@ def test_every_record_is_the_one_of_the_pipeline_alone(
     assert len(cells) == len(found) == len(seeds) * (3 + len(ratios) * 3 * 2 * 3)
 
 
+@pytest.mark.slow
 def test_every_cell_once_the_baseline_always_and_dense_too(tmp_path: Path) -> None:
     found = grid(prune_ratios=[0.3, 0.6]).run(tmp_path)
     cells = [(r.seed, r.mode, r.keep_ratio, r.prune_ratio) for r in found]
@@ -110,6 +112,7 @@ def test_every_cell_once_the_baseline_always_and_dense_too(tmp_path: Path) -> No
     assert all(len(r.finetune_curve) == 1 and r.sparsity < 0.01 for r in dense)
 
 
+@pytest.mark.slow
 def test_controls_are_cells_beside_the_others(tmp_path: Path) -> None:
     plain = grid(seeds=[0]).run(tmp_path / "plain")
     every = grid(seeds=[0], controls=["equal_steps", "reinitialize"]).run(tmp_path / "controls")
@@ -125,6 +128,7 @@ def test_controls_are_cells_beside_the_others(tmp_path: Path) -> None:
     assert kinds["baseline", False, True, 0.6] == 1
 
 
+@pytest.mark.slow
 def test_what_cells_share_is_computed_once(tmp_path: Path) -> None:
     calls = Calls()
     pipeline = drop_hot(score_epochs=2, train_epochs=2, finetune_epochs=1, fit=calls)
@@ -168,6 +172,7 @@ def test_the_papers_grid_takes_590_epochs_instead_of_910(score_epochs: int) -> N
     assert (plan.scorings, plan.trainings) == (1, 10 if shared else 11)
 
 
+@pytest.mark.slow
 def test_no_scores_where_none_are_needed(tmp_path: Path) -> None:
     wanted = grid(modes=["random"], seeds=[0])
     plan = wanted.plan()
@@ -178,6 +183,7 @@ def test_no_scores_where_none_are_needed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     st.sets(st.sampled_from([0.2, 0.3, 0.5]), min_size=1),
@@ -300,6 +306,7 @@ def test_a_record_that_is_lost_at_the_end_is_an_error(
         grid(seeds=[0]).run(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_estimates_are_of_the_right_size(tmp_path: Path) -> None:
     wanted = grid(controls=["equal_steps"])
     plan = wanted.plan()
@@ -319,6 +326,7 @@ def test_the_callers_random_state_and_threads_are_left_alone(tmp_path: Path) -> 
         torch.set_num_threads(1)
 
 
+@pytest.mark.slow
 def test_the_pipeline_is_left_alone(tmp_path: Path) -> None:
     pipeline = drop_hot(finetune_epochs=1)
     before = pipeline.run()
@@ -389,6 +397,7 @@ def test_progress_without_tqdm_names_the_extra(
 # --- the store's configuration ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_store_can_be_extended(tmp_path: Path) -> None:
     calls = Calls()
     pipeline = drop_hot(score_epochs=2, train_epochs=2, finetune_epochs=1, fit=calls)

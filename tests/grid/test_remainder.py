@@ -148,6 +148,7 @@ def grid(run: DropHot, **changes: Any) -> Grid:
     return Grid(run, **(cells | {"seeds": [0, 1]} | changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [Plain, Projection, Order, Drawn, Counts, Remembers, Fades, Generates, Extra]
 )

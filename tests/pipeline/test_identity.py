@@ -217,6 +217,7 @@ VALUES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
+@pytest.mark.slow
 def test_the_same_is_the_same_in_another_process() -> None:
     """With another order of sets, other addresses and another temporary folder."""
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
@@ -258,6 +259,7 @@ def test_another_argument_is_another_experiment(kind: str) -> None:
     assert "0x" not in said(model=partial(Net, it=one()))
 
 
+@pytest.mark.slow
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

@@ -326,6 +326,7 @@ def test_everything_is_the_baseline_for_what_chooses_while_it_trains_too(mode: A
     assert found.finetune_curve == plain.finetune_curve
 
 
+@pytest.mark.slow
 def test_a_grid_holds_all_modes_and_its_records_are_the_pipelines(tmp_path: Path) -> None:
     pipeline = drop_hot(score_epochs=2, train_epochs=2, finetune_epochs=1)
     grid = Grid(pipeline, data_ratios=[0.3], modes=MODES, prune_ratios=[0.6], seeds=[1])
@@ -372,6 +373,7 @@ def test_what_chooses_while_it_trains_waits_for_nothing() -> None:
         assert need == stage_of({}, settings, kind="score")
 
 
+@pytest.mark.slow
 def test_a_page_and_figures_of_many_modes(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pipeline = drop_hot(score_epochs=2, train_epochs=2, finetune_epochs=1)

@@ -282,6 +282,7 @@ def test_flags_are_flags(name: str) -> None:
 CONTROLS = ["rewind", "gradual", "iterative", "reinitialize"]
 
 
+@pytest.mark.slow
 def test_a_grid_of_controls_is_its_runs_one_by_one(tmp_path) -> None:
     pipeline = drop_hot(finetune_epochs=2, prunings=2)
     settings = {"data_ratios": [0.5], "modes": ["random"], "prune_ratios": [0, 0.5], "seeds": [0]}

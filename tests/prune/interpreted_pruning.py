@@ -1,6 +1,6 @@
 """Pruning by the kernels for GPUs, run by Triton's interpreter, against pruning on a CPU.
 
-`test_device_pruning.py` runs these tests in a process of their own, because Triton chooses its
+`test_interpreted.py` runs these tests in a process of their own, because Triton chooses its
 interpreter when it is imported. To run them alone:
 
     TRITON_INTERPRET=1 python -m pytest tests/prune/interpreted_pruning.py
@@ -62,8 +62,9 @@ def networks(draw: Any) -> nn.Module:
             parameter.data.copy_(torch.tensor(values).view(parameter.shape))
     if draw(st.booleans()):
         net.odd.weight.data.zero_()
-    for module in net.children():
-        module.to(draw(st.sampled_from(DTYPES)))
+    dtypes = draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=2))
+    for module in net.children():  # each dtype takes a launch, which takes long here
+        module.to(draw(st.sampled_from(dtypes)))
     return net.scattered() if draw(st.booleans()) else net
 
 
@@ -121,7 +122,7 @@ def test_kernels_prune_the_same_weights(
     net: nn.Module, method: dict[str, Any], ratio: float, data: st.DataObject
 ) -> None:
     calls = [(0.5 if "pattern" in method else ratio, method)]
-    for again in data.draw(st.lists(st.sampled_from(METHODS), max_size=2)):
+    for again in data.draw(st.lists(st.sampled_from(METHODS), max_size=1)):
         calls.append((0.5 if "pattern" in again else min(ratio + 0.2, 0.99), again))
     twin = copy.deepcopy(net)
     for found, expected in zip(pruned(net, calls), on_a_cpu(pruned, twin, calls), strict=True):
@@ -299,6 +300,7 @@ def operations(num_layers: int, monkeypatch: pytest.MonkeyPatch, **options: Any)
         launches[kernel.__name__] += 1
         launch(kernel, *arguments, **constants)
 
+    assert radix_select.has_kernels([torch.zeros(3)])  # which launches kernels the first time
     launch = radix_select.launch
     with monkeypatch.context() as patched:
         patched.setattr(radix_select, "launch", counted)
@@ -317,7 +319,7 @@ def operations(num_layers: int, monkeypatch: pytest.MonkeyPatch, **options: Any)
 def test_there_is_no_loop_over_layers(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    few, many = (operations(number, monkeypatch, **options) for number in (2, 9))
+    few, many = (operations(number, monkeypatch, **options) for number in (2, 5))
     assert many == few
     assert few["count_values"] == 1
     if "pattern" not in options and "min_kept" not in options:

@@ -504,6 +504,7 @@ def damaged(path: Path, model: nn.Module, places: range, change: int) -> Counter
     return ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [0x01, 0x0E, 0x55, 0xFF])
 def test_every_byte_counts(change: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -699,6 +700,7 @@ def parts(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix == ".part")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be removed there")
 def test_what_killed_writers_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
     folder, processes = tmp_path / "folder", tmp_path / "processes"

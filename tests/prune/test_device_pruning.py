@@ -1,22 +1,13 @@
-"""`magnitude_prune` on a GPU, and its kernels without one."""
+"""`magnitude_prune` on a GPU. `interpreted_pruning.py` tests its kernels without one."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.interpreter import check_by_the_interpreter, needs_triton
 from torch import Tensor, nn
 
 from drophot import magnitude_prune
-
-
-@pytest.mark.slow
-@needs_triton
-def test_by_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = Path(__file__).with_name("interpreted_pruning.py")
-    check_by_the_interpreter(script, tmp_path, monkeypatch)
 
 
 def network(dtype: torch.dtype) -> nn.Module:

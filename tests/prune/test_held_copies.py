@@ -489,6 +489,7 @@ def test_a_layer_that_is_unfrozen_has_masked_gradients_at_once() -> None:
     assert (gradient(model[0].weight)[~masks["0.weight"]] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_and_a_compiled_step(backend: str) -> None:
     torch._dynamo.reset()

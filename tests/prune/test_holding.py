@@ -207,6 +207,7 @@ def test_the_cure_for_a_copy_is_one() -> None:
     assert Masks.from_zeros(twin).sparsity == 0.8
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_held() -> None:
     model, masks, _ = two()
     optimizer = AdamW(model.parameters(), lr=torch.tensor(0.1))

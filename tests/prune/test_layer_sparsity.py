@@ -79,6 +79,7 @@ def test_lamp_scores_are_the_papers(layers: list[list[int]], seed: int) -> None:
         assert has_lamp_scores(weights, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(st.integers(0, 1000), st.sampled_from([0.1, 0.5, 0.8, 0.95]))
 def test_lamp_removes_the_least_scores_of_all_layers(seed: int, ratio: float) -> None:

@@ -299,6 +299,7 @@ def test_zeros_are_plain_zeros() -> None:
     assert np.signbit(model[0].weight.detach().numpy()).sum() == 2
 
 
+@pytest.mark.slow
 def test_the_published_lenet_pruned_layer_by_layer_scores_what_its_authors_published(
     mnist_root: Any, published_lenet: Any
 ) -> None:

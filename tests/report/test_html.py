@@ -92,6 +92,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, str]:
     return Page(text), text
 
 
+@pytest.mark.slow
 def test_nothing_outside_the_page_is_asked_for(full: tuple[Page, str]) -> None:
     found, text = full
     for tag, name, value in found.attributes:
@@ -172,6 +173,7 @@ def test_a_page_is_the_same_again_and_in_any_order_of_records(
     assert html(grid()[::-1], tmp_path / "page.html").read_text(encoding="utf-8") == full[1]
 
 
+@pytest.mark.slow
 def test_a_running_grid_with_half_a_line_and_a_line_twice(tmp_path: Path) -> None:
     runs = grid(seeds=2)
     folder = store(tmp_path / "store", runs, plan={"cells": 40}, configuration={"a": {"b": [1]}})
@@ -253,6 +255,7 @@ def test_what_is_missing_is_left_out_and_named(
     assert found.tags["figure"] == figures
 
 
+@pytest.mark.slow
 def test_epochs_that_cannot_be_drawn_are_left_out_and_named(tmp_path: Path) -> None:
     none = [replace(r, finetune_curve=()) for r in grid()]
     assert "Left out: there are no epochs of fine-tuning." in page(none, tmp_path).words
@@ -268,6 +271,7 @@ def test_cells_that_are_missing_leave_their_place_empty(tmp_path: Path) -> None:
     assert "<div></div>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_controls_networks_and_protocols_are_drawn_apart(tmp_path: Path) -> None:
     small: dict[str, Any] = {"keeps": (0.1,), "prunes": (0.8,), "seeds": 2}
     runs = grid(**small)
@@ -297,6 +301,7 @@ def test_what_is_left_out_for_one_reason_is_said_once(tmp_path: Path) -> None:
     assert reason in found.words  # two of the three in one line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("only", [{}, {"keeps": (0.1,)}, {"prunes": (0.8,)}])
 def test_no_label_of_a_figure_is_cut_off(
     only: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -333,6 +338,7 @@ def test_no_label_of_a_figure_is_cut_off(
 NASTY = '<script>alert("1")</script>&amp;\'"><b>'
 
 
+@pytest.mark.slow
 def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
     runs = [
         replace(r, model=NASTY, device=NASTY, versions={NASTY: NASTY}, seconds={NASTY: 1.0})
@@ -346,6 +352,7 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
     assert [[f"{NASTY}.{NASTY}", NASTY]] in found.tables
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(grid(seeds=2)), min_size=1, max_size=5))
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_handful_of_a_grid_makes_a_page(runs: list[Record]) -> None:
@@ -360,6 +367,7 @@ def test_any_handful_of_a_grid_makes_a_page(runs: list[Record]) -> None:
     })
 
 
+@pytest.mark.slow
 def test_a_page_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

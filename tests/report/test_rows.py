@@ -274,6 +274,7 @@ def whole(base: list[Record], seeds: int = 2) -> list[Record]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("seeds", "gone"), [(1, (0,)), (3, (0,)), (3, (0, 1)), (3, (0, 1, 2))], ids=str

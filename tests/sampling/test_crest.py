@@ -134,6 +134,7 @@ def flat(tensors: Any) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lr", "seed"), [(0.1, 0), (0.1, 1), (0.5, 0), (0.5, 1)])
 def test_crest_is_its_definition_step_by_step(lr: float, seed: int) -> None:
     """Choices, weights, gradient, curvature, intervals and decisions, along a whole training."""
@@ -259,6 +260,7 @@ def test_random_subsets_have_every_class_in_its_proportion() -> None:
     assert len(seen) > 100, "each subset is another one"
 
 
+@pytest.mark.slow
 def test_every_class_is_trained_on_in_its_proportion_however_rare() -> None:
     """More classes than places in a batch, and one of few samples: none is left out for good."""
     sizes = [100] * 8 + [1000, 3]

@@ -75,6 +75,7 @@ def test_loss_sampling_keeps_an_exact_share_and_its_weights_sum_to_everything(
             assert seen[always].min() >= seen[~always].max() or (weights == 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5, 0.8, 1.0])
 def test_the_weighted_sum_is_unbiased(ratio: float) -> None:
     """Over seeds the mean of the weights is 1, whatever the loss."""

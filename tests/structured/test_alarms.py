@@ -72,6 +72,7 @@ def at_call(number: int, counted: Counter[str]) -> Callable[[FrameType, str, Any
     return watch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [LimitError, TimeoutError, RuntimeError, ValueError])
 def test_an_alarm_at_any_moment_comes_out_as_it_is(
     handle: Callable[[Any], object], kind: type[Exception]

@@ -163,6 +163,7 @@ TORCHVISION = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
 @pytest.mark.filterwarnings("ignore:The default weight initialization of")
 def test_nothing_is_said_of_torchvisions_networks(name: str) -> None:

@@ -146,6 +146,7 @@ def gone(model: Any) -> None:
         raise SystemExit(9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forward", "seconds", "outcome"),
     [(None, 60, "right"), (endless, 5, "timed out"), (gone, 60, "crashed")],

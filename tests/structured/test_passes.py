@@ -99,6 +99,7 @@ def passes(block: Callable[[int, int], nn.Module], depth: int) -> tuple[int, Pru
     return calls, pruned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block", [Reshaped, Unflattened, Parts, Asserted, Literal, Otherwise, Attention]
 )

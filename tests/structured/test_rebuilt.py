@@ -139,6 +139,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
     return folder, here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_rebuilt_network_gives_equal_numbers_in_another_process(
     name: str, pruned: tuple[Path, dict[str, list[Tensor]]]

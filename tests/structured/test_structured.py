@@ -137,15 +137,15 @@ NORMALISED = {  # over the channels, so that a channel that is gone differs from
 ALL = CONVOLUTIONAL | NORMALISED
 
 
-LARGE = {"resnet18", "efficientnet_b0", "regnet"}  # where one ratio has to do
+SMALL = ("block", "groups", "fcnet", "lenet", "vit")  # which are tested with a second ratio
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "ratio"),
     [
-        (name, ratio)
-        for name in sorted(ALL.keys() - {"vgg11_bn"})
-        for ratio in ((0.6,) if name in LARGE else (0.3, 0.6))
+        *((name, 0.6) for name in sorted(ALL.keys() - {"vgg11_bn"})),
+        *((name, 0.3) for name in SMALL),
     ],
 )
 def test_a_channel_that_is_gone_is_one_of_zeros(name: str, ratio: float) -> None:
@@ -179,6 +179,7 @@ def halved(request: pytest.FixtureRequest) -> Halved:
     return Halved(name=request.param, inputs=inputs, dense=dense, model=model, pruned=pruned)
 
 
+@pytest.mark.slow
 def test_about_the_share_that_was_asked_for_goes(halved: Halved) -> None:
     model, pruned = halved.model, halved.pruned
     before = sum(p.numel() for p in halved.dense.parameters())
@@ -287,6 +288,7 @@ def test_lenet_against_one_that_is_built_smaller_by_hand(ratio: float) -> None:
     assert pruned.unpruned_layers == {"fc3.weight": "an output of the network"}
 
 
+@pytest.mark.slow
 @given(
     ratio=st.floats(0, 0.99),
     widths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
@@ -322,6 +324,7 @@ def test_the_scale_of_a_layer_does_not_matter(scale: float) -> None:
     assert all(torch.equal(index, same[name]) for name, index in kept.items())
 
 
+@pytest.mark.slow
 def test_coupled_layers_lose_the_same_channels_and_count_alike() -> None:
     torch.manual_seed(0)
     model = models.resnet18()
@@ -694,16 +697,18 @@ def test_a_description_of_another_network_is_refused(change: dict) -> None:
     assert model.fc1.weight.shape == (120, 256)
 
 
+@pytest.mark.slow
 def test_it_exports(tmp_path) -> None:
     pytest.importorskip("torch.export")
-    for factory, inputs in (ALL["resnet18"], ALL["mobilenet_v3"], ALL["vit"]):
+    for factory, inputs in (ALL["bottlenecks"], ALL["vit"]):
         model = factory().eval()
         prune_channels(model, 0.5, inputs)
         program = torch.export.export(model, (inputs,))
         torch.testing.assert_close(program.module()(inputs), model(inputs), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["lenet", "resnet18", "mobilenet_v3", "vit"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bottlenecks", "vit"])
 def test_it_exports_to_onnx(name: str, tmp_path) -> None:
     modern = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # before, half done
     pytest.importorskip("onnxscript" if modern else "onnx")

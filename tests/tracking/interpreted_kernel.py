@@ -1,6 +1,6 @@
 """The kernel of `update`, by Triton's interpreter on a CPU, against the plain operations.
 
-`test_fused_update.py` runs these tests in another process, because Triton chooses its interpreter
+`test_interpreted.py` runs these tests in another process, because Triton chooses its interpreter
 when it is imported. To run them alone:
 
     TRITON_INTERPRET=1 python -m pytest tests/tracking/interpreted_kernel.py
@@ -28,7 +28,7 @@ BUILT_IN = ("aum", "el2n", "confidence", "variability", "loss")
 N = 5
 Batch = tuple[Tensor, Tensor, Tensor]
 # The interpreter takes a tenth of a second for a row.
-few, fewer = settings(max_examples=20), settings(max_examples=10)
+few, fewer = settings(max_examples=10), settings(max_examples=6)
 
 # NumPy, which the interpreter uses, warns of operations with NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

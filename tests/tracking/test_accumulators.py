@@ -104,6 +104,7 @@ def test_scores_are_those_of_the_papers(seen: list[Batch], window: int, until: i
 once = st.lists(st.tuples(st.permutations(range(N)), st.integers(0, 9999)), max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(once, once, batches, st.none() | st.integers(5, 9))
 def test_merged_ranks_equal_one_process(

@@ -336,6 +336,7 @@ def test_loading_a_state_leaves_an_old_fault_behind() -> None:
     assert tracker.presentations.tolist() == [0, 1, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ForgettingTracker, DynamicsTracker])
 @pytest.mark.parametrize("target", [-100, -1, 3, 1 << 20, -(1 << 40), 1 << 40])
 @pytest.mark.parametrize("later", [False, True])
@@ -559,6 +560,7 @@ def test_autograd_is_left_alone() -> None:
     assert torch.equal(logits.grad, torch.ones(2, 3))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.integers(0, 2**31))
 def test_training_with_the_tracker_gives_the_same_weights(seed: int) -> None:

@@ -5,13 +5,11 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import start
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,22 +27,6 @@ no_gpu = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-@triton
-def test_by_the_interpreter(tmp_path: Path, monkeypatch: Any) -> None:
-    pytest.importorskip("hypothesis")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    script = Path(__file__).with_name("interpreted_kernel.py")
-    options = (
-        "-q",
-        "--show-capture=no",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={script.parents[2]}",
-    )
-    result = start("-m", "pytest", *options, script, folder=tmp_path)
-    assert result.returncode == 0, result.stdout
-
-
 @triton
 @pytest.mark.parametrize(
     ("dtype", "values", "squares"),

@@ -222,6 +222,7 @@ def test_ranks_equal_one_process_that_saw_everything(tmp_path: Path) -> None:
         assert ("entropy" if rank else "power") in found["error"]
 
 
+@pytest.mark.slow
 def test_a_compiled_step_has_no_graph_break() -> None:
     found = tracker()
     torch.compiler.reset()

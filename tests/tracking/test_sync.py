@@ -31,6 +31,7 @@ def replayed(kind: str, name: str, ranks: int, interleaved: bool = False) -> dic
     return worker.last(tracker.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), worker.RUNS)
 def test_ranks_equal_one_process_that_saw_everything(found: Any, kind: str, name: str) -> None:
     # A sample that two ranks have seen is put together from both, in the last digits of floats.
