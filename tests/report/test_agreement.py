@@ -79,11 +79,13 @@ def test_the_page_shows_the_agreement(tmp_path: Path, held: bool) -> None:
 
 
 def test_the_share_forgotten_is_drawn_by_score() -> None:
-    after = np.arange(10) < 8
-    found = forgotten_by_pruning(np.ones(10, dtype=bool), after, np.arange(10), groups=2)
+    before, scores = np.ones(10, dtype=bool), np.arange(10)
+    found = forgotten_by_pruning(before, scores < 8, scores, groups=2)
     ax = plot_forgotten(found, label="half removed")
-    again = plot_forgotten(found, label="more removed", ax=ax)
-    assert again is ax
+    found = forgotten_by_pruning(before, scores < 5, scores, groups=2)
+    assert plot_forgotten(found, label="more removed", ax=ax) is ax
+    assert ax.get_ylim()[0] == 0
+    assert ax.get_ylim()[1] >= 100
     assert len(ax.containers) == 2
     line = ax.containers[0].lines[0]
     assert line.get_xdata().tolist() == [2, 7]

@@ -126,9 +126,9 @@ def agreement(records: Iterable[Record], format: Format = "markdown") -> str:
 
     There is a row for each mode and data ratio. The column "over seeds" is the agreement of the
     coresets of its `n` seeds with its 95 % interval: 1 if all are equal, 0 on average if they are
-    random (see :func:`drophot.stats.stability`). The other columns are the agreement with another
-    mode for the same seed, the mean over seeds. Coresets that cells share, for example those of
-    several prune ratios, count once.
+    random. With few seeds the interval is too narrow (see :func:`drophot.stats.stability`). The
+    other columns are the agreement with another mode for the same seed, the mean over seeds.
+    Coresets that cells share, for example those of several prune ratios, count once.
 
     Args:
         records: The runs. Left out are those that do not hold their coreset: older ones, those of

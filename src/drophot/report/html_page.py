@@ -254,8 +254,8 @@ def _agreement(table: Table | None) -> str:
         )
     return note(
         "1 if coresets are equal, 0 on average if they are random. Over seeds: the agreement of "
-        "the coresets of n seeds, [its 95 % interval]. Under a mode: the agreement with that mode "
-        "for the same seed, the mean over seeds."
+        "the coresets of n seeds, [its 95 % interval], which is too narrow if n is below 10. Under "
+        "a mode: the agreement with that mode for the same seed, the mean over seeds."
     ) + _table(table)
 
 

@@ -166,6 +166,7 @@ def forgotten(found: stats.Forgotten, *, ax: Axes | None = None, label: str | No
     ax.errorbar(found.scores, shares, yerr=bars, label=label and _shown(label), capsize=3, **look)
     ax.set_xlabel("score (mean of a group)")
     ax.set_ylabel("correct before, wrong after (%)")
+    ax.autoscale(axis="y")  # an earlier line may have fixed the upper end
     ax.set_ylim(bottom=0)
     ax.grid(axis="y", alpha=0.3)
     if label:
