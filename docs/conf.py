@@ -57,7 +57,12 @@ ogp_site_url = html_baseurl
 ogp_social_cards = {"enable": False}
 copybutton_exclude = ".linenos, .gp, .go"  # the prompts and the output of a session
 exclude_patterns = ["_build", "gallery"]
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "substitution"]
+myst_substitutions = {
+    "code": f"The code is at <{repository}>."
+    if repository
+    else "The entries of the [API](api/index.md) link to their code."
+}
 myst_heading_anchors = 3
 
 default_role = "literal"  # docstrings write code between single backticks
@@ -76,7 +81,7 @@ nitpick_ignore_regex = [
     ("py:class", r"drophot\.(\w+\.)+(SelectionHook|Watched)"),
     ("py:class", r"torch\.utils\.hooks\.RemovableHandle|Trainer"),
 ]
-autodoc_default_options = {"members": True, "show-inheritance": False}
+autodoc_default_options = {"members": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
