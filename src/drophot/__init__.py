@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from drophot.coreset import Coreset, Stratified, facility_location, features, k_center, select
 from drophot.data import IndexedDataset
 from drophot.grid import Grid
-from drophot.pipeline import DropHot, Scored
+from drophot.pipeline import Adaptive, DropHot, Scored
 from drophot.prune import Masks, magnitude_prune, summary
 from drophot.records import Record
-from drophot.sampling import CrestLoader, FreshSubset, LossSampling
+from drophot.sampling import AdaptiveSubset, CrestLoader, FreshSubset, LossSampling
 from drophot.tracking import DynamicsTracker, ForgettingTracker
 from drophot.training import evaluate, fit
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Adaptive",
+    "AdaptiveSubset",
     "Coreset",
     "CrestLoader",
     "DropHot",

@@ -12,6 +12,7 @@ step that it changes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
@@ -99,13 +100,14 @@ def _at_least(least: int) -> Callable[[str, Any], object]:
     return lambda name, value: scalars.integer(name, value, least=least)
 
 
-_OBJECT_MODES = "a selector such as Stratified(), Scored() or your own"
-# The names that Scored and Stratified give themselves.
+_OBJECT_MODES = "a selector such as Stratified(), Scored() or your own, or an Adaptive()"
+# The names that Scored, Stratified and Adaptive give themselves.
 _STATISTIC = "((forgetting|aum|el2n|confidence|variability|loss)-)?"
 _SELECTOR_NAMES = (
     rf"({_STATISTIC}(high|low)|random|"
     rf"{_STATISTIC}stratified(-bins\d+)?(-cutoff\d[\d.e-]*)?(-low)?)(-balanced)?"
 )
+_ADAPTIVE_NAMES = rf"adaptive\d+-({_SELECTOR_NAMES}|{'|'.join(get_args(FeatureMode))})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +121,8 @@ class Settings:
             :class:`drophot.Stratified` covers all scores and :class:`drophot.Scored` uses another
             score or chooses class by class. `"k_center"` and `"facility_location"` choose by the
             features of step 1's network. `"crest"`, `"fresh_subset"` and `"loss_sampling"` choose
-            while step 3 trains. Your own :class:`drophot.coreset.Selector` works too. See "How to
+            while step 3 trains, and :class:`drophot.Adaptive` selects again every few epochs by
+            any of the others. Your own :class:`drophot.coreset.Selector` works too. See "How to
             choose a coreset".
         prune_ratio: The share of the prunable weights **removed**, in [0, 1): see
             :func:`drophot.magnitude_prune`. A warning is given if they are not nearly all of the
@@ -173,7 +176,7 @@ class Settings:
             check=name_or_object(
                 (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES),
                 _OBJECT_MODES,
-                reserved=f"{BASELINE}|{_SELECTOR_NAMES}",
+                reserved=f"{BASELINE}|{_SELECTOR_NAMES}|{_ADAPTIVE_NAMES}",
             ),
             stage="train",
             varies=True,
@@ -387,7 +390,8 @@ def needs_scoring(mode: str | Named) -> bool:
     """Whether a mode selects by the scores or the network of step 1."""
     needs = getattr(mode, "needs", None)
     if needs is None:  # a name, which says nothing about a user's own selector
-        return name_of(mode) not in _WITHOUT_SCORING
+        name = name_of(mode)
+        return name not in _WITHOUT_SCORING and not re.match(r"adaptive\d+-", name)
     return not {"scores", "model"}.isdisjoint(needs)
 
 

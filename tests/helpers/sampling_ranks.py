@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler, TensorDataset
 
-from drophot import CrestLoader, FreshSubset, LossSampling
+from drophot import AdaptiveSubset, CrestLoader, FreshSubset, LossSampling
 
 N, EPOCHS = 41, 4
 
@@ -90,6 +90,32 @@ def by_crest(ranks: int, rank: int) -> dict[str, Any]:
     return {"indices": indices, "selections": loader.selections, "state": loader.state_dict()}
 
 
+def adaptive(ranks: int, rank: int, mode: str) -> dict[str, Any]:
+    """Five epochs of training; in the fourth one, another object resumes from the state."""
+    model = network()
+    wrapped = DistributedDataParallel(model) if ranks > 1 else model
+    options: dict[str, Any] = {"every": 1, "num_replicas": ranks, "rank": rank}
+    sampler = AdaptiveSubset(data(), wrapped, 0.4, mode, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    shown: list[list[int]] = []
+    for epoch in range(5):
+        shown.append([])
+        for number, index in enumerate(sampler):
+            shown[-1].append(index)
+            inputs, targets = data()[torch.tensor([index, (index + 1) % N])]
+            optimizer.zero_grad()
+            F.cross_entropy(wrapped(inputs), targets).backward()
+            optimizer.step()
+            if epoch == 3 and number == 2:
+                break
+        if epoch == 3:
+            state = sampler.state_dict()
+            sampler = AdaptiveSubset(data(), wrapped, 0.4, mode, **options)
+            sampler.load_state_dict(state)
+            shown[-1] += list(sampler)
+    return {"shown": shown, "state": sampler.state_dict()}
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -98,6 +124,8 @@ def main(folder: Path) -> None:
         "whole": by_loss(ranks, rank),
         "resumed": by_loss(ranks, rank, 5),
         "crest": by_crest(ranks, rank),
+        "high": adaptive(ranks, rank, "high"),
+        "k_center": adaptive(ranks, rank, "k_center"),
     }
     sampling = LossSampling(N, 0.4, num_replicas=ranks, rank=rank)
     order = SequentialSampler(range(N)) if rank else reversed(range(N))

@@ -14,6 +14,7 @@ from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset
 
 from drophot import (
+    Adaptive,
     CrestLoader,
     Grid,
     Scored,
@@ -43,8 +44,14 @@ STRATEGIES = [
     Scored("aum", Stratified(hard="low", cutoff=0.1)),
     Scored("forgetting", "low", balanced=True),
 ]
+ADAPTIVE = [
+    Adaptive("high", every=1),
+    Adaptive("k_center", every=2),
+    Adaptive(Scored("el2n", balanced=True), every=1),
+]
+WHILE_TRAINING = [*SAMPLING_MODES, *ADAPTIVE]
 BY_CLASS = Scored(mode="random", balanced=True)
-MODES = ["high", "low", "random", BY_CLASS, *FEATURE_MODES, *SAMPLING_MODES, *STRATEGIES]
+MODES = ["high", "low", "random", BY_CLASS, *FEATURE_MODES, *WHILE_TRAINING, *STRATEGIES]
 each = pytest.mark.parametrize("mode", MODES, ids=name)
 
 
@@ -55,9 +62,9 @@ def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     assert (record.mode, record.num_kept, record.keep_ratio) == (name(mode), 60, 0.5)
     assert record.trained_accuracy > 0.3
     assert record.sparsity == pytest.approx(0.6, abs=0.02)
-    assert len(run.indices) == (120 if mode in SAMPLING_MODES else 60)
+    assert len(run.indices) == (120 if mode in WHILE_TRAINING else 60)
     assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
-    assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *SAMPLING_MODES))
+    assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *WHILE_TRAINING))
     assert needs_scoring(mode) == needs_scoring(name(mode)) == ("score" in record.seconds)
     json.dumps(run.configuration)
 
@@ -135,7 +142,7 @@ class Steps(Adam):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("mode", ["random", *SAMPLING_MODES])
+@pytest.mark.parametrize("mode", ["random", *WHILE_TRAINING])
 @pytest.mark.parametrize("equal_steps", [False, True])
 def test_a_mode_that_chooses_while_it_trains_costs_what_a_coreset_costs(
     mode: Any, equal_steps: bool
@@ -283,7 +290,7 @@ def by_data_loader(model: nn.Module, dataset: Any, epochs: int, **rest: Any) -> 
     fit(model, DataLoader(dataset, 16, shuffle=True), epochs, **rest)
 
 
-@pytest.mark.parametrize("mode", SAMPLING_MODES)
+@pytest.mark.parametrize("mode", WHILE_TRAINING)
 @pytest.mark.parametrize("wrong", [by_position, by_data_loader])
 def test_a_loop_that_takes_a_loader_for_a_dataset_is_told(mode: Any, wrong: Any) -> None:
     run = drop_hot(mode=mode, fit=wrong)
@@ -304,7 +311,7 @@ def test_a_loop_that_reports_no_losses_is_refused_where_these_choose() -> None:
 
 def test_options_of_fit_go_with_every_mode_by_partial() -> None:
     loss = nn.CrossEntropyLoss(label_smoothing=0.1, reduction="none")
-    for mode in ("high", *SAMPLING_MODES):
+    for mode in ("high", *WHILE_TRAINING):
         found = drop_hot(mode=mode, fit=partial(fit, loss=loss)).run()
         assert found.trained_accuracy > 0.3
         assert found != drop_hot(mode=mode).run()
@@ -318,7 +325,7 @@ def test_a_mode_has_a_name_that_a_file_can_have(mode: Any) -> None:
     assert len({name(mode) for mode in MODES}) == len(MODES)
 
 
-@pytest.mark.parametrize("mode", SAMPLING_MODES)
+@pytest.mark.parametrize("mode", WHILE_TRAINING)
 def test_everything_is_the_baseline_for_what_chooses_while_it_trains_too(mode: Any) -> None:
     found = drop_hot(mode=mode, data_ratio=1.0).run()
     plain = drop_hot(mode="random", data_ratio=1.0).run()
@@ -365,7 +372,7 @@ def test_a_grid_whose_scoring_is_no_baseline_has_its_network_for_the_features(
 
 def test_what_chooses_while_it_trains_waits_for_nothing() -> None:
     settings = drop_hot(data_ratio=0.3).config.settings
-    for mode in ("random", BY_CLASS, *SAMPLING_MODES):
+    for mode in ("random", BY_CLASS, *WHILE_TRAINING):
         assert stage_of({"mode": mode}, settings, kind="train").predecessor is None
     for mode in ("high", *FEATURE_MODES, *STRATEGIES):
         need = stage_of({"mode": mode}, settings, kind="train").predecessor
@@ -412,6 +419,6 @@ def test_data_that_is_not_in_memory_can_be_balanced_and_covered() -> None:
     for mode in (Scored("loss", balanced=True), "k_center", "crest", "loss_sampling"):
         run = drop_hot(mode=mode, train_set=Lazy(), score_epochs=1)
         run.run()
-        if mode not in SAMPLING_MODES:
+        if mode not in WHILE_TRAINING:
             counts = TARGETS[run.indices].bincount()
             assert (counts - TARGETS.bincount() / 2).abs().max() < 1

@@ -83,6 +83,16 @@ def test_the_protocol_of_torchdata(kind: str, stop: int) -> None:
     assert list(again) == epochs[2]
 
 
+def assert_equal(one: Any, other: Any) -> None:
+    """Nested states that may hold tensors."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_equal(one[name], other[name])
+    else:
+        assert torch.equal(one, other) if torch.is_tensor(one) else one == other
+
+
 def losses_of(index: torch.Tensor, epoch: int) -> torch.Tensor:
     return worker.losses_of(index, epoch)
 
@@ -213,6 +223,16 @@ def test_ranks_see_one_epoch_together(tmp_path: Path) -> None:
         assert torch.equal(*losses)
         assert "orders differ" in rank["orders"]
         assert "`sync`" in rank["unmerged"]
+    for mode in ("high", "k_center"):
+        one, other = (rank[mode] for rank in found)
+        for epoch, parts in enumerate(zip(one["shown"], other["shown"], strict=True)):
+            assert len(parts[0]) == len(parts[1]) == size // 2, (mode, epoch)
+            assert len(set(parts[0]) | set(parts[1])) == size, "shares of one selection"
+        assert torch.equal(one["state"].pop("indices"), other["state"].pop("indices"))
+        trackers = [part["state"].pop("tracker") for part in (one, other)]
+        assert_equal(*trackers)
+        assert (trackers[0] is None) == (mode == "k_center")
+        assert one["state"] == other["state"]
     one, other = (rank["crest"] for rank in found)
     assert one["selections"] == other["selections"] > 2
     assert all(len(index) == 3 for index in one["indices"])

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
+from drophot._core import scalars
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified, check_cutoff
-from drophot.settings import SAMPLING_MODES, Mode, Named
+from drophot.settings import SAMPLING_MODES, SETTINGS, Mode, Named, name_of
 from drophot.tracking.statistics import Score, Statistic, check_score, is_builtin_score
 
 
@@ -110,6 +111,66 @@ class Scored:
         return ByScore(self.mode, balanced=self.balanced)
 
 
+@dataclass(frozen=True, slots=True)
+class Adaptive:
+    """Select again every few epochs while step 3 trains, from the model as it is.
+
+    It is a mode of a run or a grid, and uses no result of step 1. The first selection is random.
+    See :class:`drophot.AdaptiveSubset`, which does the same in any training loop. Compare it with
+    `"fresh_subset"`, at equal steps. `Adaptive("random", every=5)` is the control that changes its
+    samples equally often.
+
+    Args:
+        mode: What selects: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"`, a
+            :class:`drophot.Stratified`, a :class:`Scored` or your own
+            :class:`drophot.coreset.Selector`.
+        every: The number of epochs between two selections. An epoch is a pass over the selected
+            samples, also if the run takes equal steps, and is shorter the fewer are kept.
+
+    Raises:
+        TypeError: If `every` is not an integer, or `mode` is not a selector.
+        ValueError: If `every` is less than 1, or `mode` is unknown or selects while step 3 trains
+            already.
+
+    Example:
+        >>> Adaptive("high", every=5).name
+        'adaptive5-high'
+        >>> Adaptive(Scored("el2n", balanced=True), every=2).name
+        'adaptive2-el2n-high-balanced'
+    """
+
+    mode: Mode
+    every: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mode", SETTINGS["mode"].check("mode", self.mode))
+        object.__setattr__(self, "every", scalars.integer("every", self.every, least=1))
+        if selector_of(self.mode) is None:
+            raise ValueError(
+                f"`mode` must select once, so that it can be repeated, got "
+                f"{name_of(self.mode)!r}, which selects while step 3 trains already. Pass it as "
+                f"the mode of the run."
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """The mode's name in records, files and tables."""
+        return f"adaptive{self.every}-{name_of(self.mode)}"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it needs of step 1: nothing."""
+        return ()
+
+    @property
+    def selector(self) -> Selector:
+        """The selector that is used at each selection."""
+        return cast("Selector", selector_of(self.mode))
+
+
 def check_statistic(statistic: object) -> None:
     """Check that a score is one of step 1, or one that step 1 can follow."""
     if isinstance(statistic, str):
@@ -131,7 +192,7 @@ def selector_of(mode: Mode) -> Selector | None:
     """The selector of a mode; `None` for a mode that chooses while step 3 trains."""
     if isinstance(mode, str):
         return None if mode in SAMPLING_MODES else selector_by_name(mode)
-    return _as_selector(mode)
+    return None if isinstance(mode, Adaptive) else _as_selector(mode)
 
 
 def _as_selector(mode: Named) -> Selector:
@@ -180,6 +241,8 @@ def as_scored(mode: Mode) -> Scored | None:
 
 def check_mode(mode: Mode, ratio: float) -> None:
     """Check that a mode has a selector that can keep a share of the samples."""
+    if isinstance(mode, Adaptive):
+        mode = mode.mode
     statistic = statistic_of(mode)
     if statistic is not None:
         check_statistic(statistic)

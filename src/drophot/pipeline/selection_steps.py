@@ -210,10 +210,12 @@ def checked_positions(config: RunConfig, indices: object) -> Tensor:
 def train(config: RunConfig, indices: Tensor) -> TrainedModel:
     """Step 3: train a new model on the kept samples, for the epochs or steps asked for."""
     settings, size = config.settings, config.settings.batch_size
-    with running(config, "train") as step:
+    reselects = _selects_while_training(config)
+    same_mode = unchanged("mode", settings.mode) if reselects else nullcontext()
+    with running(config, "train") as step, same_mode:
         model = config.factory().to(config.device)
         optimizer = config.optimizer(model.parameters())
-        sampled = sampled_batches(config, model) if _selects_while_training(config) else None
+        sampled = sampled_batches(config, model) if reselects else None
         sampling = None if sampled is None else sampled.sampling
         each = num_batches(len(indices) if sampled is None else config.num_kept, size)
         whole = num_batches(config.num_samples, size)  # as the baseline has in each epoch
@@ -251,7 +253,8 @@ def _baseline_mode(config: RunConfig, model: nn.Module) -> AbstractContextManage
 
 def check_features(config: RunConfig) -> None:
     """Refuse a mode that selects by features which the model does not have."""
-    selector = config.selector
+    mode = config.settings.mode
+    selector = mode.selector if isinstance(mode, modes.Adaptive) else config.selector
     if not isinstance(selector, KCenter | FacilityLocation) or config.keeps_all:
         return
     with random_state.preserved_rng(config.device, seed=config.settings.seed):

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset, Sampler, Subset
 
 from drophot.data.batching import batches
 from drophot.pipeline.config import RunConfig
+from drophot.pipeline.modes import Adaptive
+from drophot.sampling.adaptive_subset import AdaptiveSubset
 from drophot.sampling.crest import CrestLoader
 from drophot.sampling.loss_sampling import LossSampling
 from drophot.sampling.random_subset import FreshSubset
@@ -39,6 +41,10 @@ def sampled_batches(config: RunConfig, model: nn.Module) -> SampledBatches:
     if settings.mode == "fresh_subset":
         fresh = FreshSubset(total, ratio, seed=seed)
         return SampledBatches(loader=_SampledLoader(config, fresh, None))
+    if isinstance(mode := settings.mode, Adaptive):
+        every, data = mode.every, config.train_set
+        adaptive = AdaptiveSubset(data, model, ratio, mode.selector, every=every, seed=seed)
+        return SampledBatches(loader=_SampledLoader(config, adaptive, None))
     sampling = LossSampling(total, ratio, seed=seed, device=config.device)
     sampler = sampling.sampler(_Shuffled(total))
     return SampledBatches(loader=_SampledLoader(config, sampler, sampling), sampling=sampling)

@@ -17,7 +17,7 @@ from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.pipeline.pruning_steps import FinetunedModel
 from drophot.records.coreset_text import to_text
 from drophot.records.record import Record, fingerprint
-from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
+from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SETTINGS, name_of
 
 USUAL_STEPS = ("train", "prune", "finetune")
 """The steps that make the model of a record."""
@@ -55,7 +55,7 @@ def record_of(
     whole = json.loads(json.dumps(held))  # equal to what is read from a file
     settings = {name: value for name, value in whole.items() if name != "seed"}
     asked = config.settings
-    size = config.num_kept if asked.mode in SAMPLING_MODES else len(indices)
+    size = config.num_kept if config.selector is None else len(indices)
     model = finetuned.model
     fields = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
     coreset = ""

@@ -1,0 +1,269 @@
+"""A coreset that is selected again during training, from the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset, Sampler
+
+from drophot._core import distributed, random_state, scalars
+from drophot._core.exact_arithmetic import exact
+from drophot._core.model_contexts import evaluating
+from drophot._core.ratios import check_keep_ratio, num_kept
+from drophot._core.seeded_draw import cpu_generator, derive_seed
+from drophot.coreset.builtin_selectors import SELECTORS, Random
+from drophot.coreset.selectors import (
+    Evidence,
+    Selector,
+    check_selector,
+    checked_indices,
+    is_selector,
+)
+from drophot.coreset.stratified import Stratified, check_cutoff
+from drophot.data.batching import batches
+from drophot.data.indexing import IndexedDataset
+from drophot.data.samples import first_sample, targets_of
+from drophot.sampling.epoch_iterator import (
+    EpochIterator,
+    check_replicas,
+    check_state,
+    num_per_rank,
+    share,
+)
+from drophot.tracking.dynamics import DynamicsTracker
+
+# Means over presentations, which the latest model alone can give.
+_OF_ONE_PASS = ("aum", "el2n", "confidence", "loss")
+_BATCH = 1024
+
+
+class AdaptiveSubset(Sampler[int]):
+    """A sampler that selects a coreset again every few epochs, from the model as it is.
+
+    `ratio` is the fraction of the samples that is **kept**: each epoch yields the
+    `K = max(1, floor(ratio * N + 0.5))` selected samples, each once, in random order. The first
+    selection is random, because there is no trained model yet. After each `every` epochs, `mode`
+    selects again. Use :class:`FreshSubset` as the control, at the same number of steps.
+
+    A mode that needs scores costs one pass over all samples at each selection, in evaluation mode,
+    in float32, batch by batch. AUM, EL2N, confidence and loss are those of the model at that time.
+    Forgetting, variability and scores of your own are over all selections so far; a sample that
+    was never correct is the hardest. A mode that needs the model receives it in evaluation mode,
+    and must not change it.
+
+    On several ranks, pass `num_replicas` and `rank`. Rank 0 selects while the others wait, and
+    sends them the result. Each rank yields every `num_replicas`-th sample. As in
+    `DistributedSampler`, the first samples are repeated if the ranks do not divide `K`.
+
+    `state_dict` and `load_state_dict` resume in the middle of an epoch. They are the protocol of
+    torchdata's `StatefulDataLoader`, which calls them. Save the weights of the model with them. In
+    a DataLoader with worker processes, which requests samples in advance, set `state["yielded"]` to
+    the number of samples that the loop has received.
+
+    Args:
+        dataset: Samples `(input, target)` or `(input, target, index)` whose targets are classes.
+        model: The model being trained, called as `model(inputs)`, returns logits `(B, C)`.
+        ratio: The fraction kept, in (0, 1].
+        mode: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"` or any
+            :class:`drophot.coreset.Selector`, such as a :class:`drophot.Scored` or
+            :class:`drophot.Stratified`.
+        every: The number of epochs between two selections. An epoch is a pass over `K` samples.
+        seed: Together with the attribute `epoch`, which counts the epochs begun so far, it
+            determines the orders, ties and random choices.
+        num_replicas: The number of ranks among which each epoch is divided.
+        rank: Which of them this one is.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If `ratio` is not in (0, 1], `mode` is unknown or has a cutoff that leaves less
+            than `ratio`, `every` or `num_replicas` is less than 1, `rank` is not in
+            [0, `num_replicas`), or the dataset is empty.
+
+    Example:
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> data = TensorDataset(torch.randn(40, 4), torch.arange(40) % 2)
+        >>> model = nn.Linear(4, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> sampler = AdaptiveSubset(data, model, 0.5, "high", every=2)
+        >>> loader = DataLoader(data, batch_size=10, sampler=sampler)
+        >>> for epoch in range(6):
+        ...     for inputs, targets in loader:
+        ...         loss = nn.functional.cross_entropy(model(inputs), targets)
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         optimizer.step()
+        >>> sampler.epoch, len(loader), len(sampler.indices)
+        (6, 2, 20)
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        model: nn.Module,
+        ratio: float,
+        mode: str | Selector = "high",
+        *,
+        every: int,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        self.ratio = check_keep_ratio("ratio", ratio)
+        self.selector = _checked_selector(mode, self.ratio)
+        self.every = scalars.integer("every", every, least=1)
+        self.seed = scalars.integer("seed", seed)
+        self.num_replicas, self.rank = check_replicas(num_replicas, rank)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`model` must be an nn.Module, got {type(model).__name__}.")
+        # Rank 0 evaluates the model alone, and DDP's forward may wait for the others.
+        self.model = model
+        if self.num_replicas > 1 and isinstance(model, DistributedDataParallel):
+            self.model: nn.Module = model.module
+        with random_state.preserved_rng():  # a random transform may draw numbers
+            indexed = len(first_sample("dataset", dataset)) == 3
+        self.dataset = dataset if indexed else IndexedDataset(dataset)
+        self.num_samples = len(dataset)  # type: ignore[arg-type]
+        self.epoch = 0
+        self._tracker = self._new_tracker()
+        self._indices = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._yielded = 0  # of the epoch that was begun last; 0 if it is complete
+        self._resume_at = 0
+
+    @property
+    def indices(self) -> Tensor:
+        """The samples that are currently selected, ascending, int64, shape `(K,)`, on the CPU.
+
+        Empty before the first epoch.
+        """
+        return self._indices.clone()
+
+    def __len__(self) -> int:
+        return num_per_rank(num_kept(self.num_samples, self.ratio), self.num_replicas)
+
+    def __iter__(self) -> EpochIterator:
+        start, self._resume_at = self._resume_at, 0
+        return EpochIterator(self, start)
+
+    def _next_order(self) -> list[int]:
+        """Begin an epoch, and return this rank's samples."""
+        if self.epoch % self.every == 0 or not len(self._indices):
+            self._update_selection()
+        self.epoch += 1
+        return self._current_order()
+
+    def _current_order(self) -> list[int]:
+        """This rank's samples of the epoch that was begun last."""
+        generator = cpu_generator(derive_seed(self.seed, self.epoch - 1))
+        order = torch.randperm(len(self._indices), generator=generator, device="cpu")
+        return share(self._indices[order].tolist(), self.num_replicas, self.rank)
+
+    def _update_selection(self) -> None:
+        """Select on rank 0, and send the result to the other ranks."""
+        if self.num_replicas > 1 and (ranks := distributed.count()) != self.num_replicas:
+            raise RuntimeError(
+                f"`num_replicas` must be the number of processes, {ranks}, got "
+                f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
+            )
+        found: list[Any] = [None]
+        if self.rank == 0:
+            found = [self._select()]
+        if self.num_replicas > 1:
+            dist.broadcast_object_list(found, src=0)
+            if self._accumulates and self.epoch:
+                self._tracker.sync()  # so that the state is equal on all ranks
+        self._indices = found[0]
+
+    @exact(products=True)
+    def _select(self) -> Tensor:
+        selector: Selector = self.selector if self.epoch else Random()
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        scores = None
+        if "scores" in selector.needs:
+            tracker = self._tracker if self._accumulates else self._new_tracker()
+            tracker.observe(self.model, batches(self.dataset, _BATCH, device))
+            scores = tracker.scores(_statistic_of(selector))
+        with evaluating(self.model), torch.enable_grad():  # a selector may use gradients
+            evidence = Evidence(
+                num_samples=self.num_samples,
+                scores=scores,
+                model=self.model if "model" in selector.needs else None,
+                targets=targets_of(self.dataset).clone() if "targets" in selector.needs else None,
+                dataset=self.dataset,
+            )
+            indices = selector.select(self.ratio, evidence, derive_seed(self.seed, self.epoch))
+        return checked_indices(selector, indices, self.ratio, self.num_samples)
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether the scores are over all selections so far."""
+        scored = "scores" in self.selector.needs
+        return scored and _statistic_of(self.selector) not in _OF_ONE_PASS
+
+    def _new_tracker(self) -> DynamicsTracker:
+        statistic = getattr(self.selector, "statistic", "forgetting")
+        counted = statistic == "forgetting"  # which every tracker counts, besides another score
+        return DynamicsTracker(self.num_samples, statistics=["loss" if counted else statistic])
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the state, equal on all ranks, for `torch.save`.
+
+        Returns:
+            The settings, the epochs begun, the samples yielded of the last one if it is not
+            complete, the selected samples, and the tracker's state if the scores are over all
+            selections; `torch.load(weights_only=True)` reads them.
+        """
+        return {
+            **self._settings(),
+            "epoch": self.epoch,
+            "yielded": self._yielded,
+            "indices": self.indices,
+            "tracker": self._tracker.state_dict() if self._accumulates else None,
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Resume: the next iteration yields the rest of the epoch.
+
+        Args:
+            state_dict: The state of a sampler with the same arguments, of any rank.
+
+        Raises:
+            ValueError: If it is of a sampler with other arguments, or not such a state.
+        """
+        others = ("epoch", "indices", "tracker")
+        check_state(state_dict, self._settings(), "AdaptiveSubset", *others)
+        if self._accumulates:
+            self._tracker.load_state_dict(state_dict["tracker"])
+        self.epoch = state_dict["epoch"]
+        self._yielded = self._resume_at = state_dict["yielded"]
+        self._indices = state_dict["indices"].cpu().clone()
+
+    def _settings(self) -> dict[str, Any]:
+        names = ("num_samples", "ratio", "every", "seed", "num_replicas")
+        return {"mode": self.selector.name, **{name: getattr(self, name) for name in names}}
+
+
+def _statistic_of(selector: Selector) -> str:
+    """The name of the score that a selector selects by."""
+    statistic = getattr(selector, "statistic", "forgetting")
+    return statistic if isinstance(statistic, str) else statistic.name
+
+
+def _checked_selector(mode: object, ratio: float) -> Selector:
+    inner = getattr(mode, "mode", mode)  # of a `Scored`
+    if isinstance(inner, Stratified):
+        check_cutoff(inner, ratio)
+    if isinstance(mode, str) and mode in SELECTORS:
+        return SELECTORS[mode]
+    if not is_selector(mode):
+        raise ValueError(
+            f"`mode` must be one of {', '.join(map(repr, SELECTORS))}, or a selector (an object "
+            f"with `name`, `needs` and `select`), got {mode!r}."
+        )
+    selector: Selector = mode  # pyright: ignore[reportAssignmentType] # just checked
+    check_selector("mode", selector)
+    return selector
