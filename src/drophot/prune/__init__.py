@@ -1,6 +1,7 @@
 """Pruning of weights by magnitude or importance, with masks that keep removed weights at zero."""
 
 from drophot._core.importance import Importance
+from drophot.prune.activation_repair import repair
 from drophot.prune.batchnorm import recalibrate_bn
 from drophot.prune.compressed_checkpoint import load_compressed, save_compressed
 from drophot.prune.magnitude import magnitude_prune
@@ -20,6 +21,7 @@ __all__ = [
     "load_compressed",
     "magnitude_prune",
     "recalibrate_bn",
+    "repair",
     "rewind",
     "save_compressed",
     "summary",

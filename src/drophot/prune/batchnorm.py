@@ -6,22 +6,18 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from drophot._core import distributed
 from drophot._core.model_contexts import evaluating
+from drophot.prune.calibration import inputs_of, merged, unwrapped
 from drophot.prune.eager_mode import eagerly, uncached
 from drophot.prune.running_statistics import Sums, gathered, with_statistics
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# Keys of a batch that are not inputs of the model.
-_NOT_INPUTS = frozenset(["labels", "label", "label_ids", "targets", "target", "index"])
-
 
 def recalibrate_bn(
     model: nn.Module, loader: Iterable[Any], *, group: ProcessGroup | None = None
@@ -126,7 +122,7 @@ def _sums(
 ) -> dict[str, Sums]:
     """The sums of each layer from one pass; the model is restored."""
     # Wrappers would communicate with other ranks, or copy the layers to other devices.
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     with (
         evaluating(model) as device,
         gathered(layers) as sums,
@@ -134,18 +130,8 @@ def _sums(
         uncached(device),
     ):
         for batch in loader:
-            inner(_inputs(batch, inner).to(device))
+            inner(inputs_of(batch, inner).to(device))
     return sums
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif isinstance(original := getattr(model, "_orig_mod", None), nn.Module):
-            model = original  # torch.compile: this pass is eager
-        else:
-            return model
 
 
 def _write(layers: Mapping[str, _NormBase], sums: Mapping[str, Sums]) -> None:
@@ -185,60 +171,18 @@ def _merged(
     group: ProcessGroup | None,
 ) -> dict[str, Sums]:
     """The sums over all ranks, identical on each rank."""
-    widths = [len(layer.running_mean) for layer in layers.values()]
     device = next(iter(layers.values())).running_mean.device
-    shape = [len(widths), sum(widths), sum(i * width for i, width in enumerate(widths, 1))]
-    table = distributed.gather_numbers([failure is not None, *shape], group, device)
-    if failure is not None:
-        raise failure
-    if failed := table[:, 0].nonzero()[:, 0].tolist():
-        raise ValueError(
-            f"`recalibrate_bn` failed on ranks {failed} (see the error raised there). Nothing was "
-            f"merged."
-        )
-    if len(table.unique(dim=0)) > 1:
-        raise ValueError(
-            f"`model` must have the same BatchNorm layers on every rank, got "
-            f"{table[:, 1:3].tolist()} as [layers, channels] of each rank."
-        )
-    rows = []
-    for path, width in zip(layers, widths, strict=True):
-        own = mine.get(path)
-        row = torch.zeros(2 * width + 2, dtype=torch.float64, device="cpu")
-        if own is not None:
-            row[:width], row[width : 2 * width] = own.mean.cpu(), own.variance.cpu()
-            row[2 * width], row[2 * width + 1] = own.values, own.calls
-        rows.append(row)
-    packed = torch.cat(rows)[None]
-    total = torch.zeros_like(packed[0])
-    cpu = packed.device
-    for columns in distributed.gather_tables({"sums": packed}, [1] * len(table), group, cpu):
-        total += columns["sums"][0]  # in the order of the ranks, so that all get equal bits
-    found: dict[str, Sums] = {}
-    for (path, width), row in zip(
-        zip(layers, widths, strict=True), total.split([2 * w + 2 for w in widths]), strict=True
-    ):
-        values, calls = int(row[-2]), int(row[-1])
-        if values:
-            found[path] = Sums(row[:width], row[width : 2 * width], values, calls)
-    return found
-
-
-def _inputs(batch: Any, model: nn.Module) -> Tensor:
-    first = batch
-    if isinstance(batch, Mapping):
-        named = getattr(model, "main_input_name", None)
-        if isinstance(named, str) and named in batch:
-            first = batch[named]
-        else:
-            first = next((v for name, v in batch.items() if name not in _NOT_INPUTS), None)
-    elif isinstance(batch, tuple | list):
-        first = batch[0] if batch else None
-    if not isinstance(first, Tensor):
-        keys = f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
-        raise TypeError(
-            f"`loader` must yield batches with a tensor of inputs first, got "
-            f"{type(first).__name__} in a batch of type {type(batch).__name__}{keys}. Wrap the "
-            f"loader in a generator that yields the inputs."
-        )
-    return first
+    rows = {
+        path: torch.cat([
+            *(found.mean.cpu().double(), found.variance.cpu().double()),
+            torch.tensor([found.values, found.calls], dtype=torch.float64, device="cpu"),
+        ])
+        for path, found in mine.items()
+    }
+    channels = {path: len(layer.running_mean) for path, layer in layers.items()}
+    totals = merged("recalibrate_bn", "BatchNorm", channels, rows, 2, failure, group, device)
+    return {
+        path: Sums(*row[:-2].chunk(2), int(row[-2]), int(row[-1]))
+        for path, row in totals.items()
+        if row[-2]
+    }

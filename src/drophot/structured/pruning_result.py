@@ -42,6 +42,8 @@ class Pruned:
     """The outputs of each layer, by its weight's name."""
     kept_channels: Mapping[str, Tensor]
     """The indices of the outputs that each layer kept, `(K,)`, ascending, on the CPU."""
+    kept_norm_channels: Mapping[str, Tensor]
+    """The indices of the channels that each normalization layer kept, by its weight's name."""
     unpruned_layers: Mapping[str, str]
     """The layers that kept all of their channels, and why."""
     num_requested: int

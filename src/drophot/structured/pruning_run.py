@@ -286,6 +286,7 @@ class PruningRun:
             latency=self._latency,
             layers=layers,
             kept_channels=kept,
+            kept_norm_channels=rewriter.kept_norm_channels(),
             unpruned_layers=unpruned,
             num_requested=sum(requested.values()),
             not_removed={why: count for why, count in not_removed.items() if count > 0},

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from drophot._core.importance import Importance
 from drophot.structured import attention_heads
@@ -36,6 +37,8 @@ from drophot.structured.width_search import NEXT, WidthSearch
 # Operators that raise an error before they are called if sizes do not match.
 CHECKS_SIZES = SIZED | {"clone", "unfold", "cat", "add", "mul"}
 
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 # Which entries are removed, given the channels and the score of each.
 Select = Callable[[ChannelGroups, Tensor], Tensor]
@@ -128,6 +131,19 @@ class Rewriter:
             if name in entries:
                 keep_mask = ~self.removed[entries[name]]
             found[name] = keep_mask.nonzero()[:, 0]
+        return found
+
+    def kept_norm_channels(self) -> dict[str, Tensor]:
+        """The channels that each norm with a weight keeps, by the weight's name."""
+        found = {}
+        for tensor, name in self.graph.names.items():
+            path, _, attribute = name.rpartition(".")
+            is_norm = isinstance(self.model.get_submodule(path), _NORMS)
+            if is_norm and attribute == "weight" and tensor.dim() == 1:
+                keep_mask = torch.ones(len(tensor), dtype=torch.bool)
+                for axis in self.graph.axes.get(tensor) or ():
+                    keep_mask = ~self.removed[axis.ids]
+                found[name] = keep_mask.nonzero()[:, 0]
         return found
 
     def output_entries(self) -> dict[str, Tensor]:
