@@ -32,6 +32,7 @@ import sys
 import warnings
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Callable
 from copy import deepcopy
 from importlib import import_module
 from importlib.metadata import version
@@ -133,11 +134,18 @@ def outcomes(rows: list[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
-def in_a_process(name: str, tool: str, options: Namespace) -> dict[str, Any]:
+Measure = Callable[[str, str, Connection], None]
+
+
+def in_a_process(
+    name: str, tool: str, options: Namespace, measure: Measure | None = None
+) -> dict[str, Any]:
     """The row of a run, even if its process crashes or is killed."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(name, tool, theirs, options), daemon=True)
+    process = context.Process(
+        target=work, args=(name, tool, theirs, options, measure or compare_tools), daemon=True
+    )
     start = perf_counter()
     process.start()
     theirs.close()
@@ -157,7 +165,7 @@ def in_a_process(name: str, tool: str, options: Namespace) -> dict[str, Any]:
     return row
 
 
-def work(name: str, tool: str, pipe: Connection, options: Namespace) -> None:
+def work(name: str, tool: str, pipe: Connection, options: Namespace, measure: Measure) -> None:
     memory = int(options.gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (options.seconds, options.seconds))
@@ -181,7 +189,8 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:400]
 
 
-def measure(name: str, tool: str, pipe: Connection) -> None:
+def compare_tools(name: str, tool: str, pipe: Connection) -> None:
+    """Remove half of the channels, and check the result."""
     model, inputs, others = double(name)
     example = inputs(1 if large(inputs) else 2, 0)
     dense = deepcopy(model)

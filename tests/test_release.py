@@ -1,5 +1,6 @@
 """The release: the two archives and their metadata, the changelog, the pages of the API."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,8 @@ from email.message import Message
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from types import FunctionType
+from typing import Any, NamedTuple
 
 import pytest
 from conftest import ROOT, run
@@ -98,16 +100,18 @@ def test_the_wheel_holds_the_package_and_its_metadata_and_nothing_else(archives:
 # By the longest folder that a file is in: the kinds of files that belong there.
 KINDS = {
     "": {".md", ".toml"},
+    ".github": {".md", ".yml"},
     ".ci": {""},
     "benchmarks": {".py", ".md"},
     "benchmarks/results": {".csv", ".json", ".jsonl"},
     "docs": {".md", ".rst", ".py", ".toml", ".css", ".svg", ".png"},
     "examples": {".py"},
+    "recipe": {".yaml"},
     "src": {".py", ".typed"},
     "tests": {".py"},
 }
-NESTED = ("docs", "src", "tests")  # with folders of their own
-NAMED = {"LICENSE", "PKG-INFO", ".gitignore"}
+NESTED = (".github", "docs", "src", "tests")  # with folders of their own
+NAMED = {"LICENSE", "PKG-INFO", ".gitignore", ".readthedocs.yaml", "CITATION.cff", "hatch_build.py"}
 
 
 def astray(names: set[str]) -> list[str]:
@@ -161,6 +165,54 @@ def test_the_sdist_builds_the_same_wheel(archives: Archives, tmp_path: Path) -> 
     assert again.in_sdist == archives.in_sdist
 
 
+LINK = re.compile(r"(?<=\])\(([^)\s]+)\)")
+REPOSITORY = "https://example.org/somebody/drophot"
+
+
+def described(tree: Path, version: str, repository: str) -> dict[str, Any]:
+    """The metadata of a version whose repository has this address."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed")
+    for name in ("README.md", "LICENSE", "hatch_build.py"):
+        shutil.copy(ROOT / name, tree / name)
+    project = (ROOT / "pyproject.toml").read_text()
+    project, count = re.subn(
+        r'^repository = ".*?"', f'repository = "{repository}"', project, flags=re.M
+    )
+    assert count == 1, "the address is in one place"
+    (tree / "pyproject.toml").write_text(project)
+    package = tree / "src" / "drophot" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.write_text(f'__version__ = "{version}"\n')
+    return json.loads(run("-m", "hatchling", "metadata", folder=tree))
+
+
+def test_all_links_of_a_release_lead_to_the_repository(tmp_path: Path) -> None:
+    about = described(tmp_path, "3.2.1", REPOSITORY)
+    assert about["urls"]["Repository"] == REPOSITORY
+    links = LINK.findall(about["readme"]["text"])
+    assert [link for link in links if not link.startswith("https://")] == []
+    assert f"{REPOSITORY}/raw/v3.2.1/docs/_static/little_data.svg" in links, "an image"
+    assert f"{REPOSITORY}/blob/v3.2.1/docs/choosing.md" in links
+    assert len(links) == len(LINK.findall((ROOT / "README.md").read_text()))
+
+
+def test_a_release_does_not_build_before_the_repository_has_an_address(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match=r"3\.2\.1.*`repository`"):
+        described(tmp_path, "3.2.1", "")
+
+
+def test_the_recipe_needs_what_the_package_needs() -> None:
+    recipe = (ROOT / "recipe" / "recipe.yaml").read_text()
+    assert f'version: "{re.sub("[.]dev.*", "", drophot.__version__)}"' in recipe
+    assert f'python_min: "{PROJECT["project"]["requires-python"].removeprefix(">=")}"' in recipe
+    (needs,) = re.findall(r"^  run:\n((?:    - .*\n)+)", recipe, re.M)
+    found = [line.strip(" -").replace(" ", "") for line in needs.splitlines()]
+    names = [
+        re.sub(r"^torch(?=\W)", "pytorch", need) for need in PROJECT["project"]["dependencies"]
+    ]
+    assert found == ["python>=${{python_min}}", *names]
+
+
 def test_the_metadata(archives: Archives) -> None:
     about = archives.metadata
     assert about["Name"] == "drophot"
@@ -169,7 +221,8 @@ def test_the_metadata(archives: Archives) -> None:
     assert about["License-File"] == "LICENSE"
     assert about["Requires-Python"] == ">=3.11"
     assert about["Description-Content-Type"] == "text/markdown"
-    assert about.get_payload() == (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    assert LINK.sub("", about.get_payload()) == LINK.sub("", readme)
     assert {"Typing :: Typed", "Programming Language :: Python :: 3"} <= set(
         about.get_all("Classifier", [])
     )
@@ -263,6 +316,8 @@ def documented(page: str) -> Iterator[tuple[str, object]]:
             defined = {n for n, v in vars(module).items() if getattr(v, "__module__", "") == target}
             names = set(getattr(module, "__all__", defined))
         yield target, module
+        if ":no-members:" in options:
+            continue
         for name in sorted(names):
             if not name.startswith("_"):
                 yield f"{target}.{name}", getattr(module, name)
@@ -281,3 +336,29 @@ def test_every_public_name_is_on_a_page_of_the_api() -> None:
     public = [name for name in drophot.__all__ if name not in lazy]
     missing = [name for name in public if not any(getattr(drophot, name) is t for t in things)]
     assert missing == []
+
+
+def test_every_class_and_function_of_the_api_has_a_line_in_the_index() -> None:
+    index = (ROOT / "docs" / "api" / "index.md").read_text()
+    listed = re.findall(r"^ {3}([\w.]+)$", index, re.M)
+    assert len(listed) == len(set(listed))
+    things = {name: thing for page in API for name, thing in documented(page)}
+    expected = {
+        name.removeprefix("drophot.")
+        for name, thing in things.items()
+        if isinstance(thing, type | FunctionType)
+    }
+    assert set(listed) == expected
+
+
+def test_every_name_of_a_package_is_on_its_page() -> None:
+    for page in API:
+        module = import_module(f"drophot.{page}")
+        found = {name.rpartition(".")[2] for name, _ in documented(page)}
+        assert found >= set(getattr(module, "__all__", ())), page
+
+
+def test_names_of_the_top_are_documented_as_such() -> None:
+    names = {name for page in API for name, _ in documented(page)}
+    lazy = {*API, "forgetting"}
+    assert names >= {f"drophot.{name}" for name in drophot.__all__ if name not in lazy}

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from drophot import Record, Scored
 from drophot.records import fingerprint
-from drophot.stats import Comparison, compare, estimate, holm, paired, seeds_needed, stability
+from drophot.stats import (
+    Comparison,
+    compare,
+    estimate,
+    forgotten_by_pruning,
+    holm,
+    paired,
+    seeds_needed,
+    stability,
+)
 
 scipy_stats = pytest.importorskip("scipy.stats", reason="`scipy` is not installed")
 
@@ -619,3 +628,59 @@ def test_coresets_that_cannot_be_compared_are_refused(coresets: Any, words: str)
         stability(coresets, 5)
     with pytest.raises(TypeError, match="`coresets`.*float"):
         stability([[0.5], [0]], 5)
+
+
+# --- forgotten by pruning -------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.booleans(), st.integers(0, 4)), min_size=1, max_size=40),
+    st.integers(1, 6),
+)
+def test_forgotten_samples_are_counted_by_score(
+    rows: list[tuple[bool, bool, int]], groups: int
+) -> None:
+    before, after, scores = (torch.tensor(column) for column in zip(*rows, strict=True))
+    if not before.any():
+        with pytest.raises(ValueError, match="`before`"):
+            forgotten_by_pruning(before, after, scores, groups)
+        return
+    found = forgotten_by_pruning(before, after, scores, groups)
+    lost = [number for number, (first, later, _) in enumerate(rows) if first and not later]
+    assert found.indices.tolist() == lost
+    assert found.gained.tolist() == [n for n, (first, later, _) in enumerate(rows) if later > first]
+    assert found.num_correct.sum() == before.sum()
+    assert found.num_forgotten.sum() == len(lost) == round(found.share * int(before.sum()))
+    assert 1 <= len(found.scores) <= groups
+    assert (np.diff(found.scores) > 0).all()
+    assert found.scores @ found.num_correct == pytest.approx(float(scores[before].sum()))
+    for k, n, (low, high) in zip(
+        found.num_forgotten, found.num_correct, found.intervals, strict=True
+    ):
+        assert 0 <= low <= k / n + 1e-12
+        assert k / n - 1e-12 <= high <= 1
+
+
+def test_groups_have_about_equal_sizes_and_equal_scores_stay_together() -> None:
+    before, after = np.ones(100, dtype=bool), np.arange(100) < 90
+    found = forgotten_by_pruning(before, after, np.arange(100))
+    assert found.num_correct.tolist() == [10] * 10
+    assert found.num_forgotten.tolist() == [0] * 9 + [10]
+    assert found.intervals[0] == pytest.approx((0, 0.2775), abs=1e-4)  # Wilson's for 0 of 10
+    together = forgotten_by_pruning(before, after, np.arange(100) >= 70)
+    assert together.num_correct.tolist() == [70, 30]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"before": [1, 0, 1]}, TypeError, "`before`.*int"),
+        ({"after": [True, True]}, ValueError, r"`after`.* 3 .*\(2,\)"),
+        ({"scores": [1.0, math.nan, 2.0]}, ValueError, "`scores`.*nan.* 1"),
+        ({"groups": 0}, ValueError, "`groups`.* 0"),
+    ],
+)
+def test_wrong_samples_before_and_after_are_refused(changes: Any, error: Any, words: str) -> None:
+    right = {"before": [True] * 3, "after": [True] * 3, "scores": [1.0, 2.0, 3.0]}
+    with pytest.raises(error, match=words):
+        forgotten_by_pruning(**right | changes)

@@ -71,6 +71,14 @@ def test_wrong_arguments_are_named() -> None:
         select([-1.0, 0.0], 0.5, Beta(torch.rand(2)))
 
 
+def test_means_that_were_rounded_above_1_are_1() -> None:
+    scores, above = torch.rand(20), torch.tensor([1.0000001, -1e-7] * 10)
+    drawn = select(scores, 0.5, Beta(above))
+    assert drawn.equal(select(scores, 0.5, Beta(above.clamp(0, 1))))
+    with pytest.raises(ValueError, match=r"`confidence`.* 1\.0001"):
+        Beta(above + 1e-4)
+
+
 @pytest.mark.parametrize("confidence", [0.5, 1.0], ids=["no chance", "certain"])
 def test_samples_of_equal_chance_are_drawn_at_random(confidence: float) -> None:
     # Scores of 0 have no chance. A confidence of 1 has an infinite density if beta is less than 1.

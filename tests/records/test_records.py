@@ -3,13 +3,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.record import one
 from hypothesis import given
 from hypothesis import strategies as st
 
 from drophot import Record
-from drophot.records import fingerprint, from_line, read, write
+from drophot.records import fingerprint, from_line, read, to_line, write
+from drophot.records.coreset_text import to_text
 
 share = st.floats(0, 1)
 text = st.text(max_size=20)
@@ -33,6 +35,7 @@ records = st.builds(
     settings=st.dictionaries(text, st.integers() | text | st.lists(st.integers(), max_size=2)),
     cell=text,
     test_samples=st.integers(0, 10**6),
+    coreset=text,
 )
 
 
@@ -47,6 +50,17 @@ def test_writing_and_reading_is_the_identity(found: list[Record]) -> None:
         again = read(path)
     assert again == found
     assert [r.seconds for r in again] == [r.seconds for r in found]
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=100))
+def test_a_record_holds_its_coreset(kept: list[bool]) -> None:
+    indices = np.flatnonzero(kept)
+    record = from_line(to_line(one(coreset=to_text(indices, len(kept)))))
+    assert (found := record.indices()) is not None
+    assert found.tolist() == indices.tolist()
+    assert one().indices() is None
+    with pytest.raises(ValueError, match="`coreset`.*spoiled"):
+        one(coreset="spoiled").indices()
 
 
 def test_a_record_is_frozen_and_equal_but_for_its_seconds() -> None:

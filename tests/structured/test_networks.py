@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-networks, oracle, zoo = map(import_module, ("networks", "oracle", "zoo"))
+budgets, networks, oracle, zoo = map(import_module, ("budgets", "networks", "oracle", "zoo"))
 sys.path.pop(0)
 
 
@@ -160,6 +160,20 @@ def test_each_network_has_a_row_whatever_becomes_of_it(
     networks.write(tmp_path / "t.csv", row | {"outcome": "wrong"})
     (last,) = networks.read(tmp_path / "t.csv")
     assert (last["network"], last["outcome"], last["parameters"]) == ("small", "wrong", "147")
+
+
+def test_a_budget_is_reached_within_one_channel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo, "make", lambda _: network())
+    run = options(tmp_path / "t.csv")
+    row = networks.in_a_process("small", "drophot", run, budgets.measure)
+    budgets.write(tmp_path / "t.csv", {field: row.get(field, "") for field in budgets.FIELDS})
+    (row,) = budgets.read(tmp_path / "t.csv")
+    assert (row["outcome"], row["trains"], row["limit"]) == ("right", "True", "73")
+    # 9 parameters for each of the 16 channels, and 3 biases.
+    assert (row["parameters_after"], row["with_one_more"]) == ("66", "75")
+    assert "1 of 1 above it with one more channel" in budgets.counted([row])
 
 
 def test_all_networks_are_named_once() -> None:

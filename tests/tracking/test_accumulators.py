@@ -208,6 +208,22 @@ def test_wrong_arguments_are_named() -> None:
         tracker.update(torch.arange(2), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
 
 
+def test_the_state_of_another_window_is_an_error_that_names_the_statistic() -> None:
+    saved = DynamicsTracker(2, statistics=[DUAL(window=5)]).state_dict()
+    with pytest.raises(ValueError, match=r"10\).*\(2, 5\).*'dual'.*`window`"):
+        DynamicsTracker(2, statistics=[DUAL(window=10)]).load_state_dict(saved)
+    with pytest.raises(ValueError, match="number of samples"):
+        DynamicsTracker(3, statistics=[DUAL(window=5)]).load_state_dict(saved)
+
+
+def test_a_sample_is_learned_in_the_precision_of_its_logits() -> None:
+    tracker = DynamicsTracker(1, statistics=[FirstLearned()])
+    logits = torch.tensor([[1.0, 1.0 + 1e-12]], dtype=torch.float64)  # equal in float32
+    tracker.update(torch.tensor([0]), logits, torch.tensor([1]))
+    assert tracker.learned.tolist() == [True]
+    assert tracker.scores("first_learned").tolist() == [1]
+
+
 def test_a_score_that_is_not_finite_is_an_error_that_names_the_statistic() -> None:
     class Bad(Entropy):
         def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from drophot.coreset.score_ranking import select_by_score
 from drophot.coreset.selectors import Evidence, check_evidence
 
 _CONCENTRATION = 15  # C of the paper
+_ROUNDING = 1e-6  # by which a mean of probabilities in float32 may leave [0, 1]
 _NUM_HARDEST = 10  # samples whose mean confidence is the mode of the density if nothing is pruned
 _STREAM = 4  # independent of tie-breaking, of "random" and of the draws of `Stratified`
 
@@ -42,7 +43,8 @@ class Beta:
     Args:
         confidence: The mean probability of each sample's target over the presentations from which
             the scores are computed, shape `(N,)`: `tracker.scores("confidence")`. Samples that
-            are not selected from, because of `among`, may have NaN.
+            are not selected from, because of `among`, may have NaN. Values that leave [0, 1] by
+            at most 1e-6, as rounded means do, are set to 0 or 1.
         exponent: `c`, greater than 0. The authors' code uses 4; the larger it is, the longer hard
             samples are preferred. Choose it on a validation set.
         balanced: Each class keeps its share. :func:`drophot.select` does this whenever it is given
@@ -72,13 +74,13 @@ class Beta:
                 f"`confidence` must have shape (N,), got {tuple(confidence.shape)}. Pass "
                 f'`tracker.scores("confidence")`.'
             )
-        outside = (confidence < 0) | (confidence > 1)
+        outside = (confidence < -_ROUNDING) | (confidence > 1 + _ROUNDING)
         if outside.any():
             raise ValueError(
                 f"`confidence` must hold probabilities in [0, 1], got "
                 f'{float(confidence[outside][0])}. Pass `tracker.scores("confidence")`.'
             )
-        object.__setattr__(self, "confidence", confidence)
+        object.__setattr__(self, "confidence", confidence.clamp(0, 1))
         exponent = scalars.real("exponent", self.exponent)
         if not exponent > 0:
             raise ValueError(

@@ -106,7 +106,7 @@ class Selector(Protocol):
             seed: Determines every random choice.
 
         Returns:
-            The indices of the kept samples: int64, unique, in any order, shape `(K,)` with
+            The indices of the kept samples, int64, unique, in any order, of shape `(K,)` with
             `K = max(1, floor(ratio * N + 0.5))`.
         """
         ...

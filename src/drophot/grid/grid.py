@@ -132,8 +132,8 @@ class Grid:
                 (`pip install "drophot[progress]"`).
 
         Returns:
-            A record for each cell: by seed, the baseline first, then by data ratio, mode and prune
-            ratio.
+            A record for each cell, ordered by seed, with the baseline first, and then by data
+            ratio, mode and prune ratio.
 
         Raises:
             Exception: The first error of a stage, once all stages that do not need it are done. Its

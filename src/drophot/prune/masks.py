@@ -177,9 +177,9 @@ class Masks(Mapping[str, Tensor]):
                 was pruned.
 
         Returns:
-            A handle: `handle.remove()` ends the hold, and so does leaving `with handle:`. Both
-            raise a `RuntimeError` if removed weights are not zero then, because something other
-            than a step of the optimizer changed them.
+            A handle. The hold ends with `handle.remove()` or at the end of a `with handle` block.
+            Both raise a `RuntimeError` if removed weights are not zero then, because something
+            other than a step of the optimizer changed them.
 
         Raises:
             TypeError: If `optimizer` is not a torch optimizer.

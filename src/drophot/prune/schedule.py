@@ -217,8 +217,8 @@ class Schedule:
             optimizer: The optimizer that trains the model, or a part of it.
 
         Returns:
-            A handle: `handle.remove()` ends the hold, and so does leaving `with handle:`. Both
-            raise a `RuntimeError` if removed weights are not zero then, or if the model was
+            A handle. The hold ends with `handle.remove()` or at the end of a `with handle` block.
+            Both raise a `RuntimeError` if removed weights are not zero then, or if the model was
             trained but no step was counted.
 
         Raises:

@@ -110,7 +110,7 @@ def check_names(records: Iterable[Record], argument: str) -> None:
 
 def _result(record: Record) -> str:
     """The results of a run as text, in which one nan equals another."""
-    plain = replace(record, settings={}, cell="", fingerprint="", seconds={})
+    plain = replace(record, settings={}, cell="", fingerprint="", seconds={}, coreset="")
     return json.dumps(json.loads(to_line(plain)), sort_keys=True)
 
 

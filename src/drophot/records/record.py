@@ -7,7 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from drophot._core.arrays import IntArray
 from drophot._core.json_values import Json
+from drophot.records.coreset_text import from_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,20 @@ class Record:
     """The fingerprint of `settings`, which is the same for all seeds of a cell of a grid."""
     test_samples: int = 0
     """The size of the test set, or 0 if it is unknown."""
+    coreset: str = field(default="", compare=False, repr=False)
+    """The kept samples as compressed text: see `indices`. Empty if all samples were kept, for a
+    mode that reselects samples, and in older records."""
+
+    def indices(self) -> IntArray | None:
+        """The positions of the kept samples in the training set.
+
+        Returns:
+            The positions, int64, ascending, shape `(K,)`; `None` if the record does not hold them.
+
+        Raises:
+            ValueError: If `coreset` is not a text that drophot wrote.
+        """
+        return from_text(self.coreset)[0] if self.coreset else None
 
 
 def fingerprint(configuration: Mapping[str, Json]) -> str:
@@ -104,7 +120,7 @@ def fingerprint(configuration: Mapping[str, Json]) -> str:
         configuration: Names and values that JSON can hold. The order of the names does not matter.
 
     Returns:
-        16 hexadecimal digits: the start of the SHA-256 of the canonical JSON.
+        16 hexadecimal digits, the start of the SHA-256 of the canonical JSON.
 
     Raises:
         TypeError: If JSON cannot hold a value.

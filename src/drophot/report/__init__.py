@@ -31,9 +31,11 @@ Example:
 
 from drophot.report.functions import (
     Format,
+    agreement,
     differences,
     html,
     plot_curves,
+    plot_forgotten,
     plot_ratios,
     plot_steps,
     table,
@@ -41,9 +43,11 @@ from drophot.report.functions import (
 
 __all__ = [
     "Format",
+    "agreement",
     "differences",
     "html",
     "plot_curves",
+    "plot_forgotten",
     "plot_ratios",
     "plot_steps",
     "table",

@@ -10,11 +10,11 @@ from drophot._core.atomic_write import atomic_write
 from drophot.records.cells import group_by_cell
 from drophot.records.pairs import mode_name
 from drophot.records.record import Record
-from drophot.report import html_page, plots, tables
+from drophot.report import coreset_agreement, html_page, plots, tables
 from drophot.report.plots import Ratio
 from drophot.report.svg_panels import Panels
 from drophot.settings import BASELINE, Mode
-from drophot.stats import Measure
+from drophot.stats import Forgotten, Measure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,6 +121,42 @@ def _nothing_to_compare(runs: Iterable[Record], against: str | Mode | None) -> s
     )
 
 
+def agreement(records: Iterable[Record], format: Format = "markdown") -> str:
+    """Format how much coresets agree, over seeds and between modes.
+
+    There is a row for each mode and data ratio. The column "over seeds" is the agreement of the
+    coresets of its `n` seeds with its 95 % interval: 1 if all are equal, 0 on average if they are
+    random (see :func:`drophot.stats.stability`). The other columns are the agreement with another
+    mode for the same seed, the mean over seeds. Coresets that cells share, for example those of
+    several prune ratios, count once.
+
+    Args:
+        records: The runs. Left out are those that do not hold their coreset: older ones, those of
+            modes that reselect samples, and baselines.
+        format: "markdown"; "text", without bars; or "csv", with one row for each number, unrounded.
+
+    Returns:
+        The table, without a newline at its end.
+
+    Raises:
+        TypeError: If an item of `records` is not a record.
+        ValueError: If there are not two coresets to compare, two different records have the same
+            cell and seed, or `format` is unknown.
+    """
+    _check("format", format, Format)
+    runs = [record for group in group_by_cell(records) for record in group]
+    found = coreset_agreement.coresets_of(runs)
+    if not coreset_agreement.has_agreement(found):
+        held = sum(bool(run.coreset) for run in runs)
+        raise ValueError(
+            f"`records` must hold coresets of several seeds or modes with the same settings, got "
+            f"{held} of {len(runs)} records with a coreset. Run more seeds or modes."
+        )
+    if format == "csv":
+        return coreset_agreement.csv(found)
+    return coreset_agreement.table(found).text(bars=format == "markdown")
+
+
 def plot_curves(records: Iterable[Record], *, ax: Axes | None = None) -> Axes:
     """Plot test accuracy over the epochs of fine-tuning: the paper's Figure 1.
 
@@ -199,6 +235,27 @@ def plot_ratios(
     return plots.ratios(records, x=x, measure=measure, ax=ax)
 
 
+def plot_forgotten(found: Forgotten, *, label: str | None = None, ax: Axes | None = None) -> Axes:
+    """Plot the share of samples that a pruned network forgets against their score.
+
+    Each point is a group of samples with similar scores that were correct before pruning, with the
+    95 % interval of the share that is wrong after it. Draw several prune ratios into the same axes
+    to compare them.
+
+    Args:
+        found: The result of :func:`drophot.stats.forgotten_by_pruning`.
+        label: The label of the line in the legend. `None` adds no legend.
+        ax: The axes to draw into. `None` creates a new figure.
+
+    Returns:
+        The axes, neither shown nor saved.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    return plots.forgotten(found, ax=ax, label=label)
+
+
 def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
     """Write an HTML page with the differences, figures, accuracies, seconds and explanations.
 
@@ -230,10 +287,13 @@ def html(source: Iterable[Record] | Path | str, path: Path | str) -> Path:
     plots.axes(None)  # raises before any work if matplotlib is missing
     found = html_page.load(source)
     compared = tables.comparisons(found.records, "finetuned_accuracy")
+    coresets = coreset_agreement.coresets_of(found.records)
+    agreeing = coreset_agreement.has_agreement(coresets)
     page = html_page.page(
         found,
         accuracies=tables.accuracies(group_by_cell(found.records)),
         differences=tables.against(compared) if compared else None,
+        agreement=coreset_agreement.table(coresets) if agreeing else None,
         panels=Panels(record.mode for record in found.records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)

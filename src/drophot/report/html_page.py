@@ -131,8 +131,15 @@ def load(source: Iterable[Record] | Path | str) -> Source:
     return Source(records, max(plan, len(records)), grid.get("configuration", {}))
 
 
-def page(source: Source, *, accuracies: Table, differences: Table | None, panels: Panels) -> str:
-    """The HTML of the page; `differences` is `None` if there is nothing to compare."""
+def page(
+    source: Source,
+    *,
+    accuracies: Table,
+    differences: Table | None,
+    agreement: Table | None,
+    panels: Panels,
+) -> str:
+    """The HTML of the page; a table is `None` if there is nothing to compare."""
     parts_of = _figures(source.records)
 
     def drawn(draw: Callable[[list[Record]], str]) -> str:
@@ -154,6 +161,7 @@ def page(source: Source, *, accuracies: Table, differences: Table | None, panels
         "Figure 2: before and after pruning": drawn(panels.steps),
         "All accuracies": note("In %, the mean over n seeds ± standard deviation.")
         + _table(accuracies),
+        "Agreement of the coresets": _agreement(agreement),
         "Seconds": _seconds(source.records),
         "Configuration": _configuration(source.configuration),
         "How to read this": _how(),
@@ -238,6 +246,18 @@ def _differences(source: Source, differences: Table | None) -> str:
     for mode, name in {BASELINE: "baseline", "random": "random coreset"}.items():
         text += f" There is no {name} to compare with." * (mode not in modes)
     return note(text) + _table(differences)
+
+
+def _agreement(table: Table | None) -> str:
+    if table is None:
+        return note(
+            "Left out: the records do not hold two coresets to compare, of several seeds or modes."
+        )
+    return note(
+        "1 if coresets are equal, 0 on average if they are random. Over seeds: the agreement of "
+        "the coresets of n seeds, [its 95 % interval]. Under a mode: the agreement with that mode "
+        "for the same seed, the mean over seeds."
+    ) + _table(table)
 
 
 def _summary(source: Source) -> str:

@@ -1,4 +1,4 @@
-"""The three figures, and the style of each mode in them."""
+"""The figures, and the style of each mode in them."""
 
 from __future__ import annotations
 
@@ -152,6 +152,25 @@ def ratios(
     ax.set_xticks(ends, [f"{end:.4g}" for end in ends])
     ax.set_xlabel({"keep_ratio": "data kept (%)", "prune_ratio": "weights removed (%)"}[x])
     return _finished(ax)
+
+
+def forgotten(found: stats.Forgotten, *, ax: Axes | None = None, label: str | None = None) -> Axes:
+    """Draw the share forgotten against the score: :func:`drophot.report.plot_forgotten`."""
+    ax = axes(ax)
+    shares = 100 * found.num_forgotten / found.num_correct
+    ends = 100 * found.intervals.T
+    bars = np.abs(ends - shares)  # at 0 and 1, rounding may leave the share outside
+    lines = sum(1 for one in ax.containers if one.get_label() is not None)
+    marker, style, color = _STYLES[lines % MOST]
+    look = {"marker": marker, "linestyle": style, "color": color}
+    ax.errorbar(found.scores, shares, yerr=bars, label=label and _shown(label), capsize=3, **look)
+    ax.set_xlabel("score (mean of a group)")
+    ax.set_ylabel("correct before, wrong after (%)")
+    ax.set_ylim(bottom=0)
+    ax.grid(axis="y", alpha=0.3)
+    if label:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
 
 
 def axes(ax: Axes | None) -> Axes:

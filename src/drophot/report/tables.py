@@ -24,7 +24,7 @@ STEPS = {
 }
 
 MISSING = "–"  # for an accuracy that is nan
-_FIRST = ("low", "high", "random")  # in this order; other modes follow in the order of the records
+FIRST = ("low", "high", "random")  # in this order; other modes follow in the order of the records
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def against(found: Sequence[stats.Comparison]) -> Table:
         met,
         key=lambda pair: (
             pair[1] == "random",
-            _FIRST.index(pair[0]) if pair[0] in _FIRST else len(_FIRST),
+            FIRST.index(pair[0]) if pair[0] in FIRST else len(FIRST),
             met.index(pair),
         ),
     )
@@ -164,7 +164,7 @@ def accuracies_csv(found: Sequence[Sequence[Record]]) -> str:
             row[f"{name}_mean"], row[f"{name}_std"] = average(values), deviation(values)
             row[f"{name}_n"] = len(finite(values))
         rows.append(row)
-    return _csv(rows)
+    return csv_text(rows)
 
 
 def against_csv(found: Sequence[stats.Comparison]) -> str:
@@ -172,7 +172,7 @@ def against_csv(found: Sequence[stats.Comparison]) -> str:
     names, more = (*FIELDS, "keep_ratio", "prune_ratio"), setting_columns.differing(found)
     middle = ("mode", "against", "measure", "n", "difference")
     after = ("p_value", "p_holm", "effect_size")
-    return _csv(
+    return csv_text(
         {name: getattr(one, name) for name in names}
         | {name: _value(values[number]) for name, values in more.items()}
         | {name: getattr(one, name) for name in middle}
@@ -245,7 +245,8 @@ def _line(cell: str, bars: bool) -> str:
     return cell.replace("|", r"\|") if bars else cell
 
 
-def _csv(rows: Iterable[dict[str, object]]) -> str:
+def csv_text(rows: Iterable[dict[str, object]]) -> str:
+    """Rows that have the same columns, as CSV with a head."""
     first, *others = rows
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

@@ -242,9 +242,11 @@ class CrestLoader:
             state_dict: The state of a loader with the same data and arguments, of any rank.
 
         Raises:
-            ValueError: If it is of a loader with other arguments, or not such a state.
+            ValueError: If it is of a loader with other arguments or a model with another number of
+                trainable parameters, or not such a state.
         """
         check_state(state_dict, self._settings(), "CrestLoader", "selection")
+        selection_state.check_model(self.model, state_dict["selection"])
         selection_state.load(self, state_dict["selection"])
         self._yielded = self._resume_at = state_dict["yielded"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from drophot.sampling.crest import CrestLoader
@@ -23,6 +23,17 @@ def dump(loader: CrestLoader) -> dict[str, Any]:
     found: dict[str, Any] = {name.lstrip("_"): _copy(getattr(loader, name)) for name in names}
     generators = (loader._generator.bit_generator.state, loader._torch_generator.get_state())
     return found | {_GENERATORS: generators}
+
+
+def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse the selection for another model, as far as the number of parameters shows it."""
+    wanted = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    if (origin := state.get("origin")) is not None and origin.numel() != wanted:
+        raise ValueError(
+            f"`state_dict` must be of a model with the {wanted} trainable parameters of `model`, "
+            f"got one with {origin.numel()}. Create the CrestLoader with the model that it was "
+            f"saved with."
+        )
 
 
 def load(loader: CrestLoader, state: Mapping[str, Any]) -> None:

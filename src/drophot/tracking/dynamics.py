@@ -18,6 +18,7 @@ from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
 from drophot.tracking.fused_update import Layout
 from drophot.tracking.record import Rows, record_losses
 from drophot.tracking.running_means import RunningMeans
+from drophot.tracking.sequence_scores import FirstLearned
 from drophot.tracking.state import Columns, State, to_device
 from drophot.tracking.statistics import (
     CONFIDENCE,
@@ -144,6 +145,11 @@ class DynamicsTracker(ForgettingTracker):
             classes = targets.clamp(0, logits.shape[1] - 1)
             values = self._statistics.values(logits.float(), classes[:, None])
             series = self._statistics.series(logits.float(), classes[:, None])
+            if logits.dtype == torch.float64:  # logits that differ may be equal in float32
+                series = [
+                    own(logits, classes) if isinstance(own, FirstLearned) else part
+                    for own, part in zip(self._statistics.accumulators, series, strict=True)
+                ]
             if (own := self._statistics.to_check(values, series)) is not None:
                 self._state.check_finite(index, own)
             rows = self._record_logits(index, logits, targets)

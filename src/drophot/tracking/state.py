@@ -228,6 +228,13 @@ class State:
                     f'`state_dict["{name}"]` must be a tensor of {column.dtype}, got '
                     f"{describe(value)}."
                 )
+            if value.shape[:1] == column.shape[:1] and value.shape != column.shape:
+                raise ValueError(
+                    f'`state_dict["{name}"]` must have shape {tuple(column.shape)}, got '
+                    f"{tuple(value.shape)}. Create the tracker with the arguments of "
+                    f"{name.partition('.')[0]!r} that it had when the state was saved, such as "
+                    f"`window`."
+                )
             if value.shape != column.shape:
                 raise ValueError(
                     f"`state_dict` must hold {self.num_samples} samples, with {name} of shape "

@@ -15,6 +15,7 @@ from drophot.pipeline.provenance.environment import device_name, versions
 from drophot.pipeline.provenance.own_objects import described
 from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.pipeline.pruning_steps import FinetunedModel
+from drophot.records.coreset_text import to_text
 from drophot.records.record import Record, fingerprint
 from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SAMPLING_MODES, SETTINGS, name_of
 
@@ -57,8 +58,11 @@ def record_of(
     size = config.num_kept if asked.mode in SAMPLING_MODES else len(indices)
     model = finetuned.model
     fields = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
+    coreset = ""
     if size == config.num_samples:
         fields["mode"] = BASELINE
+    elif asked.mode not in SAMPLING_MODES:
+        coreset = to_text(indices.cpu().numpy(), config.num_samples)
     return Record(
         **fields,
         model=factory_name(config.factory, model),
@@ -76,6 +80,7 @@ def record_of(
         settings=settings,
         cell=fingerprint(settings),
         test_samples=config.num_test_samples,
+        coreset=coreset,
     )
 
 
