@@ -29,6 +29,8 @@ ROWS = [
     {"sampling", "report"},
     {"pipeline"},
     {"grid"},
+    {"_command_line"},
+    {"__main__"},
 ]
 ALIASES = {"forgetting"}  # another name for a package; nothing inside imports it
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -113,7 +113,12 @@ class Grid:
         self._config = replace(self.pipeline.config, progress=False)
 
     def run(
-        self, store: Path | str, executor: Executor | None = None, progress: bool = False
+        self,
+        store: Path | str,
+        executor: Executor | None = None,
+        progress: bool = False,
+        *,
+        on_record: Callable[[Record], object] | None = None,
     ) -> list[Record]:
         """Compute the cells that the store does not hold yet.
 
@@ -130,6 +135,10 @@ class Grid:
                 the other in this process.
             progress: Whether to show the plan and a progress bar
                 (`pip install "drophot[progress]"`).
+            on_record: Called in this process with each record as soon as it is computed and stored,
+                in any order. Records that were in the store before are only in the list that is
+                returned. An error that it raises ends the run as Ctrl-C does. The record is in the
+                store then, so that the next call does not pass it again.
 
         Returns:
             A record for each cell, ordered by seed, with the baseline first, and then by data
@@ -140,12 +149,18 @@ class Grid:
                 notes name every stage that failed. The next call tries these again.
             ValueError: If the store holds other files or the results of another configuration, or
                 the executor forks and `threads` is above 1 or the grid is on CUDA.
-            TypeError: If `executor` has no `submit`, or the factory of the model or the optimizer,
-                `fit`, a dataset or an object among the settings cannot be sent to a worker.
+            TypeError: If `executor` has no `submit`, `on_record` is not a function, or the factory
+                of the model or the optimizer, `fit`, a dataset or an object among the settings
+                cannot be sent to a worker.
             RuntimeError: If your own `fit` does not call its callbacks; no other stage is tried.
             ImportError: If `progress` is set and tqdm is not installed.
             OSError: If the disk is full. The results in the store stay intact.
         """
+        if on_record is not None and not callable(on_record):
+            raise TypeError(
+                f"`on_record` must be a function that takes a record, got "
+                f"{type(on_record).__name__}. Pass `records.append` to collect them, for example."
+            )
         bar = import_tqdm() if progress else None
         config = self._config
         if executor is not None:
@@ -176,6 +191,8 @@ class Grid:
                         opened.append(record)
                     if shown is not None:
                         shown.update(min(stage.epochs, total - shown.n))
+                    if record is not None and on_record is not None:
+                        on_record(record)
 
                 limit = self._most_at_once(executor, plan.memory)
                 dispatch.send(executor, todo, job, finished, limit=limit)

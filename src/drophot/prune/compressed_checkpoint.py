@@ -151,6 +151,34 @@ def load_compressed(model: nn.Module, path: Path | str) -> None:
         raise
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file was written by `save_compressed`."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _HEADER in archive.namelist()
+    except zipfile.BadZipFile:
+        return False
+
+
+def read_compressed(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `save_compressed`; the size of the file bounds what is read."""
+    with path.open("rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                header = json.loads(_content(archive, _HEADER, path.stat().st_size))
+            entries = header["tensors"]
+            state = {
+                name: _as_described(entries[entry.get("same as", name)])
+                for name, entry in entries.items()
+            }
+            return _read(file, state)
+        except _READ_ERRORS as error:
+            raise ValueError(
+                f"`path` must be a file written by save_compressed, but {path} is damaged "
+                f"({type(error).__name__}: {error})."
+            ) from error
+
+
 def _path(path: Any) -> Path:
     if not isinstance(path, str | os.PathLike):
         raise TypeError(

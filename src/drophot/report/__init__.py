@@ -40,6 +40,7 @@ from drophot.report.functions import (
     plot_steps,
     table,
 )
+from drophot.report.sample_figures import plot_data_map, plot_suspects
 
 __all__ = [
     "Format",
@@ -47,8 +48,10 @@ __all__ = [
     "differences",
     "html",
     "plot_curves",
+    "plot_data_map",
     "plot_forgotten",
     "plot_ratios",
     "plot_steps",
+    "plot_suspects",
     "table",
 ]

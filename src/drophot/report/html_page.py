@@ -117,7 +117,7 @@ def load(source: Iterable[Record] | Path | str) -> Source:
     """Read records, or the folder of a grid, in which a line may be incomplete."""
     grid: dict[str, Any] = {}
     if isinstance(source, (Path, str)):
-        grid, lines = _read(Path(source))
+        grid, lines = read_store(Path(source))
         # A stage that was computed twice, for example by two processes, has two lines.
         source = {(cell_of(line), line.seed): line for line in lines}.values()
     source = check_records(source, "source")
@@ -177,7 +177,8 @@ def page(
     )
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+def read_store(folder: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The `grid.json` and the records of the folder of a grid."""
     path = folder / "records.jsonl"
     if not path.is_file():
         raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from drophot._core.capturable_hooks import repeatable
 from drophot.tracking import packed_history, validation
 from drophot.tracking.accumulators import Accumulation, Accumulator
-from drophot.tracking.deferred_errors import NO_TARGET, ONLY_LOSS
+from drophot.tracking.deferred_errors import ONLY_LOSS
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
 from drophot.tracking.fused_update import Layout
 from drophot.tracking.record import Rows, record_losses
@@ -299,26 +299,19 @@ class DynamicsTracker(ForgettingTracker):
         return self._of_each_sample(columns, statistic)
 
     def columns(self) -> dict[str, np.ndarray]:
-        """Everything at once, for a table: `pandas.DataFrame(tracker.columns())`.
+        """Everything at once, for a table: `pandas.DataFrame(tracker.columns(), index=ids)`.
 
         Returns:
-            NumPy arrays of shape `(N,)`: `index`; `target`, -1 for a sample that was never
-            presented with one; `presentations`; `learned`; `forgetting`, the number of events; and
-            each of the statistics as in `scores`, NaN for a sample that was never presented.
+            The columns of :meth:`drophot.ForgettingTracker.columns`, and each of the statistics as
+            in `scores`, NaN for a sample that was never presented.
 
         Raises:
             ValueError: If a batch had wrong indices.
         """
-        state = self._read()
-        columns = {
-            "index": torch.arange(self.num_samples),
-            "target": self._state.targets.clamp(min=NO_TARGET),
-            "presentations": self.presentations,
-            "learned": self.learned,
-            "forgetting": self.counts,
-            **{name: self._of_each_sample(state, name) for name in self._statistics.by_name},
-        }
-        return {name: column.cpu().numpy().copy() for name, column in columns.items()}
+        columns, state = super().columns(), self._read()
+        for name in self._statistics.by_name:
+            columns[name] = self._of_each_sample(state, name).cpu().numpy().copy()
+        return columns
 
     def _new_state(self, device: torch.device | str | None) -> State:
         names = tuple(self._statistics.by_name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -17,9 +19,11 @@ from drophot.tracking import (
     fused_update,
     observe,
     packed_history,
+    score_table,
     validation,
 )
 from drophot.tracking.batch_matching import Pairing
+from drophot.tracking.deferred_errors import NO_TARGET
 from drophot.tracking.record import Rows, record
 from drophot.tracking.state import Columns, State, join_histories, to_device
 from drophot.tracking.validation import describe
@@ -285,6 +289,56 @@ class ForgettingTracker:
         if missing == "raise":
             return scores
         return scores.float().masked_fill_(presented == 0, torch.nan)
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Everything at once, for a table: `pandas.DataFrame(tracker.columns(), index=ids)`.
+
+        Returns:
+            NumPy arrays of shape `(N,)`: `index`; `target`, -1 for a sample that was never
+            presented with one; `presentations`; `learned`; and `forgetting`, the number of events.
+
+        Raises:
+            ValueError: If a batch had wrong indices.
+        """
+        self._read()
+        columns = {
+            "index": torch.arange(self.num_samples),
+            "target": self._state.targets.clamp(min=NO_TARGET),
+            "presentations": self.presentations,
+            "learned": self.learned,
+            "forgetting": self.counts,
+        }
+        return {name: column.cpu().numpy().copy() for name, column in columns.items()}
+
+    def to_csv(self, path: Path | str, ids: Sequence[object] | None = None) -> None:
+        """Write `columns()` to a CSV file, with a row for each sample in the order of the dataset.
+
+        The file is written atomically. A missing number is `nan`.
+
+        Args:
+            path: The file; an existing file is replaced.
+            ids: Your own names of the samples, such as file names, in the order of the dataset.
+                They become the first column, `id`.
+
+        Raises:
+            ValueError: If `ids` does not have one value for each sample, or a batch had wrong
+                indices.
+            OSError: If the file cannot be written.
+
+        Example:
+            >>> from pathlib import Path
+            >>> from tempfile import TemporaryDirectory
+            >>> tracker = ForgettingTracker(num_samples=2)
+            >>> tracker.update_correct(torch.tensor([1]), torch.tensor([True]))
+            >>> with TemporaryDirectory() as folder:
+            ...     tracker.to_csv(f"{folder}/scores.csv", ids=["cat.png", "dog.png"])
+            ...     print(Path(f"{folder}/scores.csv").read_text())
+            id,index,target,presentations,learned,forgetting
+            cat.png,0,-1,0,False,0
+            dog.png,1,-1,1,True,0
+            <BLANKLINE>
+        """
+        score_table.save_csv(Path(path), self.columns(), ids)
 
     def sync(self, group: ProcessGroup | None = None) -> None:
         """Merge the trackers of all ranks. Call it on every rank, once per epoch.

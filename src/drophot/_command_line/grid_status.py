@@ -1,0 +1,26 @@
+"""How much of a grid is done, read from its folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+
+from drophot.records.cells import cell_of
+from drophot.report.html_page import read_store
+
+
+def of(folder: Path) -> str:
+    """The progress of a grid in a few lines."""
+    grid, lines = read_store(folder)
+    # A stage that was computed twice, for example by two processes, has two lines.
+    records = list({(cell_of(line), line.seed): line for line in lines}.values())
+    planned = max(int(grid.get("plan", {}).get("cells", 0)), len(records))
+    rows = {"cells": f"{len(records)} of {planned} done"}
+    if records:
+        for name in ("model", "mode", "seed"):
+            counts = Counter(getattr(record, name) for record in records)
+            rows[name] = ", ".join(f"{value} ({n})" for value, n in counts.items())
+        changed = datetime.fromtimestamp((folder / "records.jsonl").stat().st_mtime)
+        rows["last change"] = f"{changed:%Y-%m-%d %H:%M:%S}"
+    return "\n".join(f"{name:<12}{value}" for name, value in rows.items())

@@ -1,0 +1,95 @@
+"""The summary of a network that is in a file or that a factory builds."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from drophot._command_line import checkpoints
+from drophot.prune.compressed_checkpoint import compressed_bytes, is_compressed, read_compressed
+from drophot.prune.model_summary import LayerSummary, Summary, summary
+from drophot.prune.operator_counts import count_nonzeros
+
+# A file does not tell buffers from parameters. These are the buffers of BatchNorm.
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def of(source: str, key: str | None) -> Summary:
+    """Summarize `module:factory`, a checkpoint or a compressed checkpoint."""
+    path = Path(source)
+    if path.is_file() and is_compressed(path):
+        return _of_state(read_compressed(path))
+    if path.exists() or ":" not in source:
+        found = checkpoints.load(path)
+        return _of_state(checkpoints.find(found, _is_state, key, "weights of a network"))
+    return summary(_build(source))
+
+
+def _build(source: str) -> Any:
+    module, _, name = source.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, as `python -m` has it
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        return found if isinstance(found, nn.Module) else found()
+    except Exception as error:
+        raise ValueError(
+            f"{source} could not be imported and called without arguments "
+            f"({type(error).__name__}: {error}). Name a file, or a function without arguments as "
+            f"module:function."
+        ) from error
+
+
+def _is_state(found: Mapping[str, Any]) -> bool:
+    """Whether this may be the `state_dict` of a network: tensors, with floats among them."""
+    tensors = [value for value in found.values() if isinstance(value, Tensor)]
+    others = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    return any(tensor.is_floating_point() for tensor in tensors) and all(
+        name.endswith("_extra_state") for name in others
+    )
+
+
+def _of_state(state: Mapping[str, Any]) -> Summary:
+    """The summary of a `state_dict`, whose names tell the layers."""
+    tensors: dict[str, list[Tensor]] = {}
+    seen = set[object]()
+    for name, tensor in state.items():
+        layer, _, own = name.rpartition(".")
+        if not isinstance(tensor, Tensor) or own in (*_BUFFERS, "_extra_state"):
+            continue
+        memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in seen:
+            continue  # shared with an earlier layer
+        seen.add(memory)
+        tensors.setdefault(layer, []).append(tensor)
+    layers = tuple(
+        LayerSummary(
+            name=name or "(model)",
+            kind="",
+            parameters=sum(tensor.numel() for tensor in own),
+            nonzeros=sum(count_nonzeros(tensor) for tensor in own),
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in own),
+            compressed_bytes=sum(compressed_bytes(tensor) for tensor in own),
+            flops=None,
+            effective_flops=None,
+            latency=None,
+        )
+        for name, own in tensors.items()
+    )
+    return Summary(
+        layers=layers,
+        parameters=sum(layer.parameters for layer in layers),
+        nonzeros=sum(layer.nonzeros for layer in layers),
+        bytes=sum(layer.bytes for layer in layers),
+        compressed_bytes=sum(layer.compressed_bytes for layer in layers),
+        flops=None,
+        effective_flops=None,
+        latency=None,
+    )

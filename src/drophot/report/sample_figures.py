@@ -1,0 +1,178 @@
+"""Figures of a tracker: the data map, and the samples that may be mislabeled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from drophot.report import plots
+from drophot.tracking.dynamics import DynamicsTracker
+from drophot.tracking.score_table import most_suspicious
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_POINTS = 20_000  # more cover each other, and take seconds to draw
+_PER_ROW = 5
+
+
+def plot_data_map(tracker: DynamicsTracker, *, ax: Axes | None = None) -> Axes:
+    """Plot confidence against variability, a point for each sample: a data map.
+
+    Samples at the top left are easy to learn. Those at the bottom left are hard, and some of them
+    have wrong labels. Those on the right are ambiguous. Colors show how often a sample was
+    forgotten, in 5 steps. Of more than 20,000 samples, 20,000 are drawn, always the same.
+
+    References:
+        Swayamdipta et al., Dataset Cartography: Mapping and Diagnosing Datasets with Training
+        Dynamics, EMNLP 2020, https://arxiv.org/abs/2009.10795. The colors of its figures are the
+        share of epochs in which a sample was correct.
+
+    Args:
+        tracker: A tracker that keeps `"confidence"` and `"variability"`. Samples that were never
+            presented are left out.
+        ax: The axes to draw into. `None` creates a new figure.
+
+    Returns:
+        The axes, neither shown nor saved.
+
+    Raises:
+        TypeError: If `tracker` is not a DynamicsTracker.
+        ValueError: If it does not keep both statistics, or no sample was presented.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> tracker = DynamicsTracker(6)
+        >>> tracker.update(torch.arange(6), torch.eye(3).repeat(2, 1), torch.arange(6) % 3)
+        >>> plot_data_map(tracker).get_ylabel()
+        'confidence'
+    """
+    _check_tracker(tracker)
+    columns = tracker.columns()
+    for name in ("confidence", "variability"):
+        if name not in columns:
+            raise ValueError(
+                f"`tracker` must keep {name!r}, got one with "
+                f"{', '.join(map(repr, tracker.statistics))}. Name it in "
+                f"`DynamicsTracker(..., statistics=[...])`."
+            )
+    shown = np.flatnonzero(~np.isnan(columns["confidence"]))
+    if not len(shown):
+        raise ValueError("`tracker` must have presented samples, got one that has seen none.")
+    if len(shown) > _MOST_POINTS:
+        shown = np.random.default_rng(0).choice(shown, _MOST_POINTS, replace=False)
+    ax = plots.axes(ax)
+    x, y = columns["variability"][shown], columns["confidence"][shown]
+    events = np.minimum(columns["forgetting"][shown], 4)
+    labels = ("never forgotten", "once", "twice", "3 times", "4 times or more")
+    colors = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
+    for number, (label, color) in enumerate(zip(labels, colors, strict=True)):
+        at = events == number
+        if at.any():
+            ax.scatter(x[at], y[at], s=6, c=color, label=label, linewidths=0, rasterized=True)
+    ax.set_xlabel("variability")
+    ax.set_ylabel("confidence")
+    ax.set_xlim(left=0)
+    ax.set_ylim(0, 1)
+    ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2)
+    return ax
+
+
+def plot_suspects(
+    tracker: DynamicsTracker,
+    images: Any,
+    *,
+    statistic: str = "aum",
+    number: int = 20,
+    classes: Sequence[str] | Mapping[int, str] | None = None,
+) -> Figure:
+    """Draw the images that are most likely mislabeled, each with the label that it was given.
+
+    Args:
+        tracker: A tracker of the dataset.
+        images: The dataset that the tracker's indices refer to, or only its images: `images[i]` is
+            an image, or a tuple that begins with one. An image is a tensor `(C, H, W)` or `(H, W)`,
+            a NumPy array `(H, W, C)` or `(H, W)`, or a PIL image. Floats are scaled so that the
+            smallest is black and the largest white.
+        statistic: The statistic to sort by: those at its hard end come first.
+        number: How many images to draw, at most those that were presented.
+        classes: The name of each class. `None` shows its number.
+
+    Returns:
+        A figure, neither shown nor saved.
+
+    Raises:
+        TypeError: If `tracker` is not a DynamicsTracker, or a sample does not begin with an image.
+        ValueError: If the tracker does not keep `statistic`, or no sample was presented.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> tracker = DynamicsTracker(6)
+        >>> tracker.update(torch.arange(6), torch.eye(3).repeat(2, 1), torch.zeros(6).long())
+        >>> figure = plot_suspects(tracker, torch.rand(6, 3, 8, 8), number=4, classes=["cat"])
+        >>> [ax.get_title() for ax in figure.axes][:2]
+        ['cat', 'cat']
+    """
+    _check_tracker(tracker)
+    worst = most_suspicious(tracker, statistic, number).tolist()
+    if not worst:
+        raise ValueError("`tracker` must have presented samples, got one that has seen none.")
+    plots.axes(None)  # raises if matplotlib is missing
+    from matplotlib.figure import Figure
+
+    rows = -(-len(worst) // _PER_ROW)
+    figure = Figure(figsize=(1.6 * _PER_ROW, 1.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, _PER_ROW, squeeze=False).flat
+    targets = tracker.columns()["target"]
+    for ax, sample in zip_longest(axes, worst):
+        if sample is None:
+            ax.remove()
+            continue
+        pixels = _pixels(images[sample], sample)
+        ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None)
+        target = int(targets[sample])
+        name = str(target) if classes is None else classes[target]
+        ax.set_title(name.replace("$", r"\$"), fontsize="medium")
+        ax.set_xlabel(f"no. {sample}", fontsize="small")
+        ax.set(xticks=[], yticks=[])
+    return figure
+
+
+def _check_tracker(tracker: object) -> None:
+    if not isinstance(tracker, DynamicsTracker):
+        raise TypeError(
+            f"`tracker` must be a DynamicsTracker, got {type(tracker).__name__}. A "
+            f"ForgettingTracker keeps no other statistics."
+        )
+
+
+def _pixels(found: Any, sample: int) -> np.ndarray:
+    """A sample's image as `(H, W)` or `(H, W, 3 or 4)`, of integers or of floats in [0, 1]."""
+    image = found[0] if isinstance(found, (tuple, list)) else found
+    try:
+        pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        if isinstance(image, Tensor) and pixels.ndim == 3:
+            pixels = pixels.transpose(1, 2, 0)
+        if pixels.ndim == 3 and pixels.shape[2] == 1:
+            pixels = pixels[:, :, 0]
+        valid = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    except (TypeError, ValueError):
+        pixels, valid = np.empty(0), False
+    if not valid or pixels.dtype.kind not in "buif":
+        raise TypeError(
+            f"`images` must hold images or tuples that begin with one, got "
+            f"{type(image).__name__} for sample {sample}. An image is a tensor (C, H, W), an array "
+            f"(H, W, C) or a PIL image."
+        )
+    if pixels.dtype.kind != "f":
+        return pixels
+    pixels = pixels.astype(np.float32)
+    low, high = np.nanmin(pixels), np.nanmax(pixels)
+    return (pixels - low) / max(high - low, np.finfo(np.float32).tiny)

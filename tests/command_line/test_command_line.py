@@ -1,0 +1,236 @@
+"""The command line, called as a function; once as a process that another one reads from."""
+
+import csv
+import io
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.record import one
+from torch import nn
+
+import drophot
+from drophot import DynamicsTracker, ForgettingTracker, magnitude_prune, records
+from drophot.__main__ import main
+from drophot.prune import save_compressed
+from drophot.report import table
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4, bias=False))
+
+
+def tracker(num_samples: int = 50) -> DynamicsTracker:
+    """Trained on all samples but the last five; sample 7 has a wrong label."""
+    found = DynamicsTracker(num_samples)
+    index = torch.arange(num_samples - 5)
+    logits = 4 * nn.functional.one_hot(index % 4).float() + torch.rand(len(index), 4)
+    targets = index % 4
+    targets[7] = 0
+    found.update(index, logits, targets)
+    return found
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main([str(part) for part in arguments]) == 0
+    found = capsys.readouterr()
+    assert found.err == ""
+    return found.out
+
+
+def error(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main([str(part) for part in arguments]) == 2
+    found = capsys.readouterr()
+    assert found.out == ""
+    assert found.err.count("\n") == 1
+    return found.err
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a summary without its second column, the kind."""
+    lines = [line.split() for line in text.splitlines()[2:]]
+    return [[line[0], *line[-5:]] for line in lines if len(line) > 1]
+
+
+@pytest.mark.parametrize("kind", ["state", "checkpoint", "compressed", "factory"])
+def test_a_summary_has_the_numbers_of_the_model(
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = network()
+    magnitude_prune(model, 0.5)
+    file = tmp_path / "network.pt"
+    match kind:
+        case "state":
+            torch.save(model.state_dict(), file)
+        case "checkpoint":
+            optimizer = torch.optim.Adam(model.parameters())
+            model(torch.randn(4, 8)).sum().backward()
+            optimizer.step()
+            magnitude_prune(model, 0.5)
+            parts = {"epoch": 3, "best": torch.tensor(1), "optimizer": optimizer.state_dict()}
+            torch.save(parts | {"nested": {"model": model.state_dict()}}, file)
+        case "compressed":
+            save_compressed(model, file)
+        case _:
+            (tmp_path / "own_models.py").write_text(
+                "from torch import nn\nclass models:\n"
+                "    pruned = staticmethod(lambda: nn.Sequential(nn.Linear(8, 16)))\n"
+            )
+            monkeypatch.chdir(tmp_path)
+            monkeypatch.setattr(sys, "path", [*sys.path])
+            model = nn.Sequential(nn.Linear(8, 16))
+    source = "own_models:models.pruned" if kind == "factory" else file
+    found = output(capsys, "summary", source)
+    wanted = str(drophot.summary(model))
+    assert rows(found) == rows(wanted)
+    if kind == "factory":
+        assert found == wanted + "\n"
+
+
+def test_a_weight_that_two_layers_share_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    save_compressed(model, tmp_path / "b")
+    for name in ("a.pt", "b"):
+        assert rows(output(capsys, "summary", tmp_path / name))[-1][1] == str(36 + 12)
+
+
+def test_one_of_several_networks_is_chosen_by_its_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.pt"
+    ema = nn.Linear(3, 2)
+    torch.save({"model": nn.Linear(5, 5).state_dict(), "a": {"ema": ema.state_dict()}}, file)
+    message = error(capsys, "summary", file)
+    assert "'model'" in message
+    assert "'a.ema'" in message
+    assert "--key" in message
+    assert rows(output(capsys, "summary", file, "--key", "a.ema"))[-1][1] == "8"
+    assert "'b'" in error(capsys, "summary", file, "--key", "b")
+
+
+def test_files_that_could_run_code_are_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(network(), tmp_path / "whole.pt")
+    assert "state_dict" in error(capsys, "summary", tmp_path / "whole.pt")
+
+
+def test_wrong_sources_are_errors_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("no checkpoint")
+    torch.save({"epoch": 1}, tmp_path / "empty.pt")
+    damaged = tmp_path / "damaged"
+    save_compressed(network(), damaged)
+    damaged.write_bytes(damaged.read_bytes().replace(b'"nonzeros"', b'"nonzeroz"'))
+    for name in ("text", "empty.pt", "damaged", "missing", "."):
+        error(capsys, "summary", tmp_path / name)
+    for source in ("missing:network", "torch:missing", "torch.nn:Linear"):
+        assert source in error(capsys, "summary", source)
+    assert "dict" in error(capsys, "summary", "builtins:dict")
+
+
+def test_suspects_are_the_samples_of_lowest_margin(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = tracker()
+    torch.save({"model": network().state_dict(), "tracker": found.state_dict()}, tmp_path / "c.pt")
+    lines = list(csv.DictReader(io.StringIO(output(capsys, "suspects", tmp_path / "c.pt"))))
+    assert len(lines) == 45  # those that were presented
+    assert lines[0]["index"] == "7"
+    margins = [float(line["aum"]) for line in lines]
+    assert margins == sorted(margins)
+    columns = found.columns()
+    assert [line.keys() for line in lines] == [columns.keys()] * 45
+    for line in lines:
+        at = int(line["index"])
+        for name in ("target", "presentations", "forgetting", "loss", "el2n"):
+            assert float(line[name]) == pytest.approx(float(columns[name][at]), rel=1e-6)
+    few = output(capsys, "suspects", tmp_path / "c.pt", "--number", "3", "--score", "loss")
+    losses = [float(line["loss"]) for line in csv.DictReader(io.StringIO(few))]
+    assert len(losses) == 3
+    assert losses == pytest.approx(sorted(columns["loss"][:45], reverse=True)[:3], rel=1e-6)
+
+
+def test_suspects_that_cannot_be_told_are_errors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.pt"
+    torch.save(tracker().state_dict(), file)
+    assert "'forgetting'" in error(capsys, "suspects", file, "--score", "forgetting")
+    assert "0" in error(capsys, "suspects", file, "--number", "0")
+    torch.save(ForgettingTracker(5).state_dict(), file)
+    assert "DynamicsTracker" in error(capsys, "suspects", file)
+    torch.save(network().state_dict(), file)
+    assert "tracker" in error(capsys, "suspects", file)
+    last = drophot.tracking.Last()
+    torch.save(DynamicsTracker(5, statistics=["aum", last]).state_dict(), file)
+    assert "'last_loss'" in error(capsys, "suspects", file)
+
+
+def test_the_status_and_the_report_of_a_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "results"
+    store.mkdir()
+    file = store / "records.jsonl"
+    file.touch()
+    (store / "grid.json").write_text('{"plan": {"cells": 6}}')
+    assert "0 of 6 " in output(capsys, "grid", "status", store)
+    runs = [one(seed=0), one(seed=1), one(mode="baseline", keep_ratio=1.0)]
+    records.write([*runs, runs[0]], file)  # two processes computed one of them
+    with file.open("a") as unfinished:
+        unfinished.write('{"model": ')
+    before = sorted(store.iterdir())
+    found = output(capsys, "grid", "status", store)
+    assert "3 of 6 " in found
+    assert "high (2), baseline (1)" in found
+    assert sorted(store.iterdir()) == before  # it only looks
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    pytest.importorskip("scipy", reason="the extra `stats` is not installed")
+    page = store / "report.html"
+    assert output(capsys, "grid", "report", store) == f"{page}\n"
+    assert "Table 1" in page.read_text()
+    other = tmp_path / "pages" / "page.html"
+    assert output(capsys, "grid", "report", store, "--output", other) == f"{other}\n"
+    assert other.is_file()
+    assert table(runs)
+
+
+def test_a_folder_that_is_no_grid_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("status", "report"):
+        assert str(tmp_path) in error(capsys, "grid", command, tmp_path)
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, code in ([["--version"], 0], [["--help"], 0], [[], 2], [["grid"], 2], [["no"], 2]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == code
+    assert drophot.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no sh")
+def test_a_reader_may_stop_before_the_end(tmp_path: Path) -> None:
+    num_samples = 3000  # more than a pipe holds
+    torch.save(tracker(num_samples).state_dict(), tmp_path / "c.pt")
+    words = [sys.executable, "-m", "drophot", "suspects", str(tmp_path / "c.pt")]
+    command = shlex.join([*words, "--number", str(num_samples)])
+    done = subprocess.run(
+        ["sh", "-c", f"{command} | head -n 1"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("index,")
+    assert done.stderr == ""

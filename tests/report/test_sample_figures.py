@@ -1,0 +1,106 @@
+"""The data map and the sheet of suspicious images."""
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from drophot import DynamicsTracker, ForgettingTracker, IndexedDataset
+from drophot.report import plot_data_map, plot_suspects
+
+pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+
+
+def tracker(num_samples: int = 12) -> DynamicsTracker:
+    """Confident of all samples but 5; sample 2 was forgotten once, and the last never presented."""
+    found = DynamicsTracker(num_samples)
+    index = torch.arange(num_samples - 1)
+    for epoch in range(2):
+        logits = 3 * nn_one_hot(index % 3) * (1 + index[:, None] / 100)
+        if epoch:
+            logits[2] = logits[2].roll(1)
+        targets = index % 3
+        targets[5] = 0
+        found.update(index, logits, targets)
+    return found
+
+
+def nn_one_hot(classes: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(classes, 3).float()
+
+
+def test_the_map_has_a_point_for_each_sample_presented() -> None:
+    found, ax = tracker(), None
+    ax = plot_data_map(found)
+    points = np.concatenate([part.get_offsets() for part in ax.collections])
+    columns = found.columns()
+    wanted = np.stack([columns["variability"], columns["confidence"]], 1)[:11]
+    assert sorted(map(tuple, points.tolist())) == sorted(map(tuple, wanted.tolist()))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["never forgotten", "once"]
+    (forgotten,) = [part for part in ax.collections if part.get_label() == "once"]
+    assert forgotten.get_offsets().tolist() == [wanted[2].tolist()]
+    assert plot_data_map(found, ax=ax) is ax
+
+
+def test_a_large_map_draws_a_fixed_part_of_the_samples() -> None:
+    first, second = (plot_data_map(tracker(30_000)) for _ in range(2))
+    parts = [[part.get_offsets() for part in ax.collections] for ax in (first, second)]
+    assert sum(map(len, parts[0])) == 20_000
+    assert all(np.array_equal(a, b) for a, b in zip(*parts, strict=True))
+
+
+IMAGES: dict[str, Callable[[Tensor], Any]] = {
+    "dataset": lambda x: IndexedDataset(TensorDataset(x, torch.zeros(12).long())),
+    "tensor": lambda x: x,
+    "gray": lambda x: x[:, 0],
+    "one channel": lambda x: x[:, :1],
+    "arrays": lambda x: [(image.permute(1, 2, 0).numpy(), 0) for image in x],
+    "bytes": lambda x: [(255 * image).byte().permute(1, 2, 0).numpy() for image in x],
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_the_sheet_shows_the_hardest_samples_first(kind: str) -> None:
+    x = torch.linspace(-1, 1, 12 * 3 * 4 * 4).view(12, 3, 4, 4)
+    x[5] = x[5].flip(1)
+    figure = plot_suspects(tracker(), IMAGES[kind](x), number=7, classes=["a", "b$", "c"])
+    assert [ax.get_xlabel() for ax in figure.axes][:2] == ["no. 5", "no. 2"]
+    assert len(figure.axes) == 7
+    assert figure.axes[0].get_title() == "a"  # the label that it was given
+    if kind == "dataset":
+        (drawn,) = figure.axes[0].get_images()
+        wanted = (x[5] - x[5].min()) / (x[5].max() - x[5].min())
+        np.testing.assert_allclose(drawn.get_array(), wanted.permute(1, 2, 0).numpy(), atol=1e-5)
+        figure.savefig(BytesIO(), dpi=20)
+
+
+def test_the_sheet_takes_pil_images_and_any_statistic() -> None:
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    images = [(image.new("RGB", (4, 4)), 0)] * 12
+    figure = plot_suspects(tracker(), images, statistic="confidence", number=100)
+    assert figure.axes[0].get_xlabel() == "no. 5"
+    assert len(figure.axes) == 11  # all that were presented
+
+
+def test_wrong_arguments_are_named() -> None:
+    images = torch.zeros(12, 3, 4, 4)
+    with pytest.raises(TypeError, match=r"`tracker`.*ForgettingTracker"):
+        plot_data_map(ForgettingTracker(12))
+    with pytest.raises(TypeError, match=r"`tracker`.*Tensor"):
+        plot_suspects(images, tracker())
+    with pytest.raises(ValueError, match=r"`tracker`.*'confidence'"):
+        plot_data_map(DynamicsTracker(12, statistics=["aum"]))
+    with pytest.raises(ValueError, match="`tracker`"):
+        plot_data_map(DynamicsTracker(12))
+    with pytest.raises(ValueError, match="`tracker`"):
+        plot_suspects(DynamicsTracker(12), images)
+    with pytest.raises(ValueError, match=r"`statistic`.*'forgetting'"):
+        plot_suspects(tracker(), images, statistic="forgetting")
+    with pytest.raises(TypeError, match=r"`images`.*dict.*5"):
+        plot_suspects(tracker(), [{"image": image} for image in images])
