@@ -61,7 +61,7 @@ def record_of(
     coreset = ""
     if size == config.num_samples:
         fields["mode"] = BASELINE
-    elif asked.mode not in SAMPLING_MODES:
+    elif config.selector is not None:
         coreset = to_text(indices.cpu().numpy(), config.num_samples)
     return Record(
         **fields,
