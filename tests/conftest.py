@@ -1,5 +1,6 @@
 """What all tests share: one thread each, and the real data where it is."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -83,13 +84,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files with many slow tests come first, so that two workers end at about the same time.
+    # Files with many slow tests come first, so that two workers end at about the same time. One
+    # file has a single test, which takes the longest of all.
     slow = Counter(item.path for item in items if item.get_closest_marker("slow") is not None)
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: (item.path.name != "test_interpreted.py", -slow[item.path]))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what the imports have made stays, and collections need not look at it each time
 
 
 @pytest.fixture(autouse=True)

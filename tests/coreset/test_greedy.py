@@ -388,7 +388,7 @@ def test_memory_is_said_and_refused_before_the_start(
 
 @pytest.mark.slow
 @both
-@pytest.mark.parametrize("size", [400, 800])
+@pytest.mark.parametrize("size", [200, 400])
 def test_what_is_held_is_what_was_said(
     selector: Selector, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

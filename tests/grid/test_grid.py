@@ -81,16 +81,23 @@ def test_every_record_is_the_one_of_the_pipeline_alone(
     changes: dict[str, Any], tmp_path: Path
 ) -> None:
     pipeline = drop_hot(**({"score_epochs": 2, "train_epochs": 2, "finetune_epochs": 1} | changes))
-    ratios, seeds = ([0.5], [3]) if changes else (LISTS["data_ratios"], LISTS["seeds"])
+    if changes:
+        ratios, seeds, modes = [0.5], [3], LISTS["modes"]
+    else:
+        ratios, seeds, modes = LISTS["data_ratios"], LISTS["seeds"], ["low", "random"]
     wanted = grid(
-        pipeline, data_ratios=ratios, seeds=seeds, controls=["equal_steps", "reinitialize"]
+        pipeline,
+        data_ratios=ratios,
+        seeds=seeds,
+        modes=modes,
+        controls=["equal_steps", "reinitialize"],
     )
     found = wanted.run(tmp_path)
     assert found == [alone(pipeline, record) for record in found]
     cells = {
         (r.seed, r.mode, r.keep_ratio, r.prune_ratio, r.equal_steps, r.reinitialized) for r in found
     }
-    assert len(cells) == len(found) == len(seeds) * (3 + len(ratios) * 3 * 2 * 3)
+    assert len(cells) == len(found) == len(seeds) * (3 + len(ratios) * len(modes) * 2 * 3)
 
 
 @pytest.mark.slow
