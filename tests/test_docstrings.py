@@ -27,7 +27,7 @@ EXTRAS = ("lightning", "transformers")
 # functions that return them.
 RESULTS = {
     *("Change", "Comparison", "Estimate", "LayerSummary", "LeNet", "Masks", "Paired", "Plan"),
-    *("ChannelPlan", "OperatorCall", "Pruned", "Stability", "Summary"),
+    *("ChannelPlan", "Forgotten", "OperatorCall", "Pruned", "Stability", "Summary"),
 }
 # Names whose docstring has no example, since it would need an extra, and a page that runs one.
 SHOWN_ELSEWHERE = {

@@ -63,6 +63,9 @@ def test_every_mode_takes_the_five_steps(mode: Any) -> None:
     assert record.trained_accuracy > 0.3
     assert record.sparsity == pytest.approx(0.6, abs=0.02)
     assert len(run.indices) == (120 if mode in WHILE_TRAINING else 60)
+    held = record.indices()
+    assert (held is None) == (mode in WHILE_TRAINING)
+    assert held is None or held.tolist() == sorted(run.indices.tolist())
     assert drop_hot(mode=mode, score_epochs=3).run() == record, "one seed gives one record"
     assert ("score" in record.seconds) == (mode not in ("random", BY_CLASS, *WHILE_TRAINING))
     assert needs_scoring(mode) == needs_scoring(name(mode)) == ("score" in record.seconds)

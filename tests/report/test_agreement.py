@@ -65,6 +65,14 @@ def test_cells_of_other_settings_are_not_compared() -> None:
     assert [row[-2:] for row in rows] == [["", "–"], ["–", ""]]
 
 
+def test_two_seeds_have_no_interval() -> None:
+    pair = [record for record in runs() if record.mode == "high" and record.seed < 2]
+    wanted = stability(of_mode("high")[:2], N).index
+    assert cells(agreement(pair))[2][-1] == f"{wanted:z.2f}".replace("-", "−")
+    (row,) = csv.DictReader(io.StringIO(agreement(pair, "csv")))
+    assert row["low"] == row["high"] == ""
+
+
 def test_two_coresets_are_needed() -> None:
     with pytest.raises(ValueError, match="`records`.* 1 of 2 records"):
         agreement([runs()[0], one(mode="high", seed=4)])

@@ -129,6 +129,7 @@ def test_its_parts_come_in_order(full: tuple[Page, str]) -> None:
         "Figure 1: over the epochs of fine-tuning",
         "Figure 2: before and after pruning",
         "All accuracies",
+        "Agreement of the coresets",
         "Seconds",
         "How to read this",
     ]

@@ -12,6 +12,7 @@ from helpers import sampling_ranks as worker
 from helpers.processes import ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -173,6 +174,19 @@ def test_crest_goes_on_where_it_was() -> None:
     other = CrestLoader(worker.data(), worker.network(), batch_size=4)
     with pytest.raises(ValueError, match="CrestLoader.*batch_size=4.*batch_size=6"):
         other.load_state_dict(state)
+
+
+def test_the_selection_for_another_model_is_refused() -> None:
+    inputs = worker.data()[0][0].numel()
+    other = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 7), nn.Linear(7, 4))
+    loader = CrestLoader(worker.data(), other, batch_size=6)
+    next(iter(loader))
+    count = sum(weight.numel() for weight in other.parameters())
+    again = CrestLoader(worker.data(), worker.network(), batch_size=6)
+    before = again.state_dict()["selection"]["selections"]
+    with pytest.raises(ValueError, match=f"`state_dict`.*{count}"):
+        again.load_state_dict(loader.state_dict())
+    assert again.state_dict()["selection"]["selections"] == before == 0
 
 
 @pytest.mark.parametrize(

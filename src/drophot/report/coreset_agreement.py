@@ -118,7 +118,8 @@ def csv(found: list[Coresets]) -> str:
 def _csv_rows(found: list[Coresets]) -> Iterator[dict[str, object]]:
     for one in found:
         if (over := one.over_seeds()) is not None:
-            yield _csv_row(one, "", over.n, over.index, over.interval)
+            interval = over.interval if over.n > 2 else _NONE
+            yield _csv_row(one, "", over.n, over.index, interval)
     for one, other in combinations(found, 2):
         if (between := one.with_other(other)) is not None:
             yield _csv_row(one, other.first.mode, between[1], between[0], _NONE)
@@ -149,6 +150,8 @@ def _between(one: Coresets, mode: str, found: list[Coresets]) -> str:
 def _interval(found: Stability | None) -> str:
     if found is None:
         return MISSING
+    if found.n == 2:  # whose interval has no width
+        return _number(found.index)
     low, high = found.interval
     return f"{_number(found.index)} [{_number(low)}, {_number(high)}]"
 

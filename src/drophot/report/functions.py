@@ -142,6 +142,21 @@ def agreement(records: Iterable[Record], format: Format = "markdown") -> str:
         TypeError: If an item of `records` is not a record.
         ValueError: If there are not two coresets to compare, two different records have the same
             cell and seed, or `format` is unknown.
+
+    Example:
+        >>> from functools import partial
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> from drophot import DropHot
+        >>> from drophot.models import fcnet
+        >>> data = TensorDataset(torch.eye(40), torch.arange(40) % 2)
+        >>> model = partial(fcnet, in_features=40, hidden=4, num_classes=2)
+        >>> settings = dict(data_ratio=0.5, mode="random", prune_ratio=0.5)
+        >>> runs = [DropHot(model, data, data, **settings, seed=seed) for seed in range(2)]
+        >>> print(agreement([run.run() for run in runs], format="text"))
+        kept    share    n  over seeds
+        ------  -----  ---  ----------
+        random    50%    2        0.10
     """
     _check("format", format, Format)
     runs = [record for group in group_by_cell(records) for record in group]
@@ -252,6 +267,13 @@ def plot_forgotten(found: Forgotten, *, label: str | None = None, ax: Axes | Non
 
     Raises:
         ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> from drophot.stats import forgotten_by_pruning
+        >>> before, after, scores = [True] * 4, [True, True, True, False], [0, 1, 4, 9]
+        >>> ax = plot_forgotten(forgotten_by_pruning(before, after, scores, groups=2))
+        >>> ax.get_ylabel()
+        'correct before, wrong after (%)'
     """
     return plots.forgotten(found, ax=ax, label=label)
 

@@ -162,8 +162,16 @@ def forgotten(found: stats.Forgotten, *, ax: Axes | None = None, label: str | No
     bars = np.abs(ends - shares)  # at 0 and 1, rounding may leave the share outside
     lines = sum(1 for one in ax.containers if one.get_label() is not None)
     marker, style, color = _STYLES[lines % MOST]
-    look = {"marker": marker, "linestyle": style, "color": color}
-    ax.errorbar(found.scores, shares, yerr=bars, label=label and _shown(label), capsize=3, **look)
+    ax.errorbar(
+        found.scores,
+        shares,
+        yerr=bars,
+        label=label and _shown(label),
+        marker=marker,
+        linestyle=style,
+        color=color,
+        capsize=3,
+    )
     ax.set_xlabel("score (mean of a group)")
     ax.set_ylabel("correct before, wrong after (%)")
     ax.autoscale(axis="y")  # an earlier line may have fixed the upper end

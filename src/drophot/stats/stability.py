@@ -47,9 +47,9 @@ def stability(
     Returns:
         The index and its asymptotic normal interval, by theorems 5 and 7 of Nogueira, Sechidis and
         Brown, *On the Stability of Feature Selection Algorithms*, JMLR 18 (2018), with samples in
-        the place of features. With few coresets the interval is too narrow: for random ones, a 95 %
-        interval holds 0 in about 65 % of cases with three coresets, 85 % with five and 95 % with
-        ten.
+        the place of features. With few coresets the interval is too narrow: that of two has no
+        width, and a 95 % interval of random ones holds 0 in about 65 % of cases with three
+        coresets, 85 % with five and 95 % with ten.
 
     Raises:
         TypeError: If a coreset does not hold integers.
