@@ -91,7 +91,10 @@ def test_the_wheel_holds_the_package_and_its_metadata_and_nothing_else(archives:
     assert archives.wheel.name == f"drophot-{drophot.__version__}-py3-none-any.whl"
     assert archives.in_wheel == {
         *sources(),
-        *(f"{about}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")),
+        *(
+            f"{about}/{name}"
+            for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+        ),
     }
     with zipfile.ZipFile(archives.wheel) as file:
         assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
