@@ -220,8 +220,9 @@ class _Pass:
 
         def measure(_: nn.Module, args: Any, output: Tensor) -> None:
             self._last = path, output
-            mean, variance, count = means_and_variances(output, layer.channel_dim(output))
-            _check_count(path, output, count)
+            dim = layer.channel_dim(output)
+            _check_count(path, output, dim)
+            mean, variance = means_and_variances(output, dim)
             if layer.kept is not None:
                 kept = layer.kept.to(mean.device)
                 mean, variance = mean[kept], variance[kept]
@@ -236,7 +237,8 @@ class _Pass:
             if not self._targets[path]:
                 raise _other_calls(path, "less")
             dim = layer.channel_dim(output)
-            mean, variance, count = means_and_variances(output, dim)
+            mean, variance = means_and_variances(output, dim)
+            count = output.numel() // output.shape[dim]
             dense = [one.to(mean.device) for one in self._targets[path].popleft()]
             included = path in self._into_norms and not layer.shifts
             values = torch.cat([*dense, mean, variance]).cpu().double() * count
@@ -292,13 +294,13 @@ def _write(layers: Mapping[str, RepairableLayer], rows: Mapping[str, Tensor]) ->
 
 def _other_calls(path: str, more: str) -> ValueError:
     return ValueError(
-        f"`dense` must call its layers as `model` does, but it calls `{path}` {more} often. Pass the "
-        f"model before pruning."
+        f"`dense` must call its layers as `model` does, but it calls `{path}` {more} often. Pass "
+        f"the model before pruning."
     )
 
 
-def _check_count(path: str, values: Tensor, count: int) -> None:
-    if count < 2:
+def _check_count(path: str, values: Tensor, channels: int) -> None:
+    if values.numel() < 2 * values.shape[channels]:
         raise ValueError(
             f"`loader` must yield batches with more than one value per channel, since one value "
             f"has no variance, got outputs of shape {tuple(values.shape)} of "

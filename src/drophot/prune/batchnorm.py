@@ -19,6 +19,7 @@ from drophot.prune.running_statistics import Sums, gathered, with_statistics
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+
 def recalibrate_bn(
     model: nn.Module, loader: Iterable[Any], *, group: ProcessGroup | None = None
 ) -> None:
