@@ -351,6 +351,11 @@ class Settings:
                 raise ValueError(
                     f"`{name}=True` cannot be combined with `{other}`: {why}. Remove one of them."
                 )
+        if self.repair and self.batch_size == 1:
+            raise ValueError(
+                "`repair=True` needs `batch_size` of at least 2, since one sample has no variance, "
+                "got 1. Raise `batch_size`, or remove `repair`."
+            )
         if self.rules and not self.structured:
             raise ValueError(
                 f"`rules` can only be used with `structured=True`, got rules for "
