@@ -28,7 +28,8 @@ def run(**settings) -> DropHot:
 
 def test_a_run_repairs_what_it_prunes() -> None:
     plain, repaired = run(prune_ratio=0.0), run(repair=True)
-    plain.run(), repaired.run()
+    plain.run()
+    repaired.run()
     by_hand = deepcopy(plain.model)
     magnitude_prune(by_hand, 0.5, scope="layer")
     repair(by_hand, plain.model, [DATA.tensors[0]])  # one batch has all samples
@@ -38,7 +39,8 @@ def test_a_run_repairs_what_it_prunes() -> None:
 
 def test_channels_too() -> None:
     one, other = run(structured=True), run(structured=True, repair=True)
-    one.run(), other.run()
+    one.run()
+    other.run()
     assert one.model[0].weight.shape == other.model[0].weight.shape == (8, 6)
     assert not torch.equal(one.model[2].weight, other.model[2].weight)
 

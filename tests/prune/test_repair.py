@@ -109,7 +109,7 @@ def test_one_batch_gets_the_dense_statistics(network: Callable[[], nn.Sequential
     for number, layer in last.items():
         if isinstance(layer, nn.ReLU | nn.Flatten) or layer.bias is None:
             continue
-        kept = (pruned.kept_channels | pruned.kept_norm_channels)[f"{number}.weight"]
+        kept = {**pruned.kept_channels, **pruned.kept_norm_channels}[f"{number}.weight"]
         torch.testing.assert_close(found[number].mean(0), goal[number][:, kept].mean(0))
         torch.testing.assert_close(found[number].std(0), goal[number][:, kept].std(0))
 
@@ -142,8 +142,9 @@ def test_norms_that_do_not_follow_a_layer_keep_their_own_channels() -> None:
 
 def test_batches_count_by_their_values() -> None:
     dense, model = nn.Linear(1, 1), nn.Linear(1, 1)
-    nn.init.constant_(dense.weight, 3.0), nn.init.zeros_(dense.bias)
-    nn.init.constant_(model.weight, 1.0), nn.init.ones_(model.bias)
+    for layer, scale, shift in ((dense, 3.0, 0.0), (model, 1.0, 1.0)):
+        nn.init.constant_(layer.weight, scale)
+        nn.init.constant_(layer.bias, shift)
     repair(model, dense, [torch.randn(5, 1), torch.randn(50, 1) + 4])
     assert model.weight.item() == pytest.approx(3, rel=1e-5)
     assert model.bias.item() == pytest.approx(0, abs=1e-5)
@@ -223,8 +224,8 @@ class Unusual(nn.Module):
 
 
 class Scaled(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).tanh()
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).tanh()
 
 
 def test_layers_that_cannot_be_repaired_are_named() -> None:

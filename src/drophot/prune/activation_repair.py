@@ -239,15 +239,17 @@ class _Pass:
             dim = layer.channel_dim(output)
             mean, variance = means_and_variances(output, dim)
             count = output.numel() // output.shape[dim]
-            dense = [one.to(mean.device) for one in self._targets[path].popleft()]
+            goal_mean, goal_variance = (
+                one.to(mean.device) for one in self._targets[path].popleft()
+            )
             included = path in self._into_norms and not layer.shifts
-            values = torch.cat([*dense, mean, variance]).cpu().double() * count
+            values = torch.cat([goal_mean, goal_variance, mean, variance]).cpu().double() * count
             row = torch.cat([values, values.new_tensor([count, count * included])])
             self.rows[path] = self.rows[path] + row if path in self.rows else row
             if included:
                 return None
             shape = [-1 if one == dim else 1 for one in range(output.dim())]
-            scale, shift = _correction(*dense, mean, variance, layer.shifts)
+            scale, shift = _correction(goal_mean, goal_variance, mean, variance, layer.shifts)
             wide = output if output.dtype == torch.float64 else output.float()
             new = wide * scale.to(wide).view(shape) + shift.to(wide).view(shape)
             return new.to(output.dtype)
@@ -277,7 +279,8 @@ def _write(layers: Mapping[str, RepairableLayer], rows: Mapping[str, Tensor]) ->
         layer = layers[path]
         if not row[-2] or (row[-1] and not layer.shifts):
             continue
-        scale, shift = _correction(*(row[:-2] / row[-2]).chunk(4), layer.shifts)
+        goal_mean, goal_variance, mean, variance = (row[:-2] / row[-2]).chunk(4)
+        scale, shift = _correction(goal_mean, goal_variance, mean, variance, layer.shifts)
         new[path] = layer.corrected(scale, shift)
         for name, values in new[path].items():
             if not bool(values.isfinite().all()):

@@ -67,11 +67,9 @@ class RepairableLayer:
         """The dimension of the channels in its outputs."""
         if isinstance(self.module, nn.Linear):
             return outputs.dim() - 1
-        return outputs.dim() - len(self.module.kernel_size) - 1 if self._is_conv else 1
-
-    @property
-    def _is_conv(self) -> bool:
-        return isinstance(self.module, _ConvNd)
+        if isinstance(self.module, _ConvNd):
+            return outputs.dim() - len(self.module.kernel_size) - 1
+        return 1
 
     def corrected(self, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
         """Its weight and bias, so that each channel `y` of its outputs is `scale * y + shift`."""
