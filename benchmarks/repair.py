@@ -8,7 +8,6 @@ resumes after being stopped.
 
 import json
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,8 +18,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from drophot import training
+from drophot import magnitude_prune, training
 from drophot.models import resnet18
+from drophot.prune import recalibrate_bn, repair
+from drophot.structured import prune_channels
 
 
 def main() -> None:
@@ -34,12 +35,46 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--store", type=Path, default=Path("repair"), help="folder for the results")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     options.store.mkdir(exist_ok=True)
     train_set = images(options, "train", options.train_samples)
     test_set = images(options, "test", options.test_samples)
-    model = trained(options, train_set)
+    dense = trained(options, train_set)
+    loader = DataLoader(TensorDataset(train_set.tensors[0][: options.samples]), batch_size=125)
+    path = options.store / "rows.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    if not rows:
+        rows.append({"removed": "nothing", "dense": training.evaluate(dense, test_set)})
+    for removed in ("weights", "channels"):
+        for ratio in options.ratios:
+            if not any(row["removed"] == removed and row["ratio"] == ratio for row in rows[1:]):
+                rows.append(measured(dense, removed, ratio, loader, test_set))
+            path.write_text(json.dumps(rows))
+            print(json.dumps(rows[-1]), flush=True)
+    save("repair", torch.device(options.device), rows)
+
+
+def measured(
+    dense: nn.Module, removed: str, ratio: float, loader: DataLoader, test_set: TensorDataset
+) -> dict[str, str | float]:
+    """The accuracies of the pruned network, as it is and after each correction."""
+    pruned, model = None, deepcopy(dense)
+    if removed == "weights":
+        magnitude_prune(model, ratio, scope="layer")
+    else:
+        pruned = prune_channels(model, ratio, loader.dataset[:2][0])
+    recalibrated, repaired = deepcopy(model), deepcopy(model)
+    recalibrate_bn(recalibrated, loader)
+    repair(repaired, dense, loader, pruned=pruned)
+    return {
+        "removed": removed,
+        "ratio": ratio,
+        "pruned": training.evaluate(model, test_set),
+        "recalibrated": training.evaluate(recalibrated, test_set),
+        "repaired": training.evaluate(repaired, test_set),
+    }
 
 
 def images(options: Namespace, part: str, number: int) -> TensorDataset:

@@ -142,6 +142,7 @@ class Settings:
         rewind: Fine-tune the pruned network from the weights that step 3 started with, as in the
             lottery ticket hypothesis.
         recalibrate_bn: Recompute the statistics of BatchNorm after pruning.
+        repair: Match the activations to those before pruning: see :func:`drophot.prune.repair`.
         schedule: `"one-shot"` prunes once, in step 4. `"gradual"` and `"iterative"` continue in
             step 5, with cubic ratios over its first half or in equal rounds: see
             :mod:`drophot.prune`.
@@ -267,6 +268,19 @@ class Settings:
             file_part=lambda on: "bn" * on,
         ),
     )
+    repair: bool = field(
+        default=False,
+        metadata=_declare(
+            check=check_flag,
+            stage="finetune",
+            varies=True,
+            heading="activations",
+            words={True: "repaired", False: "as pruned"},
+            controls={"repair": True},
+            file_part=lambda on: "repaired" * on,
+            optional=True,
+        ),
+    )
     schedule: ScheduleName = field(
         default="one-shot",
         metadata=_declare(
@@ -328,6 +342,7 @@ class Settings:
         schedule = f"schedule={self.schedule!r}"
         for name, other, given, why in (
             ("rewind", "reinitialize=True", self.reinitialize, _START),
+            ("repair", "recalibrate_bn=True", self.recalibrate_bn, _BOTH),
             ("rewind", schedule, scheduled, _MASK),
             ("reinitialize", schedule, scheduled, _MASK),
             ("structured", schedule, scheduled, "channels are removed in one shot"),
@@ -339,6 +354,11 @@ class Settings:
                 raise ValueError(
                     f"`{name}=True` cannot be combined with `{other}`: {why}. Remove one of them."
                 )
+        if self.repair and self.batch_size == 1:
+            raise ValueError(
+                "`repair=True` needs `batch_size` of at least 2, since one sample has no variance, "
+                "got 1. Raise `batch_size`, or remove `repair`."
+            )
         if self.rules and not self.structured:
             raise ValueError(
                 f"`rules` can only be used with `structured=True`, got rules for "
@@ -347,6 +367,7 @@ class Settings:
 
 
 _START = "fine-tuning starts either from the first weights or from new ones"
+_BOTH = "it corrects the outputs of BatchNorm too"
 _MASK = "the mask of a schedule is not final when fine-tuning starts"
 _NO_MASK = "removed channels leave no mask to put other weights under"
 

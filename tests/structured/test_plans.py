@@ -207,3 +207,14 @@ def test_a_stored_plan_with_impossible_channels_is_refused(gone: Any) -> None:
     values["removed"] = []
     with pytest.raises(ValueError, match="`text` must be the JSON of a ChannelPlan"):
         ChannelPlan.from_json(json.dumps(values))
+
+
+def test_a_stored_plan_has_to_leave_each_layer_a_channel() -> None:
+    values = json.loads(
+        plan_channels(
+            nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), 0.0, torch.ones(1, 4)
+        ).to_json()
+    )
+    values["removed"]["0.weight"] = [0, 1, 2]
+    with pytest.raises(ValueError, match=r"`text` .*`0.weight`.* 3"):
+        ChannelPlan.from_json(json.dumps(values))

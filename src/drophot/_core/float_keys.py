@@ -68,7 +68,7 @@ def removed_key(dtype: torch.dtype, *, signed: bool) -> int:
 
 def infinite_key(dtype: torch.dtype) -> int:
     """The key of the magnitude of infinity; that of NaN is larger."""
-    return int(torch.tensor(torch.inf, dtype=dtype).view(INTEGERS[dtype.itemsize]))
+    return int(torch.tensor(torch.inf, dtype=dtype, device="cpu").view(INTEGERS[dtype.itemsize]))
 
 
 def _indexable(values: Tensor) -> NDArray[Any] | Tensor:

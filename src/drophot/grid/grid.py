@@ -52,7 +52,8 @@ class Grid:
         controls: Further cells to compare with. `"equal_steps"` also trains on every coreset for as
             many optimizer steps as the full training set takes. `"reinitialize"` and `"rewind"`
             also fine-tune every mask from new random weights, and from those that training started
-            with. `"recalibrate_bn"` also recomputes the statistics of BatchNorm after pruning.
+            with. `"recalibrate_bn"` also recomputes the statistics of BatchNorm after pruning, and
+            `"repair"` matches the activations to those before pruning.
             `"gradual"` and `"iterative"` also prune every network by these schedules. Controls that
             follow training are not combined with one another.
         threads: The number of CPU threads for each stage. One is fastest for small networks that

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from drophot.pipeline.fit_checks import LoopError
 from drophot.pipeline.provenance.own_objects import unchanged
 from drophot.pipeline.step import running
 from drophot.prune import schedule
+from drophot.prune.activation_repair import repair_alone
 from drophot.prune.batchnorm import recalibrate_alone
 from drophot.prune.magnitude import magnitude_prune
 from drophot.prune.masks import Masks
@@ -68,10 +70,13 @@ def prune(config: RunConfig, model: nn.Module) -> PrunedModel:
         # A grid prunes a saved model, which has no gradients: an importance finds the same here.
         model.zero_grad(set_to_none=True)
         num_prunable = sum(weight.numel() for weight in prunable(model).values())
+        dense = deepcopy(model) if config.settings.repair else None
         with unchanged("importance", config.settings.importance):
             masks, pruner, channels = _pruned(config, model)
+        if dense is not None:
+            repair_alone(model, dense, _shuffled(config), channels)
         if config.settings.recalibrate_bn:
-            _recalibrate(config, model)
+            recalibrate_alone(model, _shuffled(config))
         accuracy = evaluate(model, config.test_set)
     return PrunedModel(
         model=model,
@@ -200,12 +205,13 @@ def _pruned(
         return pruner.masks, pruner, None
 
 
-def _recalibrate(config: RunConfig, model: nn.Module) -> None:
+def _shuffled(config: RunConfig) -> Iterator[tuple[Tensor, ...]]:
+    """Batches of the training set in a random order."""
     size = config.settings.batch_size
     order = torch.Generator().manual_seed(config.training_seed)
     found = batches(config.train_set, size, config.device, shuffle=order)
     # A last batch of one sample is left out, since BatchNorm may not take it.
-    recalibrate_alone(model, (batch for batch in found if len(batch[0]) > 1 or size == 1))
+    return (batch for batch in found if len(batch[0]) > 1 or size == 1)
 
 
 def _replace_weights(config: RunConfig, pruned: PrunedModel) -> None:

@@ -220,8 +220,9 @@ class _Pass:
 
         def measure(_: nn.Module, args: Any, output: Tensor) -> None:
             self._last = path, output
-            mean, variance, count = means_and_variances(output, layer.channel_dim(output))
-            _check_count(path, output, count)
+            dim = layer.channel_dim(output)
+            _check_count(path, output, dim)
+            mean, variance = means_and_variances(output, dim)
             if layer.kept is not None:
                 kept = layer.kept.to(mean.device)
                 mean, variance = mean[kept], variance[kept]
@@ -236,16 +237,19 @@ class _Pass:
             if not self._targets[path]:
                 raise _other_calls(path, "less")
             dim = layer.channel_dim(output)
-            mean, variance, count = means_and_variances(output, dim)
-            dense = [one.to(mean.device) for one in self._targets[path].popleft()]
+            mean, variance = means_and_variances(output, dim)
+            count = output.numel() // output.shape[dim]
+            goal_mean, goal_variance = (
+                one.to(mean.device) for one in self._targets[path].popleft()
+            )
             included = path in self._into_norms and not layer.shifts
-            values = torch.cat([*dense, mean, variance]).cpu().double() * count
+            values = torch.cat([goal_mean, goal_variance, mean, variance]).cpu().double() * count
             row = torch.cat([values, values.new_tensor([count, count * included])])
             self.rows[path] = self.rows[path] + row if path in self.rows else row
             if included:
                 return None
             shape = [-1 if one == dim else 1 for one in range(output.dim())]
-            scale, shift = _correction(*dense, mean, variance, layer.shifts)
+            scale, shift = _correction(goal_mean, goal_variance, mean, variance, layer.shifts)
             wide = output if output.dtype == torch.float64 else output.float()
             new = wide * scale.to(wide).view(shape) + shift.to(wide).view(shape)
             return new.to(output.dtype)
@@ -275,7 +279,8 @@ def _write(layers: Mapping[str, RepairableLayer], rows: Mapping[str, Tensor]) ->
         layer = layers[path]
         if not row[-2] or (row[-1] and not layer.shifts):
             continue
-        scale, shift = _correction(*(row[:-2] / row[-2]).chunk(4), layer.shifts)
+        goal_mean, goal_variance, mean, variance = (row[:-2] / row[-2]).chunk(4)
+        scale, shift = _correction(goal_mean, goal_variance, mean, variance, layer.shifts)
         new[path] = layer.corrected(scale, shift)
         for name, values in new[path].items():
             if not bool(values.isfinite().all()):
@@ -292,13 +297,13 @@ def _write(layers: Mapping[str, RepairableLayer], rows: Mapping[str, Tensor]) ->
 
 def _other_calls(path: str, more: str) -> ValueError:
     return ValueError(
-        f"`dense` must call its layers as `model` does, but it calls `{path}` {more} often. Pass the "
-        f"model before pruning."
+        f"`dense` must call its layers as `model` does, but it calls `{path}` {more} often. Pass "
+        f"the model before pruning."
     )
 
 
-def _check_count(path: str, values: Tensor, count: int) -> None:
-    if count < 2:
+def _check_count(path: str, values: Tensor, channels: int) -> None:
+    if values.numel() < 2 * values.shape[channels]:
         raise ValueError(
             f"`loader` must yield batches with more than one value per channel, since one value "
             f"has no variance, got outputs of shape {tuple(values.shape)} of "

@@ -19,6 +19,7 @@ from drophot.prune.running_statistics import Sums, gathered, with_statistics
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+
 def recalibrate_bn(
     model: nn.Module, loader: Iterable[Any], *, group: ProcessGroup | None = None
 ) -> None:
@@ -182,7 +183,8 @@ def _merged(
     channels = {path: len(layer.running_mean) for path, layer in layers.items()}
     totals = merged("recalibrate_bn", "BatchNorm", channels, rows, 2, failure, group, device)
     return {
-        path: Sums(*row[:-2].chunk(2), int(row[-2]), int(row[-1]))
+        path: Sums(mean, variance, int(row[-2]), int(row[-1]))
         for path, row in totals.items()
+        for mean, variance in [row[:-2].tensor_split(2)]
         if row[-2]
     }

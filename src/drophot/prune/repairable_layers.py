@@ -1,4 +1,4 @@
-"""The layers whose outputs can be scaled and shifted through their weights, and why others cannot."""
+"""The layers whose outputs can be corrected through their weights, and why others cannot be."""
 
 from __future__ import annotations
 
@@ -67,11 +67,9 @@ class RepairableLayer:
         """The dimension of the channels in its outputs."""
         if isinstance(self.module, nn.Linear):
             return outputs.dim() - 1
-        return outputs.dim() - len(self.module.kernel_size) - 1 if self._is_conv else 1
-
-    @property
-    def _is_conv(self) -> bool:
-        return isinstance(self.module, _ConvNd)
+        if isinstance(self.module, _ConvNd):
+            return outputs.dim() - len(self.module.kernel_size) - 1
+        return 1
 
     def corrected(self, scale: Tensor, shift: Tensor) -> dict[str, Tensor]:
         """Its weight and bias, so that each channel `y` of its outputs is `scale * y + shift`."""
@@ -102,7 +100,10 @@ def find_layers(
     if pruned is not None:
         kept = {**pruned.kept_channels, **pruned.kept_norm_channels}
     uses = Counter(
-        id(one) for module in model.modules() for one in module._parameters.values() if one is not None
+        id(one)
+        for module in model.modules()
+        for one in module._parameters.values()
+        if one is not None
     )
     found, reasons = {}, {}
     for path, module in model.named_modules():
@@ -124,6 +125,9 @@ def find_layers(
         other = counterparts.get(path)
         before = _num_channels(other) if isinstance(other, _KINDS) else None
         indices = kept.get(name)
+        if indices is not None and _loses_in_groups(module, other, number):
+            reasons[path] = "the channels left in its groups are not recorded"
+            continue
         left = before if indices is None else len(indices)
         outside = indices is not None and len(indices) and int(indices.max()) >= (before or 0)
         if other is None or before is None or left != number or outside:
@@ -145,7 +149,9 @@ def _obstacle(module: nn.Module, uses: Mapping[int, int]) -> str:
     """Why the outputs of a layer cannot be scaled through its weight; empty if they can."""
     base = next(kind for kind in _KINDS if isinstance(module, kind))
     kind = type(module)
-    own = [getattr(one, name, None) for one in (kind, base) for name in ("forward", "_conv_forward")]
+    own = [
+        getattr(one, name, None) for one in (kind, base) for name in ("forward", "_conv_forward")
+    ]
     weight = module._parameters.get("weight")
     if isinstance(module, _BatchNorm) and not module.affine:
         return "it has no weight and bias"
@@ -160,6 +166,16 @@ def _obstacle(module: nn.Module, uses: Mapping[int, int]) -> str:
     return ""
 
 
+def _loses_in_groups(module: nn.Module, other: nn.Module | None, number: int) -> bool:
+    """Whether a transposed convolution lost channels of its groups."""
+    return (
+        isinstance(module, _ConvTransposeNd)
+        and isinstance(other, _ConvTransposeNd)
+        and other.groups > 1
+        and number != other.out_channels
+    )
+
+
 def _num_channels(module: nn.Module) -> int:
     for name in ("out_features", "out_channels", "num_features"):
         if isinstance(number := getattr(module, name, None), int):
@@ -167,10 +183,10 @@ def _num_channels(module: nn.Module) -> int:
     raise AssertionError(type(module).__name__)
 
 
-def means_and_variances(values: Tensor, channels: int) -> tuple[Tensor, Tensor, int]:
-    """The mean and the unbiased variance of each channel, and the number of values of one."""
+def means_and_variances(values: Tensor, channels: int) -> tuple[Tensor, Tensor]:
+    """The mean and the unbiased variance of each channel."""
     exact = values if values.dtype in (torch.float32, torch.float64) else values.float()
     over = [dim for dim in range(values.dim()) if dim != channels]
     variance, mean = torch.var_mean(exact, over, correction=1)
     wide = torch.float32 if mean.device.type == "mps" else torch.float64
-    return mean.to(wide), variance.to(wide), values.numel() // max(1, values.shape[channels])
+    return mean.to(wide), variance.to(wide)

@@ -77,7 +77,7 @@ class BudgetSelection:
                 return min(max(changes[id(one)] / typical, 1 / _MOST), _MOST)
 
             steps = removal_steps(sets, sensitivity)
-            removed_at = torch.full((len(groups.frozen),), len(steps))
+            removed_at = torch.full((len(groups.frozen),), len(steps), device="cpu")
             for number, (_, channels) in enumerate(steps):
                 removed_at[channels] = number
             count = self._fewest(groups, removed_at, len(steps))
@@ -140,7 +140,7 @@ class BudgetSelection:
 
     def _change(self, groups: ChannelGroups, one: RankedSet) -> float:
         """How much the outputs change without half of a set: the squared relative difference."""
-        channels = torch.zeros(len(groups.frozen), dtype=torch.bool)
+        channels = torch.zeros(len(groups.frozen), dtype=torch.bool, device="cpu")
         channels[one.half()] = True
         entries = channels[groups.channel]
         key = int(entries.nonzero()[0])

@@ -39,7 +39,7 @@ class ChannelGroups:
         graph = self.graph
         self.channel = _components(graph.num_entries, [*graph.coupled, *self._coupled_rows])
         number = int(self.channel.max()) + 1 if graph.num_entries else 0
-        self.frozen = torch.ones(number, dtype=torch.bool)
+        self.frozen = torch.ones(number, dtype=torch.bool, device="cpu")
         for ids in self.outputs:
             self.frozen[self.channel[ids]] = False
         for _, ids in graph.frozen:
@@ -47,11 +47,11 @@ class ChannelGroups:
         # Each dimension and row gets a random number; the sum over those that a channel is in
         # identifies its group.
         random = torch.Generator().manual_seed(0)
-        keys = torch.zeros(number, dtype=torch.int64)
+        keys = torch.zeros(number, dtype=torch.int64, device="cpu")
         for rows in (*([row] for row in graph.dimensions), *graph.balanced):
             for row in rows:
                 keys[self.channel[row].unique()] += int(
-                    torch.randint(1 << 62, (), generator=random)
+                    torch.randint(1 << 62, (), generator=random, device="cpu")
                 )
         _, self.group = keys.unique(return_inverse=True)
 
@@ -61,7 +61,7 @@ class ChannelGroups:
         `scores` has one value per channel; the result says of each entry whether it is removed.
         """
         while True:
-            removed = torch.zeros(len(self.frozen), dtype=torch.bool)
+            removed = torch.zeros(len(self.frozen), dtype=torch.bool, device="cpu")
             for group in self.group[~self.frozen].unique():
                 members = ((self.group == group) & ~self.frozen).nonzero()[:, 0]
                 size = int((self.group == group).sum())
@@ -91,9 +91,11 @@ class ChannelGroups:
         """The scores after channels were merged: the sums of their scores."""
         before = self.channel
         self.update()
-        into = torch.zeros(len(scores), dtype=torch.int64)
+        into = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
         into[before] = self.channel
-        return torch.zeros(len(self.frozen), dtype=scores.dtype).index_add_(0, into, scores)
+        return torch.zeros(len(self.frozen), dtype=scores.dtype, device="cpu").index_add_(
+            0, into, scores
+        )
 
     def scores(
         self, weights: Mapping[str, tuple[nn.Parameter, int, list[Axis]]], importance: Importance
@@ -107,7 +109,7 @@ class ChannelGroups:
             weights: By name: the weight, the dimension of its outputs and its axes.
             importance: The importance of weights or of output channels.
         """
-        total = torch.zeros(len(self.frozen), dtype=torch.float64)
+        total = torch.zeros(len(self.frozen), dtype=torch.float64, device="cpu")
         sizes = torch.bincount(self.group)
         for name, (weight, dim, axes) in weights.items():
             if name not in self._values:
@@ -115,7 +117,9 @@ class ChannelGroups:
             for axis, values in zip(axes, self._values[name], strict=True):
                 channels = self.channel[axis.ids.reshape(-1)]
                 own = torch.zeros_like(total).index_add_(0, channels, values)
-                groups = torch.zeros(len(sizes), dtype=own.dtype).index_add_(0, self.group, own)
+                groups = torch.zeros(len(sizes), dtype=own.dtype, device="cpu").index_add_(
+                    0, self.group, own
+                )
                 mean = (groups / sizes)[self.group]
                 total += torch.where(mean > 0, own / mean, 0)
         return total
@@ -123,7 +127,7 @@ class ChannelGroups:
 
 def _components(count: int, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """The connected component of each of `count` entries, from pairs of entries."""
-    least = torch.arange(count)
+    least = torch.arange(count, device="cpu")
     if not pairs:
         return least
     a, b = (torch.cat(side) for side in zip(*pairs, strict=True))

@@ -324,6 +324,8 @@ def _from_values(found: dict[str, Any]) -> ChannelPlan:
             raise ValueError(
                 f"`{layer}` must lose distinct channels in [0, {size}), and it loses {gone}"
             )
+        if size and len(gone) == size:
+            raise ValueError(f"`{layer}` must keep at least one channel, and it loses all {size}")
     for name in ("parameters", "flops", "bytes"):
         found[name] = None if found[name] is None else Change(*found[name])
     found["latency"] = None if found["latency"] is None else tuple(found["latency"])

@@ -92,7 +92,7 @@ class DependencyGraph:
 
     def new_entries(self, dims: int, dim: int, size: int) -> Tensor:
         """New entries along dimension `dim` of a tensor with `dims` dimensions."""
-        row = torch.arange(self.num_entries, self.num_entries + size)
+        row = torch.arange(self.num_entries, self.num_entries + size, device="cpu")
         self.num_entries += size
         self.dimensions.append(row)
         return along(row, dims, dim)

@@ -192,12 +192,12 @@ class _Trial:
         """The origins of the outputs' entries, if these are the same whichever entries are kept."""
         random = torch.Generator().manual_seed(size)
         groups = size // step
-        order = torch.randperm(groups, generator=random)
+        order = torch.randperm(groups, generator=random, device="cpu")
         found: list[Origin | None] | None = None
         for some in (order[: (groups + 1) // 2], order[(groups + 1) // 2 :], order[:1]):
             if not 0 < len(some) < groups:
                 continue
-            keep_mask = torch.zeros(groups, dtype=torch.bool)
+            keep_mask = torch.zeros(groups, dtype=torch.bool, device="cpu")
             keep_mask[some] = True
             part = self._part(dims, keep_mask.repeat_interleave(step))
             if part is None or len(part) != len(self.whole):
@@ -235,7 +235,7 @@ def _origin(whole: Tensor, part: Tensor, keep_mask: Tensor, step: int) -> Origin
     groups, size = len(keep_mask), whole.size(dim)
     if size % groups:
         return None
-    first = torch.arange(groups) * step
+    first = torch.arange(groups, device="cpu") * step
     for source in (first.repeat_interleave(size // groups), first.repeat(size // groups)):
         rows = keep_mask[source // step].nonzero()[:, 0].to(whole.device)
         if len(rows) == part.size(dim) and _close(whole.index_select(dim, rows), part):
@@ -270,7 +270,7 @@ def _randomised(leaf: Any, random: torch.Generator) -> Any:
         return _copy(leaf)
     if not leaf.is_floating_point() and not leaf.is_complex():
         return _copy(leaf)
-    noise = torch.rand(leaf.shape, generator=random, dtype=torch.float64).add_(0.5)
+    noise = torch.rand(leaf.shape, generator=random, dtype=torch.float64, device="cpu").add_(0.5)
     noise = noise.to(leaf.device, leaf.dtype)
     return torch.where(leaf == 0, noise, leaf.detach() * noise)
 

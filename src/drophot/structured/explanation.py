@@ -29,7 +29,7 @@ def explain(
         ratio: The share that should have been removed; `None` if a budget or a plan decided.
     """
     none = len(graph.frozen) + 1
-    first = torch.full((len(groups.frozen),), none)
+    first = torch.full((len(groups.frozen),), none, device="cpu")
     for number, (why, ids) in enumerate(graph.frozen):
         channels = groups.channel[ids]
         rank = 0 if why == reasons.OUTPUT else number + 1  # the most informative reason comes first

@@ -80,6 +80,7 @@ def removal_steps(
     values = torch.tensor(
         [weight * value for one, weight in zip(sets, weights, strict=True) for value in one.values],
         dtype=torch.float64,
+        device="cpu",
     )
     steps = [(one, channels) for one in sets for channels in one.steps]
     return [steps[number] for number in values.sort(stable=True).indices.tolist()]
@@ -114,7 +115,7 @@ class _Row:
 
 def _widths(groups: ChannelGroups) -> Tensor:
     """How many outputs of a layer each channel is: several for a whole head."""
-    widths = torch.full((len(groups.frozen),), torch.iinfo(torch.int64).max)
+    widths = torch.full((len(groups.frozen),), torch.iinfo(torch.int64).max, device="cpu")
     for ids in groups.outputs:
         count = torch.bincount(groups.channel[ids.unique()], minlength=len(widths))
         widths = torch.where(count > 0, torch.minimum(widths, count), widths)

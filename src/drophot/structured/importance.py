@@ -36,7 +36,7 @@ def entry_values(
         ids = axis.ids
         if values.dim() < weight.dim():
             own = values.reshape([-1 if d == dim else 1 for d in range(weight.dim())])
-            own = own.expand(ids.shape) if axis.dim == dim else torch.zeros(ids.shape)
+            own = own.expand(ids.shape) if axis.dim == dim else torch.zeros(ids.shape, device="cpu")
         elif ids.numel() < values.numel():
             own = values.sum([d for d in range(weight.dim()) if ids.size(d) == 1], keepdim=True)
         else:

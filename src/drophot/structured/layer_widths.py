@@ -68,8 +68,8 @@ def producing_weights(
     computed with.
     """
     found, dims = dict(weights), {}
-    produced = torch.zeros(graph.num_entries, dtype=torch.bool)
-    dimension = torch.zeros(graph.num_entries, dtype=torch.int64)
+    produced = torch.zeros(graph.num_entries, dtype=torch.bool, device="cpu")
+    dimension = torch.zeros(graph.num_entries, dtype=torch.int64, device="cpu")
     for number, ids in enumerate(graph.dimensions):
         dimension[ids] = number
     for ids in graph.matrix_outputs:

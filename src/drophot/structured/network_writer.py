@@ -39,7 +39,7 @@ class NetworkWriter:
         self.model = model
         self.graph = graph
         self.calls = calls
-        self.removed = torch.zeros(graph.num_entries, dtype=torch.bool)
+        self.removed = torch.zeros(graph.num_entries, dtype=torch.bool, device="cpu")
         self.attributes: dict[Attribute, tuple[int, int]] = {}  # before and after
         self._old_tensors: dict[str, Tensor] = {}
         self._new_tensors: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ class NetworkWriter:
         kept_positions = {}
         for name, tensor in self._old_tensors.items():
             if name not in saved:
-                positions = torch.arange(tensor.numel()).reshape(tensor.shape)
+                positions = torch.arange(tensor.numel(), device="cpu").reshape(tensor.shape)
                 axes = [a for a in self.graph.axes_of(tensor) if self.removed[a.ids].any()]
                 kept_positions[name] = kept_part(positions, axes, self.removed).reshape(-1).tolist()
         shapes = {name: list(tensors[name].shape) for name in self._old_tensors}

@@ -39,7 +39,7 @@ class PlannedSelection:
 
     def __call__(self, groups: ChannelGroups, scores: Tensor) -> Tensor:
         """Whether each entry is removed."""
-        removed = torch.zeros(len(groups.frozen), dtype=torch.bool)
+        removed = torch.zeros(len(groups.frozen), dtype=torch.bool, device="cpu")
         for name, indices in self.planned.items():
             if indices:
                 ids = self.outputs.get(name)

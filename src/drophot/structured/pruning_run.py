@@ -190,6 +190,8 @@ class PruningRun:
                 fewer = selection.limits["flops"] * limit / found
                 selection.limits["flops"] = min(fewer, selection.limits["flops"] - 1)
                 self.rewriter.run(self.example_inputs, selection)
+                if self._latency is not None:  # of the network with fewer channels
+                    self._latency = self._latency[0], self._measured()
         except Unreachable as error:
             self.rewriter.removed = error.removed
             raise self._unreachable(error, budget) from None

@@ -21,7 +21,7 @@ def kept_part(tensor: Tensor, axes: list[Axis], removed: Tensor) -> Tensor:
 
 def keep_mask(shape: Sequence[int], axes: list[Axis], removed: Tensor) -> Tensor:
     """Whether each element of a tensor of this shape is kept."""
-    keep = torch.ones(tuple(shape), dtype=torch.bool)
+    keep = torch.ones(tuple(shape), dtype=torch.bool, device="cpu")
     for axis in axes:
         keep &= ~removed[axis.ids]
     return keep

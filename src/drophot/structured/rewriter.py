@@ -84,7 +84,7 @@ class Rewriter:
             axis.ids.reshape(-1) for dim, axes in produced for axis in axes if axis.dim == dim
         ]
         self.groups = ChannelGroups(graph, outputs)
-        self.removed = torch.zeros(graph.num_entries, dtype=torch.bool)
+        self.removed = torch.zeros(graph.num_entries, dtype=torch.bool, device="cpu")
         self.writer = NetworkWriter(model, graph, calls)
         self._width_search = WidthSearch(model)
         self._trial: tuple[dict[int, int], set[int]] | None = None  # multiples and failures before
@@ -127,7 +127,9 @@ class Rewriter:
         """The outputs that each layer keeps, by the weight's name."""
         found, entries = {}, self.output_entries()
         for name, weight in self.weights.items():
-            keep_mask = torch.ones(weight.shape[self.output_dim(name)], dtype=torch.bool)
+            keep_mask = torch.ones(
+                weight.shape[self.output_dim(name)], dtype=torch.bool, device="cpu"
+            )
             if name in entries:
                 keep_mask = ~self.removed[entries[name]]
             found[name] = keep_mask.nonzero()[:, 0]
@@ -140,7 +142,7 @@ class Rewriter:
             path, _, attribute = name.rpartition(".")
             is_norm = isinstance(self.model.get_submodule(path), _NORMS)
             if is_norm and attribute == "weight" and tensor.dim() == 1:
-                keep_mask = torch.ones(len(tensor), dtype=torch.bool)
+                keep_mask = torch.ones(len(tensor), dtype=torch.bool, device="cpu")
                 for axis in self.graph.axes.get(tensor) or ():
                     keep_mask = ~self.removed[axis.ids]
                 found[name] = keep_mask.nonzero()[:, 0]
