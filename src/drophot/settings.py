@@ -44,7 +44,7 @@ ModeName = Literal[ScoreMode, FeatureMode, SamplingMode]
 Mode = ModeName | Named
 Forgetting = Literal["paper", "toneva"]
 Scope = Literal["layer", "global", "erk", "lamp"]
-ScheduleName = Literal["one-shot", "gradual", "iterative"]
+ScheduleName = Literal["one-shot", "gradual", "iterative", "joint"]
 ProtocolName = Literal[
     "paper", "released", "released-scores", "released-masks", "released-baseline"
 ]
@@ -144,8 +144,11 @@ class Settings:
         recalibrate_bn: Recompute the statistics of BatchNorm after pruning.
         schedule: `"one-shot"` prunes once, in step 4. `"gradual"` and `"iterative"` continue in
             step 5, with cubic ratios over its first half or in equal rounds: see
-            :mod:`drophot.prune`.
-        prunings: How often a schedule prunes, step 4 included.
+            :mod:`drophot.prune`. `"joint"` prunes in step 3, while the network trains on its
+            coreset: with cubic ratios and at equal intervals, before, between and after which it
+            trains. Step 4 removes nothing more then. With an :class:`drophot.Adaptive` mode, data
+            and weights are selected in turn.
+        prunings: How often a schedule prunes. `"gradual"` and `"iterative"` count step 4.
         scope: `"layer"` removes the share from each layer, as the authors did. For the others see
             :func:`drophot.magnitude_prune`.
         structured: Remove channels instead of weights: see :mod:`drophot.structured`.
@@ -275,7 +278,7 @@ class Settings:
             varies=True,
             record_field="schedule",
             heading="schedule",
-            controls={"gradual": "gradual", "iterative": "iterative"},
+            controls={"gradual": "gradual", "iterative": "iterative", "joint": "joint"},
             file_part=lambda schedule: "" if schedule == "one-shot" else schedule,
         ),
     )
@@ -325,11 +328,12 @@ class Settings:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.check(name, getattr(self, name)))
         scheduled = self.schedule != "one-shot"
+        unfinished = scheduled and self.schedule != "joint"  # when fine-tuning starts
         schedule = f"schedule={self.schedule!r}"
         for name, other, given, why in (
             ("rewind", "reinitialize=True", self.reinitialize, _START),
-            ("rewind", schedule, scheduled, _MASK),
-            ("reinitialize", schedule, scheduled, _MASK),
+            ("rewind", schedule, unfinished, _MASK),
+            ("reinitialize", schedule, unfinished, _MASK),
             ("structured", schedule, scheduled, "channels are removed in one shot"),
             ("structured", "rewind=True", self.rewind, _NO_MASK),
             ("structured", "reinitialize=True", self.reinitialize, _NO_MASK),
