@@ -4,13 +4,17 @@
     dynamic     methods that reselect during training: CREST, a fresh subset, loss sampling
     length3     forgetting scored over 3 epochs, with and without class balance
     length40    the same over 40 epochs
+    adaptive    coresets selected again every 10 epochs, with two random controls
+    joint       the same, with 90 % of the weights removed, after or during training
 
-The first two also run with 20 % of the training labels flipped (`once_noisy`, `dynamic_noisy`).
+All but `length` also run with 20 % of the training labels flipped (`once_noisy` and so on).
 Adam, learning rate 1e-3, batches of 64, 10 epochs, test accuracy of the last epoch. The coresets of
-`once` and `length` are also trained for as many steps as the full set takes. Nothing was tuned;
+`once`, `length`, `adaptive` and `joint` are also trained for as many steps as the full set takes,
+which is where selecting again every 10 epochs makes a difference. Nothing was tuned;
 `once_noisy` has a cutoff of 0.2 as well as 0, since 20 % were flipped. After being stopped or
 killed, the same command resumes. The records are in benchmarks/results/grid_MODEL_PART.jsonl, and
-`python benchmarks/paper.py` generates the tables.
+`python benchmarks/paper.py` generates the tables. `--quick` tries all parts on a few samples, and
+writes nothing there.
 """
 
 import shutil
@@ -26,7 +30,7 @@ from common import RESULTS
 from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST
 
-from drophot import DropHot, Grid, Scored, Stratified
+from drophot import Adaptive, DropHot, Grid, Scored, Stratified
 from drophot.models import fcnet, lenet
 
 MODELS = {"fcnet": fcnet, "lenet": lenet}
@@ -42,7 +46,14 @@ ONCE = [
 CUT = Scored("aum", Stratified(hard="low", cutoff=NOISE))
 DYNAMIC = ["crest", "fresh_subset", "loss_sampling"]
 LENGTH = ["high", Scored(balanced=True)]
-EQUAL = ["equal_steps"]
+CONTROLS = ["random", "fresh_subset", Adaptive("random", every=10)]
+ADAPTIVE = [
+    *CONTROLS,
+    Adaptive("high", every=10),
+    Adaptive(Scored("el2n"), every=10),
+    Adaptive(Scored("aum", Stratified(hard="low")), every=10),
+]
+EQUAL, JOINT = ["equal_steps"], ["equal_steps", "joint"]
 # Modes, controls, epochs of scoring, share of labels flipped.
 PARTS: dict[str, tuple[list[Any], list[Any], int, float]] = {
     "once": (ONCE, EQUAL, 10, 0.0),
@@ -51,7 +62,12 @@ PARTS: dict[str, tuple[list[Any], list[Any], int, float]] = {
     "length40": (LENGTH, EQUAL, 40, 0.0),
     "once_noisy": ([*ONCE, CUT], [], 10, NOISE),
     "dynamic_noisy": (DYNAMIC, [], 10, NOISE),
+    "adaptive": (ADAPTIVE, EQUAL, 10, 0.0),
+    "adaptive_noisy": (ADAPTIVE, EQUAL, 10, NOISE),
+    "joint": (ADAPTIVE, JOINT, 10, 0.0),
+    "joint_noisy": (ADAPTIVE, JOINT, 10, NOISE),
 }
+PRUNE_RATIO = 0.9  # of the parts that prune
 
 
 def main() -> None:
@@ -65,19 +81,25 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--store", type=Path, default=Path("selection"), help="folder of results")
+    parser.add_argument("--quick", action="store_true", help="try it on 1000 samples, one seed")
     options = parser.parse_args()
+    train_epochs, samples = 10, None
+    if options.quick:
+        options.data_ratios, options.seeds, train_epochs, samples = [0.1, 0.5], [0], 3, 1000
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {unknown.pop()!r}; there are {', '.join(PARTS)}")
     for part in options.parts:
         modes, controls, epochs, noise = PARTS[part]
+        prune_ratio = PRUNE_RATIO if controls is JOINT else 0
         pipeline = DropHot(
             MODELS[options.model],
-            read(options.data_root, noise, train=True),
-            read(options.data_root, 0.0, train=False),
+            read(options.data_root, noise, samples, train=True),
+            read(options.data_root, 0.0, samples, train=False),
             data_ratio=0.5,  # the grid sets this, the mode and the seed
             mode="high",
             prune_ratio=0,
-            score_epochs=epochs,
+            score_epochs=min(epochs, train_epochs) if options.quick else epochs,
+            train_epochs=train_epochs,
             finetune_epochs=0,
             device=options.device,
         )
@@ -85,27 +107,29 @@ def main() -> None:
             pipeline,
             data_ratios=options.data_ratios,
             modes=modes,
-            prune_ratios=[0],
+            prune_ratios=[prune_ratio],
             seeds=options.seeds,
             controls=controls,
         )
-        store, start = options.store / f"{options.model}_{part}", perf_counter()
+        folder = options.store / ("quick" * options.quick)
+        store, start = folder / f"{options.model}_{part}", perf_counter()
         with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
             records = grid.run(store, pool, progress=True)
-        name = f"grid_{options.model}_{part}.jsonl"
-        shutil.copy(store / "records.jsonl", RESULTS / name)
-        print(
-            f"{len(records)} records in {perf_counter() - start:.0f} s: benchmarks/results/{name}"
-        )
+        path = store / "records.jsonl"
+        if not options.quick:
+            path = Path(shutil.copy(path, RESULTS / f"grid_{options.model}_{part}.jsonl"))
+        print(f"{len(records)} records in {perf_counter() - start:.0f} s: {path}")
 
 
-def read(root: str, noise: float, *, train: bool) -> TensorDataset:
+def read(root: str, noise: float, samples: int | None, *, train: bool) -> TensorDataset:
+    """The first samples of MNIST, all if `None`, a share of them with a wrong label."""
     mnist = MNIST(root, train=train)
     targets, draws = mnist.targets.clone(), torch.Generator().manual_seed(0)
     flipped = torch.rand(len(targets), generator=draws) < noise
     others = torch.randint(1, 10, (int(flipped.sum()),), generator=draws)
     targets[flipped] = (targets[flipped] + others) % 10  # any class except the correct one
-    return TensorDataset(mnist.data[:, None].float() / 127.5 - 1, targets)
+    inputs = mnist.data[:samples, None].float() / 127.5 - 1
+    return TensorDataset(inputs, targets[:samples])
 
 
 if __name__ == "__main__":

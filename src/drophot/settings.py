@@ -44,7 +44,7 @@ ModeName = Literal[ScoreMode, FeatureMode, SamplingMode]
 Mode = ModeName | Named
 Forgetting = Literal["paper", "toneva"]
 Scope = Literal["layer", "global", "erk", "lamp"]
-ScheduleName = Literal["one-shot", "gradual", "iterative"]
+ScheduleName = Literal["one-shot", "gradual", "iterative", "joint"]
 ProtocolName = Literal[
     "paper", "released", "released-scores", "released-masks", "released-baseline"
 ]
@@ -145,8 +145,11 @@ class Settings:
         repair: Match the activations to those before pruning: see :func:`drophot.prune.repair`.
         schedule: `"one-shot"` prunes once, in step 4. `"gradual"` and `"iterative"` continue in
             step 5, with cubic ratios over its first half or in equal rounds: see
-            :mod:`drophot.prune`.
-        prunings: How often a schedule prunes, step 4 included.
+            :mod:`drophot.prune`. `"joint"` prunes in step 3, while the network trains on its
+            coreset: with cubic ratios and at equal intervals, before, between and after which it
+            trains. Step 4 removes nothing more then. With an :class:`drophot.Adaptive` mode, data
+            and weights are selected in turn.
+        prunings: How often a schedule prunes. `"gradual"` and `"iterative"` count step 4.
         scope: `"layer"` removes the share from each layer, as the authors did. For the others see
             :func:`drophot.magnitude_prune`.
         structured: Remove channels instead of weights: see :mod:`drophot.structured`.
@@ -289,7 +292,7 @@ class Settings:
             varies=True,
             record_field="schedule",
             heading="schedule",
-            controls={"gradual": "gradual", "iterative": "iterative"},
+            controls={"gradual": "gradual", "iterative": "iterative", "joint": "joint"},
             file_part=lambda schedule: "" if schedule == "one-shot" else schedule,
         ),
     )
@@ -339,12 +342,14 @@ class Settings:
         for name, setting in SETTINGS.items():
             object.__setattr__(self, name, setting.check(name, getattr(self, name)))
         scheduled = self.schedule != "one-shot"
+        unfinished = scheduled and self.schedule != "joint"  # when fine-tuning starts
         schedule = f"schedule={self.schedule!r}"
         for name, other, given, why in (
             ("rewind", "reinitialize=True", self.reinitialize, _START),
             ("repair", "recalibrate_bn=True", self.recalibrate_bn, _BOTH),
-            ("rewind", schedule, scheduled, _MASK),
-            ("reinitialize", schedule, scheduled, _MASK),
+            ("repair", schedule, self.schedule == "joint", _NO_DENSE),
+            ("rewind", schedule, unfinished, _MASK),
+            ("reinitialize", schedule, unfinished, _MASK),
             ("structured", schedule, scheduled, "channels are removed in one shot"),
             ("structured", "rewind=True", self.rewind, _NO_MASK),
             ("structured", "reinitialize=True", self.reinitialize, _NO_MASK),
@@ -369,6 +374,7 @@ class Settings:
 _START = "fine-tuning starts either from the first weights or from new ones"
 _BOTH = "it corrects the outputs of BatchNorm too"
 _MASK = "the mask of a schedule is not final when fine-tuning starts"
+_NO_DENSE = "there is no network before pruning with the same training"
 _NO_MASK = "removed channels leave no mask to put other weights under"
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType({

@@ -61,6 +61,7 @@ def test_it_is_a_control_of_a_grid(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"recalibrate_bn": True}, "`repair=True` .*`recalibrate_bn=True`"),
+        ({"schedule": "joint"}, "`repair=True` .*`schedule=.joint.`"),
         ({"batch_size": 1}, "`repair=True` .*`batch_size`.*1"),
     ],
 )

@@ -110,7 +110,8 @@ def checked_axes(
         with_settings(config, mode=mode, data_ratio=ratio, **change)
     for ratio, control in product(axes.prune_ratios, axes.controls):
         name, value = CONTROLS[control]
-        with_settings(config, prune_ratio=ratio, **{name: value})
+        # The smallest coreset, whose steps may be too few for a schedule.
+        with_settings(config, data_ratio=min(ratios), prune_ratio=ratio, **{name: value})
     return axes
 
 

@@ -20,6 +20,7 @@ from drophot.pipeline import modes, pruning_steps, selection_steps
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.run_record import record_of
 from drophot.pipeline.provenance.torch_settings import with_switches
+from drophot.prune.masks import Masks
 from drophot.records.json_lines import from_line, to_line
 from drophot.records.record import Record
 from drophot.tracking.statistics import Score, Statistic
@@ -133,11 +134,17 @@ def _train(config: RunConfig, scoring: SavedModel | None) -> SavedModel:
         indices=selected.indices,
         accuracy=trained.accuracy,
         seconds={**seconds, "select": selected.seconds, "train": trained.seconds},
+        masks=trained.masks,
     )
 
 
 def _finetune(config: RunConfig, trained: SavedModel) -> Record:
-    pruned = pruning_steps.prune(config, trained.model(config))
+    model = trained.model(config)
+    removed = None
+    if trained.masks:
+        masks = {name: mask.to(config.device) for name, mask in trained.masks.items()}
+        removed = Masks(model, masks)
+    pruned = pruning_steps.prune(config, model, removed)
     finetuned = pruning_steps.finetune(config, pruned)
     return record_of(
         config,

@@ -30,6 +30,8 @@ class SavedModel:
     """Seconds of the steps so far."""
     scores: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     """The statistics of a scoring by name, each `(N,)`."""
+    masks: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """The masks of a training that prunes, on the CPU."""
 
     def to_bytes(self) -> bytes:
         """The content of a file."""
@@ -59,6 +61,7 @@ def saved_model(
     accuracy: float,
     seconds: Mapping[str, float],
     scores: Mapping[str, Tensor] | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> SavedModel:
     """The result of a stage that trained a network.
 
@@ -78,6 +81,7 @@ def saved_model(
         accuracy=accuracy,
         seconds=dict(seconds),
         scores=dict(scores or {}),
+        masks={name: mask.cpu() for name, mask in (masks or {}).items()},
     )
 
 

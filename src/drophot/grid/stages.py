@@ -58,7 +58,11 @@ def stage_of(
         scores: The user's own scores that the modes of the grid select by.
         kind: Which stage.
     """
-    values = {name: cell.get(name, getattr(settings, name)) for name in varying(kind)}
+    names = varying(kind)
+    joint = cell.get("schedule", settings.schedule) == "joint"
+    if joint and kind == "train":  # it prunes, too
+        names += ["schedule", "prune_ratio"]
+    values = {name: cell.get(name, getattr(settings, name)) for name in names}
     parts = [kind, *(file_part(name, value) for name, value in values.items())]
     is_baseline = cell.get("mode") == BASELINE
     if kind == "score":
@@ -68,7 +72,8 @@ def stage_of(
     own = replace(settings, **values)
     before: StageName | None = None
     if kind == "finetune":
-        before = "score" if is_baseline and scoring_is_baseline(settings) else "train"
+        scored = is_baseline and scoring_is_baseline(settings) and not joint
+        before = "score" if scored else "train"
     elif kind == "train" and not is_baseline and needs_scoring(own.mode):
         before = "score"
     return Stage(

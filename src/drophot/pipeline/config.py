@@ -110,6 +110,12 @@ class RunConfig:
         return settings.finetune_epochs * num_batches(self.num_samples, settings.batch_size)
 
     @property
+    def train_steps(self) -> int:
+        settings = self.settings
+        samples = self.num_samples if settings.equal_steps else self.num_kept
+        return settings.train_epochs * num_batches(samples, settings.batch_size)
+
+    @property
     def training_seed(self) -> int:
         """Seeds the random numbers of steps 1 to 4. Step 5 uses the next number."""
         return 2 * self.settings.seed

@@ -292,6 +292,7 @@ class DropHot(_ShowsSettings):
         found = selection_steps.train(self.config, self.indices)
         self.model = found.model
         self._keep(trained_accuracy=found.accuracy, _steps=("train",), _trained_on=self.indices)
+        self._keep(masks=found.masks)  # of a schedule that prunes while it trains
         self._took("train", found.seconds)
         return found.model
 
@@ -302,12 +303,13 @@ class DropHot(_ShowsSettings):
             The masks, which stay on `masks` too.
 
         Raises:
-            RuntimeError: If no model was trained yet.
+            RuntimeError: If no model was trained yet, or the schedule is "joint" and the model is
+                your own and has no masks.
         """
         if self.model is None:
             raise RuntimeError("`prune` needs a trained model: call `run.train()` first.")
         self._begin("prune")
-        found = pruning_steps.prune(self.config, self.model)
+        found = pruning_steps.prune(self.config, self.model, self.masks)
         if self.masks is None:  # of the dense network, if it is pruned once more
             self.num_prunable = found.num_prunable
         self._keep(masks=found.masks, pruner=found.schedule, channels=found.channels)

@@ -64,15 +64,23 @@ class FinetunedModel:
     seconds: float
 
 
-def prune(config: RunConfig, model: nn.Module) -> PrunedModel:
-    """Step 4: remove weights or channels of a trained model, in place."""
+def prune(config: RunConfig, model: nn.Module, removed: Masks | None = None) -> PrunedModel:
+    """Step 4: remove weights or channels of a trained model, in place.
+
+    Nothing more is removed if the schedule is "joint"; `removed` are the masks of step 3 then.
+    """
+    if config.settings.schedule == "joint" and removed is None:
+        raise RuntimeError(
+            'schedule="joint" prunes in `train`, so a model of your own has no masks: set '
+            "`run.masks`, or use another schedule."
+        )
     with running(config, "prune") as step:
         # A grid prunes a saved model, which has no gradients: an importance finds the same here.
         model.zero_grad(set_to_none=True)
         num_prunable = sum(weight.numel() for weight in prunable(model).values())
         dense = deepcopy(model) if config.settings.repair else None
         with unchanged("importance", config.settings.importance):
-            masks, pruner, channels = _pruned(config, model)
+            masks, pruner, channels = _pruned(config, model, removed)
         if dense is not None:
             repair_alone(model, dense, _shuffled(config), channels)
         if config.settings.recalibrate_bn:
@@ -122,7 +130,13 @@ def finetune(config: RunConfig, pruned: PrunedModel) -> FinetunedModel:
 def check_model(config: RunConfig) -> None:
     """Refuse pruning that the model or the length of fine-tuning does not allow."""
     settings, steps = config.settings, config.finetune_steps
-    if settings.schedule != "one-shot" and steps < settings.prunings:
+    if settings.schedule == "joint" and config.train_steps <= settings.prunings:
+        raise ValueError(
+            f"`prunings` must be less than the number of training steps on the coreset, "
+            f"{config.train_steps}, got {settings.prunings}. Raise `train_epochs` or lower "
+            f"`prunings`."
+        )
+    if settings.schedule in ("gradual", "iterative") and steps < settings.prunings:
         raise ValueError(
             f"`prunings` must be at most the number of fine-tuning steps, {steps}, got "
             f"{settings.prunings}. Raise `finetune_epochs` or lower `prunings`."
@@ -180,9 +194,12 @@ def _error_of(importance: Importance, name: str, weight: nn.Parameter) -> Except
 
 
 def _pruned(
-    config: RunConfig, model: nn.Module
+    config: RunConfig, model: nn.Module, removed: Masks | None
 ) -> tuple[Masks, schedule.Schedule | None, Pruned | None]:
     settings = config.settings
+    if settings.schedule == "joint":
+        assert removed is not None
+        return removed, None, None
     ratio, times = settings.prune_ratio, settings.prunings
     if settings.structured:
         channels = prune_channels(

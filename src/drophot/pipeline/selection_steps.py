@@ -21,6 +21,7 @@ from drophot.data.batching import batches, num_batches
 from drophot.data.samples import known_targets, targets_of
 from drophot.pipeline import fit_checks, modes
 from drophot.pipeline.config import RunConfig
+from drophot.pipeline.joint_pruning import pruning_while_training
 from drophot.pipeline.provenance.own_objects import unchanged
 from drophot.pipeline.released_protocol import always_evaluating
 from drophot.pipeline.step import running
@@ -31,6 +32,7 @@ from drophot.pipeline.step_3_batches import (
     successive_epochs,
     successive_epochs_of_coreset,
 )
+from drophot.prune.masks import Masks
 from drophot.settings import Forgetting, name_of
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.statistics import DEFAULT, Score
@@ -64,6 +66,8 @@ class TrainedModel:
     """The result of step 3."""
 
     model: nn.Module
+    masks: Masks | None = None
+    """Of the weights that were removed during training; `None` if step 4 removes them."""
     accuracy: float
     seconds: float
 
@@ -222,25 +226,28 @@ def train(config: RunConfig, indices: Tensor) -> TrainedModel:
         epochs, last = settings.train_epochs, 0
         if settings.equal_steps:
             epochs, last = divmod(epochs * whole, each)
-        if last and not fit_checks.is_library_fit(config.fit):
-            # A single call: a user's loop may set up a scheduler in each.
-            if sampled is None:
-                loader = successive_epochs_of_coreset(config, indices, epochs, last, step.seed)
-            else:
-                loader = successive_epochs(sampled.loader, epochs, each, last)
-            step.fit_loader(model, loader, settings.train_epochs, whole, optimizer, sampling)
-        elif sampled is not None:
-            step.fit_loader(model, sampled.loader, epochs, each, optimizer, sampling)
-            if last:
-                step.fit_loader(model, sampled.loader, 1, last, optimizer, sampling)
-        else:
-            with _baseline_mode(config, model) if config.keeps_all else nullcontext():
-                step.fit(model, subset(config, indices), epochs, optimizer)
+        pruning = pruning_while_training(config, model, optimizer, epochs * each + last)
+        with pruning as pruner:
+            if last and not fit_checks.is_library_fit(config.fit):
+                # A single call: a user's loop may set up a scheduler in each.
+                if sampled is None:
+                    loader = successive_epochs_of_coreset(config, indices, epochs, last, step.seed)
+                else:
+                    loader = successive_epochs(sampled.loader, epochs, each, last)
+                step.fit_loader(model, loader, settings.train_epochs, whole, optimizer, sampling)
+            elif sampled is not None:
+                step.fit_loader(model, sampled.loader, epochs, each, optimizer, sampling)
                 if last:
-                    some = random_part(config, indices, last)
-                    step.fit(model, subset(config, some), 1, optimizer)
+                    step.fit_loader(model, sampled.loader, 1, last, optimizer, sampling)
+            else:
+                with _baseline_mode(config, model) if config.keeps_all else nullcontext():
+                    step.fit(model, subset(config, indices), epochs, optimizer)
+                    if last:
+                        some = random_part(config, indices, last)
+                        step.fit(model, subset(config, some), 1, optimizer)
         accuracy = evaluate(model, config.test_set)
-    return TrainedModel(model=model, accuracy=accuracy, seconds=step.seconds)
+    masks = None if pruner is None else pruner.masks
+    return TrainedModel(model=model, masks=masks, accuracy=accuracy, seconds=step.seconds)
 
 
 def _selects_while_training(config: RunConfig) -> bool:

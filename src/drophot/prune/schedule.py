@@ -161,7 +161,7 @@ class Schedule:
         self._check_minimum()
         self._formerly_zero: set[str] = set()  # layers that were all zero at a pruning
         self.steps = 0
-        self.masks = self._prune(self.ratios[0])
+        self.masks: Masks = self._prune(self.ratios[0])
 
     @property
     def ratio(self) -> float:

@@ -84,7 +84,8 @@ class Record:
     recalibrated: bool = False
     """Whether the statistics of BatchNorm were recomputed after pruning."""
     schedule: str = "one-shot"
-    """How pruning was spread over fine-tuning: "one-shot", "gradual" or "iterative"."""
+    """When weights were removed: "one-shot" before fine-tuning, "gradual" or "iterative" during
+    fine-tuning, or "joint" while the network was trained on the coreset."""
     scope: str = "layer"
     """How the removed share was divided among the layers."""
     structured: bool = False
