@@ -201,6 +201,9 @@ def blocks(name: str, language: str) -> list[str]:
 NEEDS = {
     "matplotlib": r"from drophot\.report import .*(html|plot_)|import matplotlib",
     "scipy": r"from drophot\.report import .*differences|from drophot\.stats import",
+    "tensorboard": r"torch\.utils\.tensorboard",
+    "pandas": r"import pandas",
+    "datasets": r"import datasets",
     "lightning": r"(from|import) lightning|integrations\.lightning",
     "transformers": r"(from|import) transformers|integrations\.transformers",
     "accelerate": r"(from|import) (accelerate|transformers)",  # the Trainer's

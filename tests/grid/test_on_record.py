@@ -1,5 +1,6 @@
 """`Grid.run(on_record=...)`: called for each new record, in the process of the grid."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import get_ident
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from helpers.runs import drop_hot
 
 from drophot import Grid, Record
@@ -76,3 +78,24 @@ def test_what_cannot_be_called_is_refused_before_any_work(tmp_path: Path) -> Non
     with pytest.raises(TypeError, match=r"`on_record`.*list"):
         grid().run(tmp_path / "results", on_record=[])
     assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_for_tensorboard_logs_each_curve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="`tensorboard` is not installed",
+    )
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "other_tools.md").read_text()
+    names: dict[str, Any] = {"__name__": "recipe"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S)[:2]:
+        exec(block, names)
+    assert len(names["records"]) == 4
+    for record in names["records"]:
+        logged = events.EventAccumulator(f"runs/{names['name_of'](record)}")
+        logged.Reload()
+        curve = [event.value for event in logged.Scalars("test accuracy/fine-tuning")]
+        wanted = [record.pruned_accuracy, *record.finetune_curve]
+        assert curve == pytest.approx(wanted, abs=1e-6)

@@ -42,8 +42,8 @@ def test_the_map_has_a_point_for_each_sample_presented() -> None:
     wanted = np.stack([columns["variability"], columns["confidence"]], 1)[:11]
     assert sorted(map(tuple, points.tolist())) == sorted(map(tuple, wanted.tolist()))
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["never forgotten", "once"]
-    (forgotten,) = [part for part in ax.collections if part.get_label() == "once"]
+    assert labels == ["never forgotten", "forgotten once", "never correct"]
+    (forgotten,) = [part for part in ax.collections if part.get_label() == "forgotten once"]
     assert forgotten.get_offsets().tolist() == [wanted[2].tolist()]
     assert plot_data_map(found, ax=ax) is ax
 

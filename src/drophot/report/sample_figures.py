@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_POINTS = 20_000  # more cover each other, and take seconds to draw
+_EVENTS = {
+    0: ("never forgotten", "#0072B2"),
+    1: ("forgotten once", "#56B4E9"),
+    2: ("twice", "#009E73"),
+    3: ("3 times", "#E69F00"),
+    4: ("4 times or more", "#D55E00"),
+    -1: ("never correct", "#000000"),
+}
 _PER_ROW = 5
 
 
@@ -26,7 +34,8 @@ def plot_data_map(tracker: DynamicsTracker, *, ax: Axes | None = None) -> Axes:
 
     Samples at the top left are easy to learn. Those at the bottom left are hard, and some of them
     have wrong labels. Those on the right are ambiguous. Colors show how often a sample was
-    forgotten, in 5 steps. Of more than 20,000 samples, 20,000 are drawn, always the same.
+    forgotten, or that it was never correct. Of more than 20,000 samples, 20,000 are drawn, always
+    the same ones.
 
     References:
         Swayamdipta et al., Dataset Cartography: Mapping and Diagnosing Datasets with Training
@@ -69,10 +78,8 @@ def plot_data_map(tracker: DynamicsTracker, *, ax: Axes | None = None) -> Axes:
         shown = np.random.default_rng(0).choice(shown, _MOST_POINTS, replace=False)
     ax = plots.axes(ax)
     x, y = columns["variability"][shown], columns["confidence"][shown]
-    events = np.minimum(columns["forgetting"][shown], 4)
-    labels = ("never forgotten", "once", "twice", "3 times", "4 times or more")
-    colors = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
-    for number, (label, color) in enumerate(zip(labels, colors, strict=True)):
+    events = np.where(columns["learned"], np.minimum(columns["forgetting"], 4), -1)[shown]
+    for number, (label, color) in _EVENTS.items():
         at = events == number
         if at.any():
             ax.scatter(x[at], y[at], s=6, c=color, label=label, linewidths=0, rasterized=True)
