@@ -228,9 +228,10 @@ def test_every_setting_that_differs_is_shown_in_full(tmp_path: Path) -> None:
         ("optimizer.long", "x" * 90): 2,
         ("optimizer.long", "y" * 90): 2,
     }
-    assert ["type=Adam" in row[1] for row in found.tables[0][1:]] or found.tables
-    (configuration,) = (t for t in found.tables if t[0][0] == "batch_size")
-    assert configuration == [["batch_size", "32"], ["network.call", "fcnet"]]
+    assert {row[2] for row in full[1:]} == {"momentum=0.9", "momentum=–"}
+    (configuration,) = (t for t in found.tables if ["batch_size", "32"] in t)
+    assert ["network.call", "fcnet"] in configuration
+    assert not any(row[0].startswith("optimizer") for row in configuration)
 
 
 def _times(total: float, count: int) -> list[str]:
@@ -267,7 +268,7 @@ def test_wherever_the_last_line_ends_the_others_count(cut: int, tmp_path: Path) 
     folder = store(tmp_path / "store", [one()])
     with (folder / "records.jsonl").open("ab") as file:
         file.write(to_line(one(model="ü", seed=1)).encode()[:cut])
-    assert "1 cell." in page(folder, tmp_path).words
+    assert "1 run." in page(folder, tmp_path).words
 
 
 def test_a_finished_or_larger_store_is_not_so_far(tmp_path: Path) -> None:
@@ -398,7 +399,7 @@ def test_no_label_of_a_figure_is_cut_off(
         for r in grid(**only)
     ]
     page(runs, tmp_path)
-    assert max(seen) == 6
+    assert max(seen) >= 6
 
 
 NASTY = '<script>alert("1")</script>&amp;\'"><b>'

@@ -22,9 +22,8 @@ from drophot.report.tables import Table, percent
 from drophot.settings import BASELINE, RECORD_FIELDS, SCORING_ONLY, needs_scoring, varying
 
 _HOW = {
-    "Run, cell": "A run is one network, trained, pruned and fine-tuned with one seed. A cell is the runs that differ only in their "
-    "seed: one network, mode, share of data, share of weights and other settings. Each row of "
-    "Table 2 is a cell.",
+    "Run, cell": "A run is one network, trained, pruned and fine-tuned with one seed. A cell is "
+    "the runs that differ only in their seed. Each row of Table 2 is a cell.",
     "n": "The number of seeds. Each seed has its own initial weights, order and random coresets.",
     "Share, removed, zeros held": "The share of the training samples that was kept, the share of "
     "the prunable weights that was removed, and the share of them that is zero at the end.",

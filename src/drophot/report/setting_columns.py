@@ -98,8 +98,8 @@ def values_in_full(rows: Sequence[Record | Comparison]) -> list[Value]:
 
 
 def shared(rows: Sequence[Record]) -> dict[str, Any]:
-    """The settings without a field that all rows have in common."""
-    first, *others = map(settings, rows)
+    """The settings without a field that all rows have in common; none in older records."""
+    first, *others = (settings(row) if row.settings else {} for row in rows)
     return {
         name: value
         for name, value in first.items()
