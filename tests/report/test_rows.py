@@ -91,7 +91,7 @@ def test_runs_that_differ_in_a_setting_are_rows_with_a_column_that_says_so(
         plot_ratios(runs)
     if heading in ("score_epochs", "network"):
         page = html(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-        assert "4 cells." in page
+        assert "4 runs." in page
         assert page.count("<h3>") >= 2
     # The order of the records changes no row.
     assert sorted(table(runs[::-1]).splitlines()) == sorted(table(runs).splitlines())
@@ -382,7 +382,7 @@ def test_a_grid_counts_the_time_of_scoring(score_epochs: int, tmp_path: Path) ->
     assert len(scoring) == 1
     assert min(scoring) > 0
     page = html(tmp_path / "store", tmp_path / "page.html").read_text(encoding="utf-8")
-    part = re.sub("<[^>]*>", " ", page[page.index("<h2>Seconds") :]).split()
+    part = re.sub("<[^>]*>", " ", page[page.index("<h2>Table 4: seconds") :]).split()
     times = {name: part[part.index(name) + 1] for name in ("score", "select", "train", "finetune")}
     trainings = "2" if score_epochs == 1 else "3"
     assert times == {"score": "1", "select": trainings, "train": trainings, "finetune": "4"}

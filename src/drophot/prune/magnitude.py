@@ -13,6 +13,7 @@ from drophot._core.importance import Importance, check_importance
 from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot._core.user_warnings import warn
 from drophot.prune import earlier_masks, semi_structured
+from drophot.prune.adapted_models import check_no_adapters
 from drophot.prune.importance import Ranking, rank_by
 from drophot.prune.layer_sparsity import Scope, removal_groups
 from drophot.prune.masks import Masks
@@ -190,6 +191,7 @@ def prune_to_ratio(
     scope, pattern = options.scope, options.pattern
     n, m = (0, 0) if pattern is None else semi_structured.parse_pattern(pattern, ratio)
     weights = prunable(model, options.skip, options.include)
+    check_no_adapters(weights)
     for name, weight in weights.items():
         check_changeable(name, weight)
     warn_of_uncovered(model, weights, options.skip)

@@ -15,12 +15,15 @@ from drophot.records.cells import cell_of, check_records, group_by_cell, shared_
 from drophot.records.json_lines import from_line
 from drophot.records.pairs import free_settings
 from drophot.records.record import Record
+from drophot.report import setting_columns
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot.report.tables import Table, percent
-from drophot.settings import BASELINE, RECORD_FIELDS, SCORING_ONLY, varying
+from drophot.settings import BASELINE, RECORD_FIELDS, SCORING_ONLY, needs_scoring, varying
 
 _HOW = {
+    "Run, cell": "A run is one network, trained, pruned and fine-tuned with one seed. A cell is "
+    "the runs that differ only in their seed. Each row of Table 2 is a cell.",
     "n": "The number of seeds. Each seed has its own initial weights, order and random coresets.",
     "Share, removed, zeros held": "The share of the training samples that was kept, the share of "
     "the prunable weights that was removed, and the share of them that is zero at the end.",
@@ -31,6 +34,8 @@ _HOW = {
     "Random": "A coreset of the same size, drawn at random. A difference between another mode and "
     "random is due to how that mode chooses samples. A difference between random and the baseline "
     "is due to the size alone.",
+    "Bars, bands": "95 % confidence intervals of the mean. With fewer than 5 seeds, they reach "
+    "from the lowest to the highest seed instead, because the intervals would hide the lines.",
     "[ ]": "The 95 % confidence interval by Student's t. That of a difference is the interval of "
     "the differences within each seed. With few seeds it is wide.",
     "–": "There is no accuracy: the run diverged, or the accuracy was not measured. Means are of "
@@ -76,28 +81,22 @@ figure { margin: .9rem 0 1.4rem; padding: .8rem .9rem .6rem; background: #fff; c
 figure svg { display: block; width: 100%; height: auto }
 figure svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif
   !important }
-figure.few { width: fit-content; max-width: 100% }
+figure.one { max-width: 37rem }
 .legend { display: flex; flex-wrap: wrap; gap: .15rem 1.1rem; margin: 0 0 .5rem; font-size: .8rem }
-figure.few .legend { width: 0; min-width: 100% }
 .legend span { display: inline-flex; align-items: center; gap: .4rem; white-space: nowrap }
 .legend svg { width: 2.4rem }
-.panels { display: grid; gap: .6rem .5rem;
-  grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)) }
-.panels.one { grid-template-columns: minmax(0, 32rem) }
-.panels.few { grid-template-columns: repeat(var(--columns), minmax(9.5rem, 16rem)) }
-.panels.grid { grid-template-columns: repeat(var(--columns), minmax(9rem, 17rem)) }
+.panels { display: grid; gap: .9rem .5rem;
+  grid-template-columns: repeat(var(--columns), minmax(0, 1fr)) }
 dl { max-width: 46rem; margin: .75rem 0 }
 dt { font-weight: 600; font-size: .92rem; margin-top: .7rem }
 dd { margin: .1rem 0 0; font-size: .92rem }
 @media (max-width: 40rem) { body { padding: 1.5rem 1rem 3rem } h1 { font-size: 1.4rem }
   h2 { margin-top: 2.4rem } figure { padding: .6rem }
-  figure.few { width: auto }
-  .panels, .panels.few { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)) }
+  .panels { grid-template-columns: minmax(0, 1fr) } .panels div:empty { display: none }
   th, td { padding-inline: .5rem } }
 @media print { :root { --ink: #000; --soft: #444; --rule: #bbb; --hair: #e4e4e4; --paper: #fff }
   body { padding: 0; max-width: none; font-size: 9pt } table { font-size: 7.5pt }
   th, td { padding-inline: .35rem } .scroll, figure { overflow: visible }
-  .panels.grid { grid-template-columns: repeat(var(--columns), minmax(0, 17rem)) }
   figure, tr, .note { break-inside: avoid } h2, h3, .note { break-after: avoid } }
 """
 
@@ -108,7 +107,7 @@ class Source:
 
     records: list[Record]
     """The baseline first, then by data ratio, prune ratio, mode and seed."""
-    cells: int
+    runs: int
     """The number of records once the grid is finished."""
     configuration: Mapping[str, Any]
 
@@ -155,15 +154,18 @@ def page(
         return "".join(f"<h3>{escape('; '.join(n))}</h3>{text}" for text, n in names.items())
 
     parts = {
-        "Accuracy by share of data and of weights": drawn(panels.ratios),
+        "Figure 1: accuracy by share of data and of weights": drawn(panels.ratios),
         "Table 1: differences after fine-tuning": _differences(source, differences),
-        "Figure 1: over the epochs of fine-tuning": drawn(panels.curves),
-        "Figure 2: before and after pruning": drawn(panels.steps),
-        "All accuracies": note("In %, the mean over n seeds ± standard deviation.")
+        "Figure 2: accuracy over the epochs of fine-tuning": drawn(panels.curves),
+        "Figure 3: accuracy before and after pruning": drawn(panels.steps),
+        "Table 2: all accuracies": note("In %, the mean over n seeds ± standard deviation.")
         + _table(accuracies),
-        "Agreement of the coresets": _agreement(agreement),
-        "Seconds": _seconds(source.records),
-        "Configuration": _configuration(source.configuration),
+        "Table 3: agreement of the coresets": _agreement(agreement),
+        "Table 4: seconds": _seconds(source.records),
+        "Table 5: settings that differ": _differing(source.records),
+        "Table 6: configuration": _configuration(
+            source.configuration or setting_columns.shared(source.records)
+        ),
         "How to read this": _how(),
     }
     models = ", ".join(dict.fromkeys(record.model for record in source.records))
@@ -287,10 +289,44 @@ def _summary(source: Source) -> str:
             versions.setdefault(name, {})[version] = None
     with_ = ", ".join(f"{name} {' and '.join(found)}" for name, found in versions.items())
     text += f"On {devices}" + f" with {with_}" * bool(with_) + "."
-    done = f"{len(runs):,} cell{'s' * (len(runs) > 1)}."
-    if len(runs) < source.cells:
-        done = f"{len(runs):,} of {source.cells:,} cells so far."
+    if len(runs) < source.runs:
+        done = f"{len(runs):,} of {source.runs:,} runs so far."
+    else:
+        done = f"{_count(len(runs), 'run')}."
+    cells = group_by_cell(runs)
+    sizes = sorted({len(found) for found in cells})
+    done += f" {_count(len(cells), 'cell')}, {'each ' * (len(cells) > 1)}with {_span(sizes)} seed"
+    done += f"{'s' * (sizes != [1])}."
     return f"<p>{escape(text)} <strong>{done}</strong></p>"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _differing(records: Sequence[Record]) -> str:
+    found = setting_columns.values_in_full(records)
+    if not found:
+        return ""
+    rows = [
+        [
+            escape(value.name),
+            escape(value.text),
+            escape(", ".join(value.shown)),
+            str(len(value.rows)),
+        ]
+        for value in found
+    ]
+    head = ("setting", "value", "in the tables", "runs")
+    lines = ["".join(f"<th{' class=w' * (n < 3)}>{name}</th>" for n, name in enumerate(head))]
+    kinds = (" class=w", " class=v", " class=w", "")
+    for row in rows:
+        lines.append("".join(f"<td{k}>{cell}</td>" for k, cell in zip(kinds, row, strict=True)))
+    body = "".join(f"<tr>{line}</tr>" for line in lines[1:])
+    text = "Every setting, other than ratio, mode and seed, in which runs differ, in full. Tables "
+    text += "show long values by a short word or by eight digits."
+    head = f"<thead><tr>{lines[0]}</tr></thead>"
+    return f'{note(text)}<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _seconds(records: Sequence[Record]) -> str:
@@ -304,15 +340,30 @@ def _seconds(records: Sequence[Record]) -> str:
             for step, seconds in run.seconds.items():
                 found.setdefault(step, {})[grid, run.seed, seconds] = seconds
     rows = [
-        [step, f"{len(times):,}", f"{mean(times.values()):,.1f}", f"{sum(times.values()):,.1f}"]
-        for step, times in ((step, found[step]) for step in found)
+        [step, f"{len(times):,}", _amount(mean(times.values())), _amount(sum(times.values()))]
+        for step, times in ((step, found[step]) for step in sorted(found, key=_step_order))
     ]
     if not rows:
         return note("Left out: no seconds were recorded.")
     total = sum(sum(times.values()) for times in found.values())
-    rows.append(["all", "", "", f"{total:,.1f}"])
-    text = "Wall-clock seconds of each step. A step that several cells share counts once."
+    rows.append(["all", "", "", _amount(total)])
+    text = "Wall-clock seconds of each step. A step that several runs share counts once, also the "
+    text += "scoring, which all coresets of a seed share and whose network may be the baseline's."
+    scored = [run for run in records if needs_scoring(run.mode)]
+    if untimed := dict.fromkeys(run.mode for run in scored if "score" not in run.seconds):
+        text += f" Runs of {', '.join(untimed)} have no time of scoring: their scores were given."
     return note(text) + _table(Table(["step", "times", "mean", "sum"], rows, 1))
+
+
+_STEPS = ("score", "select", "train", "prune", "finetune")
+
+
+def _step_order(step: str) -> tuple[int, str]:
+    return (_STEPS.index(step) if step in _STEPS else len(_STEPS), step)
+
+
+def _amount(seconds: float) -> str:
+    return f"{seconds:,.1f}" if seconds >= 1 else f"{seconds:.3f}"
 
 
 def _configuration(configuration: Mapping[str, Any]) -> str:

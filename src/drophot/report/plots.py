@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -37,9 +37,26 @@ MOST = len(_STYLES)
 """The number of lines that can be told apart."""
 _MODES = ("low", "high", "random", BASELINE)
 
+Ends = Callable[[Sequence[float]], tuple[float, float]]
+"""The ends of a bar or band for the values of several seeds."""
+
+
+def confidence_ends(values: Sequence[float]) -> tuple[float, float]:
+    """The ends of the 95 % confidence interval of the mean."""
+    return stats.estimate(values).interval
+
+
+def extreme_ends(values: Sequence[float]) -> tuple[float, float]:
+    """The lowest and the highest value."""
+    return min(values), max(values)
+
 
 def curves(
-    records: Iterable[Record], *, ax: Axes | None = None, styles: Styles | None = None
+    records: Iterable[Record],
+    *,
+    ax: Axes | None = None,
+    styles: Styles | None = None,
+    ends: Ends = confidence_ends,
 ) -> Axes:
     """Draw accuracy over the epochs of fine-tuning: :func:`drophot.report.plot_curves`."""
     groups = group_by_cell(records)
@@ -52,7 +69,7 @@ def curves(
     for group, label, (marker, style, color) in _labelled(groups, styles):
         first = int(group[0].reinitialized or group[0].rewound)
         curves = [(r.pruned_accuracy, *r.finetune_curve)[first:] for r in group]
-        y, low, high = _intervals(zip(*curves, strict=True))
+        y, low, high = _intervals(zip(*curves, strict=True), ends)
         x = range(first, first + len(y))
         ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
         ax.plot(x, y, label=label, marker=marker, linestyle=style, color=color)
@@ -92,6 +109,7 @@ def ratios(
     measure: Measure = "finetuned_accuracy",
     ax: Axes | None = None,
     styles: Styles | None = None,
+    ends: Ends = confidence_ends,
 ) -> Axes:
     """Draw accuracy against a ratio: :func:`drophot.report.plot_ratios`."""
     groups = sorted(group_by_cell(records), key=lambda group: getattr(group[0], x))
@@ -121,14 +139,14 @@ def ratios(
     ax = axes(ax)
     modes = styles_of(group[0].mode for group in groups)
     styles = {**modes, **(styles or {})}
-    ends = sorted({100 * getattr(group[0], x) for group in (coresets or groups)})
-    scale = "log" if x == "keep_ratio" and ends[-1] >= 20 * ends[0] else "linear"
-    positions = np.log(ends) if scale == "log" else np.array(ends)
+    ticks = sorted({100 * getattr(group[0], x) for group in (coresets or groups)})
+    scale = "log" if x == "keep_ratio" and ticks[-1] >= 20 * ticks[0] else "linear"
+    positions = np.log(ticks) if scale == "log" else np.array(ticks)
     # Side by side, because overlapping intervals cannot be told apart.
     step = min([0.012 * np.ptp(positions), *(0.7 * np.diff(positions) / len(modes))])
     for number, mode in enumerate(modes):
         line = [group for group in groups if group[0].mode == mode]
-        y, low, high = _intervals([getattr(r, measure) for r in group] for group in line)
+        y, low, high = _intervals(([getattr(r, measure) for r in group] for group in line), ends)
         marker, style, color = styles[mode]
         if mode == BASELINE and x == "keep_ratio":
             if not math.isnan(y[0]):
@@ -149,7 +167,7 @@ def ratios(
         )
     ax.set_xscale(scale)
     ax.minorticks_off()
-    ax.set_xticks(ends, [f"{end:.4g}" for end in ends])
+    ax.set_xticks(ticks, [f"{tick:.4g}" for tick in ticks])
     ax.set_xlabel({"keep_ratio": "data kept (%)", "prune_ratio": "weights removed (%)"}[x])
     return _finished(ax)
 
@@ -248,12 +266,14 @@ def _shown(label: str) -> str:
     return f" {label}" if label.startswith("_") else label
 
 
-def _intervals(samples: Iterable[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
-    """The mean of each sample and the ends of its 95 % interval, in %."""
+def _intervals(
+    samples: Iterable[Sequence[float]], ends: Ends
+) -> tuple[list[float], list[float], list[float]]:
+    """The mean of each sample and the ends of its bar or band, in %."""
     found = []
     for sample in samples:
         values = finite(sample)
-        ends = stats.estimate(values).interval if len(values) > 1 else (average(values),) * 2
-        found.append((average(values), *ends))
+        low, high = ends(values) if len(values) > 1 else (average(values),) * 2
+        found.append((average(values), low, high))
     middle, low, high = ([100 * value for value in values] for values in zip(*found, strict=True))
     return middle, low, high

@@ -32,6 +32,22 @@ class Column:
     name: str
     heading: str
     words: list[str]
+    names: tuple[str, ...] = ()
+    """All settings of the column, if several share it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """A value of a setting in which rows differ."""
+
+    name: str
+    """The setting; of nested settings, the dotted name."""
+    text: str
+    """The value in full."""
+    shown: tuple[str, ...]
+    """The words for it in a column of the tables."""
+    rows: tuple[int, ...]
+    """The rows that have it."""
 
 
 def columns(rows: Sequence[Record | Comparison]) -> list[Column]:
@@ -52,7 +68,7 @@ def columns(rows: Sequence[Record | Comparison]) -> list[Column]:
     for names in long.values():
         parts = [[settings(row).get(name) for name in names] for row in rows]
         words = [fingerprint({"": p})[:8] if p != [None] * len(p) else _NONE for p in parts]
-        found.append(Column(names[0], ", ".join(map(_heading, names)), words))
+        found.append(Column(names[0], ", ".join(map(_heading, names)), words, tuple(names)))
     alike: dict[tuple[object, ...], set[str]] = {}
     texts = [_json(settings(row)) for row in rows]
     for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
@@ -61,6 +77,34 @@ def columns(rows: Sequence[Record | Comparison]) -> list[Column]:
     if any(len(set_) > 1 for set_ in alike.values()):  # some rows lack what others differ in
         found.append(Column("settings", "settings", [fingerprint({"": t})[:8] for t in texts]))
     return found
+
+
+def values_in_full(rows: Sequence[Record | Comparison]) -> list[Value]:
+    """Every value of every setting in which rows differ, unabridged."""
+    shown = {name: c.words for c in columns(rows) for name in (c.names or (c.name,))}
+    found = []
+    for name, values in differing(rows).items():
+        leaves = [_leaves(value, name) for value in values]
+        for leaf in dict.fromkeys(leaf for values in leaves for leaf in values):
+            texts = [_in_full(values.get(leaf)) for values in leaves]
+            distinct = dict.fromkeys(texts)
+            if len(distinct) == 1:
+                continue
+            for text in distinct:
+                having = tuple(n for n, other in enumerate(texts) if other == text)
+                words = dict.fromkeys(shown[name][n] for n in having) if name in shown else ()
+                found.append(Value(leaf, text, tuple(words), having))
+    return found
+
+
+def shared(rows: Sequence[Record]) -> dict[str, Any]:
+    """The settings without a field that all rows have in common; none in older records."""
+    first, *others = (settings(row) if row.settings else {} for row in rows)
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in other and _json(other[name]) == _json(value) for other in others)
+    }
 
 
 def differing(rows: Sequence[Record | Comparison]) -> dict[str, list[Any]]:
@@ -141,9 +185,12 @@ def _words(values: Sequence[Any]) -> list[str] | None:
     distinct = len({_json(value) for value in values})
     while len(set(words())) < distinct and texts:
         shown.append(texts.pop(0))
-    found = words()
-    short = max(map(len, found)) <= _LONGEST
-    return found if short and len(set(found)) == distinct else None
+    for names_ in (list(shown), *([name] for name in apart)):
+        shown[:] = names_
+        found = words()
+        if max(map(len, found)) <= _LONGEST and len(set(found)) == distinct:
+            return found
+    return None
 
 
 def _leaves(value: Any, before: str = "") -> dict[str, Any]:
@@ -166,6 +213,10 @@ def _text(value: Any) -> str:
     if isinstance(value, list) and not any(isinstance(part, (list, Mapping)) for part in value):
         return ", ".join(map(_text, value))
     return json.dumps(value)
+
+
+def _in_full(value: Any) -> str:
+    return value if isinstance(value, str) else _NONE if value is None else _json(value)
 
 
 def _json(value: Any) -> str:

@@ -28,8 +28,13 @@ NAMES = {
 }
 ONE_SEED = "There is only one seed, so there are no intervals."
 
-_SIZE = (2.15, 1.75)  # inches
-_ALONE = (3.6, 2.3)
+_FEW_SEEDS = 5
+"""With fewer seeds, intervals are so wide that they would hide the lines: at 3 seeds, each is four
+times as long as the range of the seeds."""
+
+# The inches of a panel by the number of columns: the page is 11.3 inches wide at most.
+_SIZES = {1: (5.4, 2.7), 2: (5.4, 2.5), 3: (3.6, 2.1), 4: (2.7, 1.9)}
+_SMALLEST = (2.15, 1.75)
 _STYLE: Any = {
     "font.size": 7.5,
     "axes.titlesize": 7.5,
@@ -63,21 +68,20 @@ class Panels:
         """Accuracy against the share of data, and against the share of weights."""
         shares, ratios = values(runs, "keep_ratio"), values(runs, "prune_ratio")
         text = ""
+        draw = partial(plots.ratios, styles=self._styles, ends=_ends(runs))
         if len(shares) > 1:
             text += note("Against the share of data kept, for each share of weights removed:")
             panels = {
                 f"{percent(r)} removed": [x for x in runs if x.prune_ratio == r] for r in ratios
             }
-            text += self._figure(panels, partial(plots.ratios, styles=self._styles))
+            text += self._figure(panels, draw)
         if len(ratios) > 1:
             text += note("Against the share of weights removed, for each share of data kept:")
             panels = {f"{percent(share)} kept": _at(runs, share) for share in shares}
-            text += self._figure(
-                panels, partial(plots.ratios, x="prune_ratio", styles=self._styles)
-            )
+            text += self._figure(panels, partial(draw, x="prune_ratio"))
         if not text:
             return note("Left out: there is one data ratio and one prune ratio only.")
-        bars = "Bars and bands are 95 % intervals over seeds." if several(runs) else ONE_SEED
+        bars = f"Bars and bands {_said(runs)}." if several(runs) else ONE_SEED
         return note(f"Test accuracy in % after fine-tuning. {bars}") + text
 
     def curves(self, runs: Sequence[Record]) -> str:
@@ -95,7 +99,7 @@ class Panels:
             return note(f"Left out: {most} lines in one figure; {plots.MOST} can be told apart.")
         if not finite(accuracy for record in runs for accuracy in record.finetune_curve):
             return note("Left out: every run diverged.")
-        bands = "bands are 95 % intervals over seeds" if several(runs) else "one seed"
+        bands = f"bands {_said(runs)}" if several(runs) else "one seed"
         start = "and may lie below the frame"
         if runs[0].reinitialized or runs[0].rewound:
             start = "and is left out, since fine-tuning began from other weights"
@@ -103,7 +107,7 @@ class Panels:
         text += f"own scale. Epoch 0 is right after pruning {start}."
 
         def draw(found: Sequence[Record], ax: Axes) -> None:
-            plots.curves(found, ax=ax, styles=self._styles).set_xlabel("")
+            plots.curves(found, ax=ax, styles=self._styles, ends=_ends(runs)).set_xlabel("")
             later = finite(100 * a for record in found for a in record.finetune_curve)
             if not later:
                 return
@@ -148,8 +152,11 @@ class Panels:
         from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
 
-        size = _SIZE if len(panels) > 1 else _ALONE
-
+        if columns is None:
+            columns, scales = _columns(len(panels)), 1
+        else:
+            scales = columns
+        size = _SIZES.get(columns, _SMALLEST)
         modes = {record.mode for found in panels.values() for record in found}
         with mpl.rc_context():
             mpl.rcdefaults()  # independent of the settings of the caller
@@ -164,8 +171,8 @@ class Panels:
                         legend.remove()  # all panels share one
                     ax.set(title=title, ylabel="")
                 drawn.append(ax)
-            for first in range(columns or 1):
-                column = [ax for ax in drawn[first :: columns or 1] if ax is not None]
+            for first in range(scales):
+                column = [ax for ax in drawn[first::scales] if ax is not None]
                 column = [ax for ax in column if isfinite(ax.dataLim.ymin)]  # not all nan
                 ends = [end for ax in column for end in ax.get_ylim()]
                 for ax in column:
@@ -180,11 +187,10 @@ class Panels:
             svg = []
             for title, ax in zip(panels, drawn, strict=True):
                 svg.append("<div></div>" if ax is None else self._svg(ax.figure, title))
-        few = len(drawn) < 4
-        kind = "one" if len(drawn) == 1 else "few" if few else "grid" if columns else ""
-        text = f'<div class="legend">{legend}</div><div class="panels {kind}" '
-        text += f'style="--columns:{columns or len(drawn)}">{"".join(svg)}</div>'
-        return f"<figure{' class=few' * few}>{text}</figure>"
+        alone = " class=one" * (columns == 1)
+        text = f'<div class="legend">{legend}</div><div class="panels" '
+        text += f'style="--columns:{columns}">{"".join(svg)}</div>'
+        return f"<figure{alone}>{text}</figure>"
 
     def _svg(self, figure: Any, label: str = "") -> str:
         file = io.StringIO()
@@ -213,6 +219,27 @@ def values(runs: Sequence[Record], name: str) -> list[float]:
 def several(runs: Sequence[Record]) -> bool:
     """Whether a cell has several seeds."""
     return any(len(found) > 1 for found in group_by_cell(runs))
+
+
+def _columns(panels: int) -> int:
+    """The number of columns that fill a row, or leave the fewest places of the last one empty."""
+    return panels if panels < 5 else min((4, 5, 3), key=lambda columns: -panels % columns)
+
+
+def _few_seeds(runs: Sequence[Record]) -> bool:
+    """Whether intervals would hide the lines."""
+    return any(1 < len(found) < _FEW_SEEDS for found in group_by_cell(runs))
+
+
+def _ends(runs: Sequence[Record]) -> plots.Ends:
+    return plots.extreme_ends if _few_seeds(runs) else plots.confidence_ends
+
+
+def _said(runs: Sequence[Record]) -> str:
+    """The meaning of bars and bands."""
+    if not _few_seeds(runs):
+        return "are 95 % intervals over seeds"
+    return "reach from the lowest to the highest seed, since there are few seeds"
 
 
 def _at(runs: Sequence[Record], share: float, ratio: float | None = None) -> list[Record]:

@@ -10,6 +10,7 @@ from torch import nn
 from drophot._core.importance import Importance, check_importance
 from drophot._core.interruptions import must_propagate
 from drophot.prune import prunable_weights
+from drophot.prune.adapted_models import check_no_adapters, check_not_prepared
 from drophot.structured import reasons
 from drophot.structured.importance import squared_magnitude
 from drophot.structured.layer_rules import RULES
@@ -37,6 +38,8 @@ def prune(
     prunable_weights.check_module("model", model)
     left_out = prunable_weights.left_out(model, skip)
     weights = prunable_weights.with_channels(model, left_out)
+    check_no_adapters(name for name, weight in weights.items() if id(weight) not in left_out)
+    check_not_prepared(model)
     prunable_weights.check_finite(weights)
     try:
         run = PruningRun(
