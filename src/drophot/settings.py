@@ -16,16 +16,25 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, Literal, ParamSpec, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 from drophot._core import scalars
 from drophot._core.importance import Importance, check_importance
 from drophot._core.json_values import Json
+from drophot._core.mode_names import (
+    ADAPTIVE_NAMES,
+    BASELINE,
+    SAMPLING_MODES,
+    SELECTOR_NAMES,
+    FeatureMode,
+    ModeName,
+    ScoreMode,
+)
 from drophot._core.operator_rules import rules_by_name
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
 from drophot._core.setting_checks import check_flag, name_or_object, one_of
-
-_P = ParamSpec("_P")
+from drophot._core.setting_declaration import Setting, StageName
+from drophot._core.setting_declaration import declare as _declare
 
 
 class Named(Protocol):
@@ -37,10 +46,6 @@ class Named(Protocol):
         ...
 
 
-ScoreMode = Literal["high", "low", "random"]
-FeatureMode = Literal["k_center", "facility_location"]
-SamplingMode = Literal["crest", "fresh_subset", "loss_sampling"]
-ModeName = Literal[ScoreMode, FeatureMode, SamplingMode]
 Mode = ModeName | Named
 Forgetting = Literal["paper", "toneva"]
 Scope = Literal["layer", "global", "erk", "lamp"]
@@ -48,66 +53,12 @@ ScheduleName = Literal["one-shot", "gradual", "iterative", "joint"]
 ProtocolName = Literal[
     "paper", "released", "released-scores", "released-masks", "released-baseline"
 ]
-StageName = Literal["score", "train", "finetune"]
 
-SAMPLING_MODES: tuple[str, ...] = get_args(SamplingMode)
-"""The modes that choose samples while step 3 trains."""
-
-BASELINE = "baseline"
-"""The mode of records that keep all samples, whatever mode was requested."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """The properties of a setting besides its name, type and default."""
-
-    check: Callable[[str, Any], object]
-    """Called with the setting's name and the user's value; returns the plain value or raises."""
-    stage: StageName
-    """The first stage of a grid whose result depends on the setting."""
-    varies: bool = False
-    """Whether the cells of a grid may differ in it."""
-    scoring_only: bool = False
-    """Whether the results of a mode that needs no scoring are independent of it."""
-    record_field: str | None = None
-    """The field of a `Record` that holds it; otherwise only `Record.settings` does."""
-    heading: str | None = None
-    """The heading of its column in tables whose rows differ in it; otherwise its name. Settings
-    with a column in every table need none."""
-    words: Mapping[object, str] = field(default_factory=dict[object, str])
-    """How tables write its values."""
-    controls: Mapping[str, object] = field(default_factory=dict[str, object])
-    """The controls of a grid that change it, each with the value that it sets."""
-    file_part: Callable[[Any], str] | None = None
-    """The part of a stage's file name for a value; by default name and value, and nothing for the
-    setting's default."""
-    optional: bool = False
-    """Whether a configuration leaves it out at its default, so that runs from before the setting
-    was added keep their identity."""
-
-
-def _in_metadata(make: Callable[_P, Setting]) -> Callable[_P, dict[str, Setting]]:
-    def declare(*args: _P.args, **kwargs: _P.kwargs) -> dict[str, Setting]:
-        return {"setting": make(*args, **kwargs)}
-
-    return declare
-
-
-_declare = _in_metadata(Setting)
+_OBJECT_MODES = "a selector such as Stratified(), Scored() or your own, or an Adaptive()"
 
 
 def _at_least(least: int) -> Callable[[str, Any], object]:
     return lambda name, value: scalars.integer(name, value, least=least)
-
-
-_OBJECT_MODES = "a selector such as Stratified(), Scored() or your own, or an Adaptive()"
-# The names that Scored, Stratified, Beta and Adaptive give themselves.
-_STATISTIC = "((forgetting|aum|el2n|confidence|variability|loss)-)?"
-_SELECTOR_NAMES = (
-    rf"({_STATISTIC}(high|low)|random|{_STATISTIC}beta(-exponent\d[\d.e+-]*)?|"
-    rf"{_STATISTIC}stratified(-bins\d+)?(-cutoff\d[\d.e-]*)?(-low)?)(-balanced)?"
-)
-_ADAPTIVE_NAMES = rf"adaptive\d+-({_SELECTOR_NAMES}|{'|'.join(get_args(FeatureMode))})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +131,7 @@ class Settings:
             check=name_or_object(
                 (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES),
                 _OBJECT_MODES,
-                reserved=f"{BASELINE}|{_SELECTOR_NAMES}|{_ADAPTIVE_NAMES}",
+                reserved=f"{BASELINE}|{SELECTOR_NAMES}|{ADAPTIVE_NAMES}",
             ),
             stage="train",
             varies=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,8 +44,6 @@ class Last:
 
     score: Score | str = LOSS
     name: str = ""
-    num_needed: ClassVar[int] = 1
-    """The number of presentations from which on a sample has a score."""
 
     def __post_init__(self) -> None:
         score = named_score(self.score)
@@ -58,6 +55,11 @@ class Last:
     def hard_end(self) -> HardEnd:
         """That of the score."""
         return named_score(self.score).hard_end
+
+    @property
+    def num_needed(self) -> int:
+        """The number of presentations from which on a sample has a score."""
+        return 1
 
     @property
     def columns(self) -> ColumnTypes:
@@ -122,8 +124,6 @@ class MovingAverage:
     score: Score | str = LOSS
     decay: float = 0.9
     name: str = ""
-    num_needed: ClassVar[int] = 1
-    """The number of presentations from which on a sample has a score."""
 
     def __post_init__(self) -> None:
         score = named_score(self.score)
@@ -141,6 +141,11 @@ class MovingAverage:
     def hard_end(self) -> HardEnd:
         """That of the score."""
         return named_score(self.score).hard_end
+
+    @property
+    def num_needed(self) -> int:
+        """The number of presentations from which on a sample has a score."""
+        return 1
 
     @property
     def columns(self) -> ColumnTypes:
@@ -216,15 +221,21 @@ class FirstLearned:
 
     for_good: bool = False
     name: str = ""
-    hard_end: ClassVar[HardEnd] = "high"
-    """Hard samples are learned late."""
-    num_needed: ClassVar[int] = 1
-    """The number of presentations from which on a sample has a score."""
 
     def __post_init__(self) -> None:
         if not self.name:
             name = "learned_for_good" if self.for_good else "first_learned"
             object.__setattr__(self, "name", name)
+
+    @property
+    def hard_end(self) -> HardEnd:
+        """Hard samples are learned late."""
+        return "high"
+
+    @property
+    def num_needed(self) -> int:
+        """The number of presentations from which on a sample has a score."""
+        return 1
 
     @property
     def columns(self) -> ColumnTypes:

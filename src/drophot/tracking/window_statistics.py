@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -141,11 +140,14 @@ class DUAL:
     window: int = 10
     until: int | None = 30
     name: str = "dual"
-    hard_end: ClassVar[HardEnd] = "high"
-    """Hard and uncertain samples have high scores."""
 
     def __post_init__(self) -> None:
         _check_window(self.window, self.until)
+
+    @property
+    def hard_end(self) -> HardEnd:
+        """Hard and uncertain samples have high scores."""
+        return "high"
 
     @property
     def num_needed(self) -> int:
@@ -231,8 +233,6 @@ class TDDS:
     until: int | None = None
     decay: float = 0.9
     name: str = "tdds"
-    hard_end: ClassVar[HardEnd] = "high"
-    """Samples whose outputs keep changing have high scores."""
 
     def __post_init__(self) -> None:
         scalars.integer("num_classes", self.num_classes, least=2)
@@ -240,6 +240,11 @@ class TDDS:
         decay = scalars.real("decay", self.decay, "a number in (0, 1]")
         if not 0 < decay <= 1:
             raise ValueError(f"`decay` must be in (0, 1], got {decay:g}. The paper uses 0.9.")
+
+    @property
+    def hard_end(self) -> HardEnd:
+        """Samples whose outputs keep changing have high scores."""
+        return "high"
 
     @property
     def num_needed(self) -> int:
