@@ -1,6 +1,7 @@
 """The counterparts that the pages about migration name give the same numbers as the originals."""
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from drophot import DynamicsTracker, ForgettingTracker, magnitude_prune
 from drophot.models import lenet
 from drophot.prune.importances import layer_normalized
-from drophot.tracking import TDDS
+from drophot.settings import Scope
+from drophot.tracking import TDDS, Score
 
 N, CLASSES, EPOCHS = 40, 3, 6
 
@@ -21,9 +23,9 @@ def presentations() -> tuple[Tensor, list[Tensor]]:
     return targets, [torch.randn(N, CLASSES, generator=generator) for _ in range(EPOCHS)]
 
 
-def tracked(*statistics: object) -> DynamicsTracker:
+def tracked(*scores: Score) -> DynamicsTracker:
     targets, logits = presentations()
-    tracker = DynamicsTracker(N, statistics=list(statistics) or None)  # pyright: ignore[reportArgumentType]
+    tracker = DynamicsTracker(N, statistics=scores) if scores else DynamicsTracker(N)
     for epoch in logits:
         tracker.update(torch.arange(N), epoch, targets)
     return tracker
@@ -39,8 +41,8 @@ def test_traintools_counts_and_averages_the_same() -> None:
             other.update(torch.arange(N), epoch, targets)
     ours = tracked()
 
-    def theirs(tracker: object, name: str) -> Tensor:
-        examples = tracker.examples  # pyright: ignore[reportAttributeAccessIssue]
+    def theirs(tracker: Any, name: str) -> Tensor:
+        examples = tracker.examples
         return torch.tensor([float(getattr(examples[i], name)) for i in range(N)])
 
     pairs = {
@@ -50,7 +52,8 @@ def test_traintools_counts_and_averages_the_same() -> None:
         "variability": theirs(dynamics, "confidence_variability"),
     }
     for name, expected in pairs.items():
-        torch.testing.assert_close(ours.scores(name).float(), expected, atol=1e-5, rtol=1e-5)  # pyright: ignore[reportArgumentType]
+        found = ours.columns()[name]
+        torch.testing.assert_close(torch.as_tensor(found).float(), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(forgetting.scores("zero").float(), theirs(dynamics, "forgetting_events"))
 
 
@@ -68,7 +71,8 @@ def test_aum_averages_the_same(tmp_path: Path) -> None:
 
 
 class Margin:
-    name, hard_end = "margin", "low"
+    name = "margin"
+    hard_end: Literal["low"] = "low"
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         found = logits.softmax(1)
@@ -90,7 +94,7 @@ def test_datacull_has_the_margin_of_probabilities(tmp_path: Path) -> None:
         def __getitem__(self, index: int) -> tuple[int, int]:
             return index, int(targets[index])
 
-    dataset, logger = datacull.DCDataset(Data()), datacull.DCLogger(str(tmp_path))
+    dataset, logger = datacull.DCDataset(Data()), datacull.DCLogger(f"{tmp_path}/")
     for number, epoch in enumerate(logits):
         logger.log_metric(number, torch.arange(N), epoch)
     expected = torch.from_numpy(
@@ -116,7 +120,7 @@ def test_torchao_keeps_the_same_two_of_four() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_nncf_removes_the_same_weights(scope: str) -> None:
+def test_nncf_removes_the_same_weights(scope: Scope) -> None:
     nncf = pytest.importorskip("nncf", reason="NNCF is not installed")
     theirs, ours = lenet().eval(), lenet().eval()
     ours.load_state_dict(theirs.state_dict())
@@ -128,9 +132,9 @@ def test_nncf_removes_the_same_weights(scope: str) -> None:
         ratio=0.5,
         examples_inputs=torch.ones(1, 1, 28, 28),
     )
-    found = nncf.strip(found, do_copy=False)
+    found = nncf.strip(found, do_copy=False, example_input=torch.ones(1, 1, 28, 28))
     importance = None if scope == "layer" else layer_normalized
-    magnitude_prune(ours, 0.5, scope=scope, importance=importance)  # pyright: ignore[reportArgumentType]
+    magnitude_prune(ours, 0.5, scope=scope, importance=importance)
     weights = dict(found.named_parameters())
     for name, value in ours.named_parameters():
         if value.ndim > 1:
