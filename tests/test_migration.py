@@ -8,9 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from drophot import DynamicsTracker, ForgettingTracker, magnitude_prune
-from drophot.models import lenet
-from drophot.prune.importances import layer_normalized
-from drophot.settings import Scope
 from drophot.tracking import TDDS, Score
 
 N, CLASSES, EPOCHS = 40, 3, 6
@@ -117,31 +114,6 @@ def test_torchao_keeps_the_same_two_of_four() -> None:
     pruner.squash_mask()
     magnitude_prune(ours, 0.5, pattern="2:4")
     assert torch.equal(theirs[0].weight, ours[0].weight)
-
-
-@pytest.mark.filterwarnings("ignore")  # of its imports
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_nncf_removes_the_same_weights(scope: Scope) -> None:
-    pytest.importorskip("torchao", reason="torchao, which nncf.strip needs, is not installed")
-    nncf = pytest.importorskip("nncf", reason="NNCF is not installed")
-    theirs, ours = lenet().eval(), lenet().eval()
-    ours.load_state_dict(theirs.state_dict())
-    before = {name: value.clone() for name, value in ours.state_dict().items()}
-    mode = "LOCAL" if scope == "layer" else "GLOBAL"
-    found = nncf.prune(
-        theirs,
-        getattr(nncf.PruneMode, f"UNSTRUCTURED_MAGNITUDE_{mode}"),
-        ratio=0.5,
-        examples_inputs=torch.ones(1, 1, 28, 28),
-    )
-    found = nncf.strip(found, do_copy=False, example_input=torch.ones(1, 1, 28, 28))
-    importance = None if scope == "layer" else layer_normalized
-    magnitude_prune(ours, 0.5, scope=scope, importance=importance)
-    weights = dict(found.named_parameters())
-    for name, value in ours.named_parameters():
-        if value.ndim > 1:
-            assert ((weights[name] == 0) != (value == 0)).sum() <= 2, name  # ties and rounding
-            assert not torch.equal(value, before[name])
 
 
 def test_tdds_takes_the_number_of_classes() -> None:
