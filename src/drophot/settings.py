@@ -101,10 +101,10 @@ def _at_least(least: int) -> Callable[[str, Any], object]:
 
 
 _OBJECT_MODES = "a selector such as Stratified(), Scored() or your own, or an Adaptive()"
-# The names that Scored, Stratified and Adaptive give themselves.
+# The names that Scored, Stratified, Beta and Adaptive give themselves.
 _STATISTIC = "((forgetting|aum|el2n|confidence|variability|loss)-)?"
 _SELECTOR_NAMES = (
-    rf"({_STATISTIC}(high|low)|random|"
+    rf"({_STATISTIC}(high|low)|random|{_STATISTIC}beta(-exponent\d[\d.e+-]*)?|"
     rf"{_STATISTIC}stratified(-bins\d+)?(-cutoff\d[\d.e-]*)?(-low)?)(-balanced)?"
 )
 _ADAPTIVE_NAMES = rf"adaptive\d+-({_SELECTOR_NAMES}|{'|'.join(get_args(FeatureMode))})"
@@ -414,12 +414,12 @@ def name_of(value: str | Named) -> str:
 
 
 def needs_scoring(mode: str | Named) -> bool:
-    """Whether a mode selects by the scores or the network of step 1."""
+    """Whether a mode selects by a result of step 1."""
     needs = getattr(mode, "needs", None)
     if needs is None:  # a name, which says nothing about a user's own selector
         name = name_of(mode)
         return name not in _WITHOUT_SCORING and not re.match(r"adaptive\d+-", name)
-    return not {"scores", "model"}.isdisjoint(needs)
+    return not {"scores", "confidence", "model"}.isdisjoint(needs)
 
 
 _WITHOUT_SCORING = {BASELINE, "random", "random-balanced", *SAMPLING_MODES}

@@ -86,7 +86,17 @@ def main(folder: Path) -> None:
         error = "none"
     except ValueError as raised:
         error = str(raised)
-    states = {"state": found.state_dict(), "loaded": again.state_dict(), "error": error}
+    try:
+        DynamicsTracker(N, statistics=[MovingAverage(decay=0.5 + rank / 4)]).sync()
+        arguments = "none"
+    except ValueError as raised:
+        arguments = str(raised)
+    states = {
+        "state": found.state_dict(),
+        "loaded": again.state_dict(),
+        "error": error,
+        "other": arguments,
+    }
     states["accumulated"] = accumulated
     torch.save(states, folder / f"{rank}.pt")
     dist.barrier()  # no rank leaves while another one still communicates

@@ -1,15 +1,17 @@
 """Scores that keep more than a mean, against the definitions of their papers."""
 
 import io
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from helpers import references
-from helpers.own_score import Entropy
+from helpers.own_score import Entropy, Power
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from drophot import DropHot, DynamicsTracker, Scored, select
 from drophot.models import fcnet
@@ -17,6 +19,19 @@ from drophot.tracking import DUAL, TDDS, FirstLearned, Last, MovingAverage, Spre
 
 N, C = 4, 3
 Batch = tuple[list[int], int]  # the samples and a seed of the logits
+
+
+@dataclass
+class Other:
+    """A score with the name of another one, which counts its calls in a field."""
+
+    name: str
+    hard_end: Literal["high", "low"] = "high"
+    calls: int = 0
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return logits[:, 0]
 
 
 def statistics(window: int = 3, until: int | None = None) -> list[Any]:
@@ -209,12 +224,64 @@ def test_wrong_arguments_are_named() -> None:
         tracker.update(torch.arange(2), torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
 
 
-def test_the_state_of_another_window_is_an_error_that_names_the_statistic() -> None:
-    saved = DynamicsTracker(2, statistics=[DUAL(window=5)]).state_dict()
+@pytest.mark.parametrize(
+    ("saved", "loading", "named"),
+    [
+        (DUAL(until=20), DUAL(until=30), "until=30.*until=20"),
+        (DUAL(window=5), DUAL(window=10), "window=10.*window=5"),
+        (TDDS(num_classes=C), TDDS(num_classes=C, decay=0.5), r"decay=0\.5.*decay=0\.9"),
+        (MovingAverage(decay=0.5), MovingAverage(), r"decay=0\.9.*decay=0\.5"),
+        (FirstLearned(name="at"), FirstLearned(name="at", for_good=True), "True.*False"),
+        (Last(name="last"), Last(name="last", score="aum"), "aum.*loss"),
+        (Last(name="last"), MovingAverage(name="last"), r"MovingAverage.*Last\("),
+        (Last(score=Power(2)), Last(score=Power(3)), "exponent=3.*exponent=2"),
+        (Last(score=Power(2)), Last(score=Other("power")), "Other.*Power"),
+        (Power(2), Power(3), "exponent=3.*exponent=2"),
+        (Other("entropy"), Entropy(), "=Entropy.*=Other"),
+        (
+            Spread(score=Power(2), name="spread"),
+            Spread(score=Power(3), name="spread"),
+            "exponent=3.*exponent=2",
+        ),
+        (WindowSpread(), WindowSpread(score="loss"), "loss.*confidence"),
+    ],
+)
+def test_the_state_of_other_arguments_is_an_error_that_names_both(
+    saved: Any, loading: Any, named: str
+) -> None:
+    for others in ([], ["aum"]):  # without means, too
+        part = fed(DynamicsTracker(N, statistics=[*others, saved]), [([0, 1], 0)]).state_dict()
+        tracker = DynamicsTracker(N, statistics=[*others, loading])
+        with pytest.raises(ValueError, match=f"`state_dict`.*{named}"):
+            tracker.load_state_dict(part)
+        assert tracker.presentations.sum() == 0
+        DynamicsTracker(N, statistics=[*others, saved]).load_state_dict(part)
+
+
+def test_numbers_of_any_type_are_the_same_arguments() -> None:
+    saved = DUAL(window=np.int64(5), until=torch.tensor(30))  # pyright: ignore[reportArgumentType]
+    state = DynamicsTracker(2, statistics=[saved]).state_dict()
+    DynamicsTracker(2, statistics=[DUAL(window=5)]).load_state_dict(state)
+
+
+def test_what_a_score_counts_is_no_argument() -> None:
+    scores = Other("told"), Other("told")
+    trackers = [DynamicsTracker(N, statistics=[score]) for score in scores]
+    fed(trackers[0], [([0, 1], 0)])
+    trackers[1].load_state_dict(trackers[0].state_dict())
+    assert scores[0].calls != scores[1].calls
+
+
+def test_an_older_state_has_only_names() -> None:
+    saved = DynamicsTracker(2, statistics=["aum", DUAL(window=5)]).state_dict()
+    saved["statistics"] = ["aum", "dual"]
+    DynamicsTracker(2, statistics=["aum", DUAL(window=5, until=20)]).load_state_dict(saved)
     with pytest.raises(ValueError, match=r"10\).*\(2, 5\).*'dual'.*`window`"):
-        DynamicsTracker(2, statistics=[DUAL(window=10)]).load_state_dict(saved)
+        DynamicsTracker(2, statistics=["aum", DUAL(window=10)]).load_state_dict(saved)
     with pytest.raises(ValueError, match="number of samples"):
-        DynamicsTracker(3, statistics=[DUAL(window=5)]).load_state_dict(saved)
+        DynamicsTracker(3, statistics=["aum", DUAL(window=5)]).load_state_dict(saved)
+    with pytest.raises(ValueError, match="`state_dict`.*aum, first.*aum, dual"):
+        DynamicsTracker(2, statistics=["aum", DUAL(window=5, name="first")]).load_state_dict(saved)
 
 
 def test_a_sample_is_learned_in_the_precision_of_its_logits() -> None:

@@ -37,7 +37,7 @@ def _tracker(state: Mapping[str, Any]) -> DynamicsTracker:
             "DynamicsTracker."
         )
     names = state.get("statistics", DEFAULT)
-    if own := [name for name in names if name not in DEFAULT]:
+    if own := [name.partition("=")[0] for name in names if name not in DEFAULT]:
         raise ValueError(
             f"The tracker has statistics that are not built in: {', '.join(map(repr, own))}. "
             f"Create it in Python as for the training, load the state, and write it with "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -44,7 +44,9 @@ class Beta:
         confidence: The mean probability of each sample's target over the presentations from which
             the scores are computed, shape `(N,)`: `tracker.scores("confidence")`. Samples that
             are not selected from, because of `among`, may have NaN. Values that leave [0, 1] by
-            at most 1e-6, as rounded means do, are set to 0 or 1.
+            at most 1e-6, as rounded means do, are set to 0 or 1. In a mode of
+            :class:`drophot.DropHot` or :class:`drophot.Grid`, leave it out: then each run takes the
+            confidences of its own step 1, as in `Scored(DUAL(), Beta())`.
         exponent: `c`, greater than 0. The authors' code uses 4; the larger it is, the longer hard
             samples are preferred. Choose it on a validation set.
         balanced: Each class keeps its share. :func:`drophot.select` does this whenever it is given
@@ -53,7 +55,8 @@ class Beta:
     Raises:
         TypeError: If `confidence` does not hold real numbers, or `exponent` is not a number.
         ValueError: If `confidence` is not in [0, 1] or not one-dimensional, or `exponent` is not
-            greater than 0; in a selection, if the confidence of a candidate is NaN.
+            greater than 0; in a selection, if there are no confidences, or that of a candidate is
+            NaN.
 
     Example:
         >>> import torch
@@ -63,24 +66,13 @@ class Beta:
         10
     """
 
-    confidence: Tensor
+    confidence: Tensor | None = None
     exponent: float = 4.0
     balanced: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        confidence = as_real_tensor("confidence", self.confidence).detach().cpu().double()
-        if confidence.dim() != 1:
-            raise ValueError(
-                f"`confidence` must have shape (N,), got {tuple(confidence.shape)}. Pass "
-                f'`tracker.scores("confidence")`.'
-            )
-        outside = (confidence < -_ROUNDING) | (confidence > 1 + _ROUNDING)
-        if outside.any():
-            raise ValueError(
-                f"`confidence` must hold probabilities in [0, 1], got "
-                f'{float(confidence[outside][0])}. Pass `tracker.scores("confidence")`.'
-            )
-        object.__setattr__(self, "confidence", confidence.clamp(0, 1))
+        if self.confidence is not None:
+            object.__setattr__(self, "confidence", _checked_confidence(self.confidence))
         exponent = scalars.real("exponent", self.exponent)
         if not exponent > 0:
             raise ValueError(
@@ -90,21 +82,25 @@ class Beta:
 
     @property
     def name(self) -> str:
-        """The name in records: the settings that differ from the defaults."""
-        parts = ["beta", *[f"exponent{self.exponent:g}"] * (self.exponent != 4)]
+        """The name in records: the settings that differ from the defaults.
+
+        It begins with `"beta-given"` if the object holds the confidences.
+        """
+        parts = ["beta", *["given"] * (self.confidence is not None)]
+        parts += [*[f"exponent{self.exponent:g}"] * (self.exponent != 4)]
         return "-".join([*parts, *["balanced"] * self.balanced])
 
     @property
     def needs(self) -> Collection[str]:
-        """The scores, and with `balanced` the targets."""
-        return ("scores", "targets") if self.balanced else ("scores",)
+        """The scores, the confidences if it holds none, and with `balanced` the targets."""
+        return ("scores", *["confidence"] * (self.confidence is None), *["targets"] * self.balanced)
 
     def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
         """Select a fraction of the samples: see :class:`drophot.coreset.Selector`.
 
         Args:
             ratio: The fraction kept, in (0, 1].
-            evidence: With `scores`, and with `targets` if `balanced`.
+            evidence: With what `needs` lists.
             seed: Determines every random choice.
 
         Returns:
@@ -116,14 +112,22 @@ class Beta:
         """
         check_evidence(self, evidence)
         assert evidence.scores is not None
-        check_length(self, evidence.num_samples)
         targets = evidence.targets if self.balanced else None
-        draw = partial(draw_by_density, self, ratio)
+        mode = (
+            self if self.confidence is not None else replace(self, confidence=evidence.confidence)
+        )
+        check_confidence(mode, evidence.num_samples)
+        draw = partial(draw_by_density, mode, ratio)
         return select_by_score(draw, evidence.scores, ratio, targets=targets, seed=seed)
 
 
-def check_length(mode: Beta, total: int) -> None:
-    """Refuse confidences of another number of samples."""
+def check_confidence(mode: Beta, total: int) -> None:
+    """Refuse a selection without confidences, or with those of another number of samples."""
+    if mode.confidence is None:
+        raise ValueError(
+            "`confidence` must be given to Beta() in `select`, which has no tracker, got None. "
+            'Pass `Beta(tracker.scores("confidence"))`.'
+        )
     if len(mode.confidence) != total:
         raise ValueError(
             f"`confidence` must have one entry for each of the {total} samples, got "
@@ -147,6 +151,7 @@ def draw_by_density(
             f"`scores` must be finite and at least 0 for Beta(), got scores from {values.min():g} "
             f"to {values.max():g}. Use those of DUAL."
         )
+    assert mode.confidence is not None
     confidence = mode.confidence.numpy()[positions]
     if len(lack := positions[np.isnan(confidence)]):
         raise ValueError(
@@ -167,6 +172,22 @@ def draw_by_density(
         draws = np.log(-np.log(uniform / 2**53))
     # Equal keys are infinite. The draws decide among them, too.
     return positions[np.lexsort((draws, draws - weight))[:size]]
+
+
+def _checked_confidence(confidence: Tensor) -> Tensor:
+    found = as_real_tensor("confidence", confidence).detach().cpu().double()
+    if found.dim() != 1:
+        raise ValueError(
+            f"`confidence` must have shape (N,), got {tuple(found.shape)}. Pass "
+            f'`tracker.scores("confidence")`.'
+        )
+    outside = (found < -_ROUNDING) | (found > 1 + _ROUNDING)
+    if outside.any():
+        raise ValueError(
+            f"`confidence` must hold probabilities in [0, 1], got {float(found[outside][0])}. Pass "
+            f'`tracker.scores("confidence")`.'
+        )
+    return found.clamp(0, 1)
 
 
 def _times_log(factor: float, values: np.ndarray) -> np.ndarray:

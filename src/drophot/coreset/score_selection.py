@@ -13,7 +13,7 @@ from torch import Tensor
 from drophot._core import scalars
 from drophot._core.arrays import IntArray, as_indices
 from drophot._core.ratios import check_keep_ratio
-from drophot.coreset.beta_sampling import Beta, check_length, draw_by_density
+from drophot.coreset.beta_sampling import Beta, check_confidence, draw_by_density
 from drophot.coreset.builtin_selectors import SELECTORS, ByScore, Random
 from drophot.coreset.class_balance import check_targets
 from drophot.coreset.score_ranking import check_no_nan, check_scores, select_by_score
@@ -105,7 +105,7 @@ def select(
         if isinstance(selector, Stratified):
             draw = partial(draw_from_strata, selector)
         elif isinstance(selector, Beta):
-            check_length(selector, len(values))
+            check_confidence(selector, len(values))
             draw = partial(draw_by_density, selector, ratio)
         else:
             draw = selector.draw
@@ -159,6 +159,8 @@ def _select_by(
         num_samples=len(scores), scores=scores if needs_scores else None, targets=classes
     )
     hint = " Pass `targets` to `select`."
+    if "confidence" in selector.needs:
+        hint = " `select` has no confidences; use the selector as the mode of DropHot or Grid."
     if "model" in selector.needs:
         hint = " `select` has no model; use the selector as the mode of DropHot or Grid."
     check_evidence(selector, evidence, hint)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from drophot._core.arrays import as_real_tensor
 from drophot._core.ratios import num_kept
 from drophot._core.signatures import signature_error
 from drophot.coreset.class_balance import check_targets
 from drophot.coreset.score_ranking import check_no_nan, check_scores
 
-NEEDS = ("scores", "model", "targets")
+NEEDS = ("scores", "confidence", "model", "targets")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +30,16 @@ class Evidence:
         num_samples: `N`, the number of samples to select from.
         scores: One score per sample, shape `(N,)`. Integers become float64 (float32 on devices
             that lack it).
+        confidence: The mean probability of each sample's target over the presentations that gave
+            the scores, shape `(N,)`.
         model: The scoring network, trained on all samples.
         targets: The samples' classes, integers, shape `(N,)`.
         dataset: The training set that `model` can be run on. It is given together with `model`.
 
     Raises:
-        TypeError: If `scores` are not real numbers, or `targets` not integers.
-        ValueError: If `scores` or `targets` do not have shape `(N,)`, or a score is NaN.
+        TypeError: If `scores` or `confidence` are not real numbers, or `targets` not integers.
+        ValueError: If `scores`, `confidence` or `targets` do not have shape `(N,)`, or a score is
+            NaN.
 
     Example:
         >>> evidence = Evidence(num_samples=3, scores=torch.tensor([0.5, 0.1, 0.9]))
@@ -45,6 +49,7 @@ class Evidence:
 
     num_samples: int
     scores: Tensor | None = None
+    confidence: Tensor | None = None
     model: nn.Module | None = None
     targets: Tensor | None = None
     dataset: Dataset[Any] | None = None
@@ -52,6 +57,14 @@ class Evidence:
     def __post_init__(self) -> None:
         if self.scores is not None:
             object.__setattr__(self, "scores", self._checked_scores(self.scores))
+        if self.confidence is not None:
+            confidence = as_real_tensor("confidence", self.confidence)
+            if confidence.shape != (self.num_samples,):
+                raise ValueError(
+                    f"`confidence` must have one entry for each of the {self.num_samples} samples, "
+                    f"got shape {tuple(confidence.shape)}."
+                )
+            object.__setattr__(self, "confidence", confidence)
         if self.targets is not None:
             targets = torch.from_numpy(check_targets(self.targets, self.num_samples))
             object.__setattr__(self, "targets", targets)
@@ -94,7 +107,7 @@ class Selector(Protocol):
 
     @property
     def needs(self) -> Collection[str]:
-        """What `select` uses: any of "scores", "model" and "targets"."""
+        """What `select` uses: any of "scores", "confidence", "model" and "targets"."""
         ...
 
     def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:

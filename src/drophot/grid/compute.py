@@ -118,15 +118,18 @@ def _score(config: RunConfig, own_scores: Sequence[Score]) -> SavedModel:
 
 
 def _train(config: RunConfig, scoring: SavedModel | None) -> SavedModel:
-    mode, scores, scorer, seconds = config.settings.mode, None, None, dict[str, float]()
+    mode, seconds = config.settings.mode, dict[str, float]()
+    scores = scorer = confidence = None
     if scoring is not None:
         seconds = scoring.seconds
         if "scores" in config.needs:
             statistic = modes.statistic_of(mode) or "forgetting"
             scores = scoring.scores[statistic if isinstance(statistic, str) else statistic.name]
+        if "confidence" in config.needs:
+            confidence = scoring.scores["confidence"]
         if "model" in config.needs:
             scorer = scoring.model(config)
-    selected = selection_steps.select(config, scores=scores, scorer=scorer)
+    selected = selection_steps.select(config, scores=scores, scorer=scorer, confidence=confidence)
     trained = selection_steps.train(config, selected.indices)
     return saved_model(
         config,

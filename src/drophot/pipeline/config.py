@@ -84,7 +84,7 @@ class RunConfig:
 
     @property
     def needs(self) -> Collection[str]:
-        """What step 2 selects by: any of "scores", "model" and "targets"."""
+        """What step 2 selects by: any of "scores", "confidence", "model" and "targets"."""
         return () if self.selector is None or self.keeps_all else self.selector.needs
 
     @property

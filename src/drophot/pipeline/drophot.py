@@ -213,7 +213,8 @@ class DropHot(_ShowsSettings):
             The record, which stays on `record` too.
         """
         scores, scorer = self.scores, self.scorer
-        if selection_steps.missing(self.config, scores=scores, scorer=scorer):
+        known = {"scores": scores, "confidence": self._confidence()}
+        if selection_steps.missing(self.config, scorer=scorer, **known):
             self.score()
             self.scores = self.scores if scores is None else scores
             self.scorer = self.scorer if scorer is None else scorer
@@ -270,7 +271,9 @@ class DropHot(_ShowsSettings):
             RuntimeError: If the mode needs scores or the network of step 1, and the run has none.
             ValueError: If `scores` was replaced by one of another length.
         """
-        found = selection_steps.select(self.config, scores=self.scores, scorer=self.scorer)
+        found = selection_steps.select(
+            self.config, scores=self.scores, scorer=self.scorer, confidence=self._confidence()
+        )
         self.indices = found.indices
         self._took("select", found.seconds)
         return found.indices
@@ -350,6 +353,10 @@ class DropHot(_ShowsSettings):
             steps=self._steps,
         )
         return self.record
+
+    def _confidence(self) -> Tensor | None:
+        needed = self.tracker is not None and "confidence" in self.config.needs
+        return self.statistic("confidence") if needed else None
 
     def _begin(self, step: str) -> None:
         """Note a step that changes the model, which it may leave half changed if it fails."""

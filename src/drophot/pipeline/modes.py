@@ -8,11 +8,19 @@ from typing import Literal, cast, get_args
 from torch import Tensor
 
 from drophot._core import scalars
+from drophot.coreset.beta_sampling import Beta
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified, check_cutoff
 from drophot.settings import SAMPLING_MODES, SETTINGS, Mode, Named, name_of
-from drophot.tracking.statistics import Score, Statistic, check_score, is_builtin_score
+from drophot.tracking.statistics import (
+    BUILT_IN,
+    HardEnd,
+    Score,
+    Statistic,
+    check_score,
+    is_builtin_score,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +36,8 @@ class Scored:
         mode: `"high"` keeps the samples with the largest values and `"low"` those with the
             smallest, whichever of them are the hard ones (`hard_end` of the score tells).
             :class:`drophot.Stratified` covers all values, and its `hard` has to equal the
-            `hard_end` of your own score. `"random"` needs no score: with `balanced` it is the
+            `hard_end` of your own score. A :class:`drophot.coreset.Beta` draws by the scores and
+            the confidences of step 1. `"random"` needs no score: with `balanced` it is the
             control of all balanced modes.
         balanced: Whether each class keeps its share.
 
@@ -45,10 +54,14 @@ class Scored:
         'aum-stratified-cutoff0.1-low'
         >>> Scored(mode="random", balanced=True).name
         'random-balanced'
+        >>> from drophot.coreset import Beta
+        >>> from drophot.tracking import DUAL
+        >>> Scored(DUAL(window=5), Beta(), balanced=True).name
+        'dual-beta-balanced'
     """
 
     statistic: Statistic | Score = "forgetting"
-    mode: Literal["high", "low", "random"] | Stratified = "high"
+    mode: Literal["high", "low", "random"] | Stratified | Beta = "high"
     balanced: bool = False
 
     def __post_init__(self) -> None:
@@ -61,9 +74,15 @@ class Scored:
                     f"{statistic.name!r} are those with {statistic.hard_end} values. Pass "
                     f"Stratified(hard={statistic.hard_end!r})."
                 )
+        elif isinstance(mode, Beta):
+            if _hard_end(statistic) != "high":
+                raise ValueError(
+                    f"`statistic` must be high for hard samples if `mode` is a Beta(), got "
+                    f"{self.statistic_name!r}. Use a DUAL()."
+                )
         elif mode not in ("high", "low", "random"):
             raise ValueError(
-                f'`mode` must be "high", "low", "random" or a Stratified(), got {mode!r}.'
+                f'`mode` must be "high", "low", "random", a Stratified() or a Beta(), got {mode!r}.'
             )
         if is_builtin_score(statistic):  # its name says everything about it
             object.__setattr__(self, "statistic", self.statistic_name)
@@ -86,7 +105,7 @@ class Scored:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What `select` needs: the scores, and with `balanced` the targets."""
+        """What `select` needs: the scores, for a Beta the confidences, balanced the targets."""
         return tuple(self._selector.needs)
 
     def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
@@ -103,8 +122,8 @@ class Scored:
         return self._selector.select(ratio, evidence, seed)
 
     @property
-    def _selector(self) -> ByScore | Random | Stratified:
-        if isinstance(self.mode, Stratified):
+    def _selector(self) -> ByScore | Random | Stratified | Beta:
+        if isinstance(self.mode, Stratified | Beta):
             return replace(self.mode, balanced=self.balanced or self.mode.balanced)
         if self.mode == "random":
             return Random(balanced=self.balanced)
@@ -169,6 +188,12 @@ class Adaptive:
     def selector(self) -> Selector:
         """The selector that is used at each selection."""
         return cast("Selector", selector_of(self.mode))
+
+
+def _hard_end(statistic: Statistic | Score) -> HardEnd:
+    if statistic == "forgetting":
+        return "high"
+    return (BUILT_IN[statistic] if isinstance(statistic, str) else statistic).hard_end
 
 
 def check_statistic(statistic: object) -> None:

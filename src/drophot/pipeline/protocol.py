@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -120,6 +120,7 @@ def check_protocol(protocol: RunProtocol, settings: Settings) -> None:
     mode, scope = name_of(settings.mode), settings.scope
     scheduled = settings.schedule != "one-shot"
     statistic = modes.statistic_of(settings.mode)
+    needs: Collection[str] = getattr(settings.mode, "needs", ())
     for wrong, other, why in (
         (
             protocol.select is not None and mode not in ("high", "low", "random"),
@@ -127,7 +128,8 @@ def check_protocol(protocol: RunProtocol, settings: Settings) -> None:
             'it has its own rule for "high" and "low". Use mode="high", "low" or "random".',
         ),
         (
-            protocol.counter is not None and statistic not in (None, "forgetting"),
+            protocol.counter is not None
+            and (statistic not in (None, "forgetting") or "confidence" in needs),
             f"mode={mode!r}",
             "it counts events and has no other score. Use a mode that selects by forgetting.",
         ),

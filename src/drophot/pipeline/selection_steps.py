@@ -137,41 +137,64 @@ def statistic(tracker: DynamicsTracker, score: str | Score, forgetting: Forgetti
     return tracker.scores(name)
 
 
-def missing(config: RunConfig, *, scores: Tensor | None, scorer: nn.Module | None) -> str | None:
-    """What step 1 has to give before `select` can work: "scores", "scorer" or nothing."""
+def missing(
+    config: RunConfig,
+    *,
+    scores: Tensor | None,
+    scorer: nn.Module | None,
+    confidence: Tensor | None,
+) -> str | None:
+    """What step 1 has to give before `select` can work: an attribute of a run, or nothing."""
     if "scores" in config.needs and scores is None:
         return "scores"
+    if "confidence" in config.needs and confidence is None:
+        return "tracker"
     return "scorer" if "model" in config.needs and scorer is None else None
 
 
 def select(
-    config: RunConfig, *, scores: Tensor | None = None, scorer: nn.Module | None = None
+    config: RunConfig,
+    *,
+    scores: Tensor | None = None,
+    scorer: nn.Module | None = None,
+    confidence: Tensor | None = None,
 ) -> Selection:
     """Step 2: keep a share of the training samples, by the results of step 1."""
     total, mode = config.num_samples, config.settings.mode
-    if lack := missing(config, scores=scores, scorer=scorer):
-        needed = "a trained scoring network" if lack == "scorer" else "scores"
+    if lack := missing(config, scores=scores, scorer=scorer, confidence=confidence):
+        needed = {"scorer": "a trained scoring network", "tracker": "a tracker's confidences"}
         raise RuntimeError(
-            f"mode {name_of(mode)!r} needs {needed}: call `run.score()` first, or set `run.{lack}`."
+            f"mode {name_of(mode)!r} needs {needed.get(lack, lack)}: call `run.score()` "
+            f"first, or set `run.{lack}`."
         )
     if scores is not None and len(scores := check_scores(scores)) != total:
         raise ValueError(
             f"`scores` must have one entry for each training sample, {total}, got {len(scores)}."
         )
     with running(config, "select") as step:
-        indices = _choose(config, scores, scorer)
+        indices = _choose(config, scores, scorer, confidence)
     _warn_of_empty_classes(config, indices)
     return Selection(indices=indices, seconds=step.seconds)
 
 
-def _choose(config: RunConfig, scores: Tensor | None, scorer: nn.Module | None) -> Tensor:
+def _choose(
+    config: RunConfig,
+    scores: Tensor | None,
+    scorer: nn.Module | None,
+    confidence: Tensor | None,
+) -> Tensor:
     settings, total = config.settings, config.num_samples
     selector = config.selector
     if selector is None or config.keeps_all:
         return torch.arange(total, device="cpu")
-    evidence = Evidence(  # copies, so that a selector cannot change the data or the results
+    copies = {  # so that a selector cannot change the data or the results
+        name: values.clone()
+        for name, values in (("scores", scores), ("confidence", confidence))
+        if values is not None and name in config.needs
+    }
+    evidence = Evidence(
         num_samples=total,
-        scores=scores.clone() if scores is not None and "scores" in config.needs else None,
+        **copies,
         model=scorer if "model" in config.needs else None,
         targets=targets_of(config.train_set).clone() if "targets" in config.needs else None,
         dataset=config.train_set,

@@ -182,15 +182,19 @@ class AdaptiveSubset(Sampler[int]):
     def _select(self) -> Tensor:
         selector: Selector = self.selector if self.epoch else Random()
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        scores = None
-        if "scores" in selector.needs:
+        scores = confidence = None
+        if not {"scores", "confidence"}.isdisjoint(selector.needs):
             tracker = self._tracker if self._accumulates else self._new_tracker()
             tracker.observe(self.model, batches(self.dataset, _BATCH, device))
-            scores = tracker.scores(_statistic_of(selector))
+            if "scores" in selector.needs:
+                scores = tracker.scores(_statistic_of(selector))
+            if "confidence" in selector.needs:
+                confidence = tracker.scores("confidence")
         with evaluating(self.model), torch.enable_grad():  # a selector may use gradients
             evidence = Evidence(
                 num_samples=self.num_samples,
                 scores=scores,
+                confidence=confidence,
                 model=self.model if "model" in selector.needs else None,
                 targets=targets_of(self.dataset).clone() if "targets" in selector.needs else None,
                 dataset=self.dataset,
@@ -207,7 +211,10 @@ class AdaptiveSubset(Sampler[int]):
     def _new_tracker(self) -> DynamicsTracker:
         statistic = getattr(self.selector, "statistic", "forgetting")
         counted = statistic == "forgetting"  # which every tracker counts, besides another score
-        return DynamicsTracker(self.num_samples, statistics=["loss" if counted else statistic])
+        statistics = ["loss" if counted else statistic]
+        if "confidence" in self.selector.needs and "confidence" not in statistics:
+            statistics.append("confidence")
+        return DynamicsTracker(self.num_samples, statistics=statistics)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state, equal on all ranks, for `torch.save`.

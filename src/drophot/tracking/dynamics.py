@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from drophot._core.capturable_hooks import repeatable
-from drophot.tracking import packed_history, validation
+from drophot.tracking import packed_history, score_labels, validation
 from drophot.tracking.accumulators import Accumulation, Accumulator
 from drophot.tracking.deferred_errors import ONLY_LOSS
 from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
@@ -168,7 +168,7 @@ class DynamicsTracker(ForgettingTracker):
         those of an uninterrupted one.
 
         Returns:
-            Tensors, numbers, names, and lists and dictionaries of these.
+            Tensors, numbers, strings, and lists and dictionaries of these.
 
         Raises:
             RuntimeError: As there.
@@ -185,7 +185,10 @@ class DynamicsTracker(ForgettingTracker):
         """Restore a saved state, as :meth:`drophot.ForgettingTracker.load_state_dict` does.
 
         Args:
-            state_dict: The `state_dict` of a tracker of the same class, size and statistics.
+            state_dict: The `state_dict` of a tracker of the same class, size and statistics. The
+                statistics must have the same names and classes, and the same arguments if they are
+                frozen dataclasses, as those of drophot are. A state that was saved by drophot
+                before it stored the arguments is checked by the names alone.
 
         Raises:
             ValueError: As there.
@@ -314,13 +317,14 @@ class DynamicsTracker(ForgettingTracker):
         return columns
 
     def _new_state(self, device: torch.device | str | None) -> State:
-        names = tuple(self._statistics.by_name)
+        by_name = self._statistics.by_name
+        labels = tuple(score_labels.label(name, score) for name, score in by_name.items())
         return State(
             self.num_samples,
             {"history": (torch.int64, ()), **self._kept.columns()},
             self._kept.join,
             device,
-            statistics=() if names == DEFAULT else names,
+            statistics=() if labels == DEFAULT else labels,
             own_scores=self._statistics.checked_names,
         )
 

@@ -377,7 +377,7 @@ class ForgettingTracker:
         """A copy of the whole state, for `torch.save`.
 
         Returns:
-            Tensors, an integer and optionally names; `torch.load(weights_only=True)` reads them.
+            Tensors, an integer and optionally strings; `torch.load(weights_only=True)` reads them.
 
         Raises:
             RuntimeError: If there are several ranks and this one has seen samples since the last

@@ -15,7 +15,7 @@ from drophot._core import distributed
 from drophot._core.user_warnings import warn
 from drophot.tracking import deferred_errors, packed_history
 from drophot.tracking.deferred_errors import NO_FAULT, NO_TARGET
-from drophot.tracking.validation import describe
+from drophot.tracking.validation import check_labels, describe, listed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,7 +55,7 @@ class State:
             zeros, and one is the `"history"`.
         join: Like `join_histories`, for these columns.
         device: Where the columns are kept.
-        statistics: The names of the statistics in the columns; empty for the default ones.
+        statistics: The labels of the statistics in the columns; empty for the default ones.
         own_scores: The names of those that a user wrote.
     """
 
@@ -173,7 +173,7 @@ class State:
         self.fault.fill_(NO_FAULT)
 
     def dump(self) -> dict[str, Any]:
-        """Copies of all columns, a version and the names of the statistics, if there are any.
+        """Copies of all columns, a version and the labels of the statistics, if there are any.
 
         Raises:
             RuntimeError: If this rank has seen samples that are not merged yet.
@@ -187,8 +187,8 @@ class State:
             )
         saved: dict[str, Any] = {name: column.clone() for name, column in columns.items()}
         _mark_merged(saved)
-        names = {"statistics": list(self.statistics)} if self.statistics else {}
-        return {"version": 1, **saved, "targets": self.targets.clone(), **names}
+        labels = {"statistics": list(self.statistics)} if self.statistics else {}
+        return {"version": 1, **saved, "targets": self.targets.clone(), **labels}
 
     def load(self, saved: Mapping[str, Any], kind: str) -> None:
         """Copy the result of `dump` into this state.
@@ -208,13 +208,9 @@ class State:
                 f"`state_dict` must have version 1, got version {version!r}. It was not written by "
                 f"this version of {kind}."
             )
-        names = tuple(saved.get("statistics", ()))
-        if names != self.statistics and saved.keys() >= {"means", "tails"} <= mine.keys():
-            raise ValueError(
-                f"`state_dict` must have the same statistics as the tracker, "
-                f"{_listed(self.statistics)}, got {_listed(names)}. Create the tracker with "
-                f"`statistics=` as it was when the state was saved."
-            )
+        labels = tuple(saved.get("statistics", ()))
+        if (labels or "means" in saved) and (self.statistics or "means" in mine):
+            check_labels(labels, self.statistics)
         if (found := saved.keys() - {"version", "statistics"}) != mine.keys():
             raise ValueError(
                 f"`state_dict` must be that of a {kind}, with {', '.join(sorted(mine))}, got one "
@@ -339,7 +335,7 @@ class State:
         ):
             if len(set(of[name])) > 1:
                 found = (
-                    f"this rank's are {_listed(self.statistics)}"
+                    f"this rank's are {listed(self.statistics)}"
                     if name == "statistics"
                     else f"got {of[name]}"
                 )
@@ -393,7 +389,3 @@ def _mark_merged(columns: Columns) -> None:
 
 def _select(columns: Columns, index: Tensor) -> Columns:
     return {name: column.index_select(0, index) for name, column in columns.items()}
-
-
-def _listed(statistics: tuple[str, ...]) -> str:
-    return ", ".join(statistics) or "the default ones"

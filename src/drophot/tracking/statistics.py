@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -331,7 +331,7 @@ def validate_statistics(statistics: Iterable[str | Score]) -> Statistics:
     return Statistics(by_name, fused, own, accumulators, streams)
 
 
-def is_builtin_score(score: object) -> bool:
+def is_builtin_score(score: object) -> TypeGuard[Score]:
     """Whether an object is one of the library's scores, which their names identify."""
     return isinstance(score, _BuiltIn | Spread) and score in BUILT_IN.values()
 

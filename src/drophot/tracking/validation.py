@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -156,3 +156,25 @@ def check_presented_often(history: Tensor, statistic: str, least: int) -> None:
             f"but {lack} of {len(history)} were not; one has {int(presented.min())} presentations. "
             f'Train for more epochs, lower `window`, or use `scores(..., missing="nan")`.'
         )
+
+
+def check_labels(found: Sequence[str], wanted: Sequence[str]) -> None:
+    """Check that the statistics of a state are those of a tracker, by their labels.
+
+    A state that an older version saved has only their names. Then nothing else is compared.
+    """
+    names = [one.partition("=")[0] for one in wanted]
+    if len(found) == len(wanted) and all(
+        one in same for one, *same in zip(found, wanted, names, strict=True)
+    ):
+        return
+    raise ValueError(
+        f"`state_dict` must have the same statistics as the tracker, {listed(wanted)}, got "
+        f"{listed(found)}. Create the tracker with `statistics=` as it was when the state was "
+        f"saved."
+    )
+
+
+def listed(labels: Sequence[str]) -> str:
+    """The labels of statistics in the words of an error message."""
+    return ", ".join(labels) or "the default ones"
