@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, Protocol, cast, get_args
 
 from drophot._core import scalars
+from drophot._core.budget import Budget
 from drophot._core.importance import Importance, check_importance
 from drophot._core.json_values import Json
 from drophot._core.operator_rules import rules_by_name
@@ -100,6 +101,22 @@ def _at_least(least: int) -> Callable[[str, Any], object]:
     return lambda name, value: scalars.integer(name, value, least=least)
 
 
+def _check_structured(name: str, value: object) -> bool | Budget:
+    if not isinstance(value, Budget):
+        if isinstance(value, bool):
+            return value
+        raise TypeError(
+            f"`{name}` must be True, False or a Budget, got {value!r}. Pass "
+            f"{name}=Budget(parameters=1_000_000), for example."
+        )
+    if value.latency is not None:
+        raise ValueError(
+            f"`{name}` must not limit the latency, got {value!r}: a measured time is not the same "
+            f"in each run, so the results could not be reproduced. Limit `flops` instead."
+        )
+    return value
+
+
 _OBJECT_MODES = "a selector such as Stratified(), Scored() or your own, or an Adaptive()"
 # The names that Scored, Stratified, Beta and Adaptive give themselves.
 _STATISTIC = "((forgetting|aum|el2n|confidence|variability|loss)-)?"
@@ -152,7 +169,10 @@ class Settings:
         prunings: How often a schedule prunes. `"gradual"` and `"iterative"` count step 4.
         scope: `"layer"` removes the share from each layer, as the authors did. For the others see
             :func:`drophot.magnitude_prune`.
-        structured: Remove channels instead of weights: see :mod:`drophot.structured`.
+        structured: Remove channels instead of weights: see :mod:`drophot.structured`. With a
+            :class:`drophot.structured.Budget`, the network is pruned to the budget, and
+            `prune_ratio` is the largest share that each layer may lose. A `prune_ratio` of 0
+            removes nothing then. FLOPs count for one sample; latency cannot be limited.
         importance: A function that gives each weight its importance, for
             :func:`drophot.magnitude_prune` or, with `structured`, for
             :func:`drophot.structured.prune_channels`. The least important are removed. `None` ranks
@@ -303,10 +323,10 @@ class Settings:
             check=one_of(*get_args(Scope)), stage="finetune", record_field="scope", heading="scope"
         ),
     )
-    structured: bool = field(
+    structured: bool | Budget = field(
         default=False,
         metadata=_declare(
-            check=check_flag,
+            check=_check_structured,
             stage="finetune",
             record_field="structured",
             heading="removed are",
@@ -357,7 +377,8 @@ class Settings:
         ):
             if getattr(self, name) and given:
                 raise ValueError(
-                    f"`{name}=True` cannot be combined with `{other}`: {why}. Remove one of them."
+                    f"`{name}={getattr(self, name)!r}` cannot be combined with `{other}`: {why}. "
+                    f"Remove one of them."
                 )
         if self.repair and self.batch_size == 1:
             raise ValueError(
