@@ -89,14 +89,11 @@ def sources() -> set[str]:
 def test_the_wheel_holds_the_package_and_its_metadata_and_nothing_else(archives: Archives) -> None:
     about = f"drophot-{drophot.__version__}.dist-info"
     assert archives.wheel.name == f"drophot-{drophot.__version__}-py3-none-any.whl"
-    assert archives.in_wheel == {
-        *sources(),
-        *(
-            f"{about}/{name}"
-            for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
-        ),
-    }
+    parts = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    assert archives.in_wheel == {*sources(), *(f"{about}/{name}" for name in parts)}
     with zipfile.ZipFile(archives.wheel) as file:
+        commands = file.read(f"{about}/entry_points.txt").decode()
+        assert commands.split() == ["[console_scripts]", "drophot", "=", "drophot.__main__:main"]
         assert file.read(f"{about}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
 
 

@@ -82,6 +82,7 @@ def test_wrong_values_are_named(changes: dict[str, Any], words: str) -> None:
 def test_a_control_sets_a_value_that_its_setting_takes() -> None:
     assert list(CONTROLS) == [
         *("equal_steps", "reinitialize", "rewind", "recalibrate_bn", "gradual", "iterative"),
+        "joint",
     ]
     for name, value in CONTROLS.values():
         assert SETTINGS[name].varies
@@ -99,7 +100,7 @@ def test_stages_depend_on_what_they_depend_on_before() -> None:
 def test_the_values_of_a_varying_setting_have_different_parts_of_a_file_s_name() -> None:
     values: dict[str, tuple[Any, ...]] = {
         "mode": (*get_args(ModeName), Stratified(), Scored("el2n")),
-        "schedule": ("one-shot", "gradual", "iterative"),
+        "schedule": ("one-shot", "gradual", "iterative", "joint"),
         **dict.fromkeys(("data_ratio", "prune_ratio"), (0.25, 0.5)),
         "seed": (0, 1),
     }

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Protocol, cast, get_args
 
 from drophot._core import scalars
+from drophot._core.budget import Budget
 from drophot._core.importance import Importance, check_importance
 from drophot._core.json_values import Json
 from drophot._core.mode_names import (
@@ -32,7 +33,7 @@ from drophot._core.mode_names import (
 )
 from drophot._core.operator_rules import rules_by_name
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
-from drophot._core.setting_checks import check_flag, name_or_object, one_of
+from drophot._core.setting_checks import check_flag, check_structured, name_or_object, one_of
 from drophot._core.setting_declaration import Setting, StageName
 from drophot._core.setting_declaration import declare as _declare
 
@@ -53,8 +54,6 @@ ScheduleName = Literal["one-shot", "gradual", "iterative", "joint"]
 ProtocolName = Literal[
     "paper", "released", "released-scores", "released-masks", "released-baseline"
 ]
-
-_OBJECT_MODES = "a selector such as Stratified(), Scored() or your own, or an Adaptive()"
 
 
 def _at_least(least: int) -> Callable[[str, Any], object]:
@@ -103,7 +102,10 @@ class Settings:
         prunings: How often a schedule prunes. `"gradual"` and `"iterative"` count step 4.
         scope: `"layer"` removes the share from each layer, as the authors did. For the others see
             :func:`drophot.magnitude_prune`.
-        structured: Remove channels instead of weights: see :mod:`drophot.structured`.
+        structured: Remove channels instead of weights: see :mod:`drophot.structured`. With a
+            :class:`drophot.structured.Budget`, the network is pruned to the budget, and
+            `prune_ratio` is the largest share that each layer may lose. A `prune_ratio` of 0
+            removes nothing then. FLOPs count for one sample; latency cannot be limited.
         importance: A function that gives each weight its importance, for
             :func:`drophot.magnitude_prune` or, with `structured`, for
             :func:`drophot.structured.prune_channels`. The least important are removed. `None` ranks
@@ -130,7 +132,7 @@ class Settings:
         metadata=_declare(
             check=name_or_object(
                 (*get_args(ScoreMode), *get_args(FeatureMode), *SAMPLING_MODES),
-                _OBJECT_MODES,
+                "a selector such as Stratified(), Scored() or your own, or an Adaptive()",
                 reserved=f"{BASELINE}|{SELECTOR_NAMES}|{ADAPTIVE_NAMES}",
             ),
             stage="train",
@@ -254,10 +256,10 @@ class Settings:
             check=one_of(*get_args(Scope)), stage="finetune", record_field="scope", heading="scope"
         ),
     )
-    structured: bool = field(
+    structured: bool | Budget = field(
         default=False,
         metadata=_declare(
-            check=check_flag,
+            check=check_structured,
             stage="finetune",
             record_field="structured",
             heading="removed are",
@@ -308,7 +310,8 @@ class Settings:
         ):
             if getattr(self, name) and given:
                 raise ValueError(
-                    f"`{name}=True` cannot be combined with `{other}`: {why}. Remove one of them."
+                    f"`{name}={getattr(self, name)!r}` cannot be combined with `{other}`: {why}. "
+                    f"Remove one of them."
                 )
         if self.repair and self.batch_size == 1:
             raise ValueError(

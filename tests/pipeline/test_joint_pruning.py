@@ -162,6 +162,19 @@ def test_without_fine_tuning_and_with_the_first_weights() -> None:
         assert torch.equal(ticket.model.get_parameter(name), weight * mask)
 
 
+def large_is_unimportant(name: str, weight: Tensor) -> Tensor:
+    return -weight.abs()
+
+
+def test_an_own_importance_decides_what_is_removed() -> None:
+    own, plain = joint(importance=large_is_unimportant), joint()
+    for run in (own, plain):
+        assert run.run().sparsity == pytest.approx(0.75, abs=0.01)
+    weights = [run.model.state_dict() for run in (own, plain)]
+    largest = [max(float(weight.abs().max()) for weight in one.values()) for one in weights]
+    assert largest[0] < largest[1]
+
+
 def test_a_users_own_loop_prunes_as_drophots_own() -> None:
     for mode in ("random", Adaptive("high", every=2)):
         own, library = (joint(mode=mode, equal_steps=True, **fit) for fit in ({"fit": Loop()}, {}))

@@ -211,6 +211,27 @@ def test_crest_gives_its_own_weighted_batches(monkeypatch: pytest.MonkeyPatch) -
     assert loader.model is not None
 
 
+class NoLinearEnd(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(2, 3), nn.Tanh())
+
+
+class Named:
+    needs = ()
+
+    def __init__(self, name: str) -> None:
+        self.name, self.power = name, 1.0
+
+    def select(self, ratio: float, evidence: Any, seed: int) -> Tensor:
+        self.power += 1
+        return torch.arange(60)
+
+
+def test_an_own_selector_that_changes_itself_is_refused_while_it_trains_too() -> None:
+    with pytest.raises(ValueError, match="`mode`.*adaptive1-mine"):
+        drop_hot(mode=Adaptive(Named("mine"), every=1)).run()
+
+
 def test_what_does_not_go_together_is_named() -> None:
     with pytest.raises(ValueError, match="`mode` .*high.*k_center.*'medium'"):
         drop_hot(mode="medium")
@@ -224,6 +245,21 @@ def test_what_does_not_go_together_is_named() -> None:
         drop_hot(mode="k_center", protocol="released")
     with pytest.raises(ValueError, match="released.*mode='el2n-high'"):
         drop_hot(mode=Scored("el2n"), protocol="released")
+    for mode in ("crest", Adaptive("high", every=2)):
+        with pytest.raises(ValueError, match=f"`mode` .*'{name(mode)}'.*while step 3 trains"):
+            Adaptive(mode, every=5)
+    with pytest.raises(ValueError, match="`mode` .*'medium'"):
+        Adaptive("medium", every=5)
+    with pytest.raises(ValueError, match="`every`.* 0"):
+        Adaptive("high", every=0)
+    with pytest.raises(ValueError, match="cutoff=0.6 and ratio=0.5"):
+        drop_hot(mode=Adaptive(Stratified(cutoff=0.6), every=5))
+    with pytest.raises(ValueError, match="`mode=.k_center.`"):
+        drop_hot(mode=Adaptive("k_center", every=5), model=NoLinearEnd)
+    with pytest.raises(ValueError, match="released.*mode='adaptive5-el2n-high'"):
+        drop_hot(mode=Adaptive(Scored("el2n"), every=5), protocol="released")
+    with pytest.raises(ValueError, match="adaptive5-high.*library"):
+        drop_hot(mode=Named("adaptive5-high"))
     with pytest.raises(ValueError, match="`statistic` .*'el3n'"):
         Scored("el3n")
     with pytest.raises(ValueError, match="`mode` .*middle"):

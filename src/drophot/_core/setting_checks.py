@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from drophot._core.budget import Budget
+
 
 def one_of(*choices: str) -> Callable[[str, Any], object]:
     def check(name: str, value: Any) -> object:
@@ -55,6 +57,23 @@ def name_or_object(
         return value
 
     return check
+
+
+def check_structured(name: str, value: object) -> bool | Budget:
+    """Whether channels are removed, or the budget to which they are."""
+    if not isinstance(value, Budget):
+        if isinstance(value, bool):
+            return value
+        raise TypeError(
+            f"`{name}` must be True, False or a Budget, got {value!r}. Pass "
+            f"{name}=Budget(parameters=1_000_000), for example."
+        )
+    if value.latency is not None:
+        raise ValueError(
+            f"`{name}` must not limit the latency, got {value!r}: a measured time is not the same "
+            f"in each run, so the results could not be reproduced. Limit `flops` instead."
+        )
+    return value
 
 
 def is_known_by_name(value: object) -> bool:

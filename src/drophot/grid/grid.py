@@ -53,9 +53,10 @@ class Grid:
             many optimizer steps as the full training set takes. `"reinitialize"` and `"rewind"`
             also fine-tune every mask from new random weights, and from those that training started
             with. `"recalibrate_bn"` also recomputes the statistics of BatchNorm after pruning, and
-            `"repair"` matches the activations to those before pruning.
-            `"gradual"` and `"iterative"` also prune every network by these schedules. Controls that
-            follow training are not combined with one another.
+            `"repair"` matches the activations to those before pruning. `"gradual"` and
+            `"iterative"` also prune every network by these schedules, and `"joint"` also trains
+            every network while it is pruned. Apart from `"equal_steps"`, controls are not combined
+            with one another.
         threads: The number of CPU threads for each stage. One is fastest for small networks that
             are trained side by side. For a large one alone, use the number of cores. Results depend
             on it in their last bits, which training amplifies, so it belongs to the configuration

@@ -30,7 +30,8 @@ def prepare(arguments: Arguments) -> RunConfig:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     settings, given = arguments.settings, (arguments.train_set, arguments.test_set)
     with (
-        uncovered_warning_silenced(settings.structured),  # `channels` names the weights left then
+        # `channels` names the weights left then.
+        uncovered_warning_silenced(bool(settings.structured)),
         random_state.preserved_rng(device, seed=settings.seed),
     ):
         fit_checks.check_bound_arguments(arguments.fit)

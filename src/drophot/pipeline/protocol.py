@@ -149,8 +149,8 @@ def check_protocol(protocol: RunProtocol, settings: Settings) -> None:
             "it holds no masks. Remove `schedule`.",
         ),
         (
-            not protocol.holds_masks and settings.structured,
-            "structured=True",
+            not protocol.holds_masks and bool(settings.structured),
+            f"structured={settings.structured!r}",
             "it holds no masks. Remove `structured`.",
         ),
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drophot._core import random_state
+from drophot._core.budget import Budget
 from drophot._core.importance import Importance, importance_name
 from drophot._core.interruptions import must_propagate
 from drophot.data.batching import batches
@@ -141,7 +142,7 @@ def check_model(config: RunConfig) -> None:
             f"`prunings` must be at most the number of fine-tuning steps, {steps}, got "
             f"{settings.prunings}. Raise `finetune_epochs` or lower `prunings`."
         )
-    removes_channels = settings.structured and settings.prune_ratio > 0
+    removes_channels = bool(settings.structured) and settings.prune_ratio > 0
     importance = settings.importance
     if not (settings.recalibrate_bn or removes_channels or importance):
         return
@@ -155,10 +156,7 @@ def check_model(config: RunConfig) -> None:
         if importance:
             _check_reads_no_gradient(importance, probe)
         if removes_channels:
-            ratio = settings.prune_ratio
-            prune_channels(
-                probe, ratio, _sample(config), importance=importance, rules=settings.rules
-            )
+            _remove_channels(config, probe)
 
 
 def _check_reads_no_gradient(importance: Importance, model: nn.Module) -> None:
@@ -202,9 +200,7 @@ def _pruned(
         return removed, None, None
     ratio, times = settings.prune_ratio, settings.prunings
     if settings.structured:
-        channels = prune_channels(
-            model, ratio, _sample(config), importance=settings.importance, rules=settings.rules
-        )
+        channels = _remove_channels(config, model)
         # No weight that is left was removed, zeros included.
         left = prunable(model, ())
         masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
@@ -220,6 +216,24 @@ def _pruned(
             ratios, every = schedule.geometric(ratio, times), steps // times
         pruner = schedule.Schedule(model, ratios, every=max(every, 1), **how)
         return pruner.masks, pruner, None
+
+
+def _remove_channels(config: RunConfig, model: nn.Module) -> Pruned:
+    settings = config.settings
+    ratio, budget = settings.prune_ratio, settings.structured
+    how: dict[str, Any] = {"importance": settings.importance, "rules": settings.rules}
+    if not isinstance(budget, Budget) or not ratio:
+        return prune_channels(model, ratio, _sample(config), **how)
+    # Rounded, since 1 - 0.7 is slightly more than 0.3, which would keep one channel more.
+    limited = replace(budget, min_kept=max(budget.min_kept, round(1 - ratio, 12)))
+    try:
+        return prune_channels(model, example_inputs=_sample(config), to=limited, **how)
+    except ValueError as error:
+        error.add_note(
+            f"The budget is `structured`. `min_kept` is the larger of its own, {budget.min_kept}, "
+            f"and of 1 - `prune_ratio`, which is {ratio}."
+        )
+        raise
 
 
 def _shuffled(config: RunConfig) -> Iterator[tuple[Tensor, ...]]:

@@ -89,7 +89,8 @@ class Record:
     scope: str = "layer"
     """How the removed share was divided among the layers."""
     structured: bool = False
-    """Whether channels were removed, in which case `prune_ratio` is the share of channels."""
+    """Whether channels were removed, in which case `prune_ratio` is the share of channels. With a
+    budget, which is in `settings`, it is the largest share that a layer may have lost."""
     parameters: int = 0
     """The number of parameters of the final network, zeros included; 0 in older records."""
     settings: dict[str, Json] = field(default_factory=dict, compare=False)

@@ -3,7 +3,7 @@
 The module `channel_pruning` explains how a network is pruned, step by step.
 """
 
-from drophot.structured.budget import Budget
+from drophot._core.budget import Budget
 from drophot.structured.channel_plan import ChannelPlan, plan_channels
 from drophot.structured.channel_pruning import prune_channels
 from drophot.structured.operator_call import OperatorCall

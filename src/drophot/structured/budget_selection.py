@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drophot._core.budget import Budget
 from drophot.structured import single_call
-from drophot.structured.budget import Budget
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import DependencyGraph
 from drophot.structured.global_ranking import RankedSet, ranked_sets, removal_steps

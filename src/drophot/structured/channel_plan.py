@@ -12,8 +12,8 @@ from typing import Any
 from torch import nn
 
 from drophot._core import scalars
+from drophot._core.budget import Budget
 from drophot._core.importance import Importance
-from drophot.structured.budget import Budget
 from drophot.structured.guarded_run import prune
 from drophot.structured.pruning_result import Change, Pruned, change_line, layer_table
 from drophot.structured.pruning_run import Request

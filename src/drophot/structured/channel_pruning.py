@@ -27,8 +27,8 @@ from typing import Any
 
 from torch import nn
 
+from drophot._core.budget import Budget
 from drophot._core.importance import Importance
-from drophot.structured.budget import Budget
 from drophot.structured.guarded_run import prune
 from drophot.structured.pruning_result import Pruned
 from drophot.structured.pruning_run import Request

@@ -22,7 +22,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from drophot.structured.budget import Budget
+from drophot._core.budget import Budget
 from drophot.structured.channel_groups import ChannelGroups
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from drophot.structured.budget import Budget
+from drophot._core.budget import Budget
 from drophot.structured.reasons import RANKED, merged
 
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from drophot._core.budget import UNITS, Budget
 from drophot._core.importance import Importance
 from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot.prune.latency import latency
 from drophot.prune.model_summary import Summary, summary
 from drophot.structured import attention_heads, reasons, single_call, tracer, width_attributes
 from drophot.structured.attention_heads import WholeHeads
-from drophot.structured.budget import UNITS, Budget
 from drophot.structured.budget_selection import BudgetSelection, Unreachable
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import DependencyGraph

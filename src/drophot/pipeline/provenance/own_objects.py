@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import cast
 
+from drophot._core.budget import Budget
 from drophot._core.json_values import Json
 from drophot._core.setting_checks import is_known_by_name
 from drophot.pipeline.provenance.callables import factory_name
@@ -21,6 +23,8 @@ def described(value: object) -> Json:
     """
     if isinstance(value, bool | int | float | str | None):
         return value
+    if isinstance(value, Budget):
+        return {name: one for name, one in asdict(value).items() if one is not None}
     if isinstance(value, Mapping):
         named = cast("Mapping[str, object]", value)
         return {key: described(one) for key, one in named.items()}

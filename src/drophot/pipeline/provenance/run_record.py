@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from drophot._core.budget import Budget
 from drophot._core.json_values import Json
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import factory_name
@@ -85,4 +86,6 @@ def record_of(
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Budget):
+        return True  # the budget is in `settings`
     return value if isinstance(value, bool | int | float | str) else name_of(value)
