@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from drophot.prune import recalibrate_bn
+from drophot.prune import magnitude_prune, recalibrate_bn, repair
 
 torch.set_num_threads(1)
 
@@ -57,6 +57,12 @@ def network(name: str) -> nn.Module:
     if name == "synchronised":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return nn.Sequential(Cast(), model.bfloat16()) if name == "bfloat16" else model
+
+
+def dense_and_pruned() -> tuple[nn.Module, nn.Module]:
+    dense, model = network("plain"), network("plain")
+    magnitude_prune(model, 0.5)
+    return dense, model
 
 
 class Cast(nn.Module):
@@ -102,6 +108,19 @@ def main(folder: Path) -> None:
     found["alone"] = layer.running_mean.tolist()
     found["not a member"] = error(
         lambda: recalibrate_bn(layer, [torch.ones(2, 1)], group=groups[1 - rank])
+    )
+    for case in ("uneven", "none on one"):
+        dense, model = dense_and_pruned()
+        repair(DistributedDataParallel(model), dense, BATCHES[case](rank))
+        found[f"repaired, {case}"] = model.state_dict()
+    dense, model = dense_and_pruned()
+    found["repair fails"] = error(
+        lambda: repair(model, dense, stops() if rank else BATCHES["even"](0))
+    )
+    repair(model, dense, BATCHES["even"](rank), group=groups[rank])
+    found["repaired alone"] = model.state_dict()
+    found["repair by no member"] = error(
+        lambda: repair(model, dense, BATCHES["even"](rank), group=groups[1 - rank])
     )
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()  # nobody leaves while another still listens

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from drophot.prune import magnitude_prune, recalibrate_bn
+from drophot.prune import magnitude_prune, recalibrate_bn, repair
 
 
 def network() -> nn.Sequential:
@@ -324,3 +324,26 @@ def test_an_error_on_one_rank_is_one_on_all(ranks: list[dict[str, Any]]) -> None
 def test_a_group_of_one_rank_keeps_to_itself(ranks: list[dict[str, Any]]) -> None:
     assert [rank["alone"] for rank in ranks] == [[0.5], [1.5]]
     assert "`group` must contain this rank" in ranks[0]["not a member"]
+
+
+@pytest.mark.parametrize("batches", ["uneven", "none on one"])
+def test_ranks_repair_as_one_process_that_saw_everything(
+    ranks: list[dict[str, Any]], batches: str
+) -> None:
+    dense, alone = worker.dense_and_pruned()
+    repair(alone, dense, [batch for rank in range(2) for batch in worker.BATCHES[batches](rank)])
+    for rank in ranks:
+        for key, value in alone.state_dict().items():
+            found = rank[f"repaired, {batches}"][key]
+            torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-6)
+
+
+def test_repair_fails_on_all_ranks_or_keeps_to_its_group(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[1]["repair fails"] == "OSError: the disk is gone"
+    assert ranks[0]["repair fails"].startswith("ValueError: `repair` failed on ranks [1]")
+    for number, rank in enumerate(ranks):
+        assert "`group` must contain this rank" in rank["repair by no member"]
+        dense, alone = worker.dense_and_pruned()  # the failure before has left the model unchanged
+        repair(alone, dense, worker.BATCHES["even"](number))
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(rank["repaired alone"][key], value, rtol=1e-5, atol=1e-6)

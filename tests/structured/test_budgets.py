@@ -234,10 +234,11 @@ def test_own_importance_orders_each_layer() -> None:
         assert pruned.kept_channels[name].tolist() == list(range(before - after, before))
 
 
-def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    def milliseconds(model: nn.Module, inputs: Any) -> float:
-        return 1 + sum(p.numel() for p in model.parameters()) / 1000
+def milliseconds(model: nn.Module, inputs: Any) -> float:
+    return 1 + sum(p.numel() for p in model.parameters()) / 1000
 
+
+def test_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("drophot.structured.pruning_run.latency", milliseconds)
     dense = distinct(Residual())
     size = sum(p.numel() for p in dense.parameters())
@@ -278,6 +279,18 @@ def test_flops_that_cost_more_than_predicted(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(NetworkCost, "flops", lambda self, removed: predicted(self, removed) // 2)
     _, pruned = pruned_to(distinct(Residual()), IMAGES, flops=300_000)
     assert 200_000 < pruned.flops.after <= 300_000
+
+
+def test_latency_is_that_of_the_result_if_flops_need_another_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("drophot.structured.pruning_run.latency", milliseconds)
+    predicted = NetworkCost.flops
+    monkeypatch.setattr(NetworkCost, "flops", lambda self, removed: predicted(self, removed) // 2)
+    dense = distinct(Residual())
+    model, pruned = pruned_to(dense, IMAGES, flops=300_000, latency=6.0)
+    assert pruned.flops.after <= 300_000
+    assert pruned.latency == (milliseconds(dense, IMAGES), milliseconds(model, IMAGES))
 
 
 def test_the_result_shows_each_layer() -> None:

@@ -60,7 +60,7 @@ class BudgetSelection:
         self._cost = NetworkCost(model, graph, calls)
         self._writer = NetworkWriter(model, graph, calls)
         self._dense: list[Tensor] | None = None
-        self._changes: dict[int, float] = {}
+        self._changes: dict[bytes, float] = {}
 
     def __call__(self, groups: ChannelGroups, scores: Tensor) -> Tensor:
         """Whether each entry is removed; the network has all of its channels during the call."""
@@ -143,7 +143,7 @@ class BudgetSelection:
         channels = torch.zeros(len(groups.frozen), dtype=torch.bool, device="cpu")
         channels[one.half()] = True
         entries = channels[groups.channel]
-        key = int(entries.nonzero()[0])
+        key = entries.nonzero().numpy().tobytes()  # sets change if more entries are coupled
         if key not in self._changes:
             if self._dense is None:
                 self._dense = self._outputs()
