@@ -11,7 +11,8 @@ from torch.utils.data import TensorDataset
 
 from drophot import DropHot, Grid
 from drophot.records import from_line, to_line
-from drophot.report import table
+from drophot.records.pairs import pairs
+from drophot.report import html, table
 from drophot.structured import Budget, prune_channels
 
 torch.manual_seed(0)
@@ -98,3 +99,17 @@ def test_a_grid_resumes_and_refuses_another_budget(tmp_path: Path) -> None:
 def test_budgets_and_combinations_that_are_refused(settings, error, message: str) -> None:
     with pytest.raises(error, match=message):
         run(**({"structured": Budget(parameters=200)} | settings))
+
+
+def test_runs_of_two_budgets_are_compared_and_reported_together(tmp_path: Path) -> None:
+    records = [
+        run(structured=Budget(parameters=parameters), mode=mode, seed=seed).run()
+        for parameters in (200, 300)
+        for mode in ("random", "fresh_subset")
+        for seed in (0, 1)
+    ]
+    html(records, tmp_path / "page.html")
+    found = pairs(records, "random")
+    assert len(found) == 2
+    for pair in (pair for cell in found for pair in cell):
+        assert pair[0].settings["structured"] == pair[1].settings["structured"]

@@ -11,7 +11,7 @@ import torch
 from helpers.runs import drop_hot
 from torch import Tensor, nn
 
-from drophot import Grid, Scored, evaluate, fit, report, stats
+from drophot import Grid, Masks, Scored, evaluate, fit, report, stats
 from drophot.coreset import Evidence
 from drophot.models import fcnet
 from drophot.pipeline import RunProtocol
@@ -364,3 +364,12 @@ def test_scores_of_the_wrong_kind_are_refused_by_name(scores: Any) -> None:
     run.scores = scores
     with pytest.raises((TypeError, ValueError), match="`scores`"):
         run.select()
+
+
+def test_a_model_of_the_users_own_has_its_own_number_of_weights() -> None:
+    run = drop_hot(mode="random", structured=True, prune_ratio=0.5)
+    run.run()
+    run.model = copy.deepcopy(run.model)
+    run.masks = Masks.from_zeros(run.model)
+    assert run.num_prunable == 0, "of the model before"
+    assert run.finetune().sparsity == 0.0

@@ -161,7 +161,7 @@ class DropHot(_ShowsSettings):
         super().__setattr__(name, _checked_result(name, value))
         if name == "model":  # all later results are those of another model
             self._keep(trained_accuracy=nan, pruned_accuracy=nan, _steps=("own model",))
-            self._keep(masks=None, pruner=None, channels=None, prunable=0, _trained_on=None)
+            self._keep(masks=None, pruner=None, channels=None, num_prunable=0, _trained_on=None)
         elif name == "masks":
             self._keep(_steps=(*self._steps, "own masks"))
 

@@ -99,6 +99,8 @@ def check_names(records: Iterable[Record], argument: str) -> None:
             if not isinstance(value, dict) or unused:
                 continue
             called = getattr(record, name)
+            if not isinstance(called, str):
+                continue  # a budget, which has no name: its limits tell it from others
             if known.setdefault((setting, called), value) != value:
                 raise ValueError(
                     f"`{argument}` must call different objects by different names, got two of the "
