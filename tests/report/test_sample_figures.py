@@ -104,3 +104,22 @@ def test_wrong_arguments_are_named() -> None:
         plot_suspects(tracker(), images, statistic="forgetting")
     with pytest.raises(TypeError, match=r"`images`.*dict.*5"):
         plot_suspects(tracker(), [{"image": image} for image in images])
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=rf"`number`.*{number}"):
+            plot_suspects(tracker(), images, number=number)
+    for count in (6, 60):
+        with pytest.raises(ValueError, match=rf"`images`.*12.*{count}"):
+            plot_suspects(tracker(), torch.zeros(count, 3, 4, 4))
+    for classes in (["a"], {0: "a"}):
+        with pytest.raises(ValueError, match=r"`classes`.*[12]"):
+            plot_suspects(tracker(), images, classes=classes)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_leave_the_others_visible(value: float) -> None:
+    images = torch.linspace(0, 1, 16).view(1, 4, 4).repeat(12, 1, 1).bfloat16()
+    images[:, 1, 1] = value
+    (drawn,) = plot_suspects(tracker(), images, number=1).axes[0].get_images()
+    assert drawn.get_array()[0, 0] == 0
+    assert drawn.get_array()[3, 3] == 1
+    plot_suspects(tracker(), torch.full((12, 4, 4), value), number=1)

@@ -1,6 +1,7 @@
 """The scores of a tracker as columns and as a CSV file."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,3 +51,16 @@ def test_ids_of_another_length_are_an_error_and_nothing_is_written(tmp_path: Pat
     with pytest.raises(ValueError, match=r"`ids`.*4.*3"):
         presented(ForgettingTracker(4)).to_csv(tmp_path / "scores.csv", ids=IDS[:3])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["series", "tensor", "generator"])
+def test_ids_are_taken_by_position(kind: str, tmp_path: Path) -> None:
+    ids: Any = torch.tensor([30, 10, 20, 0])
+    if kind == "series":  # whose labels are those of the table that it was taken from
+        pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+        ids = pandas.Series(ids.tolist(), index=[3, 2, 1, 0])
+    elif kind == "generator":
+        ids = (str(number) for number in ids.tolist())
+    presented(ForgettingTracker(4)).to_csv(tmp_path / "scores.csv", ids=ids)
+    lines = (tmp_path / "scores.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["id", "30", "10", "20", "0"]

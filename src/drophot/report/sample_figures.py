@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from drophot._core import scalars
 from drophot.report import plots
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.score_table import most_suspicious
@@ -116,7 +117,8 @@ def plot_suspects(
 
     Raises:
         TypeError: If `tracker` is not a DynamicsTracker, or a sample does not begin with an image.
-        ValueError: If the tracker does not keep `statistic`, or no sample was presented.
+        ValueError: If the tracker does not keep `statistic`, no sample was presented, `number` is
+            below 1, `images` has another length than the tracker, or `classes` lacks a class.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -128,6 +130,8 @@ def plot_suspects(
         ['cat', 'cat']
     """
     _check_tracker(tracker)
+    number = scalars.integer("number", number, least=1)
+    _check_length(images, tracker.num_samples)
     worst = most_suspicious(tracker, statistic, number).tolist()
     if not worst:
         raise ValueError("`tracker` must have presented samples, got one that has seen none.")
@@ -144,8 +148,7 @@ def plot_suspects(
             continue
         pixels = _pixels(images[sample], sample)
         ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None)
-        target = int(targets[sample])
-        name = str(target) if classes is None else classes[target]
+        name = _class_name(int(targets[sample]), classes)
         ax.set_title(name.replace("$", r"\$"), fontsize="medium")
         ax.set_xlabel(f"no. {sample}", fontsize="small")
         ax.set(xticks=[], yticks=[])
@@ -160,11 +163,38 @@ def _check_tracker(tracker: object) -> None:
         )
 
 
+def _check_length(images: Any, num_samples: int) -> None:
+    """Images of a part of the dataset, or of another one, would be drawn for the wrong samples."""
+    found = len(images) if hasattr(images, "__len__") else num_samples
+    if found != num_samples:
+        raise ValueError(
+            f"`images` must have the {num_samples} samples of the tracker, got {found}. Pass the "
+            f"dataset whose indices the tracker was updated with."
+        )
+
+
+def _class_name(target: int, classes: Sequence[str] | Mapping[int, str] | None) -> str:
+    if classes is None:
+        return str(target)
+    try:
+        return str(classes[target])
+    except (IndexError, KeyError):
+        raise ValueError(
+            f"`classes` must have a name for each class, got none for class {target}. Pass "
+            f"`classes=None` to show numbers."
+        ) from None
+
+
 def _pixels(found: Any, sample: int) -> np.ndarray:
     """A sample's image as `(H, W)` or `(H, W, 3 or 4)`, of integers or of floats in [0, 1]."""
     image = found[0] if isinstance(found, (tuple, list)) else found
     try:
-        pixels = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        if isinstance(image, Tensor):
+            image = image.detach().cpu()
+            # NumPy has no bfloat16.
+            pixels = (image.float() if image.is_floating_point() else image).numpy()
+        else:
+            pixels = np.asarray(image)
         if isinstance(image, Tensor) and pixels.ndim == 3:
             pixels = pixels.transpose(1, 2, 0)
         if pixels.ndim == 3 and pixels.shape[2] == 1:
@@ -181,5 +211,6 @@ def _pixels(found: Any, sample: int) -> np.ndarray:
     if pixels.dtype.kind != "f":
         return pixels
     pixels = pixels.astype(np.float32)
-    low, high = np.nanmin(pixels), np.nanmax(pixels)
-    return (pixels - low) / max(high - low, np.finfo(np.float32).tiny)
+    finite = pixels[np.isfinite(pixels)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0, 1)
+    return (pixels.clip(low, high) - low) / max(high - low, np.finfo(np.float32).tiny)

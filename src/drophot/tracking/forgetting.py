@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -310,7 +310,7 @@ class ForgettingTracker:
         }
         return {name: column.cpu().numpy().copy() for name, column in columns.items()}
 
-    def to_csv(self, path: Path | str, ids: Sequence[object] | None = None) -> None:
+    def to_csv(self, path: Path | str, ids: Iterable[object] | None = None) -> None:
         """Write `columns()` to a CSV file, with a row for each sample in the order of the dataset.
 
         The file is written atomically. A missing number is `nan`.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
+from torch import Tensor
 
 from drophot._core.atomic_write import atomic_write
 
@@ -49,9 +50,11 @@ def write_csv(
     writer.writerows([part[row] for part in parts] for row in every)
 
 
-def save_csv(path: Path, columns: Mapping[str, np.ndarray], ids: Sequence[object] | None) -> None:
+def save_csv(path: Path, columns: Mapping[str, np.ndarray], ids: Iterable[object] | None) -> None:
     """Write all rows to a file, whole or not at all."""
     num_samples = len(columns["index"])
+    if ids is not None:  # by position: a pandas Series is indexed by its labels
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if ids is not None and len(ids) != num_samples:
         raise ValueError(
             f"`ids` must have one value for each of the {num_samples} samples, got {len(ids)}. "
