@@ -81,8 +81,8 @@ def test_wrong_values_are_named(changes: dict[str, Any], words: str) -> None:
 
 def test_a_control_sets_a_value_that_its_setting_takes() -> None:
     assert list(CONTROLS) == [
-        *("equal_steps", "reinitialize", "rewind", "recalibrate_bn", "gradual", "iterative"),
-        "joint",
+        *("equal_steps", "reinitialize", "rewind", "recalibrate_bn", "repair"),
+        *("gradual", "iterative", "joint"),
     ]
     for name, value in CONTROLS.values():
         assert SETTINGS[name].varies
@@ -112,5 +112,14 @@ def test_the_values_of_a_varying_setting_have_different_parts_of_a_file_s_name()
 
 
 def test_an_optional_setting_is_filled_in() -> None:
-    assert with_defaults({"seed": 1}) == {"importance": None, "rules": None, "seed": 1}
-    assert with_defaults({"importance": "x"}) == {"importance": "x", "rules": None}
+    assert with_defaults({"seed": 1}) == {
+        "repair": False,
+        "importance": None,
+        "rules": None,
+        "seed": 1,
+    }
+    assert with_defaults({"importance": "x"}) == {
+        "repair": False,
+        "importance": "x",
+        "rules": None,
+    }

@@ -14,6 +14,7 @@ from sphinx.util.nodes import make_refnode
 
 PUBLIC = {
     "Axes": "matplotlib.axes.Axes",
+    "Figure": "matplotlib.figure.Figure",
     "Dataset": "torch.utils.data.Dataset",
     "ProcessGroup": "torch.distributed.ProcessGroup",
     "Named": "drophot.settings.Named",
@@ -40,6 +41,7 @@ AXES = "https://matplotlib.org/stable/api/_as_gen/matplotlib.axes.Axes.html"
 PAGES = {
     "lightning.pytorch.callbacks.Callback": CALLBACK,
     "matplotlib.axes.Axes": AXES,
+    "matplotlib.figure.Figure": "https://matplotlib.org/stable/api/figure_api.html",
     "transformers.Trainer": f"{TRAINER}#transformers.Trainer",
     "torch.distributed.ProcessGroup": f"{TORCH}/distributed.html",  # has no entry of its own
 }
