@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from drophot.prune import summary
 from drophot.structured import Budget, Pruned, prune_channels
+from drophot.structured.budget_selection import BudgetSelection
 from drophot.structured.network_cost import NetworkCost
 
 
@@ -97,11 +98,11 @@ def test_within_one_channel_of_the_limit(what: str, share: float) -> None:
 class Encoder(nn.Module):
     """Attention whose scale and stream follow from the number of heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32, heads: int = 4, hidden: int = 64) -> None:
         super().__init__()
-        self.embed = nn.Linear(6, 32)
-        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 3))
+        self.embed = nn.Linear(6, width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
@@ -115,6 +116,22 @@ def test_a_stream_and_its_heads_lose_equal_shares(whole_heads: bool) -> None:
     attention = model.get_submodule("attention")
     assert isinstance(attention, nn.MultiheadAttention)
     assert attention.embed_dim == 8 * attention.num_heads < 32
+
+
+def test_a_sensitivity_is_measured_again_if_a_set_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream is ranked alone at first, and then together with the heads."""
+    torch.manual_seed(6)  # with which it makes a difference
+    dense = distinct(Encoder(24, 12, 32))
+    _, found = pruned_to(dense, TOKENS, parameters=2000)
+    usual = BudgetSelection._change
+
+    def without_memory(self: Any, *arguments: Any) -> float:
+        self._changes.clear()
+        return usual(self, *arguments)
+
+    monkeypatch.setattr(BudgetSelection, "_change", without_memory)
+    _, expected = pruned_to(dense, TOKENS, parameters=2000)
+    assert found.layers == expected.layers
 
 
 def test_all_limits_hold() -> None:
