@@ -29,19 +29,22 @@ def run(name: str, *arguments: str, folder: Path) -> str:
 Stops = Callable[..., tuple[int | str | None, str]]
 
 
-@pytest.fixture(scope="module")
-def few_digits(mnist_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 12,000 and 2,000 images of MNIST, in files of its own format."""
-    root = tmp_path_factory.mktemp("data")
+def first_digits(mnist_root: Path, root: Path, train: int, test: int) -> Path:
+    """The first images of MNIST, in files of its own format."""
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part, count in (("train", 12_000), ("t10k", 2_000)):
+    for part, count in (("train", train), ("t10k", test)):
         for kind, header, size in (("images-idx3", 16, 28 * 28), ("labels-idx1", 8, 1)):
             name = f"{part}-{kind}-ubyte"
             whole = (mnist_root / "MNIST" / "raw" / name).read_bytes()
             few = count.to_bytes(4, "big")  # the number of images follows the first four bytes
             (raw / name).write_bytes(whole[:4] + few + whole[8 : header + count * size])
     return root
+
+
+@pytest.fixture(scope="module")
+def few_digits(mnist_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return first_digits(mnist_root, tmp_path_factory.mktemp("data"), 12_000, 2_000)
 
 
 @pytest.fixture
@@ -163,11 +166,12 @@ def test_noisy_labels_on_real_images(tmp_path: Path, few_digits: Path) -> None:
     assert found["right labels only"][2] > found["dropped in training only"][2], "they are back"
 
 
-def test_paper_grid_on_real_images(tmp_path: Path, few_digits: Path) -> None:
+def test_paper_grid_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
     pytest.importorskip("torchvision")
+    root = first_digits(mnist_root, tmp_path / "data", 5_000, 1_000)
     arguments = (
-        *("--data-root", str(few_digits), "--epochs", "1", "--jobs", "2", "--seeds", "0"),
-        *("--data-ratios", "0.1", "--modes", "low", "random", "--prune-ratios", "0.8"),
+        *("--data-root", str(root), "--epochs", "1", "--jobs", "2", "--seeds", "0"),
+        *("--data-ratios", "0.2", "--modes", "low", "random", "--prune-ratios", "0.8"),
     )
     plan = run("paper_grid.py", *arguments, "--plan", folder=tmp_path)
     assert plan.startswith("7 stages to do for 4 of 4 cells (1 scorings, 2 trainings")
@@ -175,7 +179,7 @@ def test_paper_grid_on_real_images(tmp_path: Path, few_digits: Path) -> None:
     output = run("paper_grid.py", *arguments, folder=tmp_path)
     found = rows(output)
     assert [row[1] for row in found] == ["baseline", "baseline", "low", "random"]
-    assert [row[3] for row in found] == ["12,000", "12,000", "1,200", "1,200"]
+    assert [row[3] for row in found] == ["5,000", "5,000", "1,000", "1,000"]
     assert all(float(row[8].split()[0]) > 70 for row in found), "it has learned"
     assert (tmp_path / "paper_grid" / "records.jsonl").read_text().count("\n") == 4
     assert "<svg" in (tmp_path / "paper_grid" / "report.html").read_text()
@@ -194,7 +198,7 @@ def test_paper_grid_with_a_resnet_on_a_folder_of_images(tmp_path: Path) -> None:
             folder = tmp_path / "images" / part / colour
             folder.mkdir(parents=True)
             for i in range(size):
-                pixels = chance.integers(0, 90, (32, 32, 3), dtype=np.uint8)
+                pixels = chance.integers(0, 90, (8, 8, 3), dtype=np.uint8)
                 pixels[..., label] += 150
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     images = ("--data", "folder", "--data-root", str(tmp_path / "images"), "--model", "resnet18")

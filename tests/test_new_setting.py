@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from helpers.processes import run_script
 
 from drophot.records import fingerprint
 
@@ -87,8 +88,15 @@ print(json.dumps({
 """
 
 
+def computed_here(store: Path) -> dict[str, Any]:
+    """What a grid finds with the library as it is, in a process that has imported it."""
+    script = store.with_suffix(".py")
+    script.write_text(SCRIPT, encoding="utf-8")
+    return json.loads(run_script(script, str(store), folder=store.parent, filters=[]))
+
+
 def computed(library: Path, store: Path, *controls: str) -> dict[str, Any]:
-    """What a grid finds with a version of the library."""
+    """What a grid finds with another version of the library."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(library)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(store), *controls],
@@ -116,7 +124,7 @@ def changed(folder: Path) -> Path:
 def test_a_new_setting_touches_its_declaration_and_its_step(tmp_path: Path) -> None:
     pytest.importorskip("scipy", reason="the extra `stats` is not installed")
     library, store = changed(tmp_path / "src"), tmp_path / "store"
-    old = computed(ROOT / "src", store)
+    old = computed_here(store)
     before = {path: path.stat().st_mtime_ns for path in (store / "stages").iterdir()}
     found = computed(library, store, "low_lr")
     assert {path: path.stat().st_mtime_ns for path in before} == before, "nothing twice"

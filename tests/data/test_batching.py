@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT
 from helpers.loops import Augmented, Listed, model_of
 from helpers.other_device import DEVICE, other_device
+from helpers.processes import run_script
 from helpers.transforms import Added, Broken, Drawn, Marked, Named
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -326,16 +327,12 @@ def test_workers_are_no_forks_of_this_process(two_threads: None, tmp_path: Path)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     (tmp_path / "readers").mkdir()
-    assert run(script, ROOT / "src", ROOT / "tests", folder=tmp_path).split() == [
-        "run",
-        "once",
-        "2",
-        "0",
-    ]
+    found = run_script(script, str(ROOT / "src"), str(ROOT / "tests"), folder=tmp_path, filters=[])
+    assert found.split() == ["run", "once", "2", "0"]
 
 
 SCRIPT = """
-import os, sys, threading
+import multiprocessing, os, sys
 from pathlib import Path
 import torch
 from torchvision import datasets, transforms
@@ -345,6 +342,7 @@ from drophot.data.workers import Workers
 from helpers.transforms import Marked
 
 print("run once")  # without `if __name__ == "__main__":`
+multiprocessing.set_forkserver_preload(["__main__", "torchvision"])  # the first is the default
 torch.set_num_threads(2)
 torch.mm(torch.rand(500, 500), torch.rand(500, 500))  # starts threads
 marked = Marked(Path("readers"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import stat
 import sys
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.executors import spawned, tiniest
+from helpers.executors import START_METHOD, spawned, tiniest
 
 from drophot import Grid
 from drophot.grid import GpuPool, mps
@@ -84,6 +85,8 @@ def test_workers_are_spread_over_gpus_and_share_a_service_that_ends_with_the_poo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(monkeypatch, 2)
+    quick = get_context(START_METHOD)  # the other tests spawn their workers
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: quick)
     with GpuPool(workers_per_gpu=2) as pool:
         calls = [pool.submit(_one_of_four, tmp_path) for _ in range(4)]
         names, folders = zip(*(call.result() for call in calls), strict=True)

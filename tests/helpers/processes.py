@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -102,7 +103,8 @@ def _as_main(script: str, arguments: tuple[str, ...], filters: Sequence[str]) ->
 def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: Path) -> None:
     """Call a function in `count` processes, with the environment that `torchrun` gives its ranks.
 
-    As with `torchrun`, the process that starts them has the store at which they meet.
+    As with `torchrun`, the process that starts them has the store at which they meet. They are
+    forks of one process, so that the modules that the function needs are imported once.
     """
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
@@ -118,17 +120,35 @@ def ranks(count: int, function: Callable[..., object], *arguments: Any, folder: 
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    started = [
-        begin(
-            function,
-            *arguments,
-            folder=folder,
-            output=output,
-            environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(count)
-    ]
+    parent = begin(
+        _fork_ranks,
+        *(count, function, arguments, output),
+        folder=folder,
+        output=output,
+        environment=environment,
+    )
+    try:
+        finish(parent, errors=output)
+    except BaseException:
+        if parent.pid is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)
+        raise
+
+
+def _fork_ranks(
+    count: int, function: Callable[..., object], arguments: tuple[Any, ...], output: Path
+) -> None:
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=_rank, args=(n, function, arguments)) for n in range(count)]
+    for process in started:
+        process.start()
     finish(*started, errors=output)
+
+
+def _rank(rank: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    function(*arguments)
 
 
 def run_script_on_ranks(

@@ -275,8 +275,9 @@ def test_equal_values_are_the_same_experiment(value: Any) -> None:
     def given_to(value: Any) -> Any:
         return drop_hot(fit=partial(fit, value=value)).configuration["fit"]
 
-    assert given_to(value) == given_to(copy.deepcopy(value))
-    assert given_to(value) != given_to([value])
+    mine = given_to(value)
+    assert mine == given_to(copy.deepcopy(value))
+    assert mine != given_to([value])
 
 
 # --- code -----------------------------------------------------------------------------------------
