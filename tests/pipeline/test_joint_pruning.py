@@ -258,3 +258,14 @@ def test_a_loop_that_takes_too_few_steps_is_refused() -> None:
     run.select()
     with pytest.raises(RuntimeError, match="`fit`.*24 times.*joint.* 12, got 8"):
         run.train()
+
+
+def test_own_masks_are_applied_in_step_4() -> None:
+    run = joint()
+    run.select()
+    run.model = small()
+    name, weight = next(iter(run.model.named_parameters()))
+    run.masks = Masks(run.model, {name: torch.arange(weight.numel()).view_as(weight) % 4 == 0})
+    run.prune()
+    assert int(weight.count_nonzero()) == weight.numel() // 4
+    assert run.pruned_accuracy == evaluate(run.model, TEST)

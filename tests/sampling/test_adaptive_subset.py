@@ -9,9 +9,18 @@ import torch
 from helpers import sampling_ranks as worker
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from drophot import AdaptiveSubset, FreshSubset, Scored, Stratified, features, k_center, select
+from drophot import (
+    AdaptiveSubset,
+    FreshSubset,
+    IndexedDataset,
+    Scored,
+    Stratified,
+    features,
+    k_center,
+    select,
+)
 from drophot.coreset import Evidence
 from drophot.tracking import Last
 
@@ -71,6 +80,16 @@ def test_the_latest_model_selects_every_few_epochs(statistic: Any, every: int) -
         assert sorted(shown[epoch]) == expected.tolist(), epoch
     assert all(sorted(epoch) == sorted(shown[0]) for epoch in shown[:every])
     assert len({tuple(epoch) for epoch in shown}) == 6, "in another order in each epoch"
+
+
+@pytest.mark.parametrize("positions", [range(N - 1, -1, -1), range(5, 25)])
+def test_the_samples_of_a_subset_are_those_of_its_positions(positions: Any) -> None:
+    model = worker.network()
+    part = Subset(IndexedDataset(DATA), list(positions))
+    sampler = AdaptiveSubset(part, model, RATIO, Scored("loss"), every=1)
+    list(sampler)
+    losses = REFERENCES["loss"](logits_of(model))[list(positions)]
+    assert sorted(sampler) == select(losses, RATIO).tolist()
 
 
 def test_forgetting_counts_over_all_selections() -> None:

@@ -197,6 +197,7 @@ def _pruned(
     settings = config.settings
     if settings.schedule == "joint":
         assert removed is not None
+        removed.apply(model)  # which changes nothing unless the user replaced them
         return removed, None, None
     ratio, times = settings.prune_ratio, settings.prunings
     if settings.structured:

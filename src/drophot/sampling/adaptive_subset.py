@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -185,7 +185,7 @@ class AdaptiveSubset(Sampler[int]):
         scores = confidence = None
         if not {"scores", "confidence"}.isdisjoint(selector.needs):
             tracker = self._tracker if self._accumulates else self._new_tracker()
-            tracker.observe(self.model, batches(self.dataset, _BATCH, device))
+            tracker.observe(self.model, _by_position(batches(self.dataset, _BATCH, device)))
             if "scores" in selector.needs:
                 scores = tracker.scores(_statistic_of(selector))
             if "confidence" in selector.needs:
@@ -252,6 +252,15 @@ class AdaptiveSubset(Sampler[int]):
     def _settings(self) -> dict[str, Any]:
         names = ("num_samples", "ratio", "every", "seed", "num_replicas")
         return {"mode": self.selector.name, **{name: getattr(self, name) for name in names}}
+
+
+def _by_position(found: Iterable[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """Batches with the positions of the samples, which are not the indices of a `Subset`."""
+    start = 0
+    for inputs, targets, index in found:
+        end = start + len(index)
+        yield inputs, targets, torch.arange(start, end, device=index.device)
+        start = end
 
 
 def _statistic_of(selector: Selector) -> str:
