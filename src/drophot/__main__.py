@@ -12,13 +12,13 @@ import drophot
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, and return its exit code: 0, or 2 after an error.
+    """Run a command, and return its exit code.
 
     Args:
         arguments: The words after `drophot`; `None` takes those of the process.
 
     Returns:
-        The exit code.
+        0, or 2 after an error, or 1 if the reader of a pipe stopped before the end.
 
     Raises:
         SystemExit: After `--help` and `--version`, or if the arguments are not those of a command.
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 1
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print(f"drophot: error: {error}", file=sys.stderr)  # noqa: T201
+        print("drophot: error:", *str(error).split(), file=sys.stderr)  # noqa: T201  # one line
         return 2
     return 0
 

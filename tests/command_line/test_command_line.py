@@ -116,6 +116,10 @@ def test_one_of_several_networks_is_chosen_by_its_key(
     assert "--key" in message
     assert rows(output(capsys, "summary", file, "--key", "a.ema"))[-1][1] == "8"
     assert "'b'" in error(capsys, "summary", file, "--key", "b")
+    torch.save(ema.state_dict(), file)
+    save_compressed(ema, tmp_path / "compressed")
+    for source in (file, tmp_path / "compressed", "torch.nn:Identity"):  # each is one network
+        assert "'b'" in error(capsys, "summary", source, "--key", "b")
 
 
 def test_files_that_could_run_code_are_not_read(
@@ -138,6 +142,27 @@ def test_wrong_sources_are_errors_of_one_line(
     for source in ("missing:network", "torch:missing", "torch.nn:Linear"):
         assert source in error(capsys, "summary", source)
     assert "dict" in error(capsys, "summary", "builtins:dict")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+def test_weights_that_are_not_dense_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.pt"
+    torch.save({"fc.weight": torch.eye(3).to_sparse()}, file)
+    found = error(capsys, "summary", file)
+    assert "`fc.weight`" in found
+    assert "sparse" in found
+    torch.save({"fc.weight": torch.eye(3, dtype=torch.complex64)}, file)
+    assert rows(output(capsys, "summary", file))[-1][2] == "3"
+
+
+def test_an_error_of_several_lines_is_printed_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lines_models.py").write_text("def network(): raise ValueError('a\\nb')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "a b" in error(capsys, "summary", "lines_models:network")
 
 
 def test_suspects_are_the_samples_of_lowest_margin(
@@ -176,6 +201,8 @@ def test_suspects_that_cannot_be_told_are_errors(
     last = drophot.tracking.Last()
     torch.save(DynamicsTracker(5, statistics=["aum", last]).state_dict(), file)
     assert "'last_loss'" in error(capsys, "suspects", file)
+    torch.save(tracker().state_dict() | {"statistics": [5]}, file)
+    assert "tracker" in error(capsys, "suspects", file)
 
 
 def test_the_status_and_the_report_of_a_grid(
@@ -212,6 +239,18 @@ def test_a_folder_that_is_no_grid_is_an_error(
 ) -> None:
     for command in ("status", "report"):
         assert str(tmp_path) in error(capsys, "grid", command, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"plan": null}', '{"plan": {"cells": "6"}}', "no json"])
+def test_a_damaged_file_of_a_grid_is_named(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records.write([one()], tmp_path / "records.jsonl")
+    (tmp_path / "grid.json").write_text(text)
+    for command in ("status", "report"):
+        assert "grid.json" in error(capsys, "grid", command, tmp_path)
+    (tmp_path / "records.jsonl").write_bytes(b"\xff\n")
+    assert "line 1" in error(capsys, "grid", "status", tmp_path)
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,8 @@ def load(path: Path) -> object:
             f"containers, which is not safe to read. Save the `state_dict` of a network or a "
             f"tracker, not the object."
         ) from error
+    except OSError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{path} is damaged or not a file of torch.save ({type(error).__name__}: {error})."
@@ -48,6 +50,8 @@ def find(content: object, is_state: Callable[[State], bool], key: str | None, wh
     if not found:
         raise ValueError(f"The file holds no {what}.")
     if key is not None:
+        if list(found) == [""]:
+            raise ValueError(f"The whole file is the {what}. Leave `--key` out, got {key!r}.")
         if key not in found:
             raise ValueError(f"`--key` must be {names}, got {key!r}.")
         return found[key]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from drophot._command_line import checkpoints
@@ -22,12 +23,16 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def of(source: str, key: str | None) -> Summary:
     """Summarize `module:factory`, a checkpoint or a compressed checkpoint."""
     path = Path(source)
-    if path.is_file() and is_compressed(path):
-        return _of_state(read_compressed(path))
-    if path.exists() or ":" not in source:
+    compressed = path.is_file() and is_compressed(path)
+    if not compressed and (path.exists() or ":" not in source):
         found = checkpoints.load(path)
         return _of_state(checkpoints.find(found, _is_state, key, "weights of a network"))
-    return summary(_build(source))
+    if key is not None:
+        raise ValueError(
+            f"`--key` chooses an entry of a file of torch.save, got {key!r} for {source}, which is "
+            f"one network. Leave `--key` out."
+        )
+    return _of_state(read_compressed(path)) if compressed else summary(_build(source))
 
 
 def _build(source: str) -> Any:
@@ -51,7 +56,7 @@ def _is_state(found: Mapping[str, Any]) -> bool:
     """Whether this may be the `state_dict` of a network: tensors, with floats among them."""
     tensors = [value for value in found.values() if isinstance(value, Tensor)]
     others = [name for name, value in found.items() if not isinstance(value, Tensor)]
-    return any(tensor.is_floating_point() for tensor in tensors) and all(
+    return any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors) and all(
         name.endswith("_extra_state") for name in others
     )
 
@@ -64,6 +69,12 @@ def _of_state(state: Mapping[str, Any]) -> Summary:
         layer, _, own = name.rpartition(".")
         if not isinstance(tensor, Tensor) or own in (*_BUFFERS, "_extra_state"):
             continue
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+            raise ValueError(
+                f"`{name}` must be a dense tensor of numbers, got a {kind} one. Pass "
+                f"module:function, which builds the network."
+            )
         memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and memory in seen:
             continue  # shared with an earlier layer

@@ -26,7 +26,13 @@ def write(path: Path, score: str, number: int, key: str | None, file: TextIO) ->
 
 
 def _is_state(found: Mapping[str, Any]) -> bool:
-    return isinstance(found.get("history"), Tensor) and found.keys() >= {"version", "targets"}
+    names = found.get("statistics", DEFAULT)
+    return (
+        isinstance(found.get("history"), Tensor)
+        and found.keys() >= {"version", "targets"}
+        and isinstance(names, (list, tuple))
+        and all(isinstance(name, str) for name in names)
+    )
 
 
 def _tracker(state: Mapping[str, Any]) -> DynamicsTracker:

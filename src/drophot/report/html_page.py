@@ -137,15 +137,27 @@ def read_store(folder: Path) -> tuple[dict[str, Any], list[Record]]:
         )
     whole, _, _ = path.read_bytes().rpartition(b"\n")  # the rest is a line that is being written
     records = []
-    for number, line in enumerate(whole.decode().split("\n") if whole else [], start=1):
+    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
         try:
-            records.append(from_line(line))
+            records.append(from_line(line.decode()))
         except ValueError as error:
             raise ValueError(
                 f"{path} must hold records, but line {number} does not: {error}"
             ) from error
-    grid = folder / "grid.json"
-    return json.loads(grid.read_bytes()) if grid.is_file() else {}, records
+    return _read_grid(folder / "grid.json"), records
+
+
+def _read_grid(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} must hold JSON, but does not: {error}") from error
+    plan = found.get("plan", {}) if isinstance(found, dict) else None
+    if not isinstance(plan, dict) or not isinstance(plan.get("cells", 0), int):
+        raise ValueError(f"{path} must be the description of a grid, as Grid.run writes it.")
+    return found
 
 
 def _order(record: Record) -> tuple[Any, ...]:
