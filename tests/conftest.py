@@ -30,6 +30,7 @@ torch.manual_seed(0)  # what the test files draw when they are imported
 torch.set_num_threads(1)  # the networks here are so small that threads wait for each other
 
 
+os.environ.setdefault("MPLBACKEND", "Agg")  # which matplotlib reads as the server imports it
 # Processes are forked from one that has imported these: data workers, and helpers/processes.py.
 if "forkserver" in multiprocessing.get_all_start_methods():
     multiprocessing.set_forkserver_preload(PRELOADED)

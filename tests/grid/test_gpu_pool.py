@@ -60,6 +60,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
+def start_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that need not import torch. Those of one test are spawned, as a user's are."""
+    quick = get_context(START_METHOD)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: quick)
+
+
 def on_cuda(**settings: object) -> Grid:
     """A grid that would run on a GPU."""
     grid = tiniest(**settings)
@@ -85,8 +91,7 @@ def test_workers_are_spread_over_gpus_and_share_a_service_that_ends_with_the_poo
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus(monkeypatch, 2)
-    quick = get_context(START_METHOD)  # the other tests spawn their workers
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method: quick)
+    start_quickly(monkeypatch)
     with GpuPool(workers_per_gpu=2) as pool:
         calls = [pool.submit(_one_of_four, tmp_path) for _ in range(4)]
         names, folders = zip(*(call.result() for call in calls), strict=True)
@@ -163,6 +168,7 @@ def test_numbers_of_gpus_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.slow
 def test_parts_of_a_gpu_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus(monkeypatch, 2)
+    start_quickly(monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a, MIG-b")
     with GpuPool(workers_per_gpu=1, gpus=[1]) as pool:
         assert pool.submit(_variables).result() == ("MIG-b", None)

@@ -1,4 +1,4 @@
-"""Processes that start quickly: each is forked from a server that has imported torch, and no more.
+"""Processes that start quickly: each is forked from a server that has imported PRELOADED only.
 
 `Popen([sys.executable, ...])` imports torch again, which takes seconds of CPU time. These processes
 share nothing with the one that starts them either: the server ran nothing of a test.
@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 PRELOADED = ["torch", "torch._dynamo", "torchvision", "hypothesis", "pytest", "drophot.grid"]
+PRELOADED += ["matplotlib.pyplot", "scipy.stats", "sklearn.datasets"]  # as far as they are there
 
 
 def begin(
