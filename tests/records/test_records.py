@@ -63,6 +63,13 @@ def test_a_record_holds_its_coreset(kept: list[bool]) -> None:
         one(coreset="spoiled").indices()
 
 
+@pytest.mark.parametrize("total", ["-20", "3", "100"])
+def test_a_coreset_of_another_number_of_samples_is_refused(total: str) -> None:
+    text = to_text(np.array([0, 3]), 20).partition(":")[2]
+    with pytest.raises(ValueError, match=f"`coreset`.*{total}:"):
+        one(coreset=f"{total}:{text}").indices()
+
+
 def test_a_record_is_frozen_and_equal_but_for_its_seconds() -> None:
     record = one()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -24,6 +24,8 @@ def from_text(text: str) -> tuple[IntArray, int]:
     total, _, packed = text.partition(":")
     try:
         bits = np.frombuffer(zlib.decompress(base64.b85decode(packed)), dtype=np.uint8)
+        if len(bits) != (int(total) + 7) // 8:
+            raise ValueError(f"it holds {8 * len(bits)} bits for {total} samples")
         return np.unpackbits(bits, count=int(total)).nonzero()[0], int(total)
     except (ValueError, binascii.Error, zlib.error) as error:
         raise ValueError(
