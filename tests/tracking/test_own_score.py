@@ -314,6 +314,7 @@ class Named:
         ([Named("aum")], ValueError, "`name`.*'aum'"),
         ([Named("forgetting")], ValueError, "`name`.*'forgetting'"),
         ([Named("presentations")], ValueError, "`name`.*'presentations'"),
+        ([Named("id")], ValueError, "`name`.*'id'"),
         ([Named("top-two")], ValueError, "`name`.*'top-two'"),
         ([Named("")], ValueError, "`name`.*''"),
         ([Named(3)], ValueError, "`name`.*3"),

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from drophot.records.cells import cell_of
-from drophot.report.html_page import read_store
+from drophot.report.grid_folder import read_store
 
 
 def of(folder: Path) -> str:

@@ -12,10 +12,10 @@ from statistics import mean
 from typing import Any
 
 from drophot.records.cells import cell_of, check_records, group_by_cell, shared_settings
-from drophot.records.json_lines import from_line
 from drophot.records.pairs import free_settings
 from drophot.records.record import Record
 from drophot.report import setting_columns
+from drophot.report.grid_folder import read_store
 from drophot.report.page_style import STYLE
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
@@ -92,9 +92,7 @@ def page(
     def drawn(draw: Callable[[list[Record]], str]) -> str:
         if len(parts_of) == 1:
             return draw(parts_of[0][1])
-        names: dict[
-            str, list[str]
-        ] = {}  # parts that are left out for one reason have the same text
+        names: dict[str, list[str]] = {}  # parts left out for one reason have the same text
         for name, runs in parts_of:
             names.setdefault(draw(runs), []).append(name)
         if len(names) == 1:
@@ -125,39 +123,6 @@ def page(
         f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
         f"<h1>{title}</h1>{_summary(source)}{body}</main></body></html>\n"
     )
-
-
-def read_store(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """The `grid.json` and the records of the folder of a grid."""
-    path = folder / "records.jsonl"
-    if not path.is_file():
-        raise ValueError(
-            f"`source` must be records or the folder of a grid, got {folder}, which has no "
-            f"records.jsonl. Pass the folder that was passed to Grid.run."
-        )
-    whole, _, _ = path.read_bytes().rpartition(b"\n")  # the rest is a line that is being written
-    records = []
-    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
-        try:
-            records.append(from_line(line.decode()))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} must hold records, but line {number} does not: {error}"
-            ) from error
-    return _read_grid(folder / "grid.json"), records
-
-
-def _read_grid(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} must hold JSON, but does not: {error}") from error
-    plan = found.get("plan", {}) if isinstance(found, dict) else None
-    if not isinstance(plan, dict) or not isinstance(plan.get("cells", 0), int):
-        raise ValueError(f"{path} must be the description of a grid, as Grid.run writes it.")
-    return found
 
 
 def _order(record: Record) -> tuple[Any, ...]:

@@ -137,8 +137,8 @@ BUILT_IN: Mapping[str, Score] = MappingProxyType({
 DEFAULT = tuple(BUILT_IN)
 _FUSED = (AUM, EL2N, CONFIDENCE, LOSS)  # the columns of `built_in_values`
 
-# Other names that `scores` accepts, and the other columns of a tracker's table.
-_RESERVED = {"forgetting", "hardest", "zero", "index", "target", "presentations", "learned"}
+# Other names that `scores` accepts, and the other columns of a tracker's table and CSV file.
+_RESERVED = {"forgetting", "hardest", "zero", "index", "target", "presentations", "learned", "id"}
 
 
 def built_in_values(logits: Tensor, targets: Tensor) -> Tensor:
