@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--store", type=Path, default=Path("repair"), help="folder for the results")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.3, 0.5, 0.7, 0.9])
+    parser.add_argument("--channel-ratios", type=float, nargs="+", help="the same if not given")
     options = parser.parse_args()
     options.store.mkdir(parents=True, exist_ok=True)
     network = "lenet" if options.data == "mnist" else "resnet18"
@@ -49,7 +50,8 @@ def main() -> None:
         dense = trained(options, network, train_set)
         loader = DataLoader(TensorDataset(train_set.tensors[0][: options.samples]), batch_size=125)
         cells = [("nothing", 0.0)]
-        cells += [(kind, ratio) for kind in ("weights", "channels") for ratio in options.ratios]
+        cells += [("weights", ratio) for ratio in options.ratios]
+        cells += [("channels", ratio) for ratio in options.channel_ratios or options.ratios]
         for removed, ratio in cells:
             cell = {"seed": seed, "removed": removed, "ratio": ratio}
             if any(cell.items() <= row.items() for row in rows):
