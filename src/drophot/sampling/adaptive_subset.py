@@ -186,7 +186,9 @@ class AdaptiveSubset(Sampler[int]):
         scores = confidence = tracker = None
         if not {"scores", "confidence"}.isdisjoint(selector.needs):
             # A copy, so that a pass that fails or is interrupted is not counted.
-            tracker = deepcopy(self._tracker) if self._accumulates else self._new_tracker()
+            score = getattr(selector, "statistic", None)  # may be an object that cannot be copied
+            copied = deepcopy(self._tracker, {id(score): score}) if self._accumulates else None
+            tracker = self._new_tracker() if copied is None else copied
             tracker.observe(self.model, _by_position(batches(self.dataset, _BATCH, device)))
             if "scores" in selector.needs:
                 scores = tracker.scores(_statistic_of(selector))
