@@ -22,6 +22,7 @@ from drophot import (
     select,
 )
 from drophot.coreset import Evidence
+from drophot.sampling import adaptive_subset
 from drophot.tracking import Last
 
 N, RATIO, K = worker.N, 0.4, 16
@@ -104,6 +105,39 @@ def test_forgetting_counts_over_all_selections() -> None:
         events[never] = max(epoch, int(events.max()) + 1)
         found = events[shown[epoch]].sort().values
         assert torch.equal(found, events.sort().values[-K:]), "ties aside, the most forgotten"
+
+
+def test_a_selection_that_failed_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adaptive_subset, "_BATCH", N // 2)
+
+    class Interrupted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.fails = worker.network(), False
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            if self.fails:
+                raise KeyboardInterrupt
+            return self.network(inputs)
+
+    states = []
+    for fails in (False, True):
+        model = Interrupted()
+        sampler = AdaptiveSubset(DATA, model, RATIO, Scored("variability"), every=1)
+        list(sampler)
+        if fails:
+            handle = model.register_forward_hook(lambda m, *_: setattr(m, "fails", True))
+            with pytest.raises(KeyboardInterrupt):  # after the first batch
+                list(sampler)
+            handle.remove()
+            model.fails = False
+        list(sampler)
+        list(sampler)
+        states.append(sampler.state_dict())
+    assert states[0]["indices"].tolist() == states[1]["indices"].tolist()
+    for name, value in states[0]["tracker"].items():
+        other = states[1]["tracker"][name]
+        assert torch.equal(value, other) if isinstance(value, Tensor) else value == other, name
 
 
 def test_variability_and_own_scores_are_over_all_selections() -> None:

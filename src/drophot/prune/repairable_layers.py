@@ -132,9 +132,10 @@ def find_layers(
         outside = indices is not None and len(indices) and int(indices.max()) >= (before or 0)
         if other is None or before is None or left != number or outside:
             raise ValueError(
-                f"`dense` must be the model before pruning, but the {number} channels of `{path}` "
-                f"in `model` do not come from the {before or 'missing'} channels there. If "
-                f"channels were removed, pass the result of `prune_channels` as `pruned`."
+                f"`dense` must be the model before pruning, but the {number} channels of "
+                f"`{path or 'the model'}` in `model` do not come from the "
+                f"{before or 'missing'} channels there. If channels were removed, pass the "
+                f"result of `prune_channels` as `pruned`."
             )
         found[path] = RepairableLayer(
             module=module,

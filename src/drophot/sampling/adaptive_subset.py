@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -182,9 +183,12 @@ class AdaptiveSubset(Sampler[int]):
     def _select(self) -> Tensor:
         selector: Selector = self.selector if self.epoch else Random()
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        scores = confidence = None
+        scores = confidence = tracker = None
         if not {"scores", "confidence"}.isdisjoint(selector.needs):
-            tracker = self._tracker if self._accumulates else self._new_tracker()
+            # A copy, so that a pass that fails or is interrupted is not counted.
+            score = getattr(selector, "statistic", None)  # may be an object that cannot be copied
+            copied = deepcopy(self._tracker, {id(score): score}) if self._accumulates else None
+            tracker = self._new_tracker() if copied is None else copied
             tracker.observe(self.model, _by_position(batches(self.dataset, _BATCH, device)))
             if "scores" in selector.needs:
                 scores = tracker.scores(_statistic_of(selector))
@@ -200,7 +204,10 @@ class AdaptiveSubset(Sampler[int]):
                 dataset=self.dataset,
             )
             indices = selector.select(self.ratio, evidence, derive_seed(self.seed, self.epoch))
-        return checked_indices(selector, indices, self.ratio, self.num_samples)
+        indices = checked_indices(selector, indices, self.ratio, self.num_samples)
+        if tracker is not None and self._accumulates:
+            self._tracker = tracker
+        return indices
 
     @property
     def _accumulates(self) -> bool:
