@@ -253,6 +253,10 @@ def test_which_models_take_channels_last() -> None:
     assert takes_channels_last(LeNet(), torch.rand(2, 1, 28, 28))
     assert takes_channels_last(LeNet().requires_grad_(False), torch.rand(2, 1, 28, 28))
     assert not takes_channels_last(Viewed(), torch.rand(2, 3, 6, 6))
+    # On a CPU torch would write beyond the memory of its gradient, and end the process.
+    narrow, wide = (nn.Conv2d(n, 13, 1, stride=2, bias=False) for n in (6, 8))
+    assert not takes_channels_last(nn.Sequential(narrow), torch.rand(2, 6, 8, 8))
+    assert takes_channels_last(nn.Sequential(wide), torch.rand(2, 8, 8, 8))
     assert not takes_channels_last(fcnet(), torch.rand(2, 1, 28, 28)), "nothing to gain"
     assert not takes_channels_last(nn.Conv1d(3, 4, 3), torch.rand(2, 3, 6))
     assert not takes_channels_last(nn.Conv3d(3, 4, 3), torch.rand(2, 3, 6, 6, 6))

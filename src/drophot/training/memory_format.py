@@ -25,6 +25,8 @@ def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
     """Whether the model has convolutions and accepts images in channels-last memory format."""
     if inputs.dim() != 4 or not any(p.dim() == 4 for p in model.parameters()):
         return False
+    if inputs.device.type == "cpu" and any(map(_corrupts_memory, model.modules())):
+        return False
     weights = [p for p in model.parameters() if p.requires_grad]
     with evaluating(model), torch.enable_grad(), uncached_autocast(inputs.device.type):
         try:
@@ -34,3 +36,17 @@ def takes_channels_last(model: nn.Module, inputs: Tensor) -> bool:
         except RuntimeError:  # "view size is not compatible with input tensor's size and stride"
             return False
     return True
+
+
+def _corrupts_memory(module: nn.Module) -> bool:
+    """Whether the weight gradient of a convolution may end the process in channels-last format.
+
+    With PyTorch 2.14 on a CPU, it writes beyond its memory if a kernel of size 1 skips pixels and
+    has fewer than 8 input channels, as in the shortcuts of a ResNet that lost most of its channels.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 8
+    )
