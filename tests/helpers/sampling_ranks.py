@@ -132,6 +132,7 @@ def main(folder: Path) -> None:
     for name, work in (
         ("orders", lambda: list(sampling.sampler(order))),
         ("unmerged", lambda: _unmerged(sampling)),
+        ("failed", lambda: _failing(ranks, rank)),
     ):
         try:
             work()
@@ -140,6 +141,18 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"{rank}.pt")
     dist.barrier()  # no rank leaves while another one still communicates
     dist.destroy_process_group()
+
+
+def _failing(ranks: int, rank: int) -> None:
+    """A selection by a model that has NaN on rank 0, which selects."""
+    model = network()
+    if rank == 0:
+        for weight in model.parameters():
+            torch.nn.init.constant_(weight, torch.nan)
+    options: dict[str, Any] = {"every": 1, "num_replicas": ranks, "rank": rank}
+    sampler = AdaptiveSubset(data(), model, 0.4, "k_center", **options)
+    list(sampler)  # the first selection is random
+    list(sampler)
 
 
 def _unmerged(sampling: LossSampling) -> None:

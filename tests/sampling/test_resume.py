@@ -1,6 +1,7 @@
 """Samplers and loaders that stop within an epoch, and several ranks that share an epoch."""
 
 import io
+import re
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -232,6 +233,8 @@ def test_ranks_see_one_epoch_together(tmp_path: Path) -> None:
             ]
             together = [index for step in zip(*parts, strict=True) for index in step]
             assert together[:size] == expected, (name, epoch)
+    assert "`features` must be finite" in found[0]["failed"]
+    assert re.search("Rank 0 .*ValueError.*`features` must be finite", found[1]["failed"])
     for rank in found:
         losses = (part["losses"].nan_to_num(-1) for part in (rank["resumed"], alone))
         assert torch.equal(*losses)

@@ -172,9 +172,16 @@ class AdaptiveSubset(Sampler[int]):
             )
         found: list[Any] = [None]
         if self.rank == 0:
-            found = [self._select()]
+            try:
+                found = [self._select()]
+            except Exception as error:
+                if self.num_replicas > 1:  # the other ranks wait for a result
+                    dist.broadcast_object_list([f"{type(error).__name__}: {error}"], src=0)
+                raise
         if self.num_replicas > 1:
             dist.broadcast_object_list(found, src=0)
+            if isinstance(found[0], str):
+                raise RuntimeError(f"Rank 0 could not select samples: {found[0]}")
             if self._accumulates and self.epoch:
                 self._tracker.sync()  # so that the state is equal on all ranks
         self._indices = found[0]
