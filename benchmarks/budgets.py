@@ -60,7 +60,7 @@ def main() -> None:
         for name in list(dict.fromkeys(names))[part - 1 :: parts]:
             if name not in done:
                 row = in_a_process(name, "drophot", options, measure)
-                write(options.out, {field: row.get(field, "") for field in FIELDS})
+                networks.write(options.out, {field: row.get(field, "") for field in FIELDS}, FIELDS)
                 print(name, row["outcome"], row.get("trains"), flush=True)
     print(counted(read(options.out)))
 
@@ -70,15 +70,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def write(path: Path, row: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def counted(rows: list[dict[str, str]]) -> str:

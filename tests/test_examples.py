@@ -30,7 +30,7 @@ Stops = Callable[..., tuple[int | str | None, str]]
 
 
 def first_digits(mnist_root: Path, root: Path, train: int, test: int) -> Path:
-    """The first images of MNIST, in files of its own format."""
+    """The first images of MNIST, in the format of its files."""
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", train), ("t10k", test)):

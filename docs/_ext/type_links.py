@@ -43,7 +43,7 @@ PAGES = {
     "matplotlib.axes.Axes": AXES,
     "matplotlib.figure.Figure": "https://matplotlib.org/stable/api/figure_api.html",
     "transformers.Trainer": f"{TRAINER}#transformers.Trainer",
-    "torch.distributed.ProcessGroup": f"{TORCH}/distributed.html",  # has no entry of its own
+    "torch.distributed.ProcessGroup": f"{TORCH}/distributed.html",  # has no separate entry
 }
 for names, page in {
     "bool float int object": f"{PYTHON}/functions.html",

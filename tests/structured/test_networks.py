@@ -169,7 +169,8 @@ def test_a_budget_is_reached_within_one_channel(
     monkeypatch.setattr(zoo, "make", lambda _: network())
     run = options(tmp_path / "t.csv")
     row = networks.in_a_process("small", "drophot", run, budgets.measure)
-    budgets.write(tmp_path / "t.csv", {field: row.get(field, "") for field in budgets.FIELDS})
+    cells = {field: row.get(field, "") for field in budgets.FIELDS}
+    networks.write(tmp_path / "t.csv", cells, budgets.FIELDS)
     (row,) = budgets.read(tmp_path / "t.csv")
     assert (row["outcome"], row["trains"], row["limit"]) == ("right", "True", "73")
     # 9 parameters for each of the 16 channels, and 3 biases.

@@ -46,7 +46,7 @@ class Beta:
             are not selected from, because of `among`, may have NaN. Values that leave [0, 1] by
             at most 1e-6, as rounded means do, are set to 0 or 1. In a mode of
             :class:`drophot.DropHot` or :class:`drophot.Grid`, leave it out: then each run takes the
-            confidences of its own step 1, as in `Scored(DUAL(), Beta())`.
+            confidences of step 1, as in `Scored(DUAL(), Beta())`.
         exponent: `c`, greater than 0. The authors' code uses 4; the larger it is, the longer hard
             samples are preferred. Choose it on a validation set.
         balanced: Each class keeps its share. :func:`drophot.select` does this whenever it is given

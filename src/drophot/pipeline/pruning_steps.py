@@ -231,8 +231,8 @@ def _remove_channels(config: RunConfig, model: nn.Module) -> Pruned:
         return prune_channels(model, example_inputs=_sample(config), to=limited, **how)
     except ValueError as error:
         error.add_note(
-            f"The budget is `structured`. `min_kept` is the larger of its own, {budget.min_kept}, "
-            f"and of 1 - `prune_ratio`, which is {ratio}."
+            f"The budget is `structured`. Each layer keeps at least the larger of `min_kept`, "
+            f"{budget.min_kept}, and 1 - `prune_ratio`, where `prune_ratio` is {ratio}."
         )
         raise
 

@@ -53,9 +53,9 @@ class AdaptiveSubset(Sampler[int]):
 
     A mode that needs scores costs one pass over all samples at each selection, in evaluation mode,
     in float32, batch by batch. AUM, EL2N, confidence and loss are those of the model at that time.
-    Forgetting, variability and scores of your own are over all selections so far; a sample that
-    was never correct is the hardest. A mode that needs the model receives it in evaluation mode,
-    and must not change it.
+    Forgetting, variability and scores of your own are over all selections so far, and so are the
+    confidences of a `Beta` with such a score; a sample that was never correct is the hardest. A
+    mode that needs the model receives it in evaluation mode, and must not change it.
 
     On several ranks, pass `num_replicas` and `rank`. Rank 0 selects while the others wait, and
     sends them the result. Each rank yields every `num_replicas`-th sample. As in
