@@ -684,3 +684,17 @@ def test_wrong_samples_before_and_after_are_refused(changes: Any, error: Any, wo
     right = {"before": [True] * 3, "after": [True] * 3, "scores": [1.0, 2.0, 3.0]}
     with pytest.raises(error, match=words):
         forgotten_by_pruning(**right | changes)
+
+
+@pytest.mark.parametrize(("seeds", "share"), [(3, 0.65), (5, 0.85), (10, 0.95)])
+def test_the_interval_of_a_stability_is_too_narrow_for_few_coresets(
+    seeds: int, share: float
+) -> None:
+    """The shares that its docstring gives: how often it holds 0, the index of random coresets."""
+    chance, runs = np.random.default_rng(0), 400
+    held = 0
+    for _ in range(runs):
+        coresets = [chance.choice(200, 40, replace=False) for _ in range(seeds)]
+        low, high = stability(coresets, 200).interval
+        held += low <= 0 <= high
+    assert held / runs == pytest.approx(share, abs=0.05)
