@@ -133,6 +133,7 @@ def main(folder: Path) -> None:
         ("orders", lambda: list(sampling.sampler(order))),
         ("unmerged", lambda: _unmerged(sampling)),
         ("failed", lambda: _failing(ranks, rank)),
+        ("failed crest", lambda: _failing_crest(ranks, rank)),
     ):
         try:
             work()
@@ -153,6 +154,19 @@ def _failing(ranks: int, rank: int) -> None:
     sampler = AdaptiveSubset(data(), model, 0.4, "k_center", **options)
     list(sampler)  # the first selection is random
     list(sampler)
+
+
+def _failing_crest(ranks: int, rank: int) -> None:
+    """A selection by a model that cannot be called on rank 0."""
+
+    def broken(_: Tensor) -> Tensor:
+        raise ValueError("broken model")
+
+    model = network()
+    loader = CrestLoader(data(), model, batch_size=6, num_replicas=ranks, rank=rank)
+    if rank == 0:
+        model.forward = broken
+    next(iter(loader))
 
 
 def _unmerged(sampling: LossSampling) -> None:

@@ -235,6 +235,8 @@ def test_ranks_see_one_epoch_together(tmp_path: Path) -> None:
             assert together[:size] == expected, (name, epoch)
     assert "`features` must be finite" in found[0]["failed"]
     assert re.search("Rank 0 .*ValueError.*`features` must be finite", found[1]["failed"])
+    assert found[0]["failed crest"] == "broken model"
+    assert "Rank 0" in found[1]["failed crest"]
     for rank in found:
         losses = (part["losses"].nan_to_num(-1) for part in (rank["resumed"], alone))
         assert torch.equal(*losses)

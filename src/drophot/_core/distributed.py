@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def count(group: dist.ProcessGroup | None = None) -> int:
     """The number of ranks in a group, the default one if `None`; 1 without a process group."""
     initialized = dist.is_available() and dist.is_initialized()
     return dist.get_world_size(group) if initialized else 1
+
+
+def from_rank_0(work: Callable[[], T], num_ranks: int, rank: int) -> T:
+    """The result of `work`, which rank 0 does for all ranks. If it fails there, all of them raise.
+
+    Raises:
+        RuntimeError: On the other ranks, if it fails on rank 0.
+    """
+    if num_ranks == 1:
+        return work()
+    sent: list[tuple[T | None, str]] = [(None, "")]
+    failed: Exception | None = None
+    if rank == 0:
+        try:
+            sent = [(work(), "")]
+        except Exception as error:  # the other ranks wait for a result
+            failed, sent = error, [(None, f"{type(error).__name__}: {error}")]
+    dist.broadcast_object_list(sent, src=0)
+    if failed is not None:
+        raise failed
+    result, why = sent[0]
+    if why:
+        raise RuntimeError(f"Rank 0 could not select samples: {why}")
+    return cast("T", result)
 
 
 def gather_numbers(

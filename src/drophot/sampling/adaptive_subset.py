@@ -7,7 +7,6 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, Sampler
@@ -170,21 +169,10 @@ class AdaptiveSubset(Sampler[int]):
                 f"`num_replicas` must be the number of processes, {ranks}, got "
                 f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
             )
-        found: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                found = [self._select()]
-            except Exception as error:
-                if self.num_replicas > 1:  # the other ranks wait for a result
-                    dist.broadcast_object_list([f"{type(error).__name__}: {error}"], src=0)
-                raise
-        if self.num_replicas > 1:
-            dist.broadcast_object_list(found, src=0)
-            if isinstance(found[0], str):
-                raise RuntimeError(f"Rank 0 could not select samples: {found[0]}")
-            if self._accumulates and self.epoch:
-                self._tracker.sync()  # so that the state is equal on all ranks
-        self._indices = found[0]
+        indices = distributed.from_rank_0(self._select, self.num_replicas, self.rank)
+        if self.num_replicas > 1 and self._accumulates and self.epoch:
+            self._tracker.sync()  # so that the state is equal on all ranks
+        self._indices = indices
 
     @exact(products=True)
     def _select(self) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -213,15 +212,16 @@ class CrestLoader:
                 f"`num_replicas` must be the number of processes, {ranks}, got "
                 f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
             )
-        selected = False
-        if self.rank == 0 and (not self.selections or self._is_outdated()):
+
+        def update() -> dict[str, Any]:
+            if self.selections and not self._is_outdated():
+                return {"checks": self.checks}
             self._select()
-            selected = True
-        if self.num_replicas > 1:
-            sent = [selection_state.dump(self) if selected else {"checks": self.checks}]
-            dist.broadcast_object_list(sent, src=0)
-            if self.rank:
-                selection_state.load(self, sent[0])
+            return selection_state.dump(self) if self.num_replicas > 1 else {}
+
+        changed = distributed.from_rank_0(update, self.num_replicas, self.rank)
+        if self.rank:
+            selection_state.load(self, changed)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the whole state, equal on all ranks, for `torch.save`.
