@@ -1,6 +1,7 @@
 """Selection methods with little data kept, on MNIST.
 
     once        methods that select once: random, forgetting, EL2N, AUM, k-center, facility location
+    scores      scores of the whole course of training, DUAL's sampling, density facility location
     dynamic     methods that reselect during training: CREST, a fresh subset, loss sampling
     length3     forgetting scored over 3 epochs, with and without class balance
     length40    the same over 40 epochs
@@ -31,7 +32,9 @@ from torch.utils.data import TensorDataset
 from torchvision.datasets import MNIST
 
 from drophot import Adaptive, DropHot, Grid, Scored, Stratified
+from drophot.coreset import Beta
 from drophot.models import fcnet, lenet
+from drophot.tracking import DUAL, TDDS, FirstLearned, Last, MovingAverage, WindowSpread
 
 MODELS = {"fcnet": fcnet, "lenet": lenet}
 NOISE = 0.2
@@ -42,6 +45,15 @@ ONCE = [
     Scored("aum", Stratified(hard="low")),
     Scored("aum", Stratified(hard="low"), balanced=True),
     *("k_center", "facility_location"),
+]
+WINDOW = 5  # of the 10 epochs of scoring
+SCORES = [
+    Scored(DUAL(window=WINDOW)),
+    Scored(DUAL(window=WINDOW), Beta()),
+    Scored(WindowSpread(window=WINDOW)),
+    Scored(TDDS(num_classes=10, window=WINDOW)),
+    *(Scored(score()) for score in (FirstLearned, Last, MovingAverage)),
+    "density_facility_location",
 ]
 CUT = Scored("aum", Stratified(hard="low", cutoff=NOISE))
 DYNAMIC = ["crest", "fresh_subset", "loss_sampling"]
@@ -57,10 +69,12 @@ EQUAL, JOINT = ["equal_steps"], ["equal_steps", "joint"]
 # Modes, controls, epochs of scoring, share of labels flipped.
 PARTS: dict[str, tuple[list[Any], list[Any], int, float]] = {
     "once": (ONCE, EQUAL, 10, 0.0),
+    "scores": (SCORES, [], 10, 0.0),
     "dynamic": (DYNAMIC, [], 10, 0.0),
     "length3": (LENGTH, EQUAL, 3, 0.0),
     "length40": (LENGTH, EQUAL, 40, 0.0),
     "once_noisy": ([*ONCE, CUT], [], 10, NOISE),
+    "scores_noisy": (SCORES, [], 10, NOISE),
     "dynamic_noisy": (DYNAMIC, [], 10, NOISE),
     "adaptive": (ADAPTIVE, EQUAL, 10, 0.0),
     "adaptive_noisy": (ADAPTIVE, EQUAL, 10, NOISE),
@@ -85,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     train_epochs, samples = 10, None
     if options.quick:
-        options.data_ratios, options.seeds, train_epochs, samples = [0.1, 0.5], [0], 3, 1000
+        options.data_ratios, options.seeds, train_epochs, samples = [0.1, 0.5], [0], WINDOW, 1000
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {unknown.pop()!r}; there are {', '.join(PARTS)}")
     for part in options.parts:

@@ -69,11 +69,11 @@ class Settings:
         mode: How these are chosen. `"high"` keeps the samples that are forgotten most often,
             `"low"` those that are forgotten least often, and `"random"` a random subset.
             :class:`drophot.Stratified` covers all scores and :class:`drophot.Scored` uses another
-            score or chooses class by class. `"k_center"` and `"facility_location"` choose by the
-            features of step 1's network. `"crest"`, `"fresh_subset"` and `"loss_sampling"` choose
-            while step 3 trains, and :class:`drophot.Adaptive` selects again every few epochs by
-            any of the others. Your own :class:`drophot.coreset.Selector` works too. See "How to
-            choose a coreset".
+            score or chooses class by class. `"k_center"`, `"facility_location"` and
+            `"density_facility_location"` choose by the features of step 1's network. `"crest"`,
+            `"fresh_subset"` and `"loss_sampling"` choose while step 3 trains, and
+            :class:`drophot.Adaptive` selects again every few epochs by any of the others. Your own
+            :class:`drophot.coreset.Selector` works too. See "How to choose a coreset".
         prune_ratio: The share of the prunable weights **removed**, in [0, 1): see
             :func:`drophot.magnitude_prune`. A warning is given if they are not nearly all of the
             matrix weights.

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from drophot import Stratified, facility_location, features, k_center, select
-from drophot.coreset import Evidence, Selector
+from drophot.coreset import Evidence, Selector, density_facility_location
 from drophot.coreset.builtin_selectors import (
     ByScore,
+    DensityFacilityLocation,
     FacilityLocation,
     KCenter,
     Random,
     selector_by_name,
 )
+from drophot.settings import FeatureMode
 
 SCORES = torch.tensor([5.0, 3.0, 9.0, 1.0, 7.0, 8.0])
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -196,7 +198,11 @@ def test_a_balanced_selector_needs_targets(selector: Selector) -> None:
 
 @pytest.mark.parametrize(
     ("selector", "algorithm", "kind"),
-    [(KCenter(), k_center, "penultimate"), (FacilityLocation(), facility_location, "error")],
+    [
+        (KCenter(), k_center, "penultimate"),
+        (FacilityLocation(), facility_location, "error"),
+        (DensityFacilityLocation(), density_facility_location, "penultimate"),
+    ],
 )
 def test_selectors_by_features_compute_them_from_the_model(
     selector: Selector, algorithm: Any, kind: Any
@@ -214,7 +220,7 @@ def test_selectors_by_features_compute_them_from_the_model(
 
 
 def test_names_are_those_of_records() -> None:
-    for name in ("high", "low", "random", "k_center", "facility_location"):
+    for name in ("high", "low", "random", *get_args(FeatureMode)):
         assert selector_by_name(name).name == name
     with pytest.raises(ValueError, match="`name`.*'hard'"):
         selector_by_name("hard")

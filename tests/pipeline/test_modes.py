@@ -19,14 +19,13 @@ from drophot import (
     Grid,
     Scored,
     Stratified,
-    facility_location,
     features,
     fit,
-    k_center,
     report,
     select,
     training,
 )
+from drophot import coreset as coresets
 from drophot.grid.stages import stage_of
 from drophot.pipeline import step_3_batches
 from drophot.settings import SAMPLING_MODES, FeatureMode, needs_scoring
@@ -129,9 +128,9 @@ def test_features_are_those_of_step_1s_network_class_by_class(mode: Any) -> None
     with pytest.raises(RuntimeError, match="needs a trained scoring network: call `run.score"):
         run.select()
     run.score()
-    kind = {"k_center": "penultimate", "facility_location": "error"}[mode]
+    kind = "error" if mode == "facility_location" else "penultimate"
     vectors = features(run.scorer, TRAIN, kind)
-    selector = {"k_center": k_center, "facility_location": facility_location}[mode]
+    selector = getattr(coresets, mode)
     assert torch.equal(run.select(), selector(vectors, 0.5, targets=TARGETS).indices)
 
 

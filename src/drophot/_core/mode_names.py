@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 ScoreMode = Literal["high", "low", "random"]
-FeatureMode = Literal["k_center", "facility_location"]
+FeatureMode = Literal["k_center", "facility_location", "density_facility_location"]
 SamplingMode = Literal["crest", "fresh_subset", "loss_sampling"]
 ModeName = Literal[ScoreMode, FeatureMode, SamplingMode]
 

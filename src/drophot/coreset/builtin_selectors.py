@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from drophot.coreset.density_facility_location import density_facility_location
 from drophot.coreset.feature_extraction import features
 from drophot.coreset.greedy import Coreset
 from drophot.coreset.greedy_facility_location import facility_location
@@ -103,8 +104,29 @@ class FacilityLocation:
         return features(model, dataset, "error")
 
 
+@dataclass(frozen=True, slots=True)
+class DensityFacilityLocation:
+    """SubZeroCore on the inputs of the model's last linear layer, in each class.
+
+    The mode "density_facility_location".
+    """
+
+    name = "density_facility_location"
+    needs = ("model", "targets")
+
+    def select(self, ratio: float, evidence: Evidence, seed: int) -> Tensor:
+        return _select_by_features(self, density_facility_location, ratio, evidence, seed)
+
+    def features(self, model: nn.Module, dataset: Dataset[Any]) -> Tensor:
+        """The vectors that it selects by; an error if the model does not have them."""
+        return features(model, dataset, "penultimate")
+
+
+FeatureSelector = KCenter | FacilityLocation | DensityFacilityLocation
+
+
 def _select_by_features(
-    selector: KCenter | FacilityLocation,
+    selector: FeatureSelector,
     algorithm: Callable[..., Coreset],
     ratio: float,
     evidence: Evidence,
@@ -119,7 +141,10 @@ def _select_by_features(
 
 SELECTORS: dict[str, Selector] = {
     selector.name: selector
-    for selector in (ByScore("high"), ByScore("low"), Random(), KCenter(), FacilityLocation())
+    for selector in (
+        *(ByScore("high"), ByScore("low"), Random()),
+        *(KCenter(), FacilityLocation(), DensityFacilityLocation()),
+    )
 }
 
 

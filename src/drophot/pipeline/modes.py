@@ -140,9 +140,9 @@ class Adaptive:
     samples equally often.
 
     Args:
-        mode: What selects: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"`, a
-            :class:`drophot.Stratified`, a :class:`Scored` or your own
-            :class:`drophot.coreset.Selector`.
+        mode: What selects: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"`,
+            `"density_facility_location"`, a :class:`drophot.Stratified`, a :class:`Scored` or your
+            own :class:`drophot.coreset.Selector`.
         every: The number of epochs between two selections. An epoch is a pass over the selected
             samples, also if the run takes equal steps, and is shorter the fewer are kept.
 

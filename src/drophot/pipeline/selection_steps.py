@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from drophot._core import random_state
 from drophot._core.arrays import as_indices
 from drophot._core.user_warnings import warn
-from drophot.coreset.builtin_selectors import FacilityLocation, KCenter
+from drophot.coreset.builtin_selectors import FeatureSelector
 from drophot.coreset.score_ranking import check_scores
 from drophot.coreset.selectors import Evidence, checked_indices
 from drophot.data.batching import batches, num_batches
@@ -285,7 +285,7 @@ def check_features(config: RunConfig) -> None:
     """Refuse a mode that selects by features which the model does not have."""
     mode = config.settings.mode
     selector = mode.selector if isinstance(mode, modes.Adaptive) else config.selector
-    if not isinstance(selector, KCenter | FacilityLocation) or config.keeps_all:
+    if not isinstance(selector, FeatureSelector) or config.keeps_all:
         return
     with random_state.preserved_rng(config.device, seed=config.settings.seed):
         model = config.factory().to(config.device)

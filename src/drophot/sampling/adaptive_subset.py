@@ -69,9 +69,9 @@ class AdaptiveSubset(Sampler[int]):
         dataset: Samples `(input, target)` or `(input, target, index)` whose targets are classes.
         model: The model being trained, called as `model(inputs)`, returns logits `(B, C)`.
         ratio: The fraction kept, in (0, 1].
-        mode: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"` or any
-            :class:`drophot.coreset.Selector`, such as a :class:`drophot.Scored` or
-            :class:`drophot.Stratified`.
+        mode: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"`,
+            `"density_facility_location"` or any :class:`drophot.coreset.Selector`, such as a
+            :class:`drophot.Scored` or :class:`drophot.Stratified`.
         every: The number of epochs between two selections. An epoch is a pass over `K` samples.
         seed: Together with the attribute `epoch`, which counts the epochs begun so far, it
             determines the orders, ties and random choices.
