@@ -1,6 +1,6 @@
 """Write the results of a benchmark with the device, the versions and the command line.
 
-`busy_core` takes a core while a benchmark runs.
+`read_grid` reads the records of a grid, and `busy_core` takes a core while a benchmark runs.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from drophot import Record, records
 from drophot.pipeline.provenance.environment import device_name, versions
 
 RESULTS = Path(__file__).parent / "results"
@@ -34,6 +35,13 @@ def save(name: str, device: torch.device, figures: Any) -> None:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(written, indent=2) + "\n")
     print(f"\nWritten to {path.relative_to(RESULTS.parent.parent)}")
+
+
+def read_grid(name: str) -> list[Record]:
+    """The records of a grid in the order of its cells, not in that in which they finished."""
+    found = records.read(RESULTS / f"grid_{name}.jsonl")
+    modes = ["baseline", "low", "high", "random", *(r.mode for r in found)]
+    return sorted(found, key=lambda r: (modes.index(r.mode), r.keep_ratio, r.prune_ratio, r.seed))
 
 
 @contextmanager

@@ -13,10 +13,11 @@ import re
 from argparse import ArgumentParser
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import faults
+from common import read_grid as read
 from faults import Differences, Faults, signed
+from selection_tables import draw, selected
 
 from drophot import Record, records, report, stats
 
@@ -59,7 +60,7 @@ def main() -> None:
     if options.write:
         for page in PAGES:
             page.write_text(filled(page.read_text(), found))
-        draw()
+        draw(FIGURES / "little_data.svg")
         draw_resnets()
     else:
         for name, table in found.items():
@@ -167,160 +168,6 @@ def draw_resnets() -> None:
         ],
     )
     draw_curves(FIGURES / "table1_curves.svg", hundred, found)
-
-
-def selected() -> dict[str, str]:
-    """The tables of selection methods, from benchmarks/selection.py."""
-    parts = {name: read(f"fcnet_{name}") for name in PARTS}
-    clean, noisy = parts["once"] + parts["dynamic"], parts["once_noisy"] + parts["dynamic_noisy"]
-    return {
-        "selection": by_share(clean, equal_steps=False),
-        "selection_equal": by_share(clean, equal_steps=True),
-        "selection_noisy": by_share(noisy, equal_steps=False),
-        "selection_differences": less_random(clean),
-        "ablation": ablation(parts),
-    }
-
-
-def draw() -> None:
-    """Draw test error against the share kept, with correct and with wrong labels."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    mpl.rcParams["svg.hashsalt"] = "drophot"
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    titles = {"": "MNIST, right labels", "_noisy": "20 % of the training labels wrong"}
-    axes = figure.subplots(1, 2, sharey=True)
-    for ax, (suffix, title) in zip(axes, titles.items(), strict=True):
-        runs = [r for part in ("once", "dynamic") for r in read(f"fcnet_{part}{suffix}")]
-        runs = [r for r in runs if not r.equal_steps]
-        full = 100 - 100 * mean(r.trained_accuracy for r in runs if r.mode == "baseline")
-        ax.axhline(full, color="black", linestyle="-.", linewidth=1, label="everything")
-        for mode, (name, color, marker, style) in DRAWN.items():
-            points = [
-                [
-                    100 - 100 * r.trained_accuracy
-                    for r in runs
-                    if (r.mode, r.keep_ratio) == (mode, share)
-                ]
-                for share in SHARES
-            ]
-            if not points[0]:
-                continue
-            found = [stats.estimate(values) for values in points]
-            middle = [mean(values) for values in points]
-            error = [(e.interval[1] - e.interval[0]) / 2 for e in found]
-            looks: dict[str, Any] = {"color": color, "marker": marker, "linestyle": style}
-            ax.errorbar([100 * s for s in SHARES], middle, error, label=name, capsize=2, **looks)
-        ax.set(xscale="log", yscale="log", ylim=(2, 110), xlabel="training samples kept, %")
-        ax.set_title(title, fontsize=10)
-        for axis, ticks in (
-            (ax.xaxis, (1, 5, 10, 20, 30, 50)),
-            (ax.yaxis, (2, 5, 10, 20, 50, 100)),
-        ):
-            axis.set_ticks(ticks, [str(tick) for tick in ticks])
-            axis.set_ticks([], minor=True)
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel("test error, % (lower is better)")
-    handles = {  # each once, from either panel
-        label: handle
-        for ax in axes
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    legend = {"loc": "outside right upper", "frameon": False, "fontsize": 9}
-    figure.legend(handles.values(), handles.keys(), **legend)
-    figure.savefig(FIGURES / "little_data.svg", metadata={"Date": None})
-
-
-# Okabe and Ito's colors, with markers and line styles that also work without color.
-DRAWN = {
-    "random": ("random", "#009E73", "^", ":"),
-    "fresh_subset": ("random, new each epoch", "#56B4E9", "v", "-"),
-    "crest": ("CREST", "#CC79A7", "X", "-"),
-    "high": ("most forgotten", "#D55E00", "s", "--"),
-    "el2n-high": ("highest EL2N", "#E69F00", "P", "--"),
-    "aum-stratified-low-balanced": ("AUM, stratified, by class", "#0072B2", "o", "-"),
-    "aum-stratified-cutoff0.2-low": ("AUM, stratified, a fifth cut", "#000000", "D", "-"),
-}
-PARTS = ("once", "dynamic", "once_noisy", "dynamic_noisy", "length3", "length40")
-SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
-
-
-def by_share(runs: list[Record], *, equal_steps: bool) -> str:
-    """Mean and half of the 95 % interval, with a row for each mode and a column for each share."""
-    modes = [mode for mode in dict.fromkeys(r.mode for r in runs) if mode != "baseline"]
-    full = {r.seed: 100 * r.trained_accuracy for r in runs if r.mode == "baseline"}
-    lines = [
-        f"| kept | {' | '.join(f'{share:.0%}' for share in SHARES)} |",
-        f"| --- |{' ---: |' * len(SHARES)}",
-    ]
-    for mode in modes:
-        cells = []
-        for share in SHARES:
-            values = [
-                100 * r.trained_accuracy
-                for r in runs
-                if (r.mode, r.keep_ratio, r.equal_steps) == (mode, share, equal_steps)
-            ]
-            cells.append(centred(values) if values else "")
-        if any(cells):
-            lines.append(f"| {mode} | {' | '.join(cells)} |")
-    lines.append(f"| everything | {centred(list(full.values()))} |{' |' * (len(SHARES) - 1)}")
-    return "\n".join(lines)
-
-
-def centred(values: list[float]) -> str:
-    low, high = stats.estimate(values).interval
-    return f"{mean(values):.2f} ± {(high - low) / 2:.2f}"
-
-
-def less_random(runs: list[Record]) -> str:
-    """Each mode minus a random subset of the same size, paired by seed, with equal epochs."""
-    lines = [
-        f"| kept | {' | '.join(f'{share:.0%}' for share in SHARES)} |",
-        f"| --- |{' ---: |' * len(SHARES)}",
-    ]
-    modes = [m for m in dict.fromkeys(r.mode for r in runs) if m not in ("baseline", "random")]
-    for mode in modes:
-        cells = [difference(runs, mode, runs, share, equal_steps=False) for share in SHARES]
-        lines.append(f"| {mode} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def difference(
-    runs: list[Record], mode: str, others: list[Record], share: float, *, equal_steps: bool
-) -> str:
-    """A mode minus random, with its interval."""
-
-    def of(records: list[Record], name: str) -> dict[int, float]:
-        return {
-            r.seed: 100 * r.trained_accuracy
-            for r in records
-            if (r.mode, r.keep_ratio, r.equal_steps) == (name, share, equal_steps)
-        }
-
-    one, other = of(runs, mode), of(others, "random")
-    seeds = sorted(one.keys() & other.keys())
-    found = stats.paired([one[s] for s in seeds], [other[s] for s in seeds])
-    low, high = found.interval
-    return f"{signed(found.difference)} ({signed(low)} to {signed(high)})"
-
-
-def ablation(parts: dict[str, list[Record]]) -> str:
-    """Most forgotten minus random, by scoring epochs, class balance, and equal epochs or steps."""
-    lines = [
-        f"| scored for | by class | trained for | {' | '.join(f'{s:.0%}' for s in SHARES)} |",
-        f"| ---: | --- | --- |{' ---: |' * len(SHARES)}",
-    ]
-    for name, epochs in (("length3", 3), ("once", 10), ("length40", 40)):
-        for mode, balanced in (("high", "no"), ("forgetting-high-balanced", "yes")):
-            for equal_steps, words in ((False, "10 epochs"), (True, "equal steps")):
-                cells = [
-                    difference(parts[name], mode, parts["once"], share, equal_steps=equal_steps)
-                    for share in SHARES
-                ]
-                lines.append(f"| {epochs} epochs | {balanced} | {words} | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def recovery(runs: list[Record]) -> str:
@@ -492,13 +339,6 @@ def cell(record: Record) -> tuple[str, float, float, int]:
 
 def uncontrolled(record: Record) -> bool:
     return not record.equal_steps and not record.reinitialized
-
-
-def read(name: str) -> list[Record]:
-    """The records of a grid in the order of its cells, not in that in which they finished."""
-    found = records.read(RESULTS / f"grid_{name}.jsonl")
-    modes = [*MODES, *(r.mode for r in found)]
-    return sorted(found, key=lambda r: (modes.index(r.mode), r.keep_ratio, r.prune_ratio, r.seed))
 
 
 def chance(p: float) -> str:
