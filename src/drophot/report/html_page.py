@@ -69,7 +69,7 @@ def load(source: Iterable[Record] | Path | str) -> Source:
         source = {(cell_of(line), line.seed): line for line in lines}.values()
     source = check_records(source, "source")
     if not source:
-        raise ValueError("`source` must hold at least one record, got none so far.")
+        raise ValueError("`source` must hold at least one record, got none so far. Wait until a cell is done.")
     found = group_by_cell(source, "source")
     more = order([runs[0] for runs in found])
     keys = [((*more(runs[0]), *_order(run)), run) for runs in found for run in runs]
