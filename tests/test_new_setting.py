@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 # The whole change, in two files: what is added before which line.
 CHANGE = {
-    "settings.py": {
+    "settings/declarations.py": {
         "    score_epochs: int = field(\n": """\
     finetune_lr_scale: float = field(
         default=1.0,

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from drophot import DropHot, Record, Scored, Stratified
+from drophot._core.mode_names import ModeName
 from drophot.pipeline.config import Arguments
-from drophot.settings import (
+from drophot.settings.declarations import Settings
+from drophot.settings.names import name_of
+from drophot.settings.tables import (
     CONTROLS,
     DEFAULTS,
     RECORD_FIELDS,
     SETTINGS,
-    ModeName,
-    Settings,
     file_part,
-    name_of,
     varying,
     with_defaults,
 )

@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return 1
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        print("drophot: error:", *str(error).split(), file=sys.stderr)  # noqa: T201  # one line
+        text = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}."
+        print("drophot: error:", *text.split(), file=sys.stderr)  # noqa: T201  # one line
         return 2
     return 0
 
@@ -48,8 +51,8 @@ def _parser() -> ArgumentParser:
     summary.add_argument(
         "source",
         metavar="FILE_OR_FACTORY",
-        help="a file of torch.save or save_compressed, or module:factory, which is imported and "
-        "called without arguments, such as torchvision.models:resnet18",
+        help="a file of torch.save, safetensors or save_compressed, or module:factory, which is "
+        "imported and called without arguments, such as torchvision.models:resnet18",
     )
     summary.add_argument("--key", metavar="KEY", help=key)
     summary.set_defaults(run=_summary)
@@ -114,8 +117,10 @@ def _status(options: Namespace) -> None:
 
 
 def _report(options: Namespace) -> None:
+    from drophot._command_line import grid_status
     from drophot.report import html
 
+    grid_status.check_folder(options.store)
     print(html(options.store, options.output or options.store / "report.html"))  # noqa: T201
 
 

@@ -2,11 +2,15 @@
 
 import csv
 import io
+import os
+import pickle
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.record import one
@@ -133,15 +137,104 @@ def test_wrong_sources_are_errors_of_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "text").write_text("no checkpoint")
+    (tmp_path / "nothing.pt").touch()
+    np.savez(tmp_path / "arrays.npz", a=np.zeros(3))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"a": Path()}))
     torch.save({"epoch": 1}, tmp_path / "empty.pt")
+    torch.save(network().state_dict(), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
     damaged = tmp_path / "damaged"
     save_compressed(network(), damaged)
     damaged.write_bytes(damaged.read_bytes().replace(b'"nonzeros"', b'"nonzeroz"'))
-    for name in ("text", "empty.pt", "damaged", "missing", "."):
-        error(capsys, "summary", tmp_path / name)
-    for source in ("missing:network", "torch:missing", "torch.nn:Linear"):
-        assert source in error(capsys, "summary", source)
-    assert "dict" in error(capsys, "summary", "builtins:dict")
+    for name, problem in {
+        "text": "not a checkpoint",
+        "nothing.pt": "empty",
+        "arrays.npz": "not a checkpoint",
+        "pickle.pt": "not safe",
+        "empty.pt": "`state_dict`",
+        "half.pt": "damaged",
+        "damaged": "damaged",
+        "missing": "no file",
+        "missing.safetensors": "no file",
+        ".": "folder",
+    }.items():
+        found = error(capsys, "summary", tmp_path / name)
+        assert problem in found
+        assert str(tmp_path / name) in found
+
+
+@pytest.mark.skipif(os.access("/root", os.R_OK), reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.pt"
+    torch.save(network().state_dict(), file)
+    file.chmod(0)
+    assert str(file) in error(capsys, "summary", file)
+    assert str(file) in error(capsys, "suspects", file)
+
+
+def test_wrong_factories_are_errors_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wrong_models.py").write_text(
+        "import sys\n"
+        "def raises(): raise RuntimeError('boom')\n"
+        "def exits(): sys.exit('a script')\n"
+        "def builds_nothing(): pass\n"
+    )
+    (tmp_path / "wrong_script.py").write_text("raise SystemExit('usage')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for source, problem in {
+        "missing:network": "'missing'",
+        "torch:missing": "'missing'",
+        "torch.nn:Linear": "in_features",
+        "torch:": "module:function",
+        ":torch": "module:function",
+        "builtins:dict": "type dict",
+        "wrong_models:raises": "boom",
+        "wrong_models:exits": "a script",
+        "wrong_models:builds_nothing": "NoneType",
+        "wrong_models.py:raises": "`.py`",
+        "wrong_script:network": "usage",
+    }.items():
+        found = error(capsys, "summary", source)
+        assert problem in found
+        assert source in found
+
+
+def test_programs_are_told_from_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("program/code/network.py", "program/archive_format"):  # torch.jit, torch.export
+        with zipfile.ZipFile(tmp_path / "program.pt", "w") as archive:
+            archive.writestr(name, "")
+            archive.writestr("program/data.pkl", "")
+        assert "program" in error(capsys, "summary", tmp_path / "program.pt")
+
+
+def test_a_file_of_safetensors_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model = network()
+    magnitude_prune(model, 0.5)
+    for name in ("model.safetensors", "renamed.pt"):
+        save_file(model.state_dict(), tmp_path / name)
+        assert rows(output(capsys, "summary", tmp_path / name)) == rows(str(drophot.summary(model)))
+    assert "DynamicsTracker" in error(capsys, "suspects", tmp_path / "renamed.pt")
+    file = tmp_path / "half.safetensors"
+    file.write_bytes((tmp_path / "renamed.pt").read_bytes()[:-1])
+    assert "damaged" in error(capsys, "summary", file)
+
+
+def test_without_safetensors_its_files_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    (tmp_path / "a.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    found = error(capsys, "summary", tmp_path / "a.safetensors")
+    assert "a.safetensors" in found
+    assert "pip install safetensors" in found
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
@@ -153,6 +246,8 @@ def test_weights_that_are_not_dense_are_named(
     found = error(capsys, "summary", file)
     assert "`fc.weight`" in found
     assert "sparse" in found
+    torch.save({"fc.weight": torch.empty(3, device="meta")}, file)
+    assert "meta" in error(capsys, "summary", file)
     torch.save({"fc.weight": torch.eye(3, dtype=torch.complex64)}, file)
     assert rows(output(capsys, "summary", file))[-1][2] == "3"
 
@@ -191,18 +286,25 @@ def test_suspects_that_cannot_be_told_are_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "c.pt"
+    missing = error(capsys, "suspects", file)
+    assert str(file) in missing
+    assert "module" not in missing  # only a network can be built by a function
     torch.save(tracker().state_dict(), file)
-    assert "'forgetting'" in error(capsys, "suspects", file, "--score", "forgetting")
+    wrong = error(capsys, "suspects", file, "--score", "forgetting")
+    assert "`--score`" in wrong
+    assert "'forgetting'" in wrong
     assert "0" in error(capsys, "suspects", file, "--number", "0")
     torch.save(ForgettingTracker(5).state_dict(), file)
     assert "DynamicsTracker" in error(capsys, "suspects", file)
     torch.save(network().state_dict(), file)
-    assert "tracker" in error(capsys, "suspects", file)
+    assert "DynamicsTracker" in error(capsys, "suspects", file)
     last = drophot.tracking.Last()
     torch.save(DynamicsTracker(5, statistics=["aum", last]).state_dict(), file)
     assert "'last_loss'" in error(capsys, "suspects", file)
     torch.save(tracker().state_dict() | {"statistics": [5]}, file)
-    assert "tracker" in error(capsys, "suspects", file)
+    assert "DynamicsTracker" in error(capsys, "suspects", file)
+    torch.save(tracker().state_dict() | {"history": torch.tensor(0)}, file)
+    assert "DynamicsTracker" in error(capsys, "suspects", file)
 
 
 def test_the_status_and_the_report_of_a_grid(
@@ -232,13 +334,19 @@ def test_the_status_and_the_report_of_a_grid(
     assert output(capsys, "grid", "report", store, "--output", other) == f"{other}\n"
     assert other.is_file()
     assert table(runs)
+    in_a_file = file / "page.html"
+    assert str(file) in error(capsys, "grid", "report", store, "--output", in_a_file)
 
 
 def test_a_folder_that_is_no_grid_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "file").touch()
     for command in ("status", "report"):
-        assert str(tmp_path) in error(capsys, "grid", command, tmp_path)
+        for folder in (tmp_path, tmp_path / "missing", tmp_path / "file"):
+            found = error(capsys, "grid", command, folder)
+            assert f"but {folder} " in found
+            assert "`STORE`" in found
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"plan": null}', '{"plan": {"cells": "6"}}', "no json"])

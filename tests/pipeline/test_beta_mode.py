@@ -12,7 +12,7 @@ from drophot import Adaptive, AdaptiveSubset, Grid, Scored, select
 from drophot.coreset import Beta, Evidence
 from drophot.models import fcnet
 from drophot.pipeline import RunProtocol
-from drophot.settings import needs_scoring
+from drophot.settings.names import needs_scoring
 from drophot.tracking import DUAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")

@@ -26,10 +26,11 @@ from drophot import (
     training,
 )
 from drophot import coreset as coresets
+from drophot._core.mode_names import SAMPLING_MODES, FeatureMode
 from drophot.grid.stages import stage_of
 from drophot.pipeline import step_3_batches
-from drophot.settings import SAMPLING_MODES, FeatureMode, needs_scoring
-from drophot.settings import name_of as name
+from drophot.settings.names import name_of as name
+from drophot.settings.names import needs_scoring
 from drophot.tracking.dynamics import Statistic
 
 FEATURE_MODES = get_args(FeatureMode)

@@ -258,3 +258,37 @@ def test_a_layer_that_another_optimizer_trains_later_is_warned_about() -> None:
     other = SGD(model[0].parameters(), lr=0.1)
     with pytest.warns(UserWarning, match=r"`0\.weight`"):
         trained(model, optimizer, other)
+
+
+class OtherState(torch.optim.SGD):
+    """Adds state that does not belong to single elements, as Adafactor, Shampoo and others do."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for weight in self.param_groups[0]["params"]:
+            state, size = self.state[weight], len(weight)
+            state.setdefault("exp_avg_sq_row", torch.ones(size))
+            state.setdefault("precond_0", torch.ones(size, size))
+            state.setdefault("GG", [torch.ones(size, size)] * 2)
+            state.setdefault("state1", torch.ones_like(weight, dtype=torch.uint8))
+            state.setdefault("exp_avg", torch.ones_like(weight))
+            state.setdefault("step", 1)
+        return result
+
+
+def test_state_that_does_not_belong_to_elements_is_left_as_it_is() -> None:
+    model = nn.Linear(6, 6, bias=False)  # square, as are the matrices of its dimensions
+    optimizer = OtherState(model.parameters(), lr=0.1)
+    model(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+    masks = magnitude_prune(model, 0.5)
+    with masks.hold(optimizer):
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(3, 6)).sum().backward()
+            optimizer.step()
+        state = optimizer.state[model.weight]
+        kept = [state["exp_avg_sq_row"], state["precond_0"], *state["GG"], state["state1"]]
+        assert all((tensor == 1).all() for tensor in kept)
+        assert torch.equal(state["exp_avg"] != 0, masks["weight"])
+        assert not model.weight[~masks["weight"]].any()

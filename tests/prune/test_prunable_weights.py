@@ -57,6 +57,20 @@ def test_weights_that_are_shared_count_once_and_stay_shared() -> None:
     assert model[0].weight is model[1].weight
 
 
+def test_two_parameters_over_the_same_memory_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight.data = model[0].weight.data
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"`1\.weight` and `0\.weight`"):
+        magnitude_prune(model, 0.5)
+    with pytest.raises(ValueError, match=r"`1\.weight` and `0\.weight`"):
+        prune_channels(model, 0.5, torch.randn(2, 6))
+    assert torch.equal(model[0].weight, before)
+    whole = torch.randn(12, 6)  # parts of one tensor are different weights
+    model[0].weight.data, model[1].weight.data = whole[:6], whole[6:]
+    magnitude_prune(model, 0.5)
+
+
 def test_lazy_modules() -> None:
     model = nn.Sequential(nn.LazyLinear(16), nn.Linear(16, 8))
     refused(model, ValueError, "`0.weight`.*no data.*one batch")

@@ -1,7 +1,9 @@
-"""Read files of `torch.save` without running code in them, and find states among their entries."""
+"""Read checkpoints without running code in them, and find states among their entries."""
 
 from __future__ import annotations
 
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,42 +15,86 @@ State = Mapping[str, Any]
 
 
 def load(path: Path) -> object:
-    """The content of a file of `torch.save`, on the CPU."""
+    """The content of a file of `torch.save` or safetensors, on the CPU."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder. Name a file in it.")
+    if not path.exists():
+        raise ValueError(f"There is no file {path}. Check the path and the current folder.")
+    if _is_safetensors(path):
+        return _load_safetensors(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(
-            f"There is no file {path}. Name a file or, for a network, module:function."
-        ) from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder. Name a file in it.") from None
-    except UnpicklingError as error:
-        raise ValueError(
-            f"{path} is not a file of torch.save, or holds more than tensors, numbers and "
-            f"containers, which is not safe to read. Save the `state_dict` of a network or a "
-            f"tracker, not the object."
-        ) from error
+        with warnings.catch_warnings(action="ignore"):  # of files that are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
+        raise ValueError(_explain(path, error)) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins like one of safetensors: the length of a description in JSON."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+
+
+def _load_safetensors(path: Path) -> object:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
         raise ValueError(
-            f"{path} is damaged or not a file of torch.save ({type(error).__name__}: {error})."
-        ) from error
+            f"{path} is a file of safetensors, which is not installed. Install it with "
+            f"`pip install safetensors`, or pass module:function, which builds the network."
+        ) from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: safetensors cannot read it ({error}).") from error
 
 
-def find(content: object, is_state: Callable[[State], bool], key: str | None, what: str) -> State:
-    """The one state in the content of a file, or the one that `key` names.
+def _explain(path: Path, error: Exception) -> str:
+    """Why `torch.load` refused a file, from its first bytes and the names in its archive."""
+    with path.open("rb") as file:
+        head = file.read(2)
+    if not head:
+        return f"{path} is empty. Save or copy it again."
+    names = None
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    if any("/code/" in name or name.endswith("/archive_format") for name in names or ()):
+        return (
+            f"{path} holds a program of torch.jit or torch.export. Save the `state_dict` of the "
+            f"network with torch.save."
+        )
+    is_pickle = any(name.endswith("/data.pkl") for name in names or ()) or head[0] == 0x80
+    if is_pickle and isinstance(error, UnpicklingError):
+        return (
+            f"{path} holds a Python object or was written by pickle, which is not safe to read. "
+            f"Save the `state_dict` of the network or the tracker with torch.save."
+        )
+    if is_pickle or (head == b"PK" and names is None):
+        return f"{path} is damaged: torch.load cannot read it. Save or copy it again."
+    return (
+        f"{path} is not a checkpoint. Name a file that torch.save, save_compressed or safetensors "
+        f"wrote."
+    )
+
+
+def find(path: Path, is_state: Callable[[State], bool], key: str | None, what: str) -> State:
+    """The one state in a file, or the one that `key` names.
 
     Args:
-        content: The result of `load`.
+        path: The file.
         is_state: Whether a mapping is such a state.
         key: The keys that lead to the state, joined by dots; `None` if there is only one.
         what: What is searched, for errors.
     """
-    found = dict(_states(content, is_state))
+    found = dict(_states(load(path), is_state))
     names = ", ".join(map(repr, found))
     if not found:
-        raise ValueError(f"The file holds no {what}.")
+        raise ValueError(f"{path} holds no {what}. Name a file that does.")
     if key is not None:
         if list(found) == [""]:
             raise ValueError(f"The whole file is the {what}. Leave `--key` out, got {key!r}.")
@@ -56,7 +102,7 @@ def find(content: object, is_state: Callable[[State], bool], key: str | None, wh
             raise ValueError(f"`--key` must be {names}, got {key!r}.")
         return found[key]
     if len(found) > 1:
-        raise ValueError(f"The file holds several: {names}. Choose one with --key.")
+        raise ValueError(f"{path} holds several: {names}. Choose one with --key.")
     return next(iter(found.values()))
 
 

@@ -10,8 +10,20 @@ from drophot.records.cells import cell_of
 from drophot.report.grid_folder import read_store
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse what is not the folder of a grid."""
+    if not (folder / "records.jsonl").is_file():
+        problem = "has no records.jsonl" if folder.is_dir() else "is not a folder"
+        problem = problem if folder.exists() else "does not exist"
+        raise ValueError(
+            f"`STORE` must be the folder of a grid, but {folder} {problem}. Name the folder that "
+            f"was passed to Grid.run."
+        )
+
+
 def of(folder: Path) -> str:
     """The progress of a grid in a few lines."""
+    check_folder(folder)
     grid, lines = read_store(folder)
     # A stage that was computed twice, for example by two processes, has two lines.
     records = list({(cell_of(line), line.seed): line for line in lines}.values())

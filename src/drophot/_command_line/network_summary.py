@@ -24,9 +24,13 @@ def of(source: str, key: str | None) -> Summary:
     """Summarize `module:factory`, a checkpoint or a compressed checkpoint."""
     path = Path(source)
     compressed = path.is_file() and is_compressed(path)
-    if not compressed and (path.exists() or ":" not in source):
-        found = checkpoints.load(path)
-        return _of_state(checkpoints.find(found, _is_state, key, "weights of a network"))
+    if path.exists() and not compressed:
+        return _of_state(checkpoints.find(path, _is_state, key, "`state_dict` of a network"))
+    if not path.exists() and ":" not in source:
+        raise ValueError(
+            f"There is no file {source}. Name a file, or a function that builds a network as "
+            f"module:function, such as torchvision.models:resnet18."
+        )
     if key is not None:
         raise ValueError(
             f"`--key` chooses an entry of a file of torch.save, got {key!r} for {source}, which is "
@@ -35,21 +39,45 @@ def of(source: str, key: str | None) -> Summary:
     return _of_state(read_compressed(path)) if compressed else summary(_build(source))
 
 
-def _build(source: str) -> Any:
+def _build(source: str) -> nn.Module:
     module, _, name = source.partition(":")
+    fix = "Name a file, or a function without arguments as module:function."
+    if not module or not name:
+        raise ValueError(f"{source} is neither a file nor a function. {fix}")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as `python -m` has it
     try:
         found: Any = importlib.import_module(module)
+    except (Exception, SystemExit) as error:
+        if module.endswith(".py"):
+            fix = "Name the module as in an import statement, without `.py`."
+        raise ValueError(
+            f"{source} needs the module {module!r}, which cannot be imported ({_describe(error)}). "
+            f"{fix}"
+        ) from error
+    try:
         for part in name.split("."):
             found = getattr(found, part)
-        return found if isinstance(found, nn.Module) else found()
-    except Exception as error:
+    except AttributeError:
+        raise ValueError(f"{source} does not exist: {module} has no {name!r}. {fix}") from None
+    if not isinstance(found, nn.Module):
+        try:
+            found = found()
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"{source} raised an error when called without arguments ({_describe(error)}). "
+                f"{fix}"
+            ) from error
+    if not isinstance(found, nn.Module):
         raise ValueError(
-            f"{source} could not be imported and called without arguments "
-            f"({type(error).__name__}: {error}). Name a file, or a function without arguments as "
-            f"module:function."
-        ) from error
+            f"{source} must return a torch.nn.Module, got an object of type "
+            f"{type(found).__name__}. {fix}"
+        )
+    return found
+
+
+def _describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
 
 
 def _is_state(found: Mapping[str, Any]) -> bool:
@@ -69,8 +97,9 @@ def _of_state(state: Mapping[str, Any]) -> Summary:
         layer, _, own = name.rpartition(".")
         if not isinstance(tensor, Tensor) or own in (*_BUFFERS, "_extra_state"):
             continue
-        if tensor.layout != torch.strided or tensor.is_quantized:
-            kind = "quantized" if tensor.is_quantized else str(tensor.layout)
+        kinds = {"quantized": tensor.is_quantized, "nested": tensor.is_nested}
+        kinds |= {"meta": tensor.is_meta, str(tensor.layout): tensor.layout != torch.strided}
+        if kind := next((kind for kind, applies in kinds.items() if applies), None):
             raise ValueError(
                 f"`{name}` must be a dense tensor of numbers, got a {kind} one. Pass "
                 f"module:function, which builds the network."

@@ -18,17 +18,21 @@ def write(path: Path, score: str, number: int, key: str | None, file: TextIO) ->
     """Write a row for each of the most suspicious samples, the most suspicious first."""
     if number < 1:
         raise ValueError(f"`--number` must be at least 1, got {number}.")
-    content = checkpoints.load(path)
-    state = checkpoints.find(content, _is_state, key, "`state_dict` of a tracker")
+    state = checkpoints.find(path, _is_state, key, "`state_dict` of a DynamicsTracker")
     tracker = _tracker(state)
+    if score not in tracker.statistics:
+        names = ", ".join(map(repr, tracker.statistics))
+        raise ValueError(f"`--score` must be one of {names}, got {score!r}.")
     rows = most_suspicious(tracker, score, number)
     write_csv(file, tracker.columns(), rows=rows)
 
 
 def _is_state(found: Mapping[str, Any]) -> bool:
     names = found.get("statistics", DEFAULT)
+    history = found.get("history")
     return (
-        isinstance(found.get("history"), Tensor)
+        isinstance(history, Tensor)
+        and history.ndim == 1
         and found.keys() >= {"version", "targets"}
         and isinstance(names, (list, tuple))
         and all(isinstance(name, str) for name in names)

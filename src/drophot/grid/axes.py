@@ -12,7 +12,8 @@ from drophot.grid.stages import BASELINE_CELL, Cell
 from drophot.pipeline import modes as pipeline_modes
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.preflight import with_settings
-from drophot.settings import CONTROLS, SETTINGS, Mode, name_of
+from drophot.settings.names import Mode, name_of
+from drophot.settings.tables import CONTROLS, SETTINGS
 from drophot.tracking.statistics import Score
 
 

@@ -21,7 +21,8 @@ from drophot.grid import mps
 from drophot.grid.gpu_pool import GpuPool
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import callable_text
-from drophot.settings import SETTINGS, Mode
+from drophot.settings.names import Mode
+from drophot.settings.tables import SETTINGS
 
 
 class SubmittedCall(Protocol):

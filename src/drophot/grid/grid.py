@@ -24,7 +24,7 @@ from drophot.pipeline.drophot import DropHot
 from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.records.json_lines import from_line
 from drophot.records.record import Record
-from drophot.settings import Mode
+from drophot.settings.names import Mode
 
 logger = logging.getLogger("drophot")
 

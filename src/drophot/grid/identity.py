@@ -15,7 +15,8 @@ from drophot.pipeline.provenance.fingerprints import unseen
 from drophot.pipeline.provenance.own_objects import described, own_objects, unknown_parts
 from drophot.pipeline.provenance.run_record import configuration
 from drophot.records.record import fingerprint
-from drophot.settings import Mode, name_of, varying
+from drophot.settings.names import Mode, name_of
+from drophot.settings.tables import varying
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

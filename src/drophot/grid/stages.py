@@ -6,7 +6,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from drophot.settings import BASELINE, Settings, StageName, file_part, needs_scoring, varying
+from drophot._core.mode_names import BASELINE
+from drophot._core.setting_declaration import StageName
+from drophot.settings.declarations import Settings
+from drophot.settings.names import needs_scoring
+from drophot.settings.tables import file_part, varying
 from drophot.tracking.statistics import Score
 
 Cell = Mapping[str, object]

@@ -21,7 +21,8 @@ from drophot.pipeline import modes
 from drophot.pipeline.protocol import RunProtocol, check_protocol
 from drophot.pipeline.provenance.experiment import Experiment
 from drophot.pipeline.released_protocol import protocol_of
-from drophot.settings import SETTINGS, Settings
+from drophot.settings.declarations import Settings
+from drophot.settings.tables import SETTINGS
 from drophot.training import loop
 
 ModelFactory = Callable[[], nn.Module]

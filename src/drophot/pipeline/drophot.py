@@ -22,7 +22,8 @@ from drophot.pipeline.provenance.run_record import configuration, record_of
 from drophot.prune.masks import Masks
 from drophot.prune.schedule import Schedule
 from drophot.records.record import Record
-from drophot.settings import SETTINGS, Settings, varying
+from drophot.settings.declarations import Settings
+from drophot.settings.tables import SETTINGS, varying
 from drophot.structured.pruning_result import Pruned
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.training.loop import Fit

@@ -8,11 +8,13 @@ from typing import Literal, cast, get_args
 from torch import Tensor
 
 from drophot._core import scalars
+from drophot._core.mode_names import SAMPLING_MODES
 from drophot.coreset.beta_sampling import Beta
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified, check_cutoff
-from drophot.settings import SAMPLING_MODES, SETTINGS, Mode, Named, name_of
+from drophot.settings.names import Mode, Named, name_of
+from drophot.settings.tables import SETTINGS
 from drophot.tracking.statistics import (
     BUILT_IN,
     HardEnd,

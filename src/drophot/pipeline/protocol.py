@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from drophot._core.signatures import signature_error
 from drophot.coreset.selectors import Evidence, Selector, check_evidence
 from drophot.pipeline import modes
-from drophot.settings import Named, Settings, name_of
+from drophot.settings.declarations import Settings
+from drophot.settings.names import Named, name_of
 
 
 class SampleCounter(Protocol):

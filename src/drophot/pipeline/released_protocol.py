@@ -35,7 +35,7 @@ from drophot._core import scalars
 from drophot._core.model_contexts import evaluating
 from drophot.coreset import score_selection
 from drophot.pipeline.protocol import RunProtocol
-from drophot.settings import Named
+from drophot.settings.names import Named
 
 
 class PositionCounts:

@@ -33,7 +33,8 @@ from drophot.pipeline.step_3_batches import (
     successive_epochs_of_coreset,
 )
 from drophot.prune.masks import Masks
-from drophot.settings import Forgetting, name_of
+from drophot.settings.declarations import Forgetting
+from drophot.settings.names import name_of
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.statistics import DEFAULT, Score
 from drophot.training.evaluation import evaluate

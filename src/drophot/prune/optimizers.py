@@ -73,11 +73,12 @@ def zero_state(
 
     Tensors of a weight's shape, such as momentum or a master copy, become zero where the weight is
     removed. The curvature of LBFGS belongs to all weights together: it restarts if it involves
-    removed weights. Other state, such as Adafactor's means of rows, is left as it is.
+    removed weights. Other state, such as Adafactor's means of rows, is left as it is. So are the
+    preconditioners of Shampoo and SOAP, which have the shape of a square weight.
     """
     for name, weight in weights.items():
         state = optimizer.state.get(weight, {})
-        for tensor in _tensors(state):
+        for tensor in _of_elements(state):
             if tensor.shape == weight.shape and tensor.is_floating_point():
                 if tensor.element_size() == weight.element_size():
                     bit_masks.zero_({name: tensor}, masks)
@@ -85,6 +86,19 @@ def zero_state(
                     tensor.detach().masked_fill_(~masks[name].to(tensor.device), 0)
     if isinstance(optimizer, LBFGS):
         _check_curvature(optimizer, weights, masks)
+
+
+def _of_elements(state: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors of a state that may have a value for each element of the weight.
+
+    The matrices of Shampoo and SOAP multiply a whole dimension; zeros could make them singular.
+    SOAP and others keep them in lists, one for each dimension.
+    """
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            yield from _of_elements(value)
+        elif isinstance(value, Tensor) and "precond" not in str(name):
+            yield value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

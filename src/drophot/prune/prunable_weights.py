@@ -93,6 +93,7 @@ def _checked(
 ) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Yield the weights of known layers and the `added` ones, each once, with its module."""
     seen: set[int] = set()
+    starts: dict[tuple[torch.device, int], str] = {}
     for path, module in model.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError(
@@ -117,6 +118,13 @@ def _checked(
             _check_weight(name, weight)
             seen.add(id(weight))
             if weight.numel():
+                other = starts.setdefault((weight.device, weight.data_ptr()), name)
+                if other != name:
+                    raise ValueError(
+                        f"`model` must have one parameter for each weight, but `{name}` and "
+                        f"`{other}` are two over the same memory. Assign the parameter itself "
+                        f"instead of its `data`, so that both layers share it."
+                    )
                 yield name, module, weight
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from drophot._core.json_values import Json
+from drophot._core.mode_names import BASELINE
 from drophot.records.json_lines import to_line
 from drophot.records.record import Record, fingerprint
-from drophot.settings import BASELINE, RECORD_FIELDS, with_defaults
+from drophot.settings.tables import RECORD_FIELDS, with_defaults
 
 # A cell of a grid is a configuration without the seed. Older records do not hold their
 # configuration; their fields are used instead.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from drophot._core.mode_names import BASELINE
 from drophot.records.cells import check_names, group_by_cell, shared_settings
 from drophot.records.record import Record
-from drophot.settings import BASELINE, SCORING_ONLY, Mode, needs_scoring
+from drophot.settings.names import Mode, needs_scoring
+from drophot.settings.tables import SCORING_ONLY
 
 
 def pairs(records: Iterable[Record], against: str | Mode) -> list[list[tuple[Record, Record]]]:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from drophot._core.atomic_write import atomic_write
+from drophot._core.mode_names import BASELINE
 from drophot.records.cells import group_by_cell
 from drophot.records.pairs import mode_name
 from drophot.records.record import Record
 from drophot.report import coreset_agreement, html_page, plots, tables
 from drophot.report.plots import Ratio
 from drophot.report.svg_panels import Panels
-from drophot.settings import BASELINE, Mode
+from drophot.settings.names import Mode
 from drophot.stats import Forgotten, Measure
 
 if TYPE_CHECKING:

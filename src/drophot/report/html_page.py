@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from drophot._core.mode_names import BASELINE
 from drophot.records.cells import cell_of, check_records, group_by_cell, shared_settings
 from drophot.records.pairs import free_settings
 from drophot.records.record import Record
@@ -20,7 +21,8 @@ from drophot.report.page_style import STYLE
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
 from drophot.report.tables import Table, percent
-from drophot.settings import BASELINE, RECORD_FIELDS, SCORING_ONLY, needs_scoring, varying
+from drophot.settings.names import needs_scoring
+from drophot.settings.tables import RECORD_FIELDS, SCORING_ONLY, varying
 
 _HOW = {
     "Run, cell": "A run is one network, trained, pruned and fine-tuned with one seed. A cell is "
@@ -69,7 +71,9 @@ def load(source: Iterable[Record] | Path | str) -> Source:
         source = {(cell_of(line), line.seed): line for line in lines}.values()
     source = check_records(source, "source")
     if not source:
-        raise ValueError("`source` must hold at least one record, got none so far.")
+        raise ValueError(
+            "`source` must hold at least one record, got none so far. Wait until a cell is done."
+        )
     found = group_by_cell(source, "source")
     more = order([runs[0] for runs in found])
     keys = [((*more(runs[0]), *_order(run)), run) for runs in found for run in runs]

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from drophot import stats
+from drophot._core.mode_names import BASELINE
 from drophot.records.cells import group_by_cell
 from drophot.records.pairs import free_settings
 from drophot.records.record import Record
 from drophot.report import setting_columns
 from drophot.report.tables import STEPS, average, deviation, finite, percent
-from drophot.settings import BASELINE
 from drophot.stats import Measure
 
 if TYPE_CHECKING:

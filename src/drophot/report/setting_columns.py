@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from drophot._core.mode_names import BASELINE
 from drophot.records.cells import CELL_FIELDS, known_settings
 from drophot.records.record import Record, fingerprint
-from drophot.settings import BASELINE, RECORD_FIELDS, SETTINGS
+from drophot.settings.tables import RECORD_FIELDS, SETTINGS
 from drophot.stats import Comparison
 
 _OF_FIELDS = {field: SETTINGS[name] for name, field in RECORD_FIELDS.items()}

@@ -11,11 +11,11 @@ from html import escape
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from drophot._core.mode_names import BASELINE
 from drophot.records.cells import group_by_cell
 from drophot.records.record import Record
 from drophot.report import plots
 from drophot.report.tables import finite, percent
-from drophot.settings import BASELINE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

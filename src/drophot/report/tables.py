@@ -12,10 +12,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from drophot import stats
+from drophot._core.mode_names import BASELINE
 from drophot.records.record import Record
 from drophot.report import setting_columns
 from drophot.report.setting_columns import FIELDS
-from drophot.settings import BASELINE, Mode
+from drophot.settings.names import Mode
 
 STEPS = {
     "trained_accuracy": "before pruning",

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from drophot.records.cells import CELL_FIELDS, known_settings
 from drophot.records.pairs import mode_name, pairs
 from drophot.records.record import Record
-from drophot.settings import Mode
+from drophot.settings.names import Mode
 from drophot.stats.paired_tests import Paired, check_share, holm, paired_t_test
 
 Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]

@@ -14,7 +14,8 @@ from drophot._core.capturable_hooks import repeatable
 from drophot.tracking import packed_history, score_labels, validation
 from drophot.tracking.accumulators import Accumulation, Accumulator
 from drophot.tracking.deferred_errors import ONLY_LOSS
-from drophot.tracking.forgetting import ForgettingTracker, Missing, NeverLearned
+from drophot.tracking.forgetting import ForgettingTracker
+from drophot.tracking.forgetting_scores import Missing, NeverLearned
 from drophot.tracking.fused_update import Layout
 from drophot.tracking.record import Rows, record_losses
 from drophot.tracking.running_means import RunningMeans
@@ -236,8 +237,7 @@ class DynamicsTracker(ForgettingTracker):
             return
         with torch.no_grad():
             values = loss.detach().float()
-            self._place_state(values.device)
-            rows = record_losses(self._state, index)
+            rows = record_losses(self._state, index, values.device)
             means = values[:, None].expand(-1, self._statistics.num_values)
             self._accumulate(rows, means, [values] * len(self._statistics.accumulators))
 

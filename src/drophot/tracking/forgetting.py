@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,20 +19,24 @@ from drophot.tracking import (
     fused_update,
     observe,
     packed_history,
+    rank_merging,
     score_table,
     validation,
 )
 from drophot.tracking.batch_matching import Pairing
 from drophot.tracking.deferred_errors import NO_TARGET
+from drophot.tracking.forgetting_scores import (
+    Missing,
+    NeverLearned,
+    check_never_learned,
+    forgetting_scores,
+)
 from drophot.tracking.record import Rows, record
 from drophot.tracking.state import Columns, State, join_histories, to_device
 from drophot.tracking.validation import describe
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-NeverLearned = Literal["hardest", "zero"]
-Missing = Literal["raise", "nan"]
 
 
 class ForgettingTracker:
@@ -95,7 +99,6 @@ class ForgettingTracker:
     def __init__(self, num_samples: int, *, device: torch.device | str | None = None) -> None:
         self.num_samples = validation.check_size(num_samples)
         self._pairing = Pairing()  # the batches of a watched loader with the logits of a model
-        self._follows_logits = device is None
         self._state = self._new_state(device)
 
     @repeatable
@@ -150,7 +153,7 @@ class ForgettingTracker:
         if len(index) == 0:
             return
         with torch.no_grad():
-            self._record(index, correct, None)
+            record(self._state, index, correct, None, 0)
 
     def observe(self, model: nn.Module, loader: Iterable[Any]) -> None:
         """Present every sample of a loader to a model, the definition of Gupta et al.
@@ -279,16 +282,9 @@ class ForgettingTracker:
             ValueError: If an argument is unknown, a sample was never presented, or a batch had
                 wrong indices.
         """
-        if never_learned not in ("hardest", "zero"):
-            raise ValueError(f'`never_learned` must be "hardest" or "zero", got {never_learned!r}.')
+        check_never_learned(never_learned)
         history = self._presented(missing)["history"]
-        scores, presented = packed_history.events(history), packed_history.presentations(history)
-        if never_learned == "hardest":
-            above = torch.maximum(presented, scores.max() + 1)
-            scores = torch.where(packed_history.learned(history), scores, above)
-        if missing == "raise":
-            return scores
-        return scores.float().masked_fill_(presented == 0, torch.nan)
+        return forgetting_scores(history, never_learned, missing)
 
     def columns(self) -> dict[str, np.ndarray]:
         """Everything at once, for a table: `pandas.DataFrame(tracker.columns(), index=ids)`.
@@ -366,7 +362,7 @@ class ForgettingTracker:
             RuntimeError: If a state was loaded before the process group was initialized.
         """
         self._pairing.process_pending(self)
-        self._state.sync(group)
+        rank_merging.sync(self._state, group)
 
     def reset(self) -> None:
         """Return to the initial state."""
@@ -432,30 +428,19 @@ class ForgettingTracker:
     def _note_unpaired(self, wrong: Tensor) -> None:
         self._state.note(deferred_errors.unpaired(wrong))
 
-    def _present_fused(self, index: Tensor, logits: Tensor, targets: Tensor) -> bool:
-        """Present a batch in one launch on a GPU; False if that is not possible here."""
-        if self._layout is None or not fused_update.is_supported(index, logits, targets):
-            return False
-        self._place_state(logits.device)
-        return fused_update.present(self._state, self._layout, index, logits, targets)
-
     def _memory_of_state(self) -> list[Tensor] | None:
         """What `update` writes to; `None` if it calls scores of the user, in Python."""
         if self._layout is None:
             return None
         return [*self._state.columns.values(), self._state.targets, self._state.fault]
 
-    def _place_state(self, device: torch.device) -> None:
-        """Move the state to the device of the first batch, if the user did not choose one."""
-        if self._follows_logits and self._state.device != device:
-            self._state.move(device)
-        self._follows_logits = False
+    def _present_fused(self, index: Tensor, logits: Tensor, targets: Tensor) -> bool:
+        """Present a batch in one launch on a GPU; False if that is not possible here."""
+        layout = self._layout
+        return layout is not None and fused_update.present(
+            self._state, layout, index, logits, targets
+        )
 
     def _record_logits(self, index: Tensor, logits: Tensor, targets: Tensor) -> Rows:
-        return self._record(index, is_correct(logits, targets), targets, logits.shape[1])
-
-    def _record(
-        self, index: Tensor, correct: Tensor, targets: Tensor | None, num_classes: int = 0
-    ) -> Rows:
-        self._place_state(correct.device)
-        return record(self._state, index, correct, targets, num_classes)
+        correct = is_correct(logits, targets)
+        return record(self._state, index, correct, targets, logits.shape[1])

@@ -34,24 +34,16 @@ class Layout:
     columns: tuple[str, ...] = ()  # "means", "tails" and the sums of squares in the order of bits
 
 
-def is_supported(index: Tensor, logits: Tensor, targets: Tensor) -> bool:
-    """Whether the kernel can present a batch, judged without reading a value."""
-    return (
-        _is_gpu(logits)
-        and _HAS_TRITON
-        and logits.dtype in _DTYPES
-        and len(logits) <= _MAX_ROWS
-        # The kernel reads memory, where a subclass may have something else than its values.
-        and type(index) is type(logits) is type(targets) is Tensor
-    )
-
-
 def present(state: State, layout: Layout, index: Tensor, logits: Tensor, targets: Tensor) -> bool:
-    """Present a supported batch, not empty, in one launch.
+    """Present a batch, not empty, in one launch.
 
-    Returns whether it was presented. If not, nothing has changed: the state is on another device,
-    or the kernel cannot be compiled here or would be compiled while a CUDA graph is captured.
+    Returns whether it was presented. If not, nothing was counted: the kernel does not take such a
+    batch, the state is on another device, or the kernel cannot be compiled here or would be
+    compiled while a CUDA graph is captured.
     """
+    if not _is_supported(index, logits, targets):
+        return False
+    state.follow(logits.device)
     if state.device != logits.device:
         return False
     arguments = (
@@ -77,6 +69,18 @@ def present(state: State, layout: Layout, index: Tensor, logits: Tensor, targets
     elif works:
         _OPERATOR(*arguments)
     return works
+
+
+def _is_supported(index: Tensor, logits: Tensor, targets: Tensor) -> bool:
+    """Whether the kernel can present a batch, judged without reading a value."""
+    return (
+        _is_gpu(logits)
+        and _HAS_TRITON
+        and logits.dtype in _DTYPES
+        and len(logits) <= _MAX_ROWS
+        # The kernel reads memory, where a subclass may have something else than its values.
+        and type(index) is type(logits) is type(targets) is Tensor
+    )
 
 
 def _try(arguments: tuple[object, ...]) -> bool:

@@ -31,6 +31,7 @@ def record(
 
     Without `targets`, nothing is known of them, and nothing is noted.
     """
+    state.follow(correct.device)
     device = state.device
     correct = to_device(correct, device)
     index = to_device(index, device, torch.int64)
@@ -50,8 +51,12 @@ def record(
     return _add(state, position, correct)
 
 
-def record_losses(state: State, index: Tensor) -> Rows:
-    """As `record`, for samples of which only the losses are known. They count as not correct."""
+def record_losses(state: State, index: Tensor, device: torch.device) -> Rows:
+    """As `record`, for samples of which only the losses are known, on `device`.
+
+    They count as not correct.
+    """
+    state.follow(device)
     index = to_device(index, state.device, torch.int64)
     position = index.clamp(0, state.num_samples - 1)
     state.check_equal(index, (position, index), classes=None)

@@ -1,27 +1,21 @@
-"""The state of a tracker: columns of per-sample tensors, checked, merged between ranks, saved."""
+"""The state of a tracker: columns of per-sample tensors, checked, saved and restored."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from drophot._core import distributed
-from drophot._core.user_warnings import warn
 from drophot.tracking import deferred_errors, packed_history
 from drophot.tracking.deferred_errors import NO_FAULT, NO_TARGET
-from drophot.tracking.validation import check_labels, describe, listed
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from drophot.tracking.validation import check_labels, describe
 
 Columns = dict[str, Tensor]
-_MIN_IDENTICAL_ROWS = 8  # fewer rows may be the same on all ranks by chance
 
 
 def to_device(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,10 +48,12 @@ class State:
         columns: The dtype of each column and what follows `N` in its shape. All columns start as
             zeros, and one is the `"history"`.
         join: Like `join_histories`, for these columns.
-        device: Where the columns are kept.
+        device: Where the columns are kept; `None` means the device of the first batch.
         statistics: The labels of the statistics in the columns; empty for the default ones.
         own_scores: The names of those that a user wrote.
     """
+
+    follows_batch = False  # of the states in older pickles
 
     def __init__(
         self,
@@ -72,6 +68,7 @@ class State:
         self.num_samples = num_samples
         self.statistics = statistics
         self.own_scores = own_scores
+        self.follows_batch = device is None
         with _plain_tensors():
             self.columns = {
                 name: torch.zeros(num_samples, *shape, dtype=dtype, device=device)
@@ -97,6 +94,12 @@ class State:
     def device(self) -> torch.device:
         """The device of all columns."""
         return self.targets.device
+
+    def follow(self, device: torch.device) -> None:
+        """Move to the device of the first batch, if the user did not choose one."""
+        if self.follows_batch and self.device != device:
+            self.move(device)
+        self.follows_batch = False
 
     def move(self, device: torch.device) -> None:
         """Move all columns to another device."""
@@ -180,7 +183,7 @@ class State:
             ValueError: As in `read`.
         """
         columns = self.read()
-        if (ranks := distributed.count()) > 1 and (unmerged := len(self._unmerged())):
+        if (ranks := distributed.count()) > 1 and (unmerged := len(self.unmerged())):
             raise RuntimeError(
                 f"Call `sync` on every rank before `state_dict`: this one of {ranks} ranks has "
                 f"seen {unmerged} samples since the last `sync`, which the others lack."
@@ -241,119 +244,21 @@ class State:
         for name, column in mine.items():
             column.copy_(saved[name])
         self.loaded_alone = distributed.count() == 1
-        self._save_base()
+        self.save_base()
 
-    def sync(self, group: ProcessGroup | None) -> None:
-        """Merge the ranks of a group: concatenate their presentations in the order of the ranks.
+    def join(self, before: Columns, base: Columns, after: Columns) -> Columns:
+        """As `join_histories`, for the columns of this state."""
+        return self._join(before, base, after)
 
-        Raises:
-            RuntimeError: If the state was loaded before there were ranks.
-            ValueError: On all ranks, if one has a fault or two do not agree; or if this rank is
-                not in the group.
-        """
-        if (ranks := distributed.count(group)) < 1:
-            raise ValueError(
-                "`group` must contain the rank that calls `sync`, and this rank is not in it. Call "
-                "`sync` only on the ranks of the group."
-            )
-        if ranks > 1:
-            merged = self._merged(group)
-            # In place: a captured CUDA graph keeps writing to the same memory.
-            for name, column in (self.columns | {"targets": self.targets}).items():
-                column.copy_(merged[name])
-        else:
-            self.read()
-        self._save_base()
-
-    def _unmerged(self) -> Tensor:
+    def unmerged(self) -> Tensor:
         """The samples that were presented since the last `sync`."""
         return (self.columns["history"] & packed_history.SEEN).nonzero()[:, 0]
 
-    def _save_base(self) -> None:
+    def save_base(self) -> None:
+        """Remember these columns as those that all ranks have, if there are several."""
         if distributed.count() > 1:  # a single process needs neither the marks nor a second copy
             _mark_merged(self.columns)
             self.base = {name: column.clone() for name, column in self.columns.items()}
-
-    def _merged(self, group: ProcessGroup | None) -> Columns:
-        unmerged = self._unmerged()
-        base = self.base or {n: torch.zeros_like(column) for n, column in self.columns.items()}
-        lengths = self._check_agreement(group, base, len(unmerged))
-        # Copies, so that an error below changes nothing.
-        merged, targets = {n: column.clone() for n, column in base.items()}, self.targets.clone()
-        if not any(lengths):
-            return merged | {"targets": targets}
-        mine = _select(self.columns | {"targets": targets}, unmerged) | {"index": unmerged}
-        first, identical = None, min(lengths) >= _MIN_IDENTICAL_ROWS
-        for rows in distributed.gather_tables(mine, lengths, group, self.device):
-            first = first or dict(rows)
-            identical = identical and all(torch.equal(rows[name], first[name]) for name in rows)
-            index = rows.pop("index")
-            theirs, known = rows.pop("targets"), targets.index_select(0, index)
-            both = (known != NO_TARGET) & (theirs != NO_TARGET)
-            clash = (both & (known != theirs)).nonzero()[:, 0]
-            if len(clash):
-                values = (int(column[clash[0]]) for column in (index, known, theirs))
-                raise ValueError(deferred_errors.mismatch(*values))
-            targets.index_copy_(0, index, torch.where(known == NO_TARGET, theirs, known))
-            # The rows of a sample that no earlier rank has seen are copied, bit for bit.
-            before, start = (_select(part, index) for part in (merged, base))
-            seen = before["history"] & packed_history.SEEN > 0
-            for name, joined in self._join(before, start, rows).items():
-                column = rows[name]
-                shape = (-1, *(1,) * (column.dim() - 1))
-                merged[name].index_copy_(0, index, torch.where(seen.view(shape), joined, column))
-        if identical:
-            warn(
-                f"All {len(lengths)} ranks presented the same samples with the same outcome, and "
-                f"each of them is counted. If the ranks share their batches, only one of them "
-                f"belongs in `group`; if they do not, give the loader a DistributedSampler. Only "
-                f"one rank should `observe` the whole dataset."
-            )
-        return merged | {"targets": targets}
-
-    def _check_agreement(
-        self, group: ProcessGroup | None, base: Columns, num_rows: int
-    ) -> list[int]:
-        """The number of rows of each rank, if the trackers of all ranks agree."""
-        numbers = {
-            "number of columns": len(self.columns),
-            "num_samples": self.num_samples,
-            "statistics": zlib.crc32(",".join(self.statistics).encode()),
-            "the state that they started from": int(base["history"].sum()),
-            "fault": int(self.fault),
-            "alone": int(self.loaded_alone),
-            "rows": num_rows,
-        }
-        table = distributed.gather_numbers(list(numbers.values()), group, self.device)
-        of = dict(zip(numbers, table.T.tolist(), strict=True))
-        self.check(numbers["fault"])
-        for name in (
-            "number of columns",
-            "num_samples",
-            "statistics",
-            "the state that they started from",
-        ):
-            if len(set(of[name])) > 1:
-                found = (
-                    f"this rank's are {listed(self.statistics)}"
-                    if name == "statistics"
-                    else f"got {of[name]}"
-                )
-                raise ValueError(
-                    f"The trackers of all ranks must agree before `sync`, but they differ in "
-                    f"{name}: {found}. Create equal trackers and load the same state on every rank."
-                )
-        if any(of["alone"]):
-            raise RuntimeError(
-                "A state must be loaded after `init_process_group`, so that the tracker knows what "
-                "all ranks started from. One rank loaded it before; nothing was merged."
-            )
-        if wrong := [rank for rank, fault in enumerate(of["fault"]) if fault != NO_FAULT]:
-            raise ValueError(
-                f"Ranks {wrong} received invalid indices or scores (see the error raised there). "
-                f"Nothing was merged."
-            )
-        return of["rows"]
 
 
 def _plain_tensors() -> AbstractContextManager[Any]:
@@ -385,7 +290,3 @@ def _replaced(value: Any, kind: type[Any], by: Callable[[Any], Any]) -> Any:
 def _mark_merged(columns: Columns) -> None:
     """Clear the marks of samples presented since the last merge."""
     columns["history"].bitwise_and_(~(packed_history.SEEN | packed_history.FIRST))
-
-
-def _select(columns: Columns, index: Tensor) -> Columns:
-    return {name: column.index_select(0, index) for name, column in columns.items()}

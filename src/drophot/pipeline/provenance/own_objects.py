@@ -12,7 +12,8 @@ from drophot._core.json_values import Json
 from drophot._core.setting_checks import is_known_by_name
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.fingerprints import attributes, describe
-from drophot.settings import SETTINGS, Settings
+from drophot.settings.declarations import Settings
+from drophot.settings.tables import SETTINGS
 
 
 def described(value: object) -> Json:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drophot._core.budget import Budget
 from drophot._core.json_values import Json
+from drophot._core.mode_names import BASELINE
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.provenance.callables import factory_name
 from drophot.pipeline.provenance.environment import device_name, versions
@@ -18,7 +19,8 @@ from drophot.pipeline.provenance.torch_settings import changed_switches
 from drophot.pipeline.pruning_steps import FinetunedModel
 from drophot.records.coreset_text import to_text
 from drophot.records.record import Record, fingerprint
-from drophot.settings import BASELINE, DEFAULTS, RECORD_FIELDS, SETTINGS, name_of
+from drophot.settings.names import name_of
+from drophot.settings.tables import DEFAULTS, RECORD_FIELDS, SETTINGS
 
 USUAL_STEPS = ("train", "prune", "finetune")
 """The steps that make the model of a record."""

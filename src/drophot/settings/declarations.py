@@ -1,53 +1,30 @@
-"""The settings of a run, each declared once with everything that the library needs to know.
-
-A field of :class:`Settings` is the only declaration of a setting. Its metadata, a :class:`Setting`,
-says how a value is checked, which stages of a grid depend on it, how a grid varies it, and where
-records, file names and tables show it. The constructor of :class:`drophot.DropHot`, the cells and
-controls of :class:`drophot.Grid`, the pairing of records in :mod:`drophot.stats` and the columns of
-:mod:`drophot.report` are derived from these fields.
-
-To add a setting, add a field here, describe it in the docstring of `Settings`, and use it in the
-step that it changes.
-"""
+"""The declarations of the settings of a run: the fields of `Settings`."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
-from types import MappingProxyType
-from typing import Any, Literal, Protocol, cast, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from drophot._core import scalars
 from drophot._core.budget import Budget
 from drophot._core.importance import Importance, check_importance
-from drophot._core.json_values import Json
 from drophot._core.mode_names import (
     ADAPTIVE_NAMES,
     BASELINE,
     SAMPLING_MODES,
     SELECTOR_NAMES,
     FeatureMode,
-    ModeName,
     ScoreMode,
 )
 from drophot._core.operator_rules import rules_by_name
 from drophot._core.ratios import check_keep_ratio, check_prune_ratio
 from drophot._core.setting_checks import check_flag, check_structured, name_or_object, one_of
-from drophot._core.setting_declaration import Setting, StageName
+from drophot._core.setting_declaration import Setting
 from drophot._core.setting_declaration import declare as _declare
+from drophot.settings.combinations import check_combinations
+from drophot.settings.names import Mode, Named, name_of
 
-
-class Named(Protocol):
-    """An object that records, files and tables call by its name."""
-
-    @property
-    def name(self) -> str:
-        """Letters, digits, dots, hyphens and underscores."""
-        ...
-
-
-Mode = ModeName | Named
 Forgetting = Literal["paper", "toneva"]
 Scope = Literal["layer", "global", "erk", "lamp"]
 ScheduleName = Literal["one-shot", "gradual", "iterative", "joint"]
@@ -138,7 +115,7 @@ class Settings:
             stage="train",
             varies=True,
             record_field="mode",
-            file_part=lambda mode: name_of(mode),
+            file_part=name_of,
         )
     )
     data_ratio: float = field(
@@ -292,113 +269,7 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        for name, setting in SETTINGS.items():
-            object.__setattr__(self, name, setting.check(name, getattr(self, name)))
-        scheduled = self.schedule != "one-shot"
-        unfinished = scheduled and self.schedule != "joint"  # when fine-tuning starts
-        schedule = f"schedule={self.schedule!r}"
-        for name, other, given, why in (
-            ("rewind", "reinitialize=True", self.reinitialize, _START),
-            ("repair", "recalibrate_bn=True", self.recalibrate_bn, _BOTH),
-            ("repair", schedule, self.schedule == "joint", _NO_DENSE),
-            ("rewind", schedule, unfinished, _MASK),
-            ("reinitialize", schedule, unfinished, _MASK),
-            ("structured", schedule, scheduled, "channels are removed in one shot"),
-            ("structured", "rewind=True", self.rewind, _NO_MASK),
-            ("structured", "reinitialize=True", self.reinitialize, _NO_MASK),
-            ("structured", f"scope={self.scope!r}", self.scope != "layer", "it has its own rule"),
-        ):
-            if getattr(self, name) and given:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` cannot be combined with `{other}`: {why}. "
-                    f"Remove one of them."
-                )
-        if self.repair and self.batch_size == 1:
-            raise ValueError(
-                "`repair=True` needs `batch_size` of at least 2, since one sample has no variance, "
-                "got 1. Raise `batch_size`, or remove `repair`."
-            )
-        if self.rules and not self.structured:
-            raise ValueError(
-                f"`rules` can only be used with `structured=True`, got rules for "
-                f"{', '.join(self.rules)}. Remove them, or set `structured`."
-            )
-
-
-_START = "fine-tuning starts either from the first weights or from new ones"
-_BOTH = "it corrects the outputs of BatchNorm too"
-_MASK = "the mask of a schedule is not final when fine-tuning starts"
-_NO_DENSE = "there is no network before pruning with the same training"
-_NO_MASK = "removed channels leave no mask to put other weights under"
-
-SETTINGS: Mapping[str, Setting] = MappingProxyType({
-    one.name: one.metadata["setting"] for one in fields(Settings)
-})
-"""Every setting by its name, in the order of their declaration."""
-
-DEFAULTS: Mapping[str, object] = MappingProxyType({
-    one.name: one.default for one in fields(Settings) if one.default is not MISSING
-})
-"""The defaults of the settings that have one."""
-
-STAGES: tuple[StageName, ...] = get_args(StageName)
-"""The stages of a grid, in their order."""
-
-CONTROLS: Mapping[str, tuple[str, object]] = MappingProxyType({
-    control: (name, value)
-    for name, setting in SETTINGS.items()
-    for control, value in setting.controls.items()
-})
-"""The controls of a grid: the setting that each changes, and the value that it sets."""
-
-RECORD_FIELDS: Mapping[str, str] = MappingProxyType({
-    name: setting.record_field for name, setting in SETTINGS.items() if setting.record_field
-})
-"""The fields of a `Record` that hold a setting, by the setting's name."""
-
-SCORING_ONLY: frozenset[str] = frozenset(
-    name for name, setting in SETTINGS.items() if setting.scoring_only
-)
-"""The settings that only step 1 depends on."""
-
-
-def name_of(value: str | Named) -> str:
-    """The name of a mode or a protocol in records, files and tables."""
-    return value if isinstance(value, str) else value.name
-
-
-def needs_scoring(mode: str | Named) -> bool:
-    """Whether a mode selects by a result of step 1."""
-    needs = getattr(mode, "needs", None)
-    if needs is None:  # a name, which says nothing about a user's own selector
-        name = name_of(mode)
-        return name not in _WITHOUT_SCORING and not re.match(r"adaptive\d+-", name)
-    return not {"scores", "confidence", "model"}.isdisjoint(needs)
-
-
-_WITHOUT_SCORING = {BASELINE, "random", "random-balanced", *SAMPLING_MODES}
-
-
-def varying(stage: StageName = "finetune") -> list[str]:
-    """The settings that cells may differ in and that results up to a stage depend on, by stage."""
-    reached = STAGES[: STAGES.index(stage) + 1]
-    return [
-        name
-        for one in reached
-        for name, setting in SETTINGS.items()
-        if setting.varies and setting.stage == one
-    ]
-
-
-def file_part(name: str, value: object) -> str:
-    """The part of a stage's file name for the value of a setting; empty for most defaults."""
-    setting = SETTINGS[name]
-    if setting.file_part is not None:
-        return setting.file_part(value)
-    return "" if name in DEFAULTS and value == DEFAULTS[name] else f"{name}{value}"
-
-
-def with_defaults(configuration: Mapping[str, Json]) -> dict[str, Json]:
-    """Add the optional settings that a configuration leaves out, at their defaults."""
-    added = {name: DEFAULTS[name] for name, setting in SETTINGS.items() if setting.optional}
-    return cast("dict[str, Json]", added | dict(configuration))
+        for one in fields(Settings):  # a subclass has other fields, too
+            setting: Setting = one.metadata["setting"]
+            object.__setattr__(self, one.name, setting.check(one.name, getattr(self, one.name)))
+        check_combinations(self)
