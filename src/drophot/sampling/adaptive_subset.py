@@ -31,10 +31,10 @@ from drophot.data.samples import first_sample, targets_of
 from drophot.sampling.epoch_iterator import (
     EpochIterator,
     check_replicas,
-    check_state,
     num_per_rank,
     share,
 )
+from drophot.sampling.saved_state import SavedState, checked_state
 from drophot.tracking.dynamics import DynamicsTracker
 
 # Means over presentations, which the latest model alone can give.
@@ -244,12 +244,60 @@ class AdaptiveSubset(Sampler[int]):
             ValueError: If it is of a sampler with other arguments, or not such a state.
         """
         others = ("epoch", "indices", "tracker")
-        check_state(state_dict, self._settings(), "AdaptiveSubset", *others)
-        if self._accumulates:
-            self._tracker.load_state_dict(state_dict["tracker"])
-        self.epoch = state_dict["epoch"]
-        self._yielded = self._resume_at = state_dict["yielded"]
-        self._indices = state_dict["indices"].cpu().clone()
+        saved = checked_state(state_dict, self._settings(), "AdaptiveSubset", *others)
+        yielded = saved.integer("yielded", most=len(self))
+        epoch = saved.integer("epoch", least=int(yielded > 0))
+        indices = self._saved_selection(saved, may_be_empty=not yielded)
+        tracker = self._saved_tracker(saved)
+        self.epoch, self._indices, self._tracker = epoch, indices, tracker
+        self._yielded = self._resume_at = yielded
+
+    def _saved_selection(self, saved: SavedState, *, may_be_empty: bool) -> Tensor:
+        """The selected samples of a state, of which there are none before the first epoch."""
+        size, total = num_kept(self.num_samples, self.ratio), self.num_samples
+        indices = saved.indices("indices", (None,), total)
+        if len(indices) != size and (len(indices) or not may_be_empty):
+            raise ValueError(
+                f'`state_dict["indices"]` must hold {size} indices, got {len(indices)}. The state '
+                f"is damaged; load another one."
+            )
+        if len(repeated := indices[1:][indices[1:] <= indices[:-1]]):
+            raise ValueError(
+                f'`state_dict["indices"]` must be in ascending order without repetition, got '
+                f"{int(repeated[0])} after an index that is not lower. The state is damaged; load "
+                f"another one."
+            )
+        return indices.detach().cpu().clone()
+
+    def _saved_tracker(self, saved: SavedState) -> DynamicsTracker:
+        """The tracker of a state: all samples were presented equally often."""
+        tracker = self._new_tracker()
+        if not self._accumulates:
+            if saved.values["tracker"] is not None:
+                raise ValueError(
+                    f'`state_dict["tracker"]` must be None for mode {self.selector.name!r}, got a '
+                    f"{type(saved.values['tracker']).__name__}. The state is damaged; load another "
+                    f"one."
+                )
+            return tracker
+        state = saved.part("tracker")
+        for name, value in state.values.items():
+            if isinstance(value, Tensor) and bool(value.isnan().any()):
+                raise ValueError(
+                    f'`{state.label}["{name}"]` must not have NaN, got {int(value.isnan().sum())} '
+                    f"of them. The state is damaged; load another one."
+                )
+        try:
+            tracker.load_state_dict(state.values)
+            presented = tracker.presentations.unique().tolist()
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"`{state.label}` cannot be loaded: {error}") from error
+        if len(presented) != 1:
+            raise ValueError(
+                f"`{state.label}` must have presented all samples equally often, got from "
+                f"{presented[0]} to {presented[-1]} times. The state is damaged; load another one."
+            )
+        return tracker
 
     def _settings(self) -> dict[str, Any]:
         names = ("num_samples", "ratio", "every", "seed", "num_replicas")
