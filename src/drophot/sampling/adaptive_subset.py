@@ -39,6 +39,7 @@ from drophot.tracking.dynamics import DynamicsTracker
 
 # Means over presentations, which the latest model alone can give.
 _OF_ONE_PASS = ("aum", "el2n", "confidence", "loss")
+_EVALUATED = frozenset(("scores", "confidence", "model"))  # needs that come from the model
 _BATCH = 1024
 
 
@@ -58,7 +59,9 @@ class AdaptiveSubset(Sampler[int]):
 
     On several ranks, pass `num_replicas` and `rank`. Rank 0 selects while the others wait, and
     sends them the result. Each rank yields every `num_replicas`-th sample. As in
-    `DistributedSampler`, the first samples are repeated if the ranks do not divide `K`.
+    `DistributedSampler`, the first samples are repeated if the ranks do not divide `K`. A mode that
+    evaluates the model needs them also if something else could divide the batches, because the
+    statistics of BatchNorm differ between the ranks, and so would the selections.
 
     `state_dict` and `load_state_dict` resume in the middle of an epoch. They are the protocol of
     torchdata's `StatefulDataLoader`, which calls them. Save the weights of the model with them. In
@@ -133,6 +136,7 @@ class AdaptiveSubset(Sampler[int]):
         self._indices = torch.empty(0, dtype=torch.int64, device="cpu")
         self._yielded = 0  # of the epoch that was begun last; 0 if it is complete
         self._resume_at = 0
+        self._is_independent = False  # of what other ranks train
 
     @property
     def indices(self) -> Tensor:
@@ -164,15 +168,25 @@ class AdaptiveSubset(Sampler[int]):
 
     def _update_selection(self) -> None:
         """Select on rank 0, and send the result to the other ranks."""
-        if self.num_replicas > 1 and (ranks := distributed.count()) != self.num_replicas:
-            raise RuntimeError(
-                f"`num_replicas` must be the number of processes, {ranks}, got "
-                f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
-            )
+        self._check_ranks()
         indices = distributed.from_rank_0(self._select, self.num_replicas, self.rank)
         if self.num_replicas > 1 and self._accumulates and self.epoch:
             self._tracker.sync()  # so that the state is equal on all ranks
         self._indices = indices
+
+    def _check_ranks(self) -> None:
+        if (ranks := distributed.count()) == self.num_replicas:
+            return
+        wrong = f"`num_replicas` must be the number of processes, {ranks}, got {self.num_replicas}."
+        if self.num_replicas > 1:
+            raise RuntimeError(f"{wrong} Call `torch.distributed.init_process_group` first.")
+        if not (self._is_independent or _EVALUATED.isdisjoint(self.selector.needs)):
+            raise RuntimeError(
+                f"{wrong} The ranks would select by mode {self.selector.name!r} from models with "
+                f"different BatchNorm statistics. Pass `num_replicas=dist.get_world_size(), "
+                f"rank=dist.get_rank()`, and do not let anything else divide the batches among the "
+                f"ranks."
+            )
 
     @exact(products=True)
     def _select(self) -> Tensor:
