@@ -35,6 +35,7 @@ from drophot.sampling.epoch_iterator import (
     share,
 )
 from drophot.sampling.saved_state import SavedState, checked_state
+from drophot.tracking.accumulators import Accumulator
 from drophot.tracking.dynamics import DynamicsTracker
 
 # Means over presentations, which the latest model alone can give.
@@ -333,6 +334,18 @@ def _statistic_of(selector: Selector) -> str:
     return statistic if isinstance(statistic, str) else statistic.name
 
 
+def check_repeatable(selector: Selector) -> None:
+    """Refuse a score that the first selection could not use, which presents each sample once."""
+    statistic = getattr(selector, "statistic", None)
+    if isinstance(statistic, Accumulator) and statistic.num_needed > 1:
+        raise ValueError(
+            f"`mode` must select by a score that one presentation of each sample gives, got "
+            f"{selector.name!r}, whose score {statistic.name!r} needs {statistic.num_needed}. Each "
+            f"selection presents the samples once. Choose another score, such as "
+            f'Scored("el2n").'
+        )
+
+
 def _checked_selector(mode: object, ratio: float) -> Selector:
     inner = getattr(mode, "mode", mode)  # of a `Scored`
     if isinstance(inner, Stratified):
@@ -346,4 +359,5 @@ def _checked_selector(mode: object, ratio: float) -> Selector:
         )
     selector: Selector = mode  # pyright: ignore[reportAssignmentType] # just checked
     check_selector("mode", selector)
+    check_repeatable(selector)
     return selector
