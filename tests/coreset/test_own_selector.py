@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from drophot import Stratified, facility_location, features, k_center, select
+from drophot._core.mode_names import FeatureMode
 from drophot.coreset import Evidence, Selector, density_facility_location
 from drophot.coreset.builtin_selectors import (
     ByScore,
@@ -19,7 +20,6 @@ from drophot.coreset.builtin_selectors import (
     Random,
     selector_by_name,
 )
-from drophot.settings import FeatureMode
 
 SCORES = torch.tensor([5.0, 3.0, 9.0, 1.0, 7.0, 8.0])
 TARGETS = torch.tensor([0, 0, 0, 1, 1, 1])

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import TEST, drop_hot, points, small
+from helpers.runs import TEST, TRAIN, drop_hot, points, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import Dataset
 
-from drophot import DropHot, Grid, Record, Scored, Stratified, fit, records
+from drophot import Adaptive, DropHot, Grid, Record, Scored, Stratified, fit, records
 from drophot._core import random_state
+from drophot.coreset import Beta
 from drophot.grid.plan import Plan
 from drophot.grid.stages import stage_of
 from drophot.grid.store import Store
@@ -218,6 +219,53 @@ def test_the_plan_counts_the_stages(
     assert plan.seconds is not None
     assert plan.seconds > 0
     assert plan.bytes > 0
+
+
+class Counting(nn.Module):
+    """A network that counts the samples that it evaluates."""
+
+    evaluated = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = small()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        Counting.evaluated += 0 if self.training else len(inputs)
+        return self.fc(inputs)
+
+
+@pytest.mark.parametrize(
+    ("mode", "every", "ratio", "epochs", "size", "equal"),
+    [
+        ("high", 1, 0.3, 3, 16, False),
+        ("random", 1, 0.3, 3, 16, False),
+        ("facility_location", 2, 0.3, 3, 50, True),
+        (Scored("el2n", Beta()), 4, 0.1, 2, 7, True),
+        ("high", 3, 0.5, 0, 16, False),
+    ],
+    ids=str,
+)
+def test_the_plan_counts_the_passes_that_select_again(
+    mode: Any, every: int, ratio: float, epochs: int, size: int, equal: bool
+) -> None:
+    lengths = {"train_epochs": epochs, "finetune_epochs": 0, "batch_size": size}
+    run = drop_hot(model=Counting, **lengths)
+    lists = {"data_ratios": [ratio], "prune_ratios": [0], "seeds": [0]}
+    adaptive = Adaptive(mode, every=every)
+    plan, control = (
+        Grid(run, modes=[one], controls=["equal_steps"] * equal, **lists).plan()
+        for one in (adaptive, "fresh_subset")
+    )
+    passes = 0.0
+    for steps in {False, equal}:
+        one = run.replace(mode=adaptive, data_ratio=ratio, equal_steps=steps)
+        one.select()
+        Counting.evaluated = 0
+        one.train()
+        passes += (Counting.evaluated - len(TEST)) / len(TRAIN)
+    assert plan.epochs - control.epochs == pytest.approx(passes)
+    assert plan.stages == control.stages
 
 
 def test_names_of_stages_differ() -> None:

@@ -12,7 +12,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import SequentialSampler, TensorDataset
 
-from drophot import AdaptiveSubset, CrestLoader, FreshSubset, LossSampling
+from drophot import (
+    Adaptive,
+    AdaptiveSubset,
+    CrestLoader,
+    DropHot,
+    FreshSubset,
+    LossSampling,
+)
 
 N, EPOCHS = 41, 4
 
@@ -116,6 +123,16 @@ def adaptive(ranks: int, rank: int, mode: str) -> dict[str, Any]:
     return {"shown": shown, "state": sampler.state_dict()}
 
 
+def a_run_of_its_own(seed: int) -> int:
+    """A run in one process, whatever the other ranks do."""
+    settings: dict[str, Any] = {"data_ratio": 0.4, "prune_ratio": 0.5, "train_epochs": 2 + seed}
+    mode = Adaptive("high", every=1)
+    run = DropHot(network, data(), data(), mode=mode, seed=seed, device="cpu", **settings)
+    run.select()
+    run.train()
+    return len(run.seconds)
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -126,6 +143,8 @@ def main(folder: Path) -> None:
         "crest": by_crest(ranks, rank),
         "high": adaptive(ranks, rank, "high"),
         "k_center": adaptive(ranks, rank, "k_center"),
+        "random": list(AdaptiveSubset(data(), network(), 0.4, "random", every=1)),
+        "run": a_run_of_its_own(rank),
     }
     sampling = LossSampling(N, 0.4, num_replicas=ranks, rank=rank)
     order = SequentialSampler(range(N)) if rank else reversed(range(N))
@@ -134,6 +153,7 @@ def main(folder: Path) -> None:
         ("unmerged", lambda: _unmerged(sampling)),
         ("failed", lambda: _failing(ranks, rank)),
         ("failed crest", lambda: _failing_crest(ranks, rank)),
+        ("without ranks", lambda: list(AdaptiveSubset(data(), network(), 0.4, every=1))),
     ):
         try:
             work()

@@ -8,13 +8,14 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from helpers.runs import TRAIN, drop_hot
+from helpers.runs import TRAIN, drop_hot, small
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.utils.data import DataLoader, Dataset
 
 from drophot import (
     Adaptive,
+    AdaptiveSubset,
     CrestLoader,
     Grid,
     Scored,
@@ -31,6 +32,7 @@ from drophot.grid.stages import stage_of
 from drophot.pipeline import step_3_batches
 from drophot.settings.names import name_of as name
 from drophot.settings.names import needs_scoring
+from drophot.tracking import DUAL, TDDS
 from drophot.tracking.dynamics import Statistic
 
 FEATURE_MODES = get_args(FeatureMode)
@@ -260,6 +262,18 @@ def test_what_does_not_go_together_is_named() -> None:
         drop_hot(mode=Adaptive(Scored("el2n"), every=5), protocol="released")
     with pytest.raises(ValueError, match="adaptive5-high.*library"):
         drop_hot(mode=Named("adaptive5-high"))
+    for own in (DUAL(window=7, until=None), TDDS(num_classes=3, window=7)):
+        longer = Scored(own)
+        with pytest.raises(ValueError, match=f"`score_epochs` .*7.*'{own.name}'.* 6"):
+            drop_hot(mode=longer, score_epochs=6)
+        assert drop_hot(mode=longer, score_epochs=7).mode == longer
+        lists = {"data_ratios": [0.5], "prune_ratios": [0], "seeds": [0]}
+        with pytest.raises(ValueError, match=f"`score_epochs` .*7.*'{own.name}'.* 6"):
+            Grid(drop_hot(score_epochs=6), modes=["high", longer], **lists)
+        with pytest.raises(ValueError, match=f"`mode` .*'{own.name}' needs 7"):
+            Adaptive(longer, every=5)
+        with pytest.raises(ValueError, match=f"`mode` .*'{own.name}' needs 7"):
+            AdaptiveSubset(TRAIN, small(), 0.5, longer, every=5)
     with pytest.raises(ValueError, match="`statistic` .*'el3n'"):
         Scored("el3n")
     with pytest.raises(ValueError, match="`mode` .*middle"):

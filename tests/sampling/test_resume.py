@@ -242,6 +242,9 @@ def test_ranks_see_one_epoch_together(tmp_path: Path) -> None:
         assert torch.equal(*losses)
         assert "orders differ" in rank["orders"]
         assert "`sync`" in rank["unmerged"]
+        assert re.search("`num_replicas`.* 2, got 1.*'high'", rank["without ranks"])
+        assert sorted(rank["random"]) == sorted(found[0]["random"])
+        assert rank["run"] == 2
     for mode in ("high", "k_center"):
         one, other = (rank[mode] for rank in found)
         for epoch, parts in enumerate(zip(one["shown"], other["shown"], strict=True)):

@@ -17,7 +17,7 @@ from drophot.grid.axes import checked_axes
 from drophot.grid.compute import Job
 from drophot.grid.executors import Executor
 from drophot.grid.identity import identify
-from drophot.grid.plan import Plan, estimate
+from drophot.grid.plan import Plan, estimate, passes
 from drophot.grid.stages import Stage, stage_of, to_compute
 from drophot.grid.store import open_store
 from drophot.pipeline.drophot import DropHot
@@ -183,7 +183,7 @@ class Grid:
         if executor is not None and todo:
             light = worker_data.store_data(config, opened.folder, identity.data)
             job = replace(job, config=light, switches=changed_switches(config.device))
-        total = sum(stage.epochs for stage in todo)
+        total = sum(passes(config, stage) for stage in todo)
         try:
             with bar(total=total, bar_format=_BAR) if bar else nullcontext() as shown:
 
@@ -192,7 +192,7 @@ class Grid:
                     if record is not None:
                         opened.append(record)
                     if shown is not None:
-                        shown.update(min(stage.epochs, total - shown.n))
+                        shown.update(min(passes(config, stage), total - shown.n))
                     if record is not None and on_record is not None:
                         on_record(record)
 
@@ -254,7 +254,7 @@ class Grid:
             scorings=counts["score"],
             trainings=counts["train"],
             finetunings=counts["finetune"],
-            epochs=sum(stage.epochs for stage in stages),
+            epochs=sum(passes(config, stage) for stage in stages),
             samples=config.num_samples,
             workers=workers,
             seconds=None if cost.seconds is None else cost.seconds / parallel,

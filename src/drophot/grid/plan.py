@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -18,6 +18,7 @@ from drophot.grid.executors import GpuSharing
 from drophot.grid.stages import Stage
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.fit_checks import is_library_fit
+from drophot.pipeline.step_3_batches import selection_passes
 from drophot.training.evaluation import evaluate
 from drophot.training.step_memory import step_memory
 
@@ -45,7 +46,8 @@ class Plan:
     finetunings: int
     """The cells that are left to do."""
     epochs: float
-    """The passes over the full training set that are left to do."""
+    """The passes over the full training set that are left to do: epochs of training, and the
+    passes in which an :class:`drophot.Adaptive` selects again."""
     samples: int
     """The size of the full training set."""
     workers: int
@@ -97,6 +99,11 @@ class Cost:
     """The bytes that each worker needs, without the data."""
 
 
+def passes(config: RunConfig, stage: Stage) -> float:
+    """The passes over the full training set that a stage takes: see `Plan.epochs`."""
+    return stage.epochs + _selection_passes(config, stage)
+
+
 def estimate(config: RunConfig, stages: Sequence[Stage], threads: int) -> Cost:
     """Estimate the cost of stages, without a call of the user's own `fit`."""
     if not stages:
@@ -123,11 +130,18 @@ def estimate(config: RunConfig, stages: Sequence[Stage], threads: int) -> Cost:
             seconds += stage.epochs * tests * evaluating
             size += 1000
         elif stage.kind == "train":
+            seconds += _selection_passes(config, stage) * total * evaluating
             size += state + 8 * num_kept(total, stage.settings.data_ratio)
         else:
             seconds += stage.epochs * total * evaluating
             size += 28 * total + state
     return Cost(seconds=seconds if is_measured else None, bytes=size, memory=needed)
+
+
+def _selection_passes(config: RunConfig, stage: Stage) -> int:
+    if stage.kind != "train":
+        return 0
+    return selection_passes(replace(config, settings=stage.settings))
 
 
 def _training_seconds(config: RunConfig, model: nn.Module, samples: Dataset[object]) -> float:

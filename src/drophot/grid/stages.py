@@ -42,7 +42,7 @@ class Stage:
 
     @property
     def epochs(self) -> float:
-        """The number of passes over the full training set that the stage takes."""
+        """The passes over the full training set that the stage trains for."""
         if self.kind == "score":
             return self.settings.score_epochs
         if self.kind == "finetune":

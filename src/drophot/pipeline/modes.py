@@ -13,8 +13,10 @@ from drophot.coreset.beta_sampling import Beta
 from drophot.coreset.builtin_selectors import ByScore, Random, selector_by_name
 from drophot.coreset.selectors import Evidence, Selector, check_selector, is_selector
 from drophot.coreset.stratified import Stratified, check_cutoff
+from drophot.sampling.adaptive_subset import check_repeatable
 from drophot.settings.names import Mode, Named, name_of
 from drophot.settings.tables import SETTINGS
+from drophot.tracking.accumulators import Accumulator
 from drophot.tracking.statistics import (
     BUILT_IN,
     HardEnd,
@@ -166,12 +168,13 @@ class Adaptive:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mode", SETTINGS["mode"].check("mode", self.mode))
         object.__setattr__(self, "every", scalars.integer("every", self.every, least=1))
-        if selector_of(self.mode) is None:
+        if (selector := selector_of(self.mode)) is None:
             raise ValueError(
                 f"`mode` must select once, so that it can be repeated, got "
                 f"{name_of(self.mode)!r}, which selects while step 3 trains already. Pass it as "
                 f"the mode of the run."
             )
+        check_repeatable(selector)
 
     def __str__(self) -> str:
         return self.name
@@ -264,6 +267,17 @@ def as_scored(mode: Mode) -> Scored | None:
     if isinstance(mode, ByScore):
         return Scored(mode=mode.end, balanced=mode.balanced)
     return None
+
+
+def check_presentations(mode: Mode, score_epochs: int) -> None:
+    """Refuse a score that needs each sample more often than step 1 presents it."""
+    statistic = statistic_of(mode)
+    if isinstance(statistic, Accumulator) and statistic.num_needed > score_epochs:
+        raise ValueError(
+            f"`score_epochs` must be at least {statistic.num_needed}, the presentations of each "
+            f"sample that the score {statistic.name!r} of mode {name_of(mode)!r} needs, got "
+            f"{score_epochs}. Raise `score_epochs` or lower `window` of the score."
+        )
 
 
 def check_mode(mode: Mode, ratio: float) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from math import ceil
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler, Subset
 
-from drophot.data.batching import batches
+from drophot.data.batching import batches, num_batches
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.modes import Adaptive
 from drophot.sampling.adaptive_subset import AdaptiveSubset
@@ -44,10 +45,22 @@ def sampled_batches(config: RunConfig, model: nn.Module) -> SampledBatches:
     if isinstance(mode := settings.mode, Adaptive):
         every, data = mode.every, config.train_set
         adaptive = AdaptiveSubset(data, model, ratio, mode.selector, every=every, seed=seed)
+        adaptive._is_independent = True  # each process has a run of its own
         return SampledBatches(loader=_SampledLoader(config, adaptive, None))
     sampling = LossSampling(total, ratio, seed=seed, device=config.device)
     sampler = sampling.sampler(_Shuffled(total))
     return SampledBatches(loader=_SampledLoader(config, sampler, sampling), sampling=sampling)
+
+
+def selection_passes(config: RunConfig) -> int:
+    """How often step 3 evaluates the network on all training samples to select again."""
+    settings, mode = config.settings, config.settings.mode
+    if not isinstance(mode, Adaptive) or config.keeps_all:
+        return 0
+    needs = set(mode.selector.needs)
+    each = bool(needs & {"scores", "confidence"}) + ("model" in needs)
+    epochs = ceil(config.train_steps / num_batches(config.num_kept, settings.batch_size))
+    return each * max(0, ceil(epochs / mode.every) - 1)  # the first selection is random
 
 
 def successive_epochs(

@@ -31,14 +31,16 @@ from drophot.data.samples import first_sample, targets_of
 from drophot.sampling.epoch_iterator import (
     EpochIterator,
     check_replicas,
-    check_state,
     num_per_rank,
     share,
 )
+from drophot.sampling.saved_state import SavedState, checked_state
+from drophot.tracking.accumulators import Accumulator
 from drophot.tracking.dynamics import DynamicsTracker
 
 # Means over presentations, which the latest model alone can give.
 _OF_ONE_PASS = ("aum", "el2n", "confidence", "loss")
+_EVALUATED = frozenset(("scores", "confidence", "model"))  # needs that come from the model
 _BATCH = 1024
 
 
@@ -58,7 +60,9 @@ class AdaptiveSubset(Sampler[int]):
 
     On several ranks, pass `num_replicas` and `rank`. Rank 0 selects while the others wait, and
     sends them the result. Each rank yields every `num_replicas`-th sample. As in
-    `DistributedSampler`, the first samples are repeated if the ranks do not divide `K`.
+    `DistributedSampler`, the first samples are repeated if the ranks do not divide `K`. A mode that
+    evaluates the model needs them also if something else could divide the batches, because the
+    statistics of BatchNorm differ between the ranks, and so would the selections.
 
     `state_dict` and `load_state_dict` resume in the middle of an epoch. They are the protocol of
     torchdata's `StatefulDataLoader`, which calls them. Save the weights of the model with them. In
@@ -133,6 +137,7 @@ class AdaptiveSubset(Sampler[int]):
         self._indices = torch.empty(0, dtype=torch.int64, device="cpu")
         self._yielded = 0  # of the epoch that was begun last; 0 if it is complete
         self._resume_at = 0
+        self._is_independent = False  # of what other ranks train
 
     @property
     def indices(self) -> Tensor:
@@ -164,15 +169,25 @@ class AdaptiveSubset(Sampler[int]):
 
     def _update_selection(self) -> None:
         """Select on rank 0, and send the result to the other ranks."""
-        if self.num_replicas > 1 and (ranks := distributed.count()) != self.num_replicas:
-            raise RuntimeError(
-                f"`num_replicas` must be the number of processes, {ranks}, got "
-                f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
-            )
+        self._check_ranks()
         indices = distributed.from_rank_0(self._select, self.num_replicas, self.rank)
         if self.num_replicas > 1 and self._accumulates and self.epoch:
             self._tracker.sync()  # so that the state is equal on all ranks
         self._indices = indices
+
+    def _check_ranks(self) -> None:
+        if (ranks := distributed.count()) == self.num_replicas:
+            return
+        wrong = f"`num_replicas` must be the number of processes, {ranks}, got {self.num_replicas}."
+        if self.num_replicas > 1:
+            raise RuntimeError(f"{wrong} Call `torch.distributed.init_process_group` first.")
+        if not (self._is_independent or _EVALUATED.isdisjoint(self.selector.needs)):
+            raise RuntimeError(
+                f"{wrong} The ranks would select by mode {self.selector.name!r} from models with "
+                f"different BatchNorm statistics. Pass `num_replicas=dist.get_world_size(), "
+                f"rank=dist.get_rank()`, and do not let anything else divide the batches among the "
+                f"ranks."
+            )
 
     @exact(products=True)
     def _select(self) -> Tensor:
@@ -244,12 +259,60 @@ class AdaptiveSubset(Sampler[int]):
             ValueError: If it is of a sampler with other arguments, or not such a state.
         """
         others = ("epoch", "indices", "tracker")
-        check_state(state_dict, self._settings(), "AdaptiveSubset", *others)
-        if self._accumulates:
-            self._tracker.load_state_dict(state_dict["tracker"])
-        self.epoch = state_dict["epoch"]
-        self._yielded = self._resume_at = state_dict["yielded"]
-        self._indices = state_dict["indices"].cpu().clone()
+        saved = checked_state(state_dict, self._settings(), "AdaptiveSubset", *others)
+        yielded = saved.integer("yielded", most=len(self))
+        epoch = saved.integer("epoch", least=int(yielded > 0))
+        indices = self._saved_selection(saved, may_be_empty=not yielded)
+        tracker = self._saved_tracker(saved)
+        self.epoch, self._indices, self._tracker = epoch, indices, tracker
+        self._yielded = self._resume_at = yielded
+
+    def _saved_selection(self, saved: SavedState, *, may_be_empty: bool) -> Tensor:
+        """The selected samples of a state, of which there are none before the first epoch."""
+        size, total = num_kept(self.num_samples, self.ratio), self.num_samples
+        indices = saved.indices("indices", (None,), total)
+        if len(indices) != size and (len(indices) or not may_be_empty):
+            raise ValueError(
+                f'`state_dict["indices"]` must hold {size} indices, got {len(indices)}. The state '
+                f"is damaged; load another one."
+            )
+        if len(repeated := indices[1:][indices[1:] <= indices[:-1]]):
+            raise ValueError(
+                f'`state_dict["indices"]` must be in ascending order without repetition, got '
+                f"{int(repeated[0])} after an index that is not lower. The state is damaged; load "
+                f"another one."
+            )
+        return indices.detach().cpu().clone()
+
+    def _saved_tracker(self, saved: SavedState) -> DynamicsTracker:
+        """The tracker of a state: all samples were presented equally often."""
+        tracker = self._new_tracker()
+        if not self._accumulates:
+            if saved.values["tracker"] is not None:
+                raise ValueError(
+                    f'`state_dict["tracker"]` must be None for mode {self.selector.name!r}, got a '
+                    f"{type(saved.values['tracker']).__name__}. The state is damaged; load another "
+                    f"one."
+                )
+            return tracker
+        state = saved.part("tracker")
+        for name, value in state.values.items():
+            if isinstance(value, Tensor) and bool(value.isnan().any()):
+                raise ValueError(
+                    f'`{state.label}["{name}"]` must not have NaN, got {int(value.isnan().sum())} '
+                    f"of them. The state is damaged; load another one."
+                )
+        try:
+            tracker.load_state_dict(state.values)
+            presented = tracker.presentations.unique().tolist()
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"`{state.label}` cannot be loaded: {error}") from error
+        if len(presented) != 1:
+            raise ValueError(
+                f"`{state.label}` must have presented all samples equally often, got from "
+                f"{presented[0]} to {presented[-1]} times. The state is damaged; load another one."
+            )
+        return tracker
 
     def _settings(self) -> dict[str, Any]:
         names = ("num_samples", "ratio", "every", "seed", "num_replicas")
@@ -271,6 +334,18 @@ def _statistic_of(selector: Selector) -> str:
     return statistic if isinstance(statistic, str) else statistic.name
 
 
+def check_repeatable(selector: Selector) -> None:
+    """Refuse a score that the first selection could not use, which presents each sample once."""
+    statistic = getattr(selector, "statistic", None)
+    if isinstance(statistic, Accumulator) and statistic.num_needed > 1:
+        raise ValueError(
+            f"`mode` must select by a score that one presentation of each sample gives, got "
+            f"{selector.name!r}, whose score {statistic.name!r} needs {statistic.num_needed}. Each "
+            f"selection presents the samples once. Choose another score, such as "
+            f'Scored("el2n").'
+        )
+
+
 def _checked_selector(mode: object, ratio: float) -> Selector:
     inner = getattr(mode, "mode", mode)  # of a `Scored`
     if isinstance(inner, Stratified):
@@ -284,4 +359,5 @@ def _checked_selector(mode: object, ratio: float) -> Selector:
         )
     selector: Selector = mode  # pyright: ignore[reportAssignmentType] # just checked
     check_selector("mode", selector)
+    check_repeatable(selector)
     return selector

@@ -29,7 +29,8 @@ from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import targets_of
 from drophot.sampling import selection_state
 from drophot.sampling.batched_medoids import medoids
-from drophot.sampling.epoch_iterator import check_replicas, check_state
+from drophot.sampling.epoch_iterator import check_replicas
+from drophot.sampling.saved_state import checked_state
 from drophot.training import loop
 from drophot.training.step import fast_forward
 
@@ -245,10 +246,12 @@ class CrestLoader:
             ValueError: If it is of a loader with other arguments or a model with another number of
                 trainable parameters, or not such a state.
         """
-        check_state(state_dict, self._settings(), "CrestLoader", "selection")
-        selection_state.check_model(self.model, state_dict["selection"])
-        selection_state.load(self, state_dict["selection"])
-        self._yielded = self._resume_at = state_dict["yielded"]
+        saved = checked_state(state_dict, self._settings(), "CrestLoader", "selection")
+        yielded = saved.integer("yielded", most=self._steps)
+        selection = saved.part("selection")
+        selection_state.check(self, selection)
+        selection_state.load(self, selection.values)
+        self._yielded = self._resume_at = yielded
 
     def _settings(self) -> dict[str, Any]:
         return {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from drophot._core import scalars
+from drophot.sampling.saved_state import SavedState
 
 
 class Epochs(Protocol):
@@ -52,6 +53,11 @@ class EpochIterator(Iterator[int]):
         if self._order is None:
             sampler = self._sampler
             self._order = sampler._current_order() if self._yielded else sampler._next_order()
+            if self._yielded > len(self._order):
+                raise ValueError(
+                    f'`state_dict["yielded"]` must be at most {len(self._order)}, the number of '
+                    f"samples in the epoch, got {self._yielded}."
+                )
         if self._yielded >= len(self._order):
             self._sampler._yielded = 0
             raise StopIteration
@@ -63,36 +69,12 @@ class EpochIterator(Iterator[int]):
         return {"epoch": self._sampler.epoch, "yielded": self._yielded}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        self._sampler.epoch, self._yielded = state_dict["epoch"], state_dict["yielded"]
+        saved = SavedState(state_dict)
+        saved.check_names({"epoch", "yielded"}, "sampler's iterator")
+        yielded = saved.integer("yielded")
+        self._sampler.epoch = saved.integer("epoch", least=int(yielded > 0))
+        self._yielded = yielded
         self._order = None
-
-
-def check_state(
-    state_dict: Mapping[str, Any], own: Mapping[str, Any], kind: str, *others: str
-) -> None:
-    """Check that a state is one of a sampler with the same settings.
-
-    Args:
-        state_dict: The state.
-        own: The settings of the sampler, which the state must have. `num_replicas` may differ
-            between two epochs.
-        kind: The name of the sampler's class, for errors.
-        others: The names of everything else that the state has, besides `"yielded"`.
-    """
-    names = {*own, *others, "yielded"}
-    if different := names ^ set(state_dict):
-        word = "without" if names - set(state_dict) else "with"
-        raise ValueError(
-            f"`state_dict` must be that of a {kind}, got one {word} "
-            f"{', '.join(sorted(names - set(state_dict) or different))}. Load it into an object of "
-            f"the class that saved it."
-        )
-    for name, value in own.items():
-        if state_dict[name] != value and (name != "num_replicas" or state_dict["yielded"]):
-            raise ValueError(
-                f"`state_dict` must be that of a {kind} with {name}={value}, got "
-                f"{name}={state_dict[name]}. Create the {kind} with the same arguments."
-            )
 
 
 def check_replicas(num_replicas: int, rank: int) -> tuple[int, int]:

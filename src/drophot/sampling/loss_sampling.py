@@ -15,7 +15,8 @@ from drophot._core.exact_arithmetic import exact
 from drophot._core.ratios import check_keep_ratio, num_kept
 from drophot._core.seeded_draw import derive_seed, draw, splitmix64
 from drophot.coreset.score_selection import select
-from drophot.sampling.epoch_iterator import check_replicas, check_state
+from drophot.sampling.epoch_iterator import check_replicas, num_per_rank
+from drophot.sampling.saved_state import checked_state
 from drophot.sampling.subset_of_epoch import SubsetOfEpoch
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -263,12 +264,16 @@ class LossSampling:
             ValueError: If it is of an object with other arguments, or not such a state.
         """
         others = ("epoch", "losses", "weights", "order")
-        check_state(state_dict, self._settings(), "LossSampling", *others)
-        self.epoch = state_dict["epoch"]
-        self._yielded = self._resume_at = state_dict["yielded"]
-        self.losses.copy_(state_dict["losses"])
-        self._weights.copy_(state_dict["weights"])
-        self._order = state_dict["order"].cpu().clone()
+        saved = checked_state(state_dict, self._settings(), "LossSampling", *others)
+        losses = saved.tensor("losses", (self.num_samples,))
+        weights = saved.weights("weights", (self.num_samples,))
+        order = saved.indices("order", (None,), self.num_samples)
+        yielded = saved.integer("yielded", most=num_per_rank(len(order), self.num_replicas))
+        self.epoch = saved.integer("epoch", least=int(yielded > 0))
+        self._yielded = self._resume_at = yielded
+        self.losses.copy_(losses)
+        self._weights.copy_(weights)
+        self._order = order.cpu().clone()
         self._unmerged.zero_()
 
     def _settings(self) -> dict[str, Any]:

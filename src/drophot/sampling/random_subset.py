@@ -14,10 +14,10 @@ from drophot._core.seeded_draw import cpu_generator, derive_seed, draw, position
 from drophot.sampling.epoch_iterator import (
     EpochIterator,
     check_replicas,
-    check_state,
     num_per_rank,
     share,
 )
+from drophot.sampling.saved_state import checked_state
 
 
 class FreshSubset(Sampler[int]):
@@ -122,9 +122,10 @@ class FreshSubset(Sampler[int]):
         Raises:
             ValueError: If it is of a sampler with other arguments, or not such a state.
         """
-        check_state(state_dict, self._settings(), "FreshSubset", "epoch")
-        self.epoch = state_dict["epoch"]
-        self._yielded = self._resume_at = state_dict["yielded"]
+        saved = checked_state(state_dict, self._settings(), "FreshSubset", "epoch")
+        yielded = saved.integer("yielded", most=len(self))
+        self.epoch = saved.integer("epoch", least=int(yielded > 0))
+        self._yielded = self._resume_at = yielded
 
     def _settings(self) -> dict[str, Any]:
         names = ("num_samples", "ratio", "seed", "num_replicas")

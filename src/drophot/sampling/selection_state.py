@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from drophot.sampling.saved_state import SavedState
 
 if TYPE_CHECKING:
     from drophot.sampling.crest import CrestLoader
@@ -25,15 +28,61 @@ def dump(loader: CrestLoader) -> dict[str, Any]:
     return found | {_GENERATORS: generators}
 
 
-def check_model(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Refuse the selection for another model, as far as the number of parameters shows it."""
-    wanted = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    if (origin := state.get("origin")) is not None and origin.numel() != wanted:
+def check(loader: CrestLoader, saved: SavedState) -> None:
+    """Refuse a state that is damaged, or of a model with another number of parameters."""
+    steps, total = loader._steps, loader._total
+    selected = "selections" not in saved.values or saved.integer("selections") > 0
+    names = (*_NUMBERS, *((*_ON_CPU, *_MODEL_OF_LOSS) if selected else ()), _GENERATORS)
+    saved.check_names([name.lstrip("_") for name in names], "CrestLoader")
+    for name in ("checks", "steps_since_selection"):
+        saved.integer(name)
+    saved.integer("check_every", least=1, most=max(steps, 1))
+    saved.real("first_norm", least=0)
+    _check_generators(saved)
+    if not selected:
+        return
+    batches = saved.indices("batches", (None, min(loader.batch_size, total)), total)
+    checked = saved.indices("check_on", (None,), total)
+    for name, value in (("batches", batches), ("check_on", checked)):
+        if not len(value):
+            raise ValueError(
+                f'`{saved.label}["{name}"]` must not be empty, got shape {tuple(value.shape)}. The '
+                f"state is damaged; load another one."
+            )
+    saved.weights("weights", tuple(batches.shape))
+    saved.real("start_loss")
+    wanted = sum(weight.numel() for weight in loader.model.parameters() if weight.requires_grad)
+    origin = saved.tensor("origin", (None,))
+    if origin.numel() != wanted:
         raise ValueError(
             f"`state_dict` must be of a model with the {wanted} trainable parameters of `model`, "
             f"got one with {origin.numel()}. Create the CrestLoader with the model that it was "
             f"saved with."
         )
+    for name in ("gradient", "curvature"):
+        saved.tensor(name, (wanted,))
+    averages = saved.values["averages"]
+    if not isinstance(averages, tuple) or len(averages) != 2:
+        raise ValueError(
+            f'`{saved.label}["averages"]` must be two tensors, got {type(averages).__name__}. The '
+            f"state is damaged; load another one."
+        )
+    for average in averages:
+        saved.checked_tensor("averages", average, (wanted,))
+
+
+def _check_generators(saved: SavedState) -> None:
+    found = saved.values[_GENERATORS]
+    try:
+        bits, state = found
+        np.random.default_rng(0).bit_generator.state = bits
+        torch.Generator().set_state(state.cpu())
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f'`{saved.label}["{_GENERATORS}"]` must be the states of a generator of NumPy and one '
+            f"of torch, got {type(found).__name__} ({error}). The state is damaged; load another "
+            f"one."
+        ) from error
 
 
 def load(loader: CrestLoader, state: Mapping[str, Any]) -> None:
