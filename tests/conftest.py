@@ -112,7 +112,9 @@ def _alone() -> Iterator[None]:
 def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are drawn but saved as an empty SVG, which saves most of the time of a page."""
     figure = pytest.importorskip("matplotlib.figure").Figure
-    monkeypatch.setattr(figure, "savefig", lambda _, file, **options: file.write('<svg id="blank"></svg>'))
+    monkeypatch.setattr(
+        figure, "savefig", lambda _, file, **options: file.write('<svg id="blank"></svg>')
+    )
 
 
 @pytest.fixture(scope="session")

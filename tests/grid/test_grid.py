@@ -199,7 +199,7 @@ def test_no_scores_where_none_are_needed(held: Path, tmp_path: Path) -> None:
     wanted = grid(modes=["random"], seeds=[0])
     plan = wanted.plan()
     assert plan.scorings + plan.trainings == 3
-    found = wanted.run(tmp_path)
+    found = wanted.run(tmp_path / "random")
     whole = records.read(held / "records.jsonl")
     assert found == whole[:2] + [record for record in whole if record.mode == "random"]
 
