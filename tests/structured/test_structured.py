@@ -22,7 +22,7 @@ from drophot.structured import Change, Pruned, prune_channels, pruning_run, rebu
 models = pytest.importorskip("torchvision.models", reason="the extra `vision` is not installed")
 from torchvision.models import VisionTransformer  # noqa: E402 - only where it is there
 from torchvision.models.convnext import CNBlockConfig  # noqa: E402
-from torchvision.models.resnet import Bottleneck, ResNet  # noqa: E402
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DIGITS = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -35,12 +35,13 @@ def tiny_vit(**_: int) -> nn.Module:
 
 
 def vgg11_bn() -> nn.Module:
-    """Torchvision's, with a narrow classifier instead of one of 124 million weights."""
+    """Torchvision's with a quarter of the channels, and a narrower classifier."""
     with torch.device("meta"):
         model = models.VGG(nn.Identity(), init_weights=False)
-    model.features = models.vgg.make_layers(models.vgg.cfgs["A"], batch_norm=True)
+    sizes = [size if size == "M" else size // 4 for size in models.vgg.cfgs["A"]]
+    model.features = models.vgg.make_layers(sizes, batch_norm=True)
     model.classifier = nn.Sequential(
-        *(nn.Linear(512 * 7 * 7, 64), nn.ReLU(), nn.Dropout()),
+        *(nn.Linear(128 * 7 * 7, 64), nn.ReLU(), nn.Dropout()),
         *(nn.Linear(64, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 10)),
     )
     return model
@@ -112,7 +113,7 @@ CONVOLUTIONAL = {
     "groups": (partial(Block, groups=4), IMAGES),
     "attention": (Attention, IMAGES),
     "shuffle": (Shuffle, IMAGES),
-    "resnet18": (models.resnet18, IMAGES),
+    "resnet": (partial(ResNet, BasicBlock, [2, 2, 1, 1]), IMAGES),
     "bottlenecks": (partial(ResNet, Bottleneck, [1, 2, 1, 1], width_per_group=16), IMAGES),
     "resnext": (partial(ResNet, Bottleneck, [1, 2, 1, 1], groups=8, width_per_group=4), IMAGES),
     "mobilenet_v3": (models.mobilenet_v3_small, IMAGES),
