@@ -108,6 +108,15 @@ def _alone() -> Iterator[None]:
     assert not left, f"the test left {left} active, which changes the tests after it"
 
 
+@pytest.fixture
+def blank_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn but saved as an empty SVG, which saves most of the time of a page."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    monkeypatch.setattr(
+        figure, "savefig", lambda _, file, **options: file.write('<svg id="blank"></svg>')
+    )
+
+
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     root = SHARED / "data"

@@ -23,7 +23,7 @@ from drophot import magnitude_prune
 from drophot._core import order_statistics, radix_select
 from drophot.prune import device_pruning, removal
 
-few = settings(max_examples=10)
+few = settings(max_examples=6)
 # NumPy, which the interpreter uses, warns of operations that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

@@ -176,6 +176,7 @@ def _as_run_by_a_grid(seed: int, mode: str, **changes: Any) -> Record:
     return replace(one(mode=mode, seed=seed), seconds=seconds, **changes)
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_the_time_of_scoring_counts_once_for_each_seed(tmp_path: Path) -> None:
     runs = [_as_run_by_a_grid(s, m) for s in range(2) for m in ("low", "high", "random")]
     found = page(runs, tmp_path)
@@ -189,6 +190,7 @@ def test_the_time_of_scoring_counts_once_for_each_seed(tmp_path: Path) -> None:
     assert "Runs of low have no time of scoring" in page(given, tmp_path).words
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(("seeds", "ends"), [(3, "lowest to the highest"), (5, "95 % intervals")])
 def test_bands_of_few_seeds_are_their_range(seeds: int, ends: str, tmp_path: Path) -> None:
     found = page(grid(seeds=seeds, keeps=(0.1, 0.5), prunes=(0.8,)), tmp_path)
@@ -199,15 +201,18 @@ def test_bands_of_few_seeds_are_their_range(seeds: int, ends: str, tmp_path: Pat
         assert ends in found.sections[name]
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(("panels", "columns"), [(1, 1), (2, 2), (4, 4), (5, 5), (6, 3), (7, 4)])
 def test_panels_fill_the_width_of_their_card(panels: int, columns: int, tmp_path: Path) -> None:
     shares = tuple(0.1 + 0.1 * number for number in range(panels))
-    path = html(grid(seeds=1, keeps=shares, prunes=(0.0, 0.8)), tmp_path / "page.html")
+    runs = [replace(r, finetune_curve=()) for r in grid(seeds=1, keeps=shares)]
+    path = html(runs, tmp_path / "page.html")
     found = re.findall(r"--columns:(\d)", path.read_text(encoding="utf-8"))
     by_share = 1 if panels > 1 else 0  # against the share of data there are two panels
     assert int(found[by_share]) == columns
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_every_setting_that_differs_is_shown_in_full(tmp_path: Path) -> None:
     adam = {"type": "torch.optim.adam.Adam", "lr": 0.1, "betas": [0.9, 0.999], "long": "x" * 90}
     sgd = {"type": "torch.optim.sgd.SGD", "lr": 0.1, "momentum": 0.9, "long": "y" * 90}
@@ -246,7 +251,7 @@ def test_a_page_is_the_same_again_and_in_any_order_of_records(
     assert html(grid()[::-1], tmp_path / "page.html").read_text(encoding="utf-8") == full[1]
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_running_grid_with_half_a_line_and_a_line_twice(tmp_path: Path) -> None:
     runs = grid(seeds=2)
     folder = store(tmp_path / "store", runs, plan={"cells": 40}, configuration={"a": {"b": [1]}})
@@ -266,6 +271,7 @@ def test_a_running_grid_with_half_a_line_and_a_line_twice(tmp_path: Path) -> Non
     assert sorted(rows) == sorted(expected)
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("cut", range(0, 60, 7))
 def test_wherever_the_last_line_ends_the_others_count(cut: int, tmp_path: Path) -> None:
     folder = store(tmp_path / "store", [one()])
@@ -274,6 +280,7 @@ def test_wherever_the_last_line_ends_the_others_count(cut: int, tmp_path: Path) 
     assert "1 run." in page(folder, tmp_path).words
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_a_finished_or_larger_store_is_not_so_far(tmp_path: Path) -> None:
     folder = store(tmp_path / "store", grid(seeds=1), plan={"cells": 3})
     words = page(folder, tmp_path).words
@@ -295,6 +302,7 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_one_seed(tmp_path: Path) -> None:
     found = page(grid(seeds=1), tmp_path)
     assert "There is only one seed, so there are no intervals." in found.words
@@ -305,6 +313,7 @@ def test_one_seed(tmp_path: Path) -> None:
     assert "each with 1 seed." in found.words
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize(
     ("runs", "words", "figures"),
     [
@@ -328,7 +337,7 @@ def test_what_is_missing_is_left_out_and_named(
     assert found.tags["figure"] == figures
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_epochs_that_cannot_be_drawn_are_left_out_and_named(tmp_path: Path) -> None:
     none = [replace(r, finetune_curve=()) for r in grid()]
     assert "Left out: there are no epochs of fine-tuning." in page(none, tmp_path).words
@@ -336,6 +345,7 @@ def test_epochs_that_cannot_be_drawn_are_left_out_and_named(tmp_path: Path) -> N
     assert "finetune_epochs: 3" in page(mixed, tmp_path).words, "drawn apart"
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_cells_that_are_missing_leave_their_place_empty(tmp_path: Path) -> None:
     runs = [r for r in grid(modes=("low", "random")) if (r.keep_ratio, r.prune_ratio) != (0.1, 0.0)]
     found = page(runs, tmp_path)
@@ -344,7 +354,7 @@ def test_cells_that_are_missing_leave_their_place_empty(tmp_path: Path) -> None:
     assert "<div></div>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_controls_networks_and_protocols_are_drawn_apart(tmp_path: Path) -> None:
     small: dict[str, Any] = {"keeps": (0.1,), "prunes": (0.8,), "seeds": 2}
     runs = grid(**small)
@@ -359,6 +369,7 @@ def test_controls_networks_and_protocols_are_drawn_apart(tmp_path: Path) -> None
     assert page([*runs, one(model="fcnet")], tmp_path).tags["h3"] == 2 * 4
 
 
+@pytest.mark.usefixtures("blank_figures")
 def test_what_is_left_out_for_one_reason_is_said_once(tmp_path: Path) -> None:
     plain: dict[str, Any] = {"finetune_curve": (), "prune_ratio": 0.0}
     runs = [replace(r, **plain) for r in grid(prunes=(0.0,))]
@@ -374,7 +385,7 @@ def test_what_is_left_out_for_one_reason_is_said_once(tmp_path: Path) -> None:
     assert reason in found.words  # two of the three in one line
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("only", [{}, {"keeps": (0.1,)}, {"prunes": (0.8,)}])
 def test_no_label_of_a_figure_is_cut_off(
     only: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -427,7 +438,7 @@ def test_text_is_escaped_wherever_it_comes_from(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @given(st.lists(st.sampled_from(grid(seeds=2)), min_size=1, max_size=5))
-@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_handful_of_a_grid_makes_a_page(runs: list[Record]) -> None:
     import tempfile
 
@@ -440,7 +451,7 @@ def test_any_handful_of_a_grid_makes_a_page(runs: list[Record]) -> None:
     })
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("blank_figures")
 def test_a_page_is_written_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("heading", CHANGES)
 def test_runs_that_differ_in_a_setting_are_rows_with_a_column_that_says_so(
@@ -200,6 +201,7 @@ DOORS: list[Callable[[Any], Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("door", range(len(DOORS) + 1))
 def test_a_seed_twice_in_a_cell_is_one_run_or_an_error(
     door: int, base: list[Record], tmp_path: Path
@@ -331,6 +333,7 @@ def test_a_network_of_ones_own_has_no_accuracy_before_pruning() -> None:
     assert "nan" not in table(found, "csv")
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("modes", [15, 16])
 def test_any_number_of_modes(modes: int, base: list[Record], tmp_path: Path) -> None:
     runs = [
@@ -362,6 +365,7 @@ def test_any_name_is_shown_as_it_is(name: str, base: list[Record], tmp_path: Pat
 # --- seconds -------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("score_epochs", [1, 2])
 def test_a_grid_counts_the_time_of_scoring(score_epochs: int, tmp_path: Path) -> None:
     run = drop_hot(score_epochs=score_epochs)

@@ -22,7 +22,7 @@ from drophot.structured import Change, Pruned, prune_channels, pruning_run, rebu
 models = pytest.importorskip("torchvision.models", reason="the extra `vision` is not installed")
 from torchvision.models import VisionTransformer  # noqa: E402 - only where it is there
 from torchvision.models.convnext import CNBlockConfig  # noqa: E402
-from torchvision.models.resnet import Bottleneck, ResNet  # noqa: E402
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 DIGITS = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -35,12 +35,13 @@ def tiny_vit(**_: int) -> nn.Module:
 
 
 def vgg11_bn() -> nn.Module:
-    """Torchvision's, with a narrow classifier instead of one of 124 million weights."""
+    """Torchvision's with a quarter of the channels, and a narrower classifier."""
     with torch.device("meta"):
         model = models.VGG(nn.Identity(), init_weights=False)
-    model.features = models.vgg.make_layers(models.vgg.cfgs["A"], batch_norm=True)
+    sizes = [size if size == "M" else size // 4 for size in models.vgg.cfgs["A"]]
+    model.features = models.vgg.make_layers(sizes, batch_norm=True)
     model.classifier = nn.Sequential(
-        *(nn.Linear(512 * 7 * 7, 64), nn.ReLU(), nn.Dropout()),
+        *(nn.Linear(128 * 7 * 7, 64), nn.ReLU(), nn.Dropout()),
         *(nn.Linear(64, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 10)),
     )
     return model
@@ -112,7 +113,7 @@ CONVOLUTIONAL = {
     "groups": (partial(Block, groups=4), IMAGES),
     "attention": (Attention, IMAGES),
     "shuffle": (Shuffle, IMAGES),
-    "resnet18": (models.resnet18, IMAGES),
+    "resnet": (partial(ResNet, BasicBlock, [2, 2, 1, 1]), IMAGES),
     "bottlenecks": (partial(ResNet, Bottleneck, [1, 2, 1, 1], width_per_group=16), IMAGES),
     "resnext": (partial(ResNet, Bottleneck, [1, 2, 1, 1], groups=8, width_per_group=4), IMAGES),
     "mobilenet_v3": (models.mobilenet_v3_small, IMAGES),
@@ -137,17 +138,8 @@ NORMALISED = {  # over the channels, so that a channel that is gone differs from
 ALL = CONVOLUTIONAL | NORMALISED
 
 
-SMALL = ("block", "groups", "fcnet", "lenet", "vit")  # which are tested with a second ratio
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "ratio"),
-    [
-        *((name, 0.6) for name in sorted(ALL.keys() - {"vgg11_bn"})),
-        *((name, 0.3) for name in SMALL),
-    ],
-)
+@pytest.mark.parametrize("name", ["block", "groups", "fcnet", "lenet", "vit"])
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
 def test_a_channel_that_is_gone_is_one_of_zeros(name: str, ratio: float) -> None:
     factory, inputs = ALL[name]
     torch.manual_seed(0)
@@ -160,7 +152,7 @@ def test_a_channel_that_is_gone_is_one_of_zeros(name: str, ratio: float) -> None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Halved:
-    """A network before and after half of its channels are removed."""
+    """A network before and after half of its channels are removed, in float64."""
 
     name: str
     inputs: Tensor
@@ -173,10 +165,16 @@ class Halved:
 def halved(request: pytest.FixtureRequest) -> Halved:
     factory, inputs = ALL[request.param]
     torch.manual_seed(0)
-    dense = factory()
+    dense, inputs = distinct(factory()), inputs.double()
     model = deepcopy(dense)
     pruned = prune_channels(model, 0.5, inputs)
     return Halved(name=request.param, inputs=inputs, dense=dense, model=model, pruned=pruned)
+
+
+@pytest.mark.slow
+def test_half_of_the_channels_are_as_zeros(halved: Halved) -> None:
+    other = torch.cat([halved.inputs, halved.inputs[:1]]) + 0.1
+    assert_same_numbers(halved.dense, deepcopy(halved.model).eval(), halved.inputs, other)
 
 
 @pytest.mark.slow
@@ -185,7 +183,7 @@ def test_about_the_share_that_was_asked_for_goes(halved: Halved) -> None:
     before = sum(p.numel() for p in halved.dense.parameters())
     after = sum(p.numel() for p in model.parameters())
     assert pruned.parameters == Change(before, after)
-    assert pruned.bytes == Change(4 * before, 4 * after)
+    assert pruned.bytes == Change(8 * before, 8 * after)
     # The rest is the classifier's outputs, which stay. Shuffled channels are tied to each other.
     classes = model(halved.inputs).shape[1]
     most = 0.5 * (1 - classes / pruned.channels.before)
@@ -215,7 +213,7 @@ def test_what_is_left_is_a_plain_module_that_trains_on(halved: Halved) -> None:
 def test_it_is_rebuilt_from_its_description(halved: Halved) -> None:
     model, inputs, pruned = deepcopy(halved.model).eval(), halved.inputs, halved.pruned
     description = json.loads(json.dumps(pruned.description))
-    other = rebuild(ALL[halved.name][0](), description)
+    other = rebuild(ALL[halved.name][0]().double(), description)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.eval()(inputs), model(inputs))
     assert repr(other) == repr(model)
