@@ -1,12 +1,14 @@
 """Adapters, averaged, compiled and quantized models: pruned right, or refused by name."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from drophot import Masks, magnitude_prune
-from drophot.structured import prune_channels
+from drophot.structured import Budget, plan_channels, prune_channels
 
 
 class Adapted(nn.Module):
@@ -95,6 +97,73 @@ def test_a_model_prepared_for_quantization_is_refused_by_name() -> None:
     model = network()
     model.insert(0, FakeQuantize())
     with pytest.raises(ValueError, match=r"`model`.*quantization.*0 \(FakeQuantize\)"):
+        prune_channels(model, 0.5, torch.ones(1, 6))
+
+
+class Packed(nn.Module):
+    """A quantized layer as libraries write them: integers in a buffer, and a scale."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        scale = layer.weight.detach().abs().max() / 127
+        self.register_buffer("qweight", (layer.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.get_buffer("qweight") * self.get_buffer("scale")).T
+
+
+def quantized_by_torch() -> nn.Sequential:
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("torch without quantization")
+    model = network()
+    model[2] = torch.ao.quantization.quantize_dynamic(
+        nn.Sequential(model[2]), {nn.Linear}
+    )[0]  # fmt: skip
+    return model
+
+
+def packed() -> nn.Sequential:
+    model, layer = network(), network()[2]
+    assert isinstance(layer, nn.Linear)
+    model[2] = Packed(layer)  # pyright: ignore[reportArgumentType]
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own quantization is on its way out
+@pytest.mark.parametrize("make", [packed, quantized_by_torch])
+def test_quantized_layers_are_refused_by_name_unless_they_are_skipped(make: Any) -> None:
+    model, x = make(), torch.randn(2, 6)
+    before = model(x)
+    kind = type(model[2]).__name__
+    with pytest.raises(ValueError, match=rf"`model`.*quantized.*2 \({kind}\).*`skip`"):
+        prune_channels(model, 0.5, x)
+    with pytest.raises(ValueError, match=rf"`model`.*quantized.*2 \({kind}\).*`skip`"):
+        plan_channels(model, example_inputs=x, to=Budget(parameters=60))
+    assert torch.equal(model(x), before)
+    model.insert(0, nn.Linear(6, 8))  # a layer that no quantized one reads
+    model.insert(1, nn.Linear(8, 6))
+    pruned = prune_channels(model, 0.5, x, skip=["4"])
+    assert pruned.layers["0.weight"].after == 4
+    assert pruned.layers["2.weight"].after == 8
+
+
+def test_integers_next_to_a_float_weight_are_not_a_quantized_layer() -> None:
+    model = network()
+    model[2].register_buffer("weight_mask", torch.ones(8, 8, dtype=torch.uint8))
+    assert prune_channels(model, 0.5, torch.ones(1, 6)).layers["2.weight"].after == 4
+
+
+def test_a_quantized_tensor_as_a_weight_is_refused_by_name() -> None:
+    class Quantized(Tensor):
+        """A subclass, as libraries for quantization make them."""
+
+    model, layer = network(), network()[2]
+    assert isinstance(layer, nn.Linear)
+    model[2].register_parameter(
+        "weight", nn.Parameter(layer.weight.detach().as_subclass(Quantized))
+    )
+    with pytest.raises(TypeError, match=r"`model`.*`2\.weight`.*Quantized"):
         prune_channels(model, 0.5, torch.ones(1, 6))
 
 

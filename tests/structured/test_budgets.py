@@ -1,6 +1,7 @@
 """Channels removed to a budget, in one ranking of all layers."""
 
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from fractions import Fraction
 from math import ceil
@@ -116,6 +117,90 @@ def test_a_stream_and_its_heads_lose_equal_shares(whole_heads: bool) -> None:
     attention = model.get_submodule("attention")
     assert isinstance(attention, nn.MultiheadAttention)
     assert attention.embed_dim == 8 * attention.num_heads < 32
+
+
+def test_layers_of_equal_size_are_not_tied() -> None:
+    """Only the stream is tied to the heads, not the hidden layer, which is as wide."""
+    dense = distinct(Encoder(32, 4, 32))
+    limit = 3000
+    _, pruned = pruned_to(dense, TOKENS, parameters=limit)
+    width, hidden = (pruned.layers[f"{name}.weight"].after for name in ("embed", "mlp.0"))
+    assert width < 32
+    assert hidden < 32
+    assert pruned.parameters.after == size(Encoder(width, 4, hidden)) <= limit
+    assert size(Encoder(width, 4, hidden + 1)) > limit
+
+
+class StoredHeads(nn.Module):
+    """Attention whose heads have a stored width, and a stream of the same size as all heads."""
+
+    def __init__(self, stream: int = 32, heads: int = 32, last: int = 32) -> None:
+        super().__init__()
+        self.each = heads // 4
+        self.embed = nn.Linear(6, stream)
+        self.q, self.k, self.v = (nn.Linear(stream, heads) for _ in range(3))
+        self.out = nn.Linear(heads, stream)
+        self.head = nn.Sequential(nn.Linear(stream, last), nn.ReLU(), nn.Linear(last, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        q, k, v = (
+            layer(x).view(*x.shape[:2], -1, self.each).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=0.35)
+        return self.head(x + self.out(mixed.transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("limit", [1500, 3000])
+def test_heads_with_one_stored_width_are_tied_to_each_other_alone(limit: int) -> None:
+    model, pruned = pruned_to(distinct(StoredHeads()), TOKENS, parameters=limit)
+    stream, queries, values, last = (
+        pruned.layers[f"{name}.weight"].after for name in ("embed", "q", "v", "head.0")
+    )
+    assert 4 * getattr(model, "each") == queries == values < 32  # noqa: B009 (its type is unknown)
+    assert size(StoredHeads(stream, queries, last)) == pruned.parameters.after <= limit
+    larger = [(stream + 1, queries, last), (stream, queries + 4, last), (stream, queries, last + 1)]
+    for widths in larger:
+        assert max(widths) > 32 or size(StoredHeads(*widths)) > limit
+
+
+class Concatenated(nn.Module):
+    """A convolution with two groups, each of which reads two of four parts."""
+
+    def __init__(self, widths: Sequence[int] = (8, 8, 8, 8)) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Conv2d(3, width, 1) for width in widths)
+        self.grouped = nn.Conv2d(sum(widths), 8, 1, groups=2)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.grouped(torch.cat([part(x) for part in self.parts], 1)).relu())
+
+
+def test_parts_of_one_group_are_not_tied() -> None:
+    dense = distinct(Concatenated())
+    grouped = dense.get_submodule("grouped")
+    assert isinstance(grouped, nn.Conv2d)
+    grouped.weight.data[:, 8:] *= 30  # the second part of each group
+    limit = 150
+    _, pruned = pruned_to(dense, IMAGES, parameters=limit)
+    first, second, third, fourth = (
+        pruned.layers[f"parts.{part}.weight"].after for part in range(4)
+    )
+    assert first + second == third + fourth
+    assert len({first, second}) == 2
+    kept = pruned.layers["grouped.weight"].after
+    for more in ((1, 0), (0, 1)):
+        widths = [first + more[0], second + more[1], third + more[0], fourth + more[1]]
+        model = Concatenated(widths)
+        model.grouped = nn.Conv2d(sum(widths), kept, 1, groups=2)
+        model.head = nn.Conv2d(kept, 2, 1)
+        assert max(widths) > 8 or size(model) > limit
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def test_a_sensitivity_is_measured_again_if_a_set_changes(monkeypatch: pytest.MonkeyPatch) -> None:

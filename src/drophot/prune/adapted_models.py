@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from torch import nn
+
+from drophot.prune.linear_layers import weights_of
+from drophot.prune.unpruned_weights import packed_weights
 
 _NUM_SHOWN = 3
 
@@ -31,6 +34,21 @@ def check_not_prepared(model: nn.Module) -> None:
         raise ValueError(
             f"`model` is prepared for quantization, got {_listed(found)}, which may have a scale "
             f"for each channel. Remove the channels first, and prepare the smaller model."
+        )
+
+
+def check_not_quantized(model: nn.Module, left_out: Collection[int | str]) -> None:
+    """Refuse models with quantized layers, whose channels cannot be removed."""
+    found = [
+        f"{name} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if name not in left_out and packed_weights(module) and not weights_of(module)
+    ]
+    if found:
+        raise ValueError(
+            f"`model` has layers that are already quantized, got {_listed(found)}: their channels "
+            f"cannot be removed. Remove the channels first, and quantize the smaller model; or "
+            f"name these layers in `skip` to prune the others."
         )
 
 

@@ -52,7 +52,7 @@ def uncovered(
                 why = f"{kind}, whose forward may not keep its zeros" if computed else kind
                 found[name] = parameter.numel(), why
         if path not in without:
-            packed = _packed(module)
+            packed = packed_weights(module)
             found |= {joined(path, name): (n, f"{kind}, packed") for name, n in packed.items()}
     return found
 
@@ -78,7 +78,7 @@ def warn_of_uncovered(
     )
 
 
-def _packed(module: nn.Module) -> dict[str, int]:
+def packed_weights(module: nn.Module) -> dict[str, int]:
     """The number of weights of a quantized layer in tensors that are not parameters, by name."""
     library = type(module).__module__
     if library.startswith("torch.") and ".quantized." in library:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from math import prod
 
-import torch
 from torch import Tensor
 
-from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.recorded_call import RecordedCall
 
 VIEWS = ("view", "_unsafe_view", "reshape")
@@ -82,35 +79,3 @@ def all_heads(calls: Sequence[RecordedCall]) -> set[tuple[str, int]]:
             if axis.dim >= axis.ids.dim() - 2 and any(_makes_heads(view, width) for view in views):
                 found.add((call.path[-1], width))
     return found
-
-
-def multiples(
-    calls: Sequence[RecordedCall],
-    number: int,
-    calls_in: Mapping[str, Sequence[int]],
-    groups: ChannelGroups,
-) -> Iterator[tuple[int, int]]:
-    """Groups that lose a multiple of some number of channels, such as a stream split into heads.
-
-    Args:
-        calls: The recorded calls.
-        number: The number of the call that failed.
-        calls_in: The numbers of the calls in each module.
-        groups: The channels.
-
-    Yields:
-        The number of heads, and the size of the group that loses a multiple of it.
-    """
-    sizes = torch.bincount(groups.group)
-    known = set(sizes.tolist())
-    for n in calls_in[calls[number].path[-1]]:
-        if n < number:
-            continue
-        for axes, shape in zip(calls[n].output_axes, calls[n].shapes, strict=False):
-            for axis in axes:
-                group = groups.group[groups.channel[axis.ids.reshape(-1)[0]]]
-                size = int(sizes[group])
-                for start in range(len(shape)):
-                    whole = prod(shape[start:])
-                    if whole > size > 1 and whole % size == 0 and whole in known:
-                        yield whole // size, whole

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import lcm
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,18 @@ from drophot._core.importance import Importance
 from drophot._core.ratios import round_half_up
 from drophot.structured.dependency_graph import Axis, DependencyGraph
 from drophot.structured.importance import entry_values
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """Groups that lose equal shares because the network's code relates their sizes.
+
+    An entry identifies its group, since groups are numbered again when more entries are coupled.
+    """
+
+    heads: tuple[int, ...]  # groups of equal size, which lose equally many channels
+    wholes: tuple[int, ...] = ()  # groups that lose `step` channels for each one of a head
+    step: int = 1
 
 
 class ChannelGroups:
@@ -29,7 +43,7 @@ class ChannelGroups:
     def __init__(self, graph: DependencyGraph, outputs: Sequence[Tensor]) -> None:
         self.graph = graph
         self.outputs = outputs
-        self.multiples: dict[int, int] = {}  # by group size: channels are removed n at a time
+        self.ties: tuple[Tie, ...] = ()
         self._coupled_rows: list[tuple[Tensor, Tensor]] = []
         self._values: dict[str, list[Tensor]] = {}
         self.update()
@@ -55,17 +69,35 @@ class ChannelGroups:
                 )
         _, self.group = keys.unique(return_inverse=True)
 
+    def group_of(self, entry: int) -> int:
+        """The group of the channel that an entry belongs to."""
+        return int(self.group[self.channel[entry]])
+
+    def steps(self) -> dict[int, int]:
+        """By group: how many channels have to be removed at a time, where it is more than one."""
+        sizes = torch.bincount(self.group).tolist()
+        found: dict[int, int] = {}
+        for tie in self.ties:
+            heads = {sizes[self.group_of(entry)] for entry in tie.heads}
+            for group in map(self.group_of, tie.wholes):
+                if heads == {sizes[group] // tie.step}:  # otherwise, more was coupled since then
+                    found[group] = lcm(found.get(group, 1), tie.step)
+        return found
+
     def select(self, ratio: float, scores: Tensor) -> Tensor:
         """Select a share of each group, the channels with the lowest scores.
 
         `scores` has one value per channel; the result says of each entry whether it is removed.
         """
         while True:
-            removed = torch.zeros(len(self.frozen), dtype=torch.bool, device="cpu")
-            for group in self.group[~self.frozen].unique():
+            removed, steps = (
+                torch.zeros(len(self.frozen), dtype=torch.bool, device="cpu"),
+                self.steps(),
+            )
+            for group in self.group[~self.frozen].unique().tolist():
                 members = ((self.group == group) & ~self.frozen).nonzero()[:, 0]
                 size = int((self.group == group).sum())
-                step = self.multiples.get(size, 1)
+                step = steps.get(group, 1)
                 count = min(step * round_half_up(ratio * size / step), size - step, len(members))
                 count -= count % step
                 order = scores[members].sort(stable=True).indices

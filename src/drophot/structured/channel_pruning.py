@@ -14,7 +14,8 @@ How a network is pruned, and which module to read for it:
    must return the expected shape (`verification`); attributes that the code reads as widths are
    found and changed (`width_search`).
 5. The outputs must equal those of the network in which the channels are zero (`zeroed_network`).
-   If a check fails, `rewriter` freezes the channels and repeats step 3.
+   If a check fails, `tie_trials` ties layers that have to lose equally many, or `rewriter`
+   freezes the channels, and step 3 is repeated.
 6. `explanation` says for each layer why it kept channels.
 
 `pruning_run` goes through these steps.
@@ -115,8 +116,9 @@ def prune_channels(
             be counted, a name in `skip` is unknown, the model does not take `example_inputs`,
             `importance` returns another shape or values that are negative or not finite, a rule
             couples dimensions that do not exist or differ in size, `ratio` removes no channel, or a
-            weight in a layer that `skip` does not name is not finite, has no data yet, is sharded
-            or is computed by a parametrization. The model is unchanged then.
+            weight in a layer that `skip` does not name is not finite, has no data yet, is sharded,
+            is packed by a quantized layer or is computed by a parametrization. The model is
+            unchanged then.
         RuntimeError: If drophot itself fails, with a message that says so. Errors of your own code
             (of the model, `importance` or a rule), of a signal handler and of running out of memory
             are raised unchanged.

@@ -35,7 +35,7 @@ def explain(
         rank = 0 if why == reasons.OUTPUT else number + 1  # the most informative reason comes first
         first[channels] = first[channels].clamp(max=rank)
     found = [reasons.OUTPUT, *(why for why, _ in graph.frozen)]
-    unpruned, partly = {}, {}
+    unpruned, partly, steps = {}, {}, groups.steps()
     for name, axes in outputs.items():
         if not axes:
             unpruned[name] = reasons.UNUSED
@@ -43,8 +43,9 @@ def explain(
             ids = axis.ids.reshape(-1)
             channels = groups.channel[ids]
             frozen_by = first[channels[~removed[ids]]]
-            size = int((groups.group == groups.group[channels[0]]).sum())
-            step = groups.multiples.get(size, 1)
+            group = int(groups.group[channels[0]])
+            size = int((groups.group == group).sum())
+            step = steps.get(group, 1)
             if len(frozen_by) and int(frozen_by.min()) < none:
                 why = found[int(frozen_by.min())]
             elif len(channels.unique()) == 1 < len(ids):

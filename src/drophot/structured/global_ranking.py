@@ -15,7 +15,7 @@ layer shrinks, so that no layer is emptied before the others are small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -46,12 +46,13 @@ def ranked_sets(groups: ChannelGroups, scores: Tensor, budget: Budget) -> list[R
         scores: The score of each channel, `(channels,)`.
         budget: Its `min_kept` and `round_to` limit the steps.
     """
-    widths, sizes = _widths(groups), torch.bincount(groups.group)
+    widths, sizes, every = _widths(groups), torch.bincount(groups.group), groups.steps()
     found = []
     for linked in _linked(groups):
         base = int(sizes[linked].min())
         rows = [
-            _Row.of(groups, group, scores, widths, int(sizes[group]) // base) for group in linked
+            _Row.of(groups, group, scores, widths, int(sizes[group]) // base, every.get(group, 1))
+            for group in linked
         ]
         counts = [
             count
@@ -97,12 +98,19 @@ class _Row:
     multiple: int  # of which a number of channels has to be removed
 
     @staticmethod
-    def of(groups: ChannelGroups, group: int, scores: Tensor, widths: Tensor, factor: int) -> _Row:
+    def of(
+        groups: ChannelGroups,
+        group: int,
+        scores: Tensor,
+        widths: Tensor,
+        factor: int,
+        multiple: int,
+    ) -> _Row:
         members = (groups.group == group).nonzero()[:, 0]
         free = members[~groups.frozen[members]]
         order = free[scores[free].sort(stable=True).indices]
         width = int(widths[free].min()) if len(free) else 1
-        return _Row(members, order, factor, width, groups.multiples.get(len(members), 1))
+        return _Row(members, order, factor, width, multiple)
 
     def can_lose(self, count: int, round_to: int) -> bool:
         lost = count * self.factor
@@ -138,13 +146,32 @@ def _linked(groups: ChannelGroups) -> list[list[int]]:
             linked[first(group)] = first(known.setdefault(sizes[group], group))
 
     for rows in groups.graph.balanced:
-        link(groups.group[groups.channel[rows.reshape(-1)]].unique().tolist())
-    for whole, step in groups.multiples.items():  # a stream, and the heads that it is split into
-        tied = [g for g, size in enumerate(sizes) if size in (whole, whole // step)]
-        for group in tied[1:]:
-            linked[first(group)] = first(tied[0])
+        found = groups.group[groups.channel[rows]]
+        if bool((found == found[:, :1]).all()):
+            link(found[:, 0].unique().tolist())
+            continue
+        first_row, *others = ([*dict.fromkeys(row)] for row in found.tolist())
+        for other in others:
+            for pair in _pairs(first_row, other, sizes):
+                link(pair)
+    for tie in groups.ties:
+        heads = [*map(groups.group_of, tie.heads)]
+        link(heads)
+        for whole in map(groups.group_of, tie.wholes):
+            if sizes[whole] == tie.step * sizes[heads[0]]:
+                linked[first(whole)] = first(heads[0])
     free = set(groups.group[~groups.frozen].tolist())
-    found: dict[int, list[int]] = {}
+    lists: dict[int, list[int]] = {}
     for group in range(len(sizes)):
-        found.setdefault(first(group), []).append(group)
-    return [some for some in found.values() if free.intersection(some)]
+        lists.setdefault(first(group), []).append(group)
+    return [some for some in lists.values() if free.intersection(some)]
+
+
+def _pairs(some: list[int], others: list[int], sizes: list[int]) -> Iterator[tuple[int, int]]:
+    """The groups of two rows, such as the parts of a concatenation, that have equal sizes."""
+    left = [group for group in others if group not in some]
+    for group in some:
+        same = [other for other in left if sizes[other] == sizes[group]]
+        if same and group not in others:
+            left.remove(same[0])
+            yield group, same[0]

@@ -10,7 +10,11 @@ from torch import nn
 from drophot._core.importance import Importance, check_importance
 from drophot._core.interruptions import must_propagate
 from drophot.prune import prunable_weights
-from drophot.prune.adapted_models import check_no_adapters, check_not_prepared
+from drophot.prune.adapted_models import (
+    check_no_adapters,
+    check_not_prepared,
+    check_not_quantized,
+)
 from drophot.structured import reasons
 from drophot.structured.importance import squared_magnitude
 from drophot.structured.layer_rules import RULES
@@ -40,6 +44,7 @@ def prune(
     weights = prunable_weights.with_channels(model, left_out)
     check_no_adapters(name for name, weight in weights.items() if id(weight) not in left_out)
     check_not_prepared(model)
+    check_not_quantized(model, left_out)
     prunable_weights.check_finite(weights)
     try:
         run = PruningRun(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from math import lcm
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from drophot.structured.reasons import VALUES, why_kept
 from drophot.structured.recorded_call import SIZED, RecordedCall
 from drophot.structured.similar_calls import SimilarCalls
 from drophot.structured.substitution import Attribute
+from drophot.structured.tie_trials import TieTrials
 from drophot.structured.verification import kept_shapes
 from drophot.structured.width_search import NEXT, WidthSearch
 
@@ -87,8 +87,7 @@ class Rewriter:
         self.removed = torch.zeros(graph.num_entries, dtype=torch.bool, device="cpu")
         self.writer = NetworkWriter(model, graph, calls)
         self._width_search = WidthSearch(model)
-        self._trial: tuple[dict[int, int], set[int]] | None = None  # multiples and failures before
-        self._tried_multiples: set[tuple[int, int]] = set()
+        self._ties = TieTrials(self.groups, equal=ratio is None)
         self._similar: dict[bool, SimilarCalls] = {}  # of the calls in training mode or evaluation
         self._num_failed: Counter[tuple[Any, ...]] = Counter()  # of similar calls
         self._runs_dense: set[bool] = set()  # modes in which the dense network raises no error
@@ -252,7 +251,7 @@ class Rewriter:
     def _keep_more(
         self, calls: list[RecordedCall], training: bool, failures: Mapping[int, str]
     ) -> None:
-        """Try other numbers of channels where the network failed, or else keep its channels."""
+        """Tie groups of channels where the network failed, or else keep its channels."""
         similar = self._similar.get(training) or SimilarCalls(
             dict(self.model.named_modules()), calls
         )
@@ -264,21 +263,8 @@ class Rewriter:
             - self.tried_heads
         ):
             raise WholeHeads(heads, True)
-        if self._trial is not None:
-            multiples, before = self._trial
-            self._trial = None
-            if not set(failures) < before:  # the last trial did not help
-                self.groups.multiples = multiples
-        for number in failures:
-            for step, whole in attention_heads.multiples(
-                calls, number, similar.calls_in, self.groups
-            ):
-                old = self.groups.multiples.get(whole, 1)
-                if old % step and (whole, step) not in self._tried_multiples:
-                    self._tried_multiples.add((whole, step))
-                    self._trial = dict(self.groups.multiples), set(failures)
-                    self.groups.multiples[whole] = lcm(old, step)
-                    return
+        if self._ties.attempt(similar, training, set(failures), self.removed):
+            return
         positions = {
             (c.path[-1], c.shapes[0][-1])
             for c in map(calls.__getitem__, failures)
