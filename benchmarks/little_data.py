@@ -95,7 +95,7 @@ class Recipe:
 def network(num_classes: int, *, augmented: bool = True, width: int = 64) -> nn.Module:
     """ResNet-18 for images of 32x32; with another width than 64, a small network to try it."""
     if width == 64:
-        net = models.resnet18(num_classes=num_classes)
+        net: Any = models.resnet18(num_classes=num_classes)
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     else:
         net = nn.Sequential(
