@@ -4,13 +4,13 @@
     dynamic     methods that reselect during training: CREST, a fresh subset, adaptive coresets
     joint       the adaptive ones, with 90 % of the weights removed during training
 
-Each coreset is trained for the same epochs, and for as many steps as the full set takes. Controls are `random` and
-`fresh_subset` (RS2). The recipe: random crops after reflection padding and random flips, computed
-for whole batches on the device; SGD with Nesterov momentum and weight decay; a learning rate that
-rises and falls in each step; label smoothing. `--plain` leaves out all but SGD. After being stopped
-or killed, the same command resumes. `--data` names a folder of images, train/CLASS/*.jpg and
-test/CLASS/*.jpg, all of 32x32. It has not been run on a GPU: the accuracies and
-the times are not known.
+Each coreset is trained for the same epochs, and for as many steps as the full set takes. Controls
+are `random` and `fresh_subset` (RS2). The recipe: random crops after reflection padding and random
+flips, computed for whole batches on the device; SGD with Nesterov momentum and weight decay; a
+learning rate that rises and falls in each step; label smoothing. `--plain` leaves out all but SGD.
+After being stopped or killed, the same command resumes. `--data` names a folder of images,
+train/CLASS/*.jpg and test/CLASS/*.jpg, all of 32x32. It has not been run on a GPU: the accuracies
+and the times are not known.
 
     python benchmarks/little_data.py --data cifar10-jpeg --device cuda
     python benchmarks/little_data.py --data cifar10-jpeg --quick
@@ -95,7 +95,7 @@ class Recipe:
 def network(num_classes: int, *, augmented: bool = True, width: int = 64) -> nn.Module:
     """ResNet-18 for images of 32x32; with another width than 64, a small network to try it."""
     if width == 64:
-        net = models.resnet18(num_classes=num_classes)
+        net: Any = models.resnet18(num_classes=num_classes)
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     else:
         net = nn.Sequential(
