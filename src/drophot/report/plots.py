@@ -31,7 +31,7 @@ _COLORS = ["#0072B2", "#D55E00", "#009E73", "#000000"]
 _COLORS += ["#56B4E9", "#E69F00", "#CC79A7", "#999999"]
 _STYLES = [
     (marker, ("-", "--", ":", "-.")[(number + number // 8) % 4], _COLORS[number % 8])
-    for number, marker in enumerate("os^DvPX*<>phd|_1")
+    for number, marker in enumerate("os^DvPX*<>phd|_1234")
 ]
 MOST = len(_STYLES)
 """The number of lines that can be told apart."""
