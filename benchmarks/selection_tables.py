@@ -14,6 +14,7 @@ from drophot import Record, stats
 
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
 ONCE = ("once", "scores", "dynamic")
+NOISY = ("once_noisy", "dynamic_noisy")
 
 # Okabe and Ito's colors, with markers and line styles that also work without color.
 DRAWN = {
@@ -36,7 +37,7 @@ def selected() -> dict[str, str]:
         "selection": by_share(once),
         "selection_differences": less_random(once),
         "selection_equal": by_share(equal_runs()),
-        "selection_noisy": by_share(records_of(f"{part}_noisy" for part in ONCE)),
+        "selection_noisy": by_share(records_of(NOISY)),
         "ablation": ablation(),
         "adaptive": less_fresh(read_grid("fcnet_adaptive"), "one-shot"),
         "joint": less_fresh(read_grid("fcnet_joint"), "joint"),
@@ -160,7 +161,7 @@ def draw(path: Path) -> None:
     panels = {
         "right labels, 10 epochs": [r for r in records_of(ONCE) if not r.equal_steps],
         "right labels, equal steps": equal_runs(),
-        "a fifth of the labels wrong, 10 epochs": records_of(f"{part}_noisy" for part in ONCE),
+        "a fifth of the labels wrong, 10 epochs": records_of(NOISY),
     }
     axes = figure.subplots(1, len(panels), sharey=True)
     for ax, (title, runs) in zip(axes, panels.items(), strict=True):

@@ -479,12 +479,12 @@ def test_points_of_one_share_stay_apart_from_those_of_the_next(keeps: tuple[floa
     assert (places[:, :-1].max(0) < places[:, 1:].min(0)).all()
 
 
-def test_sixteen_modes_can_be_told_apart_without_markers_and_without_colours() -> None:
+def test_twenty_modes_can_be_told_apart_without_markers_and_without_colours() -> None:
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
-    runs = [one(mode=f"mode{n}") for n in range(16)]
+    runs = [one(mode=f"mode{n}") for n in range(20)]
     lines = plot_curves(runs).lines
-    assert len({(line.get_linestyle(), line.get_color()) for line in lines}) == 16
-    assert len({str(line.get_marker()) for line in lines}) == 16
+    assert len({(line.get_linestyle(), line.get_color()) for line in lines}) == 20
+    assert len({str(line.get_marker()) for line in lines}) == 20
 
 
 def test_ratios_against_weights_have_the_baseline_as_a_line() -> None:
