@@ -191,7 +191,7 @@ def test_values_in_another_order_in_memory() -> None:
 
 def sharing(memory: Tensor) -> nn.Module:
     net = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
-    for number, (layer, begin) in enumerate(zip(net, (0, 32, 0), strict=True)):
+    for number, (layer, begin) in enumerate(zip(net, (0, 32, 64), strict=True)):
         values = memory[begin : begin + 64].view(8, 8)
         layer.weight = nn.Parameter(values.t() if number == 2 else values)
     return net
@@ -201,7 +201,7 @@ def sharing(memory: Tensor) -> nn.Module:
 def test_weights_that_share_memory_are_pruned_one_after_the_other(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = torch.randn(8 * 12)
+    memory = torch.randn(8 * 16)
     net, twin = (sharing(memory.clone()) for _ in range(2))
     for name in ("prune_smallest", "prune_groups"):
         monkeypatch.setattr(device_pruning, name, None)  # is not called
