@@ -334,7 +334,7 @@ def test_a_network_of_ones_own_has_no_accuracy_before_pruning() -> None:
 
 
 @pytest.mark.usefixtures("blank_figures")
-@pytest.mark.parametrize("modes", [15, 16])
+@pytest.mark.parametrize("modes", [18, 19])
 def test_any_number_of_modes(modes: int, base: list[Record], tmp_path: Path) -> None:
     runs = [
         replace(r, mode=f"mode{number}" if number else "baseline", settings={}, cell="")
@@ -342,7 +342,7 @@ def test_any_number_of_modes(modes: int, base: list[Record], tmp_path: Path) -> 
         for r in base
     ]
     page = html(runs, tmp_path / "page.html").read_text(encoding="utf-8")
-    assert ("can be told apart" in page) == (modes > 15)
+    assert ("can be told apart" in page) == (modes > 18)
     assert f"mode{modes}" in page
     assert len(rows_of(table(runs))) == modes + 3
 

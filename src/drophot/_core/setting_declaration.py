@@ -13,7 +13,15 @@ _P = ParamSpec("_P")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """The properties of a setting besides its name, type and default."""
+    """The properties of a setting besides its name, type and default.
+
+    Example:
+        >>> from dataclasses import fields
+        >>> from drophot.settings import Settings
+        >>> declared = {field.name: field.metadata["setting"] for field in fields(Settings)}
+        >>> declared["prune_ratio"].stage
+        'finetune'
+    """
 
     check: Callable[[str, Any], object]
     """Called with the setting's name and the user's value; returns the plain value or raises."""
