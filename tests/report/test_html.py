@@ -385,6 +385,7 @@ def test_what_is_left_out_for_one_reason_is_said_once(tmp_path: Path) -> None:
     assert reason in found.words  # two of the three in one line
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("blank_figures")
 @pytest.mark.parametrize("only", [{}, {"keeps": (0.1,)}, {"prunes": (0.8,)}])
 def test_no_label_of_a_figure_is_cut_off(
