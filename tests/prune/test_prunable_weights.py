@@ -61,10 +61,21 @@ def test_two_parameters_over_the_same_memory_are_refused() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
     model[1].weight.data = model[0].weight.data
     before = model[0].weight.clone()
-    with pytest.raises(ValueError, match=r"`1\.weight` and `0\.weight`"):
+    with pytest.raises(ValueError, match=r"`0\.weight` and `1\.weight`"):
         magnitude_prune(model, 0.5)
-    with pytest.raises(ValueError, match=r"`1\.weight` and `0\.weight`"):
+    with pytest.raises(ValueError, match=r"`0\.weight` and `1\.weight`"):
         prune_channels(model, 0.5, torch.randn(2, 6))
+    embedding = nn.Embedding(20, 6)  # not pruned, but it would lose the weights
+    output = nn.Linear(6, 20, bias=False)
+    output.weight.data = embedding.weight.data
+    for pruned in (
+        lambda net: magnitude_prune(net, 0.5),
+        lambda net: prune_channels(net, 0.5, torch.zeros(2, 3, dtype=torch.int64)),
+    ):
+        with pytest.raises(ValueError, match=r"`2\.weight` and `0\.weight`"):
+            pruned(nn.Sequential(embedding, nn.Linear(6, 6), output))
+    output.weight = embedding.weight
+    magnitude_prune(nn.Sequential(embedding, nn.Linear(6, 6), output), 0.5)
     assert torch.equal(model[0].weight, before)
     whole = torch.randn(12, 6)  # parts of one tensor are different weights
     model[0].weight.data, model[1].weight.data = whole[:6], whole[6:]

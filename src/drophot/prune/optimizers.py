@@ -73,8 +73,9 @@ def zero_state(
 
     Tensors of a weight's shape, such as momentum or a master copy, become zero where the weight is
     removed. The curvature of LBFGS belongs to all weights together: it restarts if it involves
-    removed weights. Other state, such as Adafactor's means of rows, is left as it is. So are the
-    preconditioners of Shampoo and SOAP, which have the shape of a square weight.
+    removed weights. Other state, such as Adafactor's means of rows, is left as it is. So is state
+    in lists or with "precond" in its name, as that of Shampoo and SOAP: a preconditioner may have
+    the shape of a square weight.
     """
     for name, weight in weights.items():
         state = optimizer.state.get(weight, {})
@@ -97,7 +98,7 @@ def _of_elements(state: Mapping[str, Any]) -> Iterator[Tensor]:
     for name, value in state.items():
         if isinstance(value, Mapping):
             yield from _of_elements(value)
-        elif isinstance(value, Tensor) and "precond" not in str(name):
+        elif isinstance(value, Tensor) and "precond" not in str(name).lower():
             yield value
 
 

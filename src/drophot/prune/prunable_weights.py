@@ -93,7 +93,12 @@ def _checked(
 ) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Yield the weights of known layers and the `added` ones, each once, with its module."""
     seen: set[int] = set()
-    starts: dict[tuple[torch.device, int], str] = {}
+    at_start: dict[tuple[torch.device, int], dict[int, str]] = {}
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided
+        if plain and parameter.numel() and not parameter.is_meta:
+            start = (parameter.device, parameter.data_ptr())
+            at_start.setdefault(start, {})[id(parameter)] = name
     for path, module in model.named_modules():
         if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise ValueError(
@@ -118,11 +123,11 @@ def _checked(
             _check_weight(name, weight)
             seen.add(id(weight))
             if weight.numel():
-                other = starts.setdefault((weight.device, weight.data_ptr()), name)
-                if other != name:
+                found = at_start.get((weight.device, weight.data_ptr()), {})
+                if others := [other for key, other in found.items() if key != id(weight)]:
                     raise ValueError(
                         f"`model` must have one parameter for each weight, but `{name}` and "
-                        f"`{other}` are two over the same memory. Assign the parameter itself "
+                        f"`{others[0]}` are two over the same memory. Assign the parameter itself "
                         f"instead of its `data`, so that both layers share it."
                     )
                 yield name, module, weight
