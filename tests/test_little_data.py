@@ -43,7 +43,7 @@ def test_images_are_cropped_and_flipped_one_by_one(script: dict[str, Any]) -> No
         ]
         assert len(matches) == 1, "an image of random values shows where it was cut"
         seen |= set(matches)
-    assert len(seen) > 20, "each with numbers of its own"
+    assert len(seen) > 20, "each with separate numbers"
     assert {one[0] for one in seen} == {one[1] for one in seen} == set(range(5))
     torch.manual_seed(0)
     assert torch.equal(script["augment"](images, 2), found)

@@ -89,6 +89,8 @@ COUNTS = [
     (("num_samples",), 40),
     (("num_samples",), torch.ones(3)),
     (("seed",), None),
+    (("seed",), False),  # equals 0
+    (("num_replicas",), True),  # equals 1
     (("ratio",), NAN),
 ]
 OF_CREST = {

@@ -45,7 +45,7 @@ def sampled_batches(config: RunConfig, model: nn.Module) -> SampledBatches:
     if isinstance(mode := settings.mode, Adaptive):
         every, data = mode.every, config.train_set
         adaptive = AdaptiveSubset(data, model, ratio, mode.selector, every=every, seed=seed)
-        # Each process has a run of its own.
+        # Each process has a separate run.
         adaptive._is_independent = True  # pyright: ignore[reportPrivateUsage]
         return SampledBatches(loader=_SampledLoader(config, adaptive, None))
     sampling = LossSampling(total, ratio, seed=seed, device=config.device)

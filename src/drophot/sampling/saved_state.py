@@ -126,7 +126,11 @@ def checked_state(
         found = state_dict[name]
         if name == "num_replicas" and not within:
             saved.integer(name, least=1)
-        elif not (isinstance(found, int | float | str) and found == value):
+        elif (
+            not isinstance(found, int | float | str)
+            or isinstance(found, bool) != isinstance(value, bool)  # since True equals 1
+            or found != value
+        ):
             raise ValueError(
                 f"`state_dict` must be that of a {kind} with {name}={value}, got {name}={found}. "
                 f"Create the {kind} with the same arguments."
