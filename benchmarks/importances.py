@@ -98,19 +98,21 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), metavar="PART")
     parser.add_argument("--data-root", default="data", help="folder that contains MNIST/raw")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=5, help="of scoring and of training")
-    parser.add_argument("--finetune-epochs", type=int, default=2)
+    parser.add_argument("--train-samples", type=int, help="the first of the training set")
+    parser.add_argument("--epochs", type=int, default=10, help="of scoring and of training")
+    parser.add_argument("--finetune-epochs", type=int, default=4)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--store", type=Path, default=Path("importances"), help="folder of results")
     parser.add_argument("--quick", action="store_true", help="try it on 1000 samples, one seed")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part {unknown.pop()!r}; there are {', '.join(PARTS)}")
-    samples = None
+    tested = None
     if options.quick:
-        options.seeds, options.epochs, options.finetune_epochs, samples = [0], 1, 1, 1000
-    train_set = read(options.data_root, 0.0, samples, train=True)
-    test_set = read(options.data_root, 0.0, samples, train=False)
+        options.seeds, options.epochs, options.finetune_epochs = [0], 1, 1
+        options.train_samples = tested = 1000
+    train_set = read(options.data_root, 0.0, options.train_samples, train=True)
+    test_set = read(options.data_root, 0.0, tested, train=False)
     for part in options.parts:
         network, settings, ratios, importances = PARTS[part]
         pipeline = DropHot(
