@@ -1,18 +1,17 @@
 """Importances compared with magnitude and with random numbers, on MNIST.
 
     global      single weights of FCNet, ranked over all layers
-    layer       the same, ranked within each layer
     lamp        the same by scope="lamp", which is a ranking of magnitudes
     channels    channels of LeNet with BatchNorm
 
 Each part is a grid: the networks of each seed, trained on everything and on the half that was
 forgotten most often, are trained once and pruned by each importance. Then all fine-tune for the
-same number of steps. A ratio of 0 is the dense network with the same fine-tuning. Within a layer,
-and for single weights also over all layers, L1 and L2 rank as magnitude does; only channels have
-both. Taylor and Wanda see the training set once, and Fisher sees 1,024 samples one by one. Nothing
-was tuned. After being stopped or killed, the same command resumes. The records are in
-benchmarks/results/importances_PART.jsonl, and `python benchmarks/paper.py` generates the tables.
-`--quick` tries all parts on a few samples, and writes nothing there.
+same number of steps. A ratio of 0 is the dense network with the same fine-tuning. L1 and L2 rank
+single weights as magnitude does, and channels by the sums of both, of which L2 is called magnitude.
+Taylor and Wanda see the training set once, and Fisher sees 1,024 samples one by one. Nothing was
+tuned. After being stopped or killed, the same command resumes. The records are in
+benchmarks/results/grid_importances_PART.jsonl, and `python benchmarks/paper.py` generates the
+tables. `--quick` tries all parts on a few samples, and writes nothing there.
 """
 
 import shutil
@@ -82,12 +81,6 @@ PARTS: dict[str, tuple[Any, dict[str, Any], list[float], list[Any]]] = {
         WEIGHTS,
         [None, layer_normalized, *SENSITIVE, FromBatches(Wanda), Random()],
     ),
-    "layer": (
-        fcnet,
-        {"scope": "layer"},
-        WEIGHTS,
-        [None, *SENSITIVE, FromBatches(Wanda), Random()],
-    ),
     "lamp": (fcnet, {"scope": "lamp"}, WEIGHTS, [None]),
     "channels": (lenet_bn, {"structured": True}, CHANNELS, [None, l1, *OF_CHANNELS, Random()]),
 }
@@ -140,7 +133,7 @@ def main() -> None:
         records = grid.run(store, progress=True)
         path = store / "records.jsonl"
         if not options.quick:
-            path = Path(shutil.copy(path, RESULTS / f"importances_{part}.jsonl"))
+            path = Path(shutil.copy(path, RESULTS / f"grid_importances_{part}.jsonl"))
         print(f"{len(records)} records in {perf_counter() - start:.0f} s: {path}")
 
 

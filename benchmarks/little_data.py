@@ -13,10 +13,14 @@ After being stopped or killed, the same command resumes. `--data` names a folder
 train/CLASS/*.jpg and test/CLASS/*.jpg, all of 32x32. It has not been run on a GPU: the accuracies
 and the times are not known.
 
-    python benchmarks/little_data.py --data cifar10-jpeg --device cuda
-    python benchmarks/little_data.py --data cifar10-jpeg --quick
+The records are in benchmarks/results/grid_NAME_PART.jsonl, with the name of the folder, and
+`python benchmarks/paper.py` generates the tables of cifar10 and tiny100.
+
+    python benchmarks/little_data.py --data cifar10 --device cuda
+    python benchmarks/little_data.py --data cifar10 --quick
 """
 
+import shutil
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import dataclass
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
@@ -175,6 +180,9 @@ def main() -> None:
         )
         store = options.store / f"{options.data.name}_{part}{'_quick' * options.quick}"
         print(report.table(grid.run(store, progress=True)))
+        if not options.quick:
+            name = f"grid_{options.data.name}_{part}.jsonl"
+            shutil.copy(store / "records.jsonl", RESULTS / name)
 
 
 def read(folder: Path, each: int | None) -> tuple[TensorDataset, int]:

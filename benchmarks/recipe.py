@@ -21,10 +21,10 @@ from drophot import evaluate, fit
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of train/ and test/")
-    parser.add_argument("--train-each", type=int, default=1000, help="images of each class")
+    parser.add_argument("--train-each", type=int, default=500, help="images of each class")
     parser.add_argument("--test-each", type=int, default=200)
     parser.add_argument("--width", type=int, default=16, help="channels of the first block")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=0.1, help="highest learning rate")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

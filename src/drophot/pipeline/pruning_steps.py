@@ -193,7 +193,8 @@ def _check_reads_no_gradient(importance: Importance, model: nn.Module) -> None:
         raise ValueError(
             f"`importance` must not need `weight.grad`, since a run prunes without gradients: "
             f"`{importance_name(importance)}` raised {type(error).__name__} for `{name}`. To rank "
-            f"by gradients, call `magnitude_prune` or `prune_channels` after a backward pass."
+            f"by gradients, pass FromBatches(Taylor), or call `magnitude_prune` or "
+            f"`prune_channels` after a backward pass."
         ) from error
 
 
