@@ -37,16 +37,16 @@ def compared(records: Sequence[Record], mode: str) -> str:
     """The accuracies by magnitude, and the others minus these, paired by seed."""
     runs = [r for r in records if r.mode == mode]
     dense = {r.seed: 100 * r.finetuned_accuracy for r in runs if r.prune_ratio == 0}
-    cells = [(m, ratio) for m in MEASURES for ratio in sorted({r.prune_ratio for r in runs} - {0})]
+    ratios = sorted({r.prune_ratio for r in runs} - {0})
+    cells: list[tuple[Measure, float]] = [(m, ratio) for m in MEASURES for ratio in ratios]
     lines = header("ranked by", [f"{ratio:.0%}, {MEASURES[m]}" for m, ratio in cells])
+    control = [accuracies(runs, "magnitude", *cell) for cell in cells]
+    lines.append(row("magnitude, %", [centred(values) for values in control]))
     for name in dict.fromkeys(map(ranked_by, runs)):
-        found = [accuracies(runs, name, *cell) for cell in cells]
-        if name == "magnitude":
-            lines.append(row("magnitude, %", [centred(values) for values in found]))
-            control = found
-        else:
-            pairs = zip(found, control, strict=True)
-            lines.append(row(name, [difference(one, other) for one, other in pairs]))
+        if name != "magnitude":
+            pairs = zip(cells, control, strict=True)
+            found = [difference(accuracies(runs, name, *cell), other) for cell, other in pairs]
+            lines.append(row(name, found))
     blank = [""] * (len(cells) - 1)
     return "\n".join([*lines, row("dense, fine-tuned as well, %", [*blank, centred(dense)])])
 

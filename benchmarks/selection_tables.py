@@ -1,5 +1,6 @@
-"""Tables and a figure of selection methods and of the recipe, from the records of selection.py,
-little_data.py and recipe.py.
+"""Tables and a figure of selection methods, and a table of the recipe.
+
+The records come from selection.py, little_data.py and recipe.py.
 """
 
 from __future__ import annotations

@@ -82,9 +82,9 @@ def main():
     torch.manual_seed(args.seed)
 
     indexed = IndexedDataset(train_set)  # drophot: (image, label) becomes (image, label, index)
+    tracker = ForgettingTracker(total := len(indexed))  # drophot: track
     if args.recipe:  # drophot: decoded once, on the device
         indexed, test_set = (in_memory(data, args.device) for data in (indexed, test_set))
-    tracker = ForgettingTracker(len(indexed))  # drophot: track
     baseline = resnet(num_classes, args)
     everything = train("score", baseline, indexed, test_set, args, args.lr, tracker=tracker)
 
@@ -100,7 +100,7 @@ def main():
 
     save_compressed(model, args.out / "model.drophot")  # drophot: a file without the zeros
     print(summary(model))  # drophot: layer by layer
-    print(f"\n{len(coreset):,} of {len(indexed):,} samples kept, mode {args.mode}. {masks}")
+    print(f"\n{len(coreset):,} of {total:,} samples kept, mode {args.mode}. {masks}")
     print(f"trained on all samples   {everything:7.2%}")
     print(f"trained on the coreset   {trained:7.2%}")
     print(f"pruned                   {pruned:7.2%}")

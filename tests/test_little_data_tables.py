@@ -1,6 +1,7 @@
 """The tables of `benchmarks/little_data.py`, on records of the kind that `--quick` writes."""
 
-import sys
+import runpy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,13 +14,10 @@ pytest.importorskip("scipy", reason="the extra `stats` is not installed")
 
 
 @pytest.fixture(scope="module")
-def tables() -> Any:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import selection_tables
-    finally:
-        sys.path.pop(0)
-    return selection_tables
+def table() -> Callable[..., str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        return runpy.run_path(str(ROOT / "benchmarks" / "selection_tables.py"))["little_data"]
 
 
 def runs(schedule: str = "one-shot", seeds: int = 1) -> list[Record]:
@@ -35,14 +33,14 @@ def runs(schedule: str = "one-shot", seeds: int = 1) -> list[Record]:
     return found
 
 
-def cells(table: str) -> list[list[str]]:
-    lines = table.splitlines()
+def cells(text: str) -> list[list[str]]:
+    lines = text.splitlines()
     assert len({line.count("|") for line in lines}) == 1, "as many cells in each line"
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_records_of_one_seed_have_no_intervals(tables: Any) -> None:
-    assert cells(tables.little_data(runs(), "random")) == [
+def test_records_of_one_seed_have_no_intervals(table: Callable[..., str]) -> None:
+    assert cells(table(runs(), "random")) == [
         ["mode", "trained for", "30%"],
         ["---", "---", "---:"],
         ["random, %", "equal epochs", "50.00"],
@@ -53,19 +51,21 @@ def test_records_of_one_seed_have_no_intervals(tables: Any) -> None:
     ]
 
 
-def test_modes_are_paired_with_their_control_by_seed(tables: Any) -> None:
-    found = cells(tables.little_data(runs(seeds=2), "random"))
+def test_modes_are_paired_with_their_control_by_seed(table: Callable[..., str]) -> None:
+    found = cells(table(runs(seeds=2), "random"))
     assert found[2][2] == "50.00 ± 0.00"
     assert found[3][2] == "−9.50 (−15.85 to −3.15)"
     lacking = [r for r in runs(seeds=2) if (r.seed, r.mode, r.equal_steps) != (0, "random", False)]
-    assert cells(tables.little_data(lacking, "random"))[3][2] == "−9.00", "one pair is left"
+    assert cells(table(lacking, "random"))[3][2] == "−9.00", "one pair is left"
 
 
-def test_other_schedules_and_shares_without_a_control_are_left_out(tables: Any) -> None:
+def test_other_schedules_and_shares_without_a_control_are_left_out(
+    table: Callable[..., str],
+) -> None:
     mixed = [*runs("joint"), *(r for r in runs() if r.mode != "baseline")]
-    assert tables.little_data(mixed, "random", "joint") == tables.little_data(runs(), "random")
+    assert table(mixed, "random", "joint") == table(runs(), "random")
     rare = one(mode="high", keep_ratio=0.05, trained_accuracy=0.1, model="resnet")
-    found = cells(tables.little_data([*runs(), rare], "random"))
+    found = cells(table([*runs(), rare], "random"))
     assert found[0][2:] == ["30%", "5%"]
     assert found[2][2:] == ["50.00", ""]
     assert found[3][2:] == ["−10.00", ""]
