@@ -148,12 +148,14 @@ class Adaptive:
             `"density_facility_location"`, a :class:`drophot.Stratified`, a :class:`Scored` or your
             own :class:`drophot.coreset.Selector`.
         every: The number of epochs between two selections. An epoch is a pass over the selected
-            samples, also if the run takes equal steps, and is shorter the fewer are kept.
+            samples, also if the run takes equal steps, and is shorter the fewer are kept. If step 3
+            takes no more epochs than that, there is one random selection only and `mode` is never
+            used: a run refuses such a mode.
 
     Raises:
         TypeError: If `every` is not an integer, or `mode` is not a selector.
-        ValueError: If `every` is less than 1, or `mode` is unknown or selects while step 3 trains
-            already.
+        ValueError: If `every` is less than 1, or `mode` is unknown, selects while step 3 trains
+            already, or needs several presentations of each sample.
 
     Example:
         >>> Adaptive("high", every=5).name
