@@ -250,6 +250,8 @@ def test_what_does_not_go_together_is_named() -> None:
     for mode in ("crest", Adaptive("high", every=2)):
         with pytest.raises(ValueError, match=f"`mode` .*'{name(mode)}'.*while step 3 trains"):
             Adaptive(mode, every=5)
+    with pytest.raises(ValueError, match="`mode` .*'crest'.*\"facility_location\""):
+        Adaptive("crest", every=5)
     with pytest.raises(ValueError, match="`mode` .*'medium'"):
         Adaptive("medium", every=5)
     with pytest.raises(ValueError, match="`every`.* 0"):
