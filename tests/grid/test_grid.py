@@ -255,7 +255,7 @@ class Counting(nn.Module):
         ("high", 1, 0.3, 3, 16, False),
         ("random", 1, 0.3, 3, 16, False),
         ("facility_location", 2, 0.3, 3, 50, True),
-        (Scored("el2n", Beta()), 4, 0.1, 2, 7, True),
+        (Scored("el2n", Beta()), 4, 0.1, 5, 7, True),
         ("high", 3, 0.5, 0, 16, False),
     ],
     ids=str,
@@ -280,6 +280,26 @@ def test_the_plan_counts_the_passes_that_select_again(
         passes += (Counting.evaluated - len(TEST)) / len(TRAIN)
     assert plan.epochs - control.epochs == pytest.approx(passes)
     assert plan.stages == control.stages
+
+
+def test_a_training_without_a_second_selection_is_left_out(tmp_path: Path) -> None:
+    """A mode that would never be used has no record, which would be that of a random subset."""
+    run = drop_hot(train_epochs=2, score_epochs=2, finetune_epochs=0)
+    adaptive = [Adaptive(mode, every=2) for mode in ("high", "random")]
+    lists = {"data_ratios": [0.3], "prune_ratios": [0], "seeds": [0]}
+    with pytest.raises(ValueError, match="`every`.*'adaptive2-high'.* 2, got 2.*equal_steps"):
+        Grid(run, modes=adaptive, **lists)
+    equal = {**lists, "controls": ["equal_steps"]}
+    with pytest.warns(UserWarning, match="'adaptive2-high', 'adaptive2-random'.*`train_epochs`"):
+        grid = Grid(run, modes=["fresh_subset", *adaptive], **equal)
+    found = [(r.mode, r.equal_steps) for r in grid.run(tmp_path)]
+    fresh = [("fresh_subset", False), ("fresh_subset", True)]
+    assert found == [("baseline", False), *fresh, *((one.name, True) for one in adaptive)]
+    assert grid.plan().cells == len(found)
+    wide = {**equal, "data_ratios": [0.3, 0.9]}  # 3 epochs of 90 % are no 4th one
+    with pytest.raises(ValueError, match=r"`every`.*'adaptive3-high'.* 3, got 3") as caught:
+        Grid(run, modes=[Adaptive("high", every=3)], **wide)
+    assert "equal_steps" not in str(caught.value)
 
 
 def test_names_of_stages_differ() -> None:

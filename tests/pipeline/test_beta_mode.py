@@ -89,7 +89,9 @@ def test_a_selector_that_selects_again_receives_the_confidences(needs: tuple[str
 
 
 def test_it_is_the_mode_of_a_run_that_selects_again() -> None:
-    record = drop_hot(mode=Adaptive(Scored("loss", Beta()), every=1), **QUICK).run()
+    record = drop_hot(
+        mode=Adaptive(Scored("loss", Beta()), every=1), **(QUICK | {"train_epochs": 2})
+    ).run()
     assert record.mode == "adaptive1-loss-beta"
 
 

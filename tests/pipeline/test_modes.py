@@ -250,6 +250,8 @@ def test_what_does_not_go_together_is_named() -> None:
     for mode in ("crest", Adaptive("high", every=2)):
         with pytest.raises(ValueError, match=f"`mode` .*'{name(mode)}'.*while step 3 trains"):
             Adaptive(mode, every=5)
+    with pytest.raises(ValueError, match="`mode` .*'crest'.*\"facility_location\""):
+        Adaptive("crest", every=5)
     with pytest.raises(ValueError, match="`mode` .*'medium'"):
         Adaptive("medium", every=5)
     with pytest.raises(ValueError, match="`every`.* 0"):
@@ -278,6 +280,33 @@ def test_what_does_not_go_together_is_named() -> None:
         Scored("el3n")
     with pytest.raises(ValueError, match="`mode` .*middle"):
         Scored("el2n", "middle")
+
+
+@pytest.mark.parametrize(
+    ("every", "epochs", "ratio", "equal", "found"),
+    [
+        (3, 3, 0.5, False, 3),
+        (5, 3, 0.5, False, 3),
+        (1, 1, 0.5, False, 1),
+        (6, 3, 0.5, True, 6),  # 24 steps, of which 4 are an epoch of 60 samples
+        (4, 3, 0.8, True, 4),  # 24 steps, of which 6 are an epoch of 96 samples
+    ],
+)
+def test_an_adaptive_mode_that_would_not_be_used_is_refused(
+    every: int, epochs: int, ratio: float, equal: bool, found: int
+) -> None:
+    lengths = {"train_epochs": epochs, "data_ratio": ratio, "equal_steps": equal}
+    run = drop_hot(**lengths)
+    for mode in ("high", "random"):
+        with pytest.raises(ValueError, match=rf"`every`.*{mode}'.* {found}, got {every}") as caught:
+            run.replace(mode=Adaptive(mode, every=every))
+        assert ("lower `every`" in str(caught.value).lower()) == (found > 1)
+        assert ("equal_steps" in str(caught.value)) == (not equal and every < 6)
+    mode = Adaptive("high", every=every)
+    for longer in ({"train_epochs": epochs + every}, {"data_ratio": 1.0}, {"train_epochs": 0}):
+        assert drop_hot(mode=mode, **(lengths | longer)).mode == mode
+    with pytest.raises(ValueError, match="`every`"):
+        drop_hot(mode=mode, **lengths)
 
 
 # --- a user's own training loop ----------------------------------------------------------------

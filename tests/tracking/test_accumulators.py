@@ -318,3 +318,26 @@ def test_a_run_selects_by_such_a_score() -> None:
     )
     assert run.run().mode == "dual-high"
     assert len(run.scores) == 60
+
+
+@pytest.mark.parametrize("row", [[-np.inf, 1.0, 1.0], [np.inf, 1.0, 0.0], [0.0, np.inf, 2.0]])
+def test_windows_take_infinite_logits_as_limits(row: list[float]) -> None:
+    """Sample 0 has an infinite logit once; sample 1 has a very large one in its place."""
+    both = ("aum", "loss")
+    spreads = [WindowSpread(score=score, window=2, name=f"{score}_spread") for score in both]
+    some = [WindowSpread(window=2), DUAL(window=2), TDDS(num_classes=C, window=3)]
+    tracker, index = DynamicsTracker(3, statistics=[*spreads, *some]), torch.arange(3)
+    usual, large = [0.3, 1.0, -0.5], [float(np.clip(value, -500, 500)) for value in row]
+    for rows in ([usual] * 3, [row, large, [1.0, 0.0, 2.0]], [usual] * 3, [usual] * 3):
+        tracker.update(index, torch.tensor(rows), torch.zeros(3, dtype=torch.int64))
+    for name in ("dyn_unc", "dual", "tdds"):
+        found = tracker.scores(name)
+        torch.testing.assert_close(found[0], found[1])
+    infinite = {"aum": True, "loss": row[0] == -np.inf or row[1] == np.inf}
+    for name in both:
+        found = tracker.scores(f"{name}_spread")
+        assert found.isinf().tolist() == [infinite[name], False, False]
+        assert (found > 0).all()
+    tracker.update(index[:1], torch.tensor([[np.nan, 0.0, 0.0]]), torch.tensor([0]))
+    for statistic in (*spreads, *some):
+        assert tracker.scores(statistic.name).isnan().tolist() == [True, False, False]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
 from drophot._core.importance import RunImportance
 from drophot._core.ratios import num_kept
+from drophot._core.user_warnings import warn
 from drophot.grid.stages import BASELINE_CELL, Cell
 from drophot.pipeline import modes as pipeline_modes
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.preflight import with_settings
+from drophot.pipeline.step_3_batches import selects_again
 from drophot.settings.names import Mode, name_of
 from drophot.settings.tables import CONTROLS, SETTINGS, file_part
 from drophot.tracking.statistics import Score
@@ -28,6 +30,8 @@ class Axes:
     importances: list[RunImportance]
     seeds: list[int]
     controls: list[str]
+    coresets: list[Cell] = field(default_factory=list[Cell])
+    """The settings of each coreset and its training, by data ratio and mode."""
 
     @property
     def training_changes(self) -> list[Cell]:
@@ -55,15 +59,7 @@ class Axes:
 
     def cells(self) -> Iterator[Cell]:
         """The cells by seed, baseline first, data ratio, mode, prune ratio and importance."""
-        coresets = [
-            BASELINE_CELL,
-            *(
-                {"mode": mode, "data_ratio": ratio, **change}
-                for ratio, mode, change in product(
-                    self.data_ratios, self.modes, self.training_changes
-                )
-            ),
-        ]
+        coresets = [BASELINE_CELL, *self.coresets]
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
         for seed, coreset in product(self.seeds, coresets):
             for ratio in (dense if coreset is BASELINE_CELL else []) + self.prune_ratios:
@@ -98,17 +94,19 @@ def checked_axes(
             )
     # Each value is tried with others that fit any value; combinations are tried below.
     neutral = with_settings(config, mode="random", data_ratio=1.0)
+    controls = list(controls)
+    equal = {"equal_steps": True} if "equal_steps" in controls else {}
     ratios = _checked("data_ratios", data_ratios, neutral)
     removed = _checked("prune_ratios", prune_ratios, config)
     pruned = with_settings(config, prune_ratio=max(removed))
     given = [config.settings.importance] if importances is None else importances
     axes = Axes(
         data_ratios=ratios,
-        modes=_checked("modes", modes, with_settings(neutral, data_ratio=min(ratios))),
+        modes=_checked("modes", modes, with_settings(neutral, data_ratio=min(ratios), **equal)),
         prune_ratios=removed,
         importances=_checked("importances", given, pruned),
         seeds=_checked("seeds", seeds, config),
-        controls=list(controls),
+        controls=controls,
     )
     for control in axes.controls:
         if control not in CONTROLS:
@@ -116,14 +114,39 @@ def checked_axes(
             raise ValueError(f"`controls` must be of {choices}, got {control!r}.")
     _check_scores(axes.modes)
     _check_sizes(axes.data_ratios, config.num_samples)
-    for ratio, mode, change in product(axes.data_ratios, axes.modes, axes.training_changes):
-        with_settings(config, mode=mode, data_ratio=ratio, **change)
+    coresets = _checked_coresets(config, axes)
     for ratio, importance, control in product(removed, axes.importances, axes.controls):
         name, value = CONTROLS[control]
         # The smallest coreset, whose steps may be too few for a schedule.
         own = {"data_ratio": min(ratios), "prune_ratio": ratio, "importance": importance}
         with_settings(config, **own, **{name: value})
-    return axes
+    return replace(axes, coresets=coresets)
+
+
+def _checked_coresets(config: RunConfig, axes: Axes) -> list[Cell]:
+    """The coresets and their trainings, without those too short for an `Adaptive` mode.
+
+    A ratio and a mode that no control trains for long enough are refused.
+    """
+    found: list[Cell] = []
+    left_out: dict[str, None] = {}
+    for ratio, mode in product(axes.data_ratios, axes.modes):
+        cells: list[Cell] = [
+            {"mode": mode, "data_ratio": ratio, **change} for change in axes.training_changes
+        ]
+        long_enough = [cell for cell in cells if selects_again(config.replace(**cell))]
+        for cell in long_enough or cells[-1:]:
+            with_settings(config, **cell)
+        if len(long_enough) < len(cells):
+            left_out[name_of(mode)] = None
+        found += long_enough
+    if left_out:
+        warn(
+            f"The grid has {', '.join(map(repr, left_out))} with equal steps alone: in the "
+            f"{config.settings.train_epochs} epochs of `train_epochs`, the only selection would be "
+            f"random. To have the other cells, lower `every` or raise `train_epochs`."
+        )
+    return found
 
 
 def _checked(name: str, values: Iterable[Any], config: RunConfig) -> list[Any]:

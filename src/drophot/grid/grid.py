@@ -47,7 +47,8 @@ class Grid:
         data_ratios: The shares of training samples **kept**, each in (0, 1).
         modes: Any modes that the pipeline takes. The control for modes that choose once is
             `"random"`, a subset of the same size. For modes that choose while they train, it is
-            `"fresh_subset"`.
+            `"fresh_subset"`. If only equal steps take more epochs than the `every` of a
+            :class:`drophot.Adaptive`, it has no cells without them, and a warning is given.
         prune_ratios: The shares of weights **removed**, each in [0, 1).
         importances: What weights or channels are ranked by, in place of the pipeline's importance:
             `None` for magnitude, functions such as those of :mod:`drophot.prune.importances`, and
@@ -70,7 +71,8 @@ class Grid:
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If a list is empty, or holds a value twice or one that is out of range.
+        ValueError: If a list is empty, or holds a value twice or one that is out of range, or an
+            :class:`drophot.Adaptive` mode would select only once with a data ratio.
 
     Example:
         >>> from functools import partial

@@ -97,9 +97,9 @@ class DropHot(_ShowsSettings):
         TypeError: If an argument is of the wrong kind, such as a model instead of a factory.
         ValueError: If a value is out of range, two settings cannot be combined, a dataset is
             empty, the inputs of the two datasets differ in shape, a target is no class of the
-            model, the model has no weights to prune or computes them by a parametrization, or
-            `data_ratio` keeps fewer samples than there are classes or leaves the model a last batch
-            that it cannot train on.
+            model, the model has no weights to prune or computes them by a parametrization, an
+            :class:`drophot.Adaptive` mode would select only once, or `data_ratio` keeps fewer
+            samples than there are classes or leaves the model a last batch that it cannot train on.
         ImportError: If `progress` is asked for and tqdm is not installed.
 
     Example:

@@ -141,19 +141,22 @@ class Adaptive:
     It is a mode of a run or a grid, and uses no result of step 1. The first selection is random.
     See :class:`drophot.AdaptiveSubset`, which does the same in any training loop. Compare it with
     `"fresh_subset"`, at equal steps. `Adaptive("random", every=5)` is the control that changes its
-    samples equally often.
+    samples equally often. `"crest"` is a mode that reselects already; `"facility_location"` selects
+    the medoids of the same features among all samples.
 
     Args:
         mode: What selects: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"`,
             `"density_facility_location"`, a :class:`drophot.Stratified`, a :class:`Scored` or your
             own :class:`drophot.coreset.Selector`.
         every: The number of epochs between two selections. An epoch is a pass over the selected
-            samples, also if the run takes equal steps, and is shorter the fewer are kept.
+            samples, also if the run takes equal steps, and is shorter the fewer are kept. If step 3
+            takes no more epochs than that, there is one random selection only and `mode` is never
+            used: a run refuses such a mode.
 
     Raises:
         TypeError: If `every` is not an integer, or `mode` is not a selector.
-        ValueError: If `every` is less than 1, or `mode` is unknown or selects while step 3 trains
-            already.
+        ValueError: If `every` is less than 1, or `mode` is unknown, selects while step 3 trains
+            already, or needs several presentations of each sample.
 
     Example:
         >>> Adaptive("high", every=5).name
@@ -169,10 +172,11 @@ class Adaptive:
         object.__setattr__(self, "mode", SETTINGS["mode"].check("mode", self.mode))
         object.__setattr__(self, "every", scalars.integer("every", self.every, least=1))
         if (selector := selector_of(self.mode)) is None:
+            medoids = ' For medoids of gradients every few epochs, pass "facility_location".'
             raise ValueError(
                 f"`mode` must select once, so that it can be repeated, got "
                 f"{name_of(self.mode)!r}, which selects while step 3 trains already. Pass it as "
-                f"the mode of the run."
+                f"the mode of the run.{medoids if self.mode == 'crest' else ''}"
             )
         check_repeatable(selector)
 

@@ -19,6 +19,7 @@ from drophot.data.samples import first_sample, known_targets, tensors_of
 from drophot.pipeline import fit_checks, pruning_steps, selection_steps
 from drophot.pipeline.config import Arguments, RunConfig
 from drophot.pipeline.provenance.experiment import describe_experiment
+from drophot.pipeline.step_3_batches import check_selects_again
 from drophot.prune.prunable_weights import prunable
 from drophot.prune.unpruned_weights import uncovered_warning_silenced, warn_of_uncovered
 
@@ -191,6 +192,7 @@ def check_run(config: RunConfig) -> None:
     """Refuse settings that the model or the data do not allow."""
     pruning_steps.check_model(config)
     selection_steps.check_features(config)
+    check_selects_again(config)
     settings, total, size = config.settings, config.num_samples, config.num_kept
     if size < config.num_classes:
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -55,13 +56,44 @@ def sampled_batches(config: RunConfig, model: nn.Module) -> SampledBatches:
 
 def selection_passes(config: RunConfig) -> int:
     """How often step 3 evaluates the network on all training samples to select again."""
-    settings, mode = config.settings, config.settings.mode
+    mode = config.settings.mode
     if not isinstance(mode, Adaptive) or config.keeps_all:
         return 0
     needs = set(mode.selector.needs)
     each = bool(needs & {"scores", "confidence"}) + ("model" in needs)
-    epochs = ceil(config.train_steps / num_batches(config.num_kept, settings.batch_size))
-    return each * max(0, ceil(epochs / mode.every) - 1)  # the first selection is random
+    # The first selection is random.
+    return each * max(0, ceil(_coreset_epochs(config) / mode.every) - 1)
+
+
+def selects_again(config: RunConfig) -> bool:
+    """Whether step 3 is long enough for an `Adaptive` mode to be used; true for other modes."""
+    mode = config.settings.mode
+    if not isinstance(mode, Adaptive) or config.keeps_all:
+        return True
+    return _coreset_epochs(config) > mode.every or not config.train_steps
+
+
+def check_selects_again(config: RunConfig) -> None:
+    """Refuse an `Adaptive` mode whose second selection would come after the end of step 3."""
+    if selects_again(config):
+        return
+    settings, epochs = config.settings, _coreset_epochs(config)
+    mode = cast("Adaptive", settings.mode)
+    fixes = [f"lower `every` to at most {epochs - 1}"] if epochs > 1 else []
+    fixes.append("raise `train_epochs`")
+    if not settings.equal_steps and selects_again(config.replace(equal_steps=True)):
+        fixes.append('set `equal_steps=True` (in a grid, `controls=["equal_steps"]`)')
+    fix = " or ".join(fixes)
+    raise ValueError(
+        f"`every` of mode {mode.name!r} must be less than the epochs that step 3 takes on the "
+        f"coreset, {epochs}, got {mode.every}. The first selection is random, and there would be "
+        f"no second one. {fix[0].upper()}{fix[1:]}."
+    )
+
+
+def _coreset_epochs(config: RunConfig) -> int:
+    """How many passes over the coreset step 3 begins."""
+    return ceil(config.train_steps / num_batches(config.num_kept, config.settings.batch_size))
 
 
 def successive_epochs(

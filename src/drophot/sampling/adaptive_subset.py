@@ -76,7 +76,9 @@ class AdaptiveSubset(Sampler[int]):
         mode: `"high"`, `"low"`, `"random"`, `"k_center"`, `"facility_location"`,
             `"density_facility_location"` or any :class:`drophot.coreset.Selector`, such as a
             :class:`drophot.Scored` or :class:`drophot.Stratified`.
-        every: The number of epochs between two selections. An epoch is a pass over `K` samples.
+        every: The number of epochs between two selections. An epoch is a pass over `K` samples. The
+            sampler does not know how many epochs your loop takes: if there are no more than
+            `every`, there is one random selection only and `mode` is never used.
         seed: Together with the attribute `epoch`, which counts the epochs begun so far, it
             determines the orders, ties and random choices.
         num_replicas: The number of ranks among which each epoch is divided.
@@ -84,9 +86,9 @@ class AdaptiveSubset(Sampler[int]):
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If `ratio` is not in (0, 1], `mode` is unknown or has a cutoff that leaves less
-            than `ratio`, `every` or `num_replicas` is less than 1, `rank` is not in
-            [0, `num_replicas`), or the dataset is empty.
+        ValueError: If `ratio` is not in (0, 1], `mode` is unknown, has a cutoff that leaves less
+            than `ratio` or needs several presentations of each sample, `every` or `num_replicas` is
+            less than 1, `rank` is not in [0, `num_replicas`), or the dataset is empty.
 
     Example:
         >>> from torch.utils.data import DataLoader, TensorDataset

@@ -60,7 +60,8 @@ class DynamicsTracker(ForgettingTracker):
     presentations lose no digits. The state has 36 bytes per sample; each score of your own adds 5,
     its spread another 4. The built-in statistics take infinite logits as limits: a sample whose own
     class was masked by `-inf` once has an AUM of `-inf` and an infinite loss from then on; its
-    other statistics are finite.
+    other statistics are finite. Scores of windows do the same: those of probabilities stay finite,
+    and the spread of a margin or loss that is infinite once is infinite.
 
     Everything else is as in :class:`drophot.ForgettingTracker`: `update`, `observe`, `watch`,
     `attach`, `sync` and the state. Here, too, the caller decides when samples are presented. In the

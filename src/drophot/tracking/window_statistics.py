@@ -25,8 +25,9 @@ class WindowSpread:
 
     with the standard deviation divided by :math:`J - 1`. The default is the dynamic uncertainty of
     He et al.: the values are the probabilities of the target. With `score="loss"` it is the same of
-    the losses. It keeps `4 * (window + 1)` bytes per sample. A sample with fewer than `window`
-    presentations has no score.
+    the losses. A window with an infinite value has an infinite standard deviation, and the score of
+    its sample stays infinite. It keeps `4 * (window + 1)` bytes per sample. A sample with fewer
+    than `window` presentations has no score.
 
     References:
         He, Yang, Huang and Zhao, Large-scale Dataset Pruning with Dynamic Uncertainty, CVPR
@@ -88,7 +89,11 @@ class WindowSpread:
     def add(self, columns: Columns, batch: Presented, values: Tensor) -> None:
         """Called by the tracker for each batch."""
         windows = _add_values(columns["recent"], batch, values)
-        _add_windows(columns, batch, windows.std(1), self.window, self.until)
+        spread = windows.std(1)
+        # In the limit of an infinite value; its difference from the mean is not a number.
+        infinite = windows.isinf().any(1) & ~windows.isnan().any(1)
+        spread = torch.where(infinite, inf, spread)
+        _add_windows(columns, batch, spread, self.window, self.until)
 
     def join(self, before: Columns, base: Columns, after: Columns) -> Columns:
         """Called by the tracker to merge ranks."""
@@ -279,7 +284,7 @@ class TDDS:
                 f"`TDDS(num_classes={self.num_classes})`, got {logits.shape[1]}. Change "
                 f"`num_classes`."
             )
-        return logits.softmax(1)
+        return logits.clamp(max=torch.finfo(logits.dtype).max).softmax(1)  # an infinite one gives 1
 
     def add(self, columns: Columns, batch: Presented, values: Tensor) -> None:
         """Called by the tracker for each batch."""
