@@ -166,7 +166,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_loky(reference: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own way to start a process imports torch again, as `spawn` does, which is tested above."""
+    """Started as other processes here: its own way imports torch again, as `spawn` does above."""
     loky = pytest.importorskip("joblib.externals.loky")
     pytest.importorskip("cloudpickle")  # for the lambda
     monkeypatch.setattr(loky.backend.context, "_DEFAULT_START_METHOD", START_METHOD)
