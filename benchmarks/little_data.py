@@ -5,17 +5,23 @@
     joint       the adaptive ones, with 90 % of the weights removed during training
 
 Each coreset is trained for the same epochs, and for as many steps as the full set takes. Controls
-are `random` and `fresh_subset` (RS2). The recipe: random crops after reflection padding and random
-flips, computed for whole batches on the device; SGD with Nesterov momentum and weight decay; a
-learning rate that rises and falls in each step; label smoothing. `--plain` leaves out all but SGD.
+are `random` and `fresh_subset` (RS2). The recipe is that of `examples/resnet_cifar.py --recipe`:
+random crops, flips and holes, computed for whole batches on the device; SGD with Nesterov momentum
+and weight decay; a learning rate that rises and falls in each step; label smoothing; bfloat16 on a
+GPU. `--plain` leaves out all but SGD.
 After being stopped or killed, the same command resumes. `--data` names a folder of images,
 train/CLASS/*.jpg and test/CLASS/*.jpg, all of 32x32. It has not been run on a GPU: the accuracies
 and the times are not known.
 
-    python benchmarks/little_data.py --data cifar10-jpeg --device cuda
-    python benchmarks/little_data.py --data cifar10-jpeg --quick
+The records are in benchmarks/results/grid_NAME_PART.jsonl, with the name of the folder, and
+`python benchmarks/paper.py` generates the tables of cifar10 and tiny100.
+
+    python benchmarks/little_data.py --data cifar10 --device cuda
+    python benchmarks/little_data.py --data cifar10 --quick
 """
 
+import shutil
+import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from dataclasses import dataclass
 from functools import partial
@@ -24,13 +30,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import TensorDataset
 from torchvision import models
 from torchvision.datasets import ImageFolder
+from torchvision.models.resnet import BasicBlock
 from torchvision.transforms.functional import pil_to_tensor
 
 from drophot import Adaptive, DropHot, Grid, Scored, Stratified, fit, report
@@ -38,35 +45,24 @@ from drophot.coreset import Beta
 from drophot.tracking import DUAL, TDDS, WindowSpread
 from drophot.training import BatchLoader
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+from resnet_cifar import MEAN, SMOOTHING, STD, augment
 
 
 class Augmented(nn.Module):
-    """A network that crops and flips its inputs while it trains.
+    """A network that augments its inputs while it trains, and computes in bfloat16 on a GPU.
 
     Random numbers are those of torch's generator of the device, which a run seeds.
     """
 
-    def __init__(self, network: nn.Module, padding: int) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.padding = network, padding
+        self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(augment(images, self.padding) if self.training else images)
-
-
-def augment(images: Tensor, padding: int) -> Tensor:
-    """Random crops of padded images and random flips: images `(B, C, H, W)`, one draw for each."""
-    count, _, height, width = images.shape
-    draws = partial(torch.randint, device=images.device)
-    top, left = (draws(2 * padding + 1, (count, 1)) for _ in range(2))
-    across = torch.arange(width, device=images.device)
-    columns = torch.where(draws(2, (count, 1)) > 0, across.flip(0), across) + left
-    rows = torch.arange(height, device=images.device) + top
-    padded = F.pad(images, (padding,) * 4, mode="reflect").permute(0, 2, 3, 1)
-    sample = torch.arange(count, device=images.device)
-    cropped = padded[sample[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return cropped.permute(0, 3, 1, 2)
+        images = augment(images) if self.training else images
+        with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+            return self.network(images).float()
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,7 @@ class Recipe:
     """The training loop of a run: drophot's, with a learning rate for each step."""
 
     lr: float
-    smoothing: float = 0.1
+    smoothing: float = SMOOTHING
 
     def __call__(self, model: nn.Module, dataset: Any, epochs: int, **options: Any) -> None:
         size, optimizer = options["batch_size"], options["optimizer"]
@@ -93,17 +89,25 @@ class Recipe:
 
 
 def network(num_classes: int, *, augmented: bool = True, width: int = 64) -> nn.Module:
-    """ResNet-18 for images of 32x32; with another width than 64, a small network to try it."""
+    """ResNet-18 for images of 32x32; with another width than 64, a ResNet of three blocks."""
     if width == 64:
         net: Any = models.resnet18(num_classes=num_classes)
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     else:
         net = nn.Sequential(
-            *(nn.Conv2d(3, width, 3, 2), nn.BatchNorm2d(width), nn.ReLU()),
-            *(nn.Conv2d(width, 2 * width, 3, 2), nn.BatchNorm2d(2 * width), nn.ReLU()),
-            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, num_classes)),
+            *(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()),
+            *(BasicBlock(width, width), wider(width), wider(2 * width)),
+            *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, num_classes)),
         )
-    return Augmented(net, 4) if augmented else net
+    return Augmented(net) if augmented else net
+
+
+def wider(width: int) -> BasicBlock:
+    """A residual block that halves the resolution and doubles the number of channels."""
+    shortcut = nn.Sequential(
+        nn.Conv2d(width, 2 * width, 1, 2, bias=False), nn.BatchNorm2d(2 * width)
+    )
+    return BasicBlock(width, 2 * width, 2, shortcut)
 
 
 RATIOS = {"joint": [0.01, 0.05, 0.1]}  # as in SWaST, arXiv 2511.09901; the others below
@@ -176,6 +180,9 @@ def main() -> None:
         )
         store = options.store / f"{options.data.name}_{part}{'_quick' * options.quick}"
         print(report.table(grid.run(store, progress=True)))
+        if not options.quick:
+            name = f"grid_{options.data.name}_{part}.jsonl"
+            shutil.copy(store / "records.jsonl", RESULTS / name)
 
 
 def read(folder: Path, each: int | None) -> tuple[TensorDataset, int]:

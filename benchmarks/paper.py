@@ -4,8 +4,8 @@
     python benchmarks/paper.py --write    writes them to the pages, between their markers, and draws
                                           the figures of docs/results.md
 
-The records are in benchmarks/results. They come from examples/paper_grid.py,
-benchmarks/selection.py and benchmarks/table1.py; docs/results.md has the commands.
+The records are in benchmarks/results. They come from examples/paper_grid.py and from selection.py,
+importances.py, recipe.py and table1.py in benchmarks; docs/results.md has the commands.
 """
 
 import json
@@ -17,6 +17,7 @@ from statistics import mean, stdev
 import faults
 from common import read_grid as read
 from faults import Differences, Faults, signed
+from importance_tables import importances
 from selection_tables import draw, selected
 
 from drophot import Record, records, report, stats
@@ -113,6 +114,7 @@ def tables() -> dict[str, str]:
         ]),
         "channels": report.table(read("lenet_channels")),
         **selected(),
+        **importances(),
         "latency": latency(),
         "recalibrated": recalibrated(),
     }

@@ -1,13 +1,17 @@
-"""Tables and a figure of selection methods on MNIST, from the records of selection.py."""
+"""Tables and a figure of selection methods, and a table of the recipe.
+
+The records come from selection.py, little_data.py and recipe.py.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from common import read_grid
+from common import RESULTS, read_grid
 from faults import signed
 
 from drophot import Record, stats
@@ -15,6 +19,13 @@ from drophot import Record, stats
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
 ONCE = ("once", "scores", "dynamic")
 NOISY = ("once_noisy", "dynamic_noisy")
+
+# The control of each part of little_data.py, and the schedule of its pruning.
+LITTLE_DATA = {
+    "once": ("random",),
+    "dynamic": ("fresh_subset",),
+    "joint": ("fresh_subset", "joint"),
+}
 
 # Okabe and Ito's colors, with markers and line styles that also work without color.
 DRAWN = {
@@ -41,6 +52,13 @@ def selected() -> dict[str, str]:
         "ablation": ablation(),
         "adaptive": less_fresh(read_grid("fcnet_adaptive"), "one-shot"),
         "joint": less_fresh(read_grid("fcnet_joint"), "joint"),
+        "recipe": recipe(),
+        **{
+            f"little_data_{data}_{part}": little_data(read_grid(f"{data}_{part}"), *how)
+            for data in ("cifar10", "tiny100")
+            for part, how in LITTLE_DATA.items()
+            if (RESULTS / f"grid_{data}_{part}.jsonl").exists()
+        },
     }
 
 
@@ -108,6 +126,42 @@ def ablation() -> str:
     return "\n".join(lines)
 
 
+def little_data(records: Sequence[Record], control: str, schedule: str = "one-shot") -> str:
+    """Each mode of a part of little_data.py minus a control, for equal epochs and equal steps.
+
+    A share without records of both has an empty cell.
+    """
+    trained = [r for r in records if r.schedule == schedule]
+    shares = sorted({r.keep_ratio for r in trained} - {1.0}, reverse=True)
+    lines = header("mode | trained for", shares)
+    for equal_steps, words in ((False, "equal epochs"), (True, "equal steps")):
+        runs = [r for r in trained if r.equal_steps == equal_steps]
+        base = [accuracies(runs, control, share) for share in shares]
+        cells = [centred(values) if values else "" for values in base]
+        lines.append(row(f"{control}, % | {words}", cells))
+        for mode in modes_of(runs):
+            if mode != control:
+                found = [accuracies(runs, mode, share) for share in shares]
+                pairs = list(zip(found, base, strict=True))
+                cells = [difference(a, b) if a.keys() & b.keys() else "" for a, b in pairs]
+                lines.append(row(f"{mode} | {words}", cells))
+    full = centred(accuracies(trained, "baseline", 1.0))
+    return "\n".join([*lines, row("everything, % | ", [full, *[""] * (len(shares) - 1)])])
+
+
+def recipe() -> str:
+    """Test and training accuracy with plain training and with the recipe, paired by seed."""
+    figures = json.loads((RESULTS / "recipe.json").read_text())["figures"]
+    lines = header("accuracy, %", ["plain", "recipe", "recipe − plain"])
+    for part in ("test", "train"):
+        plain, ours = (
+            {r["seed"]: 100 * r[f"{part}_accuracy"] for r in figures if r["training"] == training}
+            for training in ("plain", "recipe")
+        )
+        lines.append(row(part, [centred(plain), centred(ours), difference(ours, plain)]))
+    return "\n".join(lines)
+
+
 def modes_of(runs: Sequence[Record]) -> list[str]:
     return [mode for mode in dict.fromkeys(r.mode for r in runs) if mode != "baseline"]
 
@@ -120,7 +174,8 @@ def accuracies(runs: Sequence[Record], mode: str, share: float) -> dict[int, flo
 
 def centred(values: Mapping[int, float]) -> str:
     low, high = stats.estimate(list(values.values())).interval
-    return f"{mean(values.values()):.2f} ± {(high - low) / 2:.2f}"
+    half = f" ± {(high - low) / 2:.2f}" if len(values) > 1 else ""
+    return f"{mean(values.values()):.2f}{half}"
 
 
 def differences(
@@ -130,21 +185,25 @@ def differences(
     shares: Sequence[float],
 ) -> list[str]:
     """The accuracy of a mode minus that of the control at each share, with its interval."""
-    cells: list[str] = []
-    for share, other in zip(shares, control, strict=True):
-        one = accuracies(runs, mode, share)
-        seeds = sorted(one.keys() & other.keys())
-        found = stats.paired([one[s] for s in seeds], [other[s] for s in seeds])
-        low, high = found.interval
-        cells.append(f"{signed(found.difference)} ({signed(low)} to {signed(high)})")
-    return cells
+    pairs = zip(shares, control, strict=True)
+    return [difference(accuracies(runs, mode, share), other) for share, other in pairs]
 
 
-def header(first: str, shares: Sequence[float]) -> list[str]:
+def difference(one: Mapping[int, float], other: Mapping[int, float]) -> str:
+    """One accuracy minus another, paired by seed, with its interval."""
+    seeds = sorted(one.keys() & other.keys())
+    found = stats.paired([one[s] for s in seeds], [other[s] for s in seeds])
+    low, high = found.interval
+    interval = f" ({signed(low)} to {signed(high)})" if found.n > 1 else ""
+    return signed(found.difference) + interval
+
+
+def header(first: str, columns: Sequence[float | str]) -> list[str]:
     """The first two lines of a table; names are aligned to the left, and numbers to the right."""
-    columns = [*first.split(" | "), *(f"{share:.0%}" for share in shares)]
-    names = " --- |" * len(first.split(" | "))
-    return [f"| {' | '.join(columns)} |", f"|{names}{' ---: |' * len(shares)}"]
+    numbers = [one if isinstance(one, str) else f"{one:.0%}" for one in columns]
+    names = first.split(" | ")
+    rule = " --- |" * len(names) + " ---: |" * len(numbers)
+    return [f"| {' | '.join([*names, *numbers])} |", f"|{rule}"]
 
 
 def row(first: str, cells: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.interpreter import patch_language_once
 from helpers.processes import PRELOADED
 from torch.overrides import (
     _get_current_function_mode_stack,  # pyright: ignore[reportPrivateUsage]
@@ -82,6 +83,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # instead of by their number of tests.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    if os.environ.get("TRITON_INTERPRET") == "1":  # as test_interpreted.py sets it
+        patch_language_once()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ import torch
 from drophot import DropHot, Record, Scored, Stratified
 from drophot._core.mode_names import ModeName
 from drophot.pipeline.config import Arguments
+from drophot.prune.importances import Random, l1, layer_normalized
 from drophot.settings.declarations import Settings
 from drophot.settings.names import name_of
 from drophot.settings.tables import (
@@ -103,6 +104,7 @@ def test_the_values_of_a_varying_setting_have_different_parts_of_a_file_s_name()
         "schedule": ("one-shot", "gradual", "iterative", "joint"),
         **dict.fromkeys(("data_ratio", "prune_ratio"), (0.25, 0.5)),
         "seed": (0, 1),
+        "importance": (None, l1, layer_normalized, Random(), lambda name, weight: weight),
     }
     for name in varying():
         parts = [file_part(name, value) for value in values.get(name, (False, True))]

@@ -613,6 +613,17 @@ def test_coresets_of_different_sizes_may_be_compared() -> None:
     assert stability(coresets, total).index == pytest.approx(wanted)
 
 
+def test_the_interval_is_that_of_the_jackknife_if_sizes_differ() -> None:
+    chance = np.random.default_rng(0)
+    liked = np.linspace(0, 2, 80)  # some samples are selected more often than others
+    shares = chance.choice([0.02, 0.4], 60)
+    draws = [np.flatnonzero(chance.uniform(size=80) < share * liked) for share in shares]
+    without = [stability(draws[:n] + draws[n + 1 :], 80).index for n in range(60)]
+    deviation = math.sqrt(59 * np.var(without))
+    low, high = stability(draws, 80).interval
+    assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("coresets", "words"),
     [

@@ -165,9 +165,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_loky(reference: list[Record]) -> None:
+def test_loky(reference: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started as other processes here: its own way imports torch again, as `spawn` does above."""
     loky = pytest.importorskip("joblib.externals.loky")
     pytest.importorskip("cloudpickle")  # for the lambda
+    monkeypatch.setattr(loky.backend.context, "_DEFAULT_START_METHOD", START_METHOD)
     grids = Grids(controlled(), with_a_lambda())
     try:
         assert run_the_page("joblib", grids) == [reference, with_a_lambda().run("here")]

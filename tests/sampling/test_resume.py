@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from drophot import CrestLoader, FreshSubset, LossSampling
+from drophot import AdaptiveSubset, CrestLoader, FreshSubset, LossSampling
 from drophot._core.ratios import num_kept
 
 
@@ -38,7 +38,7 @@ def test_a_fresh_subset_goes_on_where_it_was(total: int, ratio: float, stop: int
     before = list(islice(epoch, stop))
     again = FreshSubset(total, ratio)
     again.load_state_dict(saved(part.state_dict()))
-    if stop > len(whole):  # the loop has seen the end of the epoch
+    if stop >= len(whole):  # the loop has seen the last sample
         assert list(again) == epochs[2]
     else:
         assert before + (list(again) if stop else []) == epochs[1][: len(before)] + (
@@ -83,6 +83,42 @@ def test_the_protocol_of_torchdata(kind: str, stop: int) -> None:
     resumed = as_torchdata(again, saved(state))
     assert before + list(resumed) == epochs[1], "also after the last sample of the epoch"
     assert list(again) == epochs[2]
+
+
+@pytest.mark.parametrize("kind", [FreshSubset, LossSampling, AdaptiveSubset, CrestLoader])
+@pytest.mark.parametrize("batch_size", [3, 4, 5])  # of 12 samples: the last batch is full, or not
+def test_a_loop_that_is_killed_after_any_batch_sees_the_same_batches(
+    kind: Any, batch_size: int
+) -> None:
+    data = TensorDataset(torch.randn(40, 3), torch.arange(40) % 2)
+    model = nn.Linear(3, 2)
+    ratio, epochs = 0.3, 3
+
+    def new() -> Any:
+        if kind is CrestLoader:
+            return CrestLoader(data, model, ratio, batch_size=batch_size)
+        if kind is AdaptiveSubset:
+            return AdaptiveSubset(data, model, ratio, "high", every=2)
+        return kind(40, ratio)
+
+    def loader(sampler: Any) -> Any:
+        if kind is CrestLoader:
+            return ([index] for *_, index, _ in sampler)
+        sampler = sampler.sampler() if kind is LossSampling else sampler
+        return DataLoader(TensorDataset(torch.arange(40)), batch_size, sampler=sampler)
+
+    sampler, shown, states = new(), [], []
+    for epoch in range(epochs):
+        for (index,) in loader(sampler):
+            shown.append(index.tolist())
+            state = saved(sampler.state_dict())
+            states.append((state, epoch + (state["yielded"] == 0)))
+    assert len(shown) == epochs * -(-12 // batch_size)
+    for number, (state, done) in enumerate(states, 1):
+        sampler = new()
+        sampler.load_state_dict(state)
+        rest = [index.tolist() for _ in range(done, epochs) for (index,) in loader(sampler)]
+        assert shown[:number] + rest == shown, number
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -175,6 +211,25 @@ def test_crest_goes_on_where_it_was() -> None:
     other = CrestLoader(worker.data(), worker.network(), batch_size=4)
     with pytest.raises(ValueError, match="CrestLoader.*batch_size=4.*batch_size=6"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("subset_size=36", {"subset": 0.9}),
+        ("threshold=0.7", {"threshold": 0.7}),
+        ("interval=5.0", {"interval": 5}),
+        ("seed=9", {"seed": 9}),
+    ],
+)
+def test_crest_refuses_a_state_of_other_arguments(name: str, changes: dict[str, Any]) -> None:
+    data = TensorDataset(torch.randn(40, 3), torch.arange(40) % 2)
+
+    def loader(**changes: Any) -> CrestLoader:
+        return CrestLoader(data, nn.Linear(3, 2), 0.5, batch_size=4, **changes)
+
+    with pytest.raises(ValueError, match=f"CrestLoader.*{name}"):
+        loader(**changes).load_state_dict(loader().state_dict())
 
 
 def test_the_selection_for_another_model_is_refused() -> None:

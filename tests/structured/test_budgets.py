@@ -199,6 +199,31 @@ def test_parts_of_one_group_are_not_tied() -> None:
         assert max(widths) > 8 or size(model) > limit
 
 
+@pytest.mark.parametrize("share", [0.6, 0.45])
+def test_heads_of_every_layer_and_nothing_else_are_removed_with_the_stream(share: float) -> None:
+    """Neither is the hidden layer tied, which is as wide as a batch of two streams."""
+    models = pytest.importorskip("torchvision.models")
+    dense = distinct(models.VisionTransformer(16, 8, 2, 4, 32, 64, num_classes=5))
+    limit = int(share * size(dense))
+    _, pruned = pruned_to(dense, normal(2, 3, 16, 16), parameters=limit)
+    layers = "encoder.layers.encoder_layer_"
+    stream, *hidden = (
+        pruned.layers[f"{name}.weight"].after
+        for name in ("conv_proj", f"{layers}0.mlp.0", f"{layers}1.mlp.0")
+    )
+    assert stream % 8 == 0
+    assert stream < 32
+
+    def parameters(stream: int, *hidden: int) -> int:
+        outside = size(models.VisionTransformer(16, 8, 0, 1, stream, 1, num_classes=5))
+        attention = 4 * stream * (stream + 1) + 4 * stream  # with two norms
+        return outside + sum(attention + n * (2 * stream + 1) + stream for n in hidden)
+
+    assert parameters(stream, *hidden) == pruned.parameters.after <= limit
+    for larger in ((stream + 8, *hidden), (stream, hidden[0] + 1, hidden[1])):
+        assert max(larger) > 64 or parameters(*larger) > limit
+
+
 def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 

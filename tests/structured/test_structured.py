@@ -22,6 +22,9 @@ from drophot.structured import Change, Pruned, prune_channels, pruning_run, rebu
 models = pytest.importorskip("torchvision.models", reason="the extra `vision` is not installed")
 from torchvision.models import VisionTransformer  # noqa: E402 - only where it is there
 from torchvision.models.convnext import CNBlockConfig  # noqa: E402
+from torchvision.models.efficientnet import EfficientNet, MBConvConfig  # noqa: E402
+from torchvision.models.mobilenetv3 import InvertedResidualConfig, MobileNetV3  # noqa: E402
+from torchvision.models.regnet import BlockParams, RegNet  # noqa: E402
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet  # noqa: E402
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -45,6 +48,31 @@ def vgg11_bn() -> nn.Module:
         *(nn.Linear(64, 48), nn.ReLU(), nn.Dropout(), nn.Linear(48, 10)),
     )
     return model
+
+
+def efficientnet() -> nn.Module:
+    """The first three stages of torchvision's `efficientnet_b0`."""
+    stages = [(1, 3, 1, 32, 16, 1), (6, 3, 2, 16, 24, 2), (6, 5, 2, 24, 40, 2)]
+    return EfficientNet([MBConvConfig(*stage) for stage in stages], 0.2, num_classes=10)
+
+
+def mobilenet_v3() -> nn.Module:
+    """The first five blocks of torchvision's `mobilenet_v3_small`."""
+    blocks = [
+        (16, 3, 16, 16, True, "RE", 2, 1, 1.0),
+        (16, 3, 72, 24, False, "RE", 2, 1, 1.0),
+        (24, 3, 88, 24, False, "RE", 1, 1, 1.0),
+        (24, 5, 96, 40, True, "HS", 2, 1, 1.0),
+        (40, 5, 240, 40, True, "HS", 1, 1, 1.0),
+    ]
+    return MobileNetV3([InvertedResidualConfig(*block) for block in blocks], 256, num_classes=10)
+
+
+def regnet() -> nn.Module:
+    """Torchvision's in three stages."""
+    depths, widths = [1, 2, 2], [32, 64, 128]
+    blocks = BlockParams(depths, widths, [8] * 3, [1.0] * 3, [2] * 3, se_ratio=0.25)
+    return RegNet(blocks, num_classes=10)
 
 
 class Block(nn.Module):
@@ -116,13 +144,16 @@ CONVOLUTIONAL = {
     "resnet": (partial(ResNet, BasicBlock, [2, 2, 1, 1]), IMAGES),
     "bottlenecks": (partial(ResNet, Bottleneck, [1, 2, 1, 1], width_per_group=16), IMAGES),
     "resnext": (partial(ResNet, Bottleneck, [1, 2, 1, 1], groups=8, width_per_group=4), IMAGES),
-    "mobilenet_v3": (models.mobilenet_v3_small, IMAGES),
+    "mobilenet_v3": (mobilenet_v3, IMAGES),
     "vgg11_bn": (vgg11_bn, IMAGES),
     "densenet": (partial(models.DenseNet, 8, (2, 3, 2, 2), 16), IMAGES),
-    "efficientnet_b0": (models.efficientnet_b0, IMAGES),
+    "efficientnet": (efficientnet, IMAGES),
     "squeezenet": (models.squeezenet1_1, IMAGES),
-    "regnet": (models.regnet_y_400mf, IMAGES),
-    "shufflenet": (models.shufflenet_v2_x0_5, IMAGES),
+    "regnet": (regnet, IMAGES),
+    "shufflenet": (
+        partial(models.ShuffleNetV2, [2, 3, 2], [24, 48, 96, 192, 256], num_classes=10),
+        IMAGES,
+    ),
 }
 NORMALISED = {  # over the channels, so that a channel that is gone differs from one of zeros
     "vit": (tiny_vit, IMAGES),

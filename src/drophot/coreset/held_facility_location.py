@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heapreplace
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from drophot.coreset.greedy import squared_norms
 _ROWS = 512  # rows of a block of distances, which fits in the cache
 _SLACK = 1 + 1e-5  # on bounds, which are summed in less precision than gains
 _FEW = 1 / 32  # the fraction of pairs of near samples from which on they are listed
+_BATCH = 16  # candidates that are evaluated at a time from the listed pairs
 
 
 def choose_held(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,23 +58,27 @@ def choose_from(
         place = int(bounds.argmax())
         take(place, float(bounds[place]))
     heap = _bounds(distances, torch.from_numpy(nearest), {*start.tolist(), *ranking})
-    step_of_gain = np.full(total, -1)
-    listed: list[tuple[NDArray, NDArray]] | None = None
-    while len(ranking) < size - len(start):
-        bound, place = heap[0]
-        if step_of_gain[place] == len(ranking):
-            heappop(heap)
+    step_of_gain = [-1] * total
+    pairs: _NearPairs | None = None
+    count = size - len(start)
+    while len(ranking) < count:
+        step = len(ranking)
+        bound, place = heappop(heap)
+        if step_of_gain[place] == step:
             take(place, -bound)
-            if listed is None and len(ranking) & (len(ranking) - 1) == 0:  # 2, 4, 8, …
-                listed = _near_pairs(rows, nearest)
+            if len(ranking) & (len(ranking) - 1) == 0:  # 2, 4, 8, …
+                pairs = pairs.still_near(nearest) if pairs else _near_pairs(rows, nearest)
+            continue
+        batch = [place]
+        if pairs is None:
+            found = [float(np.maximum(nearest - rows[place], 0).sum(dtype=np.float64))]
         else:
-            step_of_gain[place] = len(ranking)
-            if listed is None:
-                gain = np.maximum(nearest - rows[place], 0).sum(dtype=np.float64)
-            else:
-                others, away = listed[place]
-                gain = np.maximum(nearest[others] - away, 0).sum(dtype=np.float64)
-            heapreplace(heap, (-float(gain), place))
+            while heap and len(batch) < _BATCH and step_of_gain[heap[0][1]] != step:
+                batch.append(heappop(heap)[1])
+            found = pairs.gains(batch, nearest)
+        for place, gain in zip(batch, found, strict=True):
+            step_of_gain[place] = step
+            heappush(heap, (-gain, place))
     return (
         torch.tensor(ranking, dtype=torch.int64),
         torch.tensor(gains, dtype=torch.float64),
@@ -80,25 +86,43 @@ def choose_from(
     )
 
 
-def _near_pairs(rows: NDArray, nearest: NDArray) -> list[tuple[NDArray, NDArray]] | None:
-    """The near samples of each sample and their distances; None if they are not few.
+@dataclass(frozen=True, slots=True)
+class _NearPairs:
+    """The samples that are nearer to a candidate than to their nearest medoid, by candidate."""
 
-    Two samples are near if their distance is less than that of either to its nearest medoid.
-    """
+    edges: list[int]  # where the samples of each candidate begin
+    samples: NDArray
+    away: NDArray
+
+    def gains(self, candidates: list[int], nearest: NDArray) -> list[float]:
+        """The gains of candidates."""
+        spans = [slice(self.edges[each], self.edges[each + 1]) for each in candidates]
+        samples = np.concatenate([self.samples[span] for span in spans])
+        away = np.concatenate([self.away[span] for span in spans])
+        number = np.repeat(np.arange(len(spans)), [span.stop - span.start for span in spans])
+        lowered = np.maximum(nearest[samples] - away, 0)
+        return np.bincount(number, lowered, minlength=len(spans)).tolist()
+
+    def still_near(self, nearest: NDArray) -> _NearPairs:
+        """The pairs that are left with more medoids."""
+        near = self.away < nearest[self.samples]
+        before = np.concatenate([[0], near.cumsum()])
+        return _NearPairs(before[self.edges].tolist(), self.samples[near], self.away[near])
+
+
+def _near_pairs(rows: NDArray, nearest: NDArray) -> _NearPairs | None:
+    """The near pairs, or None if they are not few."""
     total = len(rows)
-    some = slice(None, None, max(1, total // 64))
-    near = rows[some] < np.maximum(nearest, nearest[some, None])
-    if near.mean() > _FEW:
+    if (rows[:: max(1, total // 64)] < nearest).mean() > _FEW:
         return None
-    found = []
+    edges, samples, away = [0], [], []
     for begin in range(0, total, 32):
-        block, limit = rows[begin : begin + 32], nearest[begin : begin + 32, None]
-        near = block < nearest
-        near |= block < limit
-        others = (np.flatnonzero(near) % total).astype(np.int32)
-        ends = np.count_nonzero(near, axis=1).cumsum()[:-1]
-        found += zip(np.split(others, ends), np.split(block[near], ends), strict=True)
-    return found
+        block = rows[begin : begin + 32]
+        near = np.flatnonzero(block < nearest)
+        edges += (edges[-1] + np.searchsorted(near, np.arange(1, len(block) + 1) * total)).tolist()
+        samples.append((near % total).astype(np.int32))
+        away.append(block.reshape(-1)[near])
+    return _NearPairs(edges, np.concatenate(samples), np.concatenate(away))
 
 
 def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[float, int]]:

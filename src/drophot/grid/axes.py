@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from drophot._core.importance import RunImportance
 from drophot._core.ratios import num_kept
 from drophot._core.user_warnings import warn
 from drophot.grid.stages import BASELINE_CELL, Cell
@@ -15,7 +16,7 @@ from drophot.pipeline.config import RunConfig
 from drophot.pipeline.preflight import with_settings
 from drophot.pipeline.step_3_batches import selects_again
 from drophot.settings.names import Mode, name_of
-from drophot.settings.tables import CONTROLS, SETTINGS
+from drophot.settings.tables import CONTROLS, SETTINGS, file_part
 from drophot.tracking.statistics import Score
 
 
@@ -26,6 +27,7 @@ class Axes:
     data_ratios: list[float]
     modes: list[Mode]
     prune_ratios: list[float]
+    importances: list[RunImportance]
     seeds: list[int]
     controls: list[str]
     coresets: list[Cell] = field(default_factory=list[Cell])
@@ -56,13 +58,15 @@ class Axes:
         return list({score.name: score for score in scores if score is not None}.values())
 
     def cells(self) -> Iterator[Cell]:
-        """The cells by seed, the baseline first, then by data ratio, mode and prune ratio."""
+        """The cells by seed, baseline first, data ratio, mode, prune ratio and importance."""
         coresets = [BASELINE_CELL, *self.coresets]
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
         for seed, coreset in product(self.seeds, coresets):
             for ratio in (dense if coreset is BASELINE_CELL else []) + self.prune_ratios:
-                for change in self.pruning_changes if ratio > 0 else self.pruning_changes[:1]:
-                    yield {"seed": seed, **coreset, "prune_ratio": ratio, **change}
+                hows = list(product(self.importances, self.pruning_changes))
+                for importance, change in hows if ratio > 0 else hows[:1]:
+                    how = {"prune_ratio": ratio, "importance": importance, **change}
+                    yield {"seed": seed, **coreset, **how}
 
 
 def checked_axes(
@@ -71,6 +75,7 @@ def checked_axes(
     data_ratios: Iterable[float],
     modes: Iterable[Mode],
     prune_ratios: Iterable[float],
+    importances: Iterable[RunImportance] | None,
     seeds: Iterable[int],
     controls: Iterable[str],
 ) -> Axes:
@@ -92,10 +97,14 @@ def checked_axes(
     controls = list(controls)
     equal = {"equal_steps": True} if "equal_steps" in controls else {}
     ratios = _checked("data_ratios", data_ratios, neutral)
+    removed = _checked("prune_ratios", prune_ratios, config)
+    pruned = with_settings(config, prune_ratio=max(removed))
+    given = [config.settings.importance] if importances is None else importances
     axes = Axes(
         data_ratios=ratios,
         modes=_checked("modes", modes, with_settings(neutral, data_ratio=min(ratios), **equal)),
-        prune_ratios=_checked("prune_ratios", prune_ratios, config),
+        prune_ratios=removed,
+        importances=_checked("importances", given, pruned),
         seeds=_checked("seeds", seeds, config),
         controls=controls,
     )
@@ -106,10 +115,11 @@ def checked_axes(
     _check_scores(axes.modes)
     _check_sizes(axes.data_ratios, config.num_samples)
     coresets = _checked_coresets(config, axes)
-    for ratio, control in product(axes.prune_ratios, axes.controls):
+    for ratio, importance, control in product(removed, axes.importances, axes.controls):
         name, value = CONTROLS[control]
         # The smallest coreset, whose steps may be too few for a schedule.
-        with_settings(config, data_ratio=min(ratios), prune_ratio=ratio, **{name: value})
+        own = {"data_ratio": min(ratios), "prune_ratio": ratio, "importance": importance}
+        with_settings(config, **own, **{name: value})
     return replace(axes, coresets=coresets)
 
 
@@ -160,7 +170,9 @@ def _checked(name: str, values: Iterable[Any], config: RunConfig) -> list[Any]:
 
 
 def _same(name: str, value: Any, other: Any) -> bool:
-    """Whether two values of an axis are the same, modes by their name or by their meaning."""
+    """Whether two values of an axis are the same: modes and importances by name or meaning."""
+    if name == "importances":
+        return file_part("importance", value) == file_part("importance", other)
     if name != "modes":
         return value == other
     long = pipeline_modes.as_scored(value)

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from drophot._core import user_warnings
+from drophot._core.importance import RunImportance
 from drophot.data.samples import is_plainly
 from drophot.grid import mps
 from drophot.grid.gpu_pool import GpuPool
@@ -41,13 +42,20 @@ class Executor(Protocol):
         ...
 
 
-def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads: int) -> None:
+def check(
+    executor: Executor,
+    config: RunConfig,
+    modes: Iterable[Mode],
+    importances: Iterable[RunImportance],
+    threads: int,
+) -> None:
     """Refuse an object that is not an executor, and a run that cannot be sent to its workers.
 
     Args:
         executor: Computes the stages.
         config: The run of the stages.
         modes: The modes of its cells.
+        importances: The importances of its cells.
         threads: The number of threads of each stage.
 
     Raises:
@@ -86,7 +94,7 @@ def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads:
             "`executor` must not fork if CUDA is used, which does not work after a fork. Pass "
             "drophot.grid.GpuPool(), or ProcessPoolExecutor(..., mp_context=get_context('spawn'))."
         )
-    _check_sendable(executor, _parts(config, modes), method, threads)
+    _check_sendable(executor, _parts(config, modes, importances), method, threads)
     if gpu_sharing(executor, config.device) == "turns":
         user_warnings.warn(
             f"`executor` has {num_workers(executor)} processes on one GPU, which take turns: the "
@@ -117,7 +125,9 @@ def num_gpus(executor: Executor) -> int:
     return executor.num_gpus if isinstance(executor, GpuPool) else 1
 
 
-def _parts(config: RunConfig, modes: Iterable[Mode]) -> list[tuple[str, object]]:
+def _parts(
+    config: RunConfig, modes: Iterable[Mode], importances: Iterable[RunImportance]
+) -> list[tuple[str, object]]:
     """The parts of a run that may not be sendable, with the names of their arguments."""
     parts: list[tuple[str, object]] = [
         ("model", config.factory),
@@ -128,7 +138,9 @@ def _parts(config: RunConfig, modes: Iterable[Mode]) -> list[tuple[str, object]]
         if not is_plainly(data, TensorDataset):  # tensors are read from the store
             parts.append((name, data))
     parts += [("modes", mode) for mode in modes if not isinstance(mode, str)]
-    settings = [(name, getattr(config.settings, name)) for name in SETTINGS if name != "mode"]
+    parts += [("importance", one) for one in importances if one is not None]
+    own = SETTINGS.keys() - {"mode", "importance"}
+    settings = [(name, getattr(config.settings, name)) for name in SETTINGS if name in own]
     plain = (bool, int, float, str, type(None))
     return parts + [(name, value) for name, value in settings if not isinstance(value, plain)]
 

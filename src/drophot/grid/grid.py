@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from drophot._core import memory, scalars
+from drophot._core.importance import RunImportance
 from drophot._core.progress import import_tqdm
 from drophot.grid import dispatch, executors, worker_data
 from drophot.grid.axes import checked_axes
@@ -32,7 +33,7 @@ _BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} epochs [{elapsed}<{remaining}]"
 
 
 class Grid:
-    """Data ratios × modes × prune ratios × seeds over one :class:`drophot.DropHot`.
+    """Data ratios × modes × prune ratios × importances × seeds over one :class:`drophot.DropHot`.
 
     For each seed, one network is trained on all samples. It gives the scores and is the baseline.
     Then one network is trained on each coreset, and each network is pruned to each ratio and
@@ -49,6 +50,11 @@ class Grid:
             `"fresh_subset"`. If only equal steps take more epochs than the `every` of a
             :class:`drophot.Adaptive`, it has no cells without them, and a warning is given.
         prune_ratios: The shares of weights **removed**, each in [0, 1).
+        importances: What weights or channels are ranked by, in place of the pipeline's importance:
+            `None` for magnitude, functions such as those of :mod:`drophot.prune.importances`, and
+            :class:`drophot.prune.importances.FromBatches` for those that are computed from the
+            network. Each needs another name. Every network is pruned once by each. The control is
+            :class:`drophot.prune.importances.Random`.
         seeds: The seeds. The whole grid is run once for each.
         controls: Further cells to compare with. `"equal_steps"` also trains on every coreset for as
             many optimizer steps as the full training set takes. `"reinitialize"` and `"rewind"`
@@ -91,6 +97,7 @@ class Grid:
         data_ratios: Iterable[float],
         modes: Iterable[Mode] = ("low", "high", "random"),
         prune_ratios: Iterable[float],
+        importances: Iterable[RunImportance] | None = None,
         seeds: Iterable[int],
         controls: Iterable[str] = (),
         threads: int = 1,
@@ -105,12 +112,13 @@ class Grid:
             data_ratios=data_ratios,
             modes=modes,
             prune_ratios=prune_ratios,
+            importances=importances,
             seeds=seeds,
             controls=controls,
         )
         self.data_ratios, self.modes = self._axes.data_ratios, self._axes.modes
         self.prune_ratios, self.seeds = self._axes.prune_ratios, self._axes.seeds
-        self.controls = self._axes.controls
+        self.importances, self.controls = self._axes.importances, self._axes.controls
         self.threads = scalars.integer("threads", threads, least=1)
         self.pipeline = pipeline.replace()
         # A grid has one progress bar, and none for each training.
@@ -127,9 +135,9 @@ class Grid:
         """Compute the cells that the store does not hold yet.
 
         If the process is killed at any instant, the same call resumes. A store can be extended by
-        ratios, modes, seeds and controls. A store of another pipeline is refused. You can read
-        `records.jsonl` in it while the grid runs, and :func:`drophot.report.html` makes a page of
-        it.
+        ratios, modes, importances, seeds and controls. A store of another pipeline is refused. You
+        can read `records.jsonl` in it while the grid runs, and :func:`drophot.report.html` makes a
+        page of it.
 
         Args:
             store: A folder for the results, which is created if it does not exist.
@@ -146,7 +154,7 @@ class Grid:
 
         Returns:
             A record for each cell, ordered by seed, with the baseline first, and then by data
-            ratio, mode and prune ratio.
+            ratio, mode, prune ratio and importance.
 
         Raises:
             Exception: The first error of a stage, once all stages that do not need it are done. Its
@@ -168,9 +176,9 @@ class Grid:
         bar = import_tqdm() if progress else None
         config = self._config
         if executor is not None:
-            executors.check(executor, config, self.modes, self.threads)
+            executors.check(executor, config, self.modes, self.importances, self.threads)
         cells = self._cells()
-        identity = identify(config, self.modes, self.threads)
+        identity = identify(config, self.modes, self.importances, self.threads)
         opened = open_store(
             Path(store).absolute(), identity.configuration, {"cells": len(cells)}, identity.modes
         )
@@ -224,7 +232,7 @@ class Grid:
         cells = self._cells()
         todo = to_compute(cells, lambda _: False)
         if store is not None and Path(store).exists():
-            identity = identify(self._config, self.modes, self.threads)
+            identity = identify(self._config, self.modes, self.importances, self.threads)
             opened = open_store(Path(store), identity.configuration, None, identity.modes)
             todo = opened.missing(cells)
         return self._plan(cells, todo, executor)

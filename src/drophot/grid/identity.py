@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from drophot._core.importance import RunImportance, importance_name
 from drophot._core.installed_packages import minor_version
 from drophot._core.json_values import Json
 from drophot._core.user_warnings import warn
@@ -25,27 +26,32 @@ class Identity:
 
     configuration: dict[str, Json]
     modes: dict[str, Json]
-    """The modes and the user's scores by name. A store may be extended by others, but none may
+    """The modes, scores and importances by name. A store may be extended by others, but none may
     change."""
     data: str
     """The digest of the two datasets."""
 
 
-def identify(config: RunConfig, modes: Iterable[Mode], threads: int) -> Identity:
+def identify(
+    config: RunConfig, modes: Iterable[Mode], importances: Iterable[RunImportance], threads: int
+) -> Identity:
     """The identity of a grid's results.
 
     Raises:
         TypeError: If a part of the run cannot be compared between processes.
     """
     runs = [replace(config.settings, mode=mode) for mode in modes]
-    unknown = [*config.experiment.unknown, *(part for run in runs for part in unknown_parts(run))]
+    ranked = [replace(config.settings, importance=one) for one in importances]
+    everything = [*runs, *ranked]
+    unknown = [part for run in everything for part in unknown_parts(run)]
+    unknown = [*config.experiment.unknown, *unknown]
     if unknown:
         raise TypeError(
             f"A store must know which experiment it is of, but no other process can compare "
             f"{unknown[0]}. Create it where it is used, or give its owner a `__getstate__` that "
             f"leaves it out."
         )
-    own = [thing for run in runs for thing in own_objects(run)]
+    own = [thing for run in everything for thing in own_objects(run)]
     if blind := unseen([config.factory, config.optimizer, config.fit, *own]):
         warn(
             f"A store cannot tell whether these have changed: {', '.join(blind)}. Use another "
@@ -64,6 +70,11 @@ def identify(config: RunConfig, modes: Iterable[Mode], threads: int) -> Identity
     described_modes = {name_of(run.mode): described(run.mode) for run in runs}
     scores = [score for run in runs if (score := own_score_of(run.mode)) is not None]
     described_modes |= {f"score {score.name}": described(score) for score in scores}
+    described_modes |= {
+        f"importance {importance_name(run.importance)}": described(run.importance)
+        for run in ranked
+        if run.importance is not None
+    }
     return Identity(
         configuration=found,
         modes=described_modes,

@@ -65,7 +65,7 @@ def stage_of(
     names = varying(kind)
     joint = cell.get("schedule", settings.schedule) == "joint"
     if joint and kind == "train":  # it prunes, too
-        names += ["schedule", "prune_ratio"]
+        names += ["schedule", "prune_ratio", "importance"]
     values = {name: cell.get(name, getattr(settings, name)) for name in names}
     parts = [kind, *(file_part(name, value) for name, value in values.items())]
     is_baseline = cell.get("mode") == BASELINE

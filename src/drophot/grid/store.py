@@ -134,7 +134,8 @@ def open_store(
         folder: The folder, which is created if it does not exist.
         configuration: The settings and data that all results of the store depend on.
         plan: The extent of the grid, which reports read from the folder; `None` writes nothing.
-        modes: The user's own modes by name, of which none may have changed.
+        modes: The user's own objects by name, of which none may have changed: modes, scores and
+            importances.
 
     Raises:
         ValueError: If the folder holds other files, or results of another configuration or mode.
@@ -156,8 +157,12 @@ def open_store(
         same = {name: mode for name, mode in saved.modes.items() if name in modes}
         there = saved.configuration.copy()
         here = dict(configuration)
-        if same:
-            there["modes"], here["modes"] = same, {name: modes[name] for name in same}
+        for kind in ("modes", "importance"):
+            names = [
+                name for name in same if name.startswith("importance ") == (kind == "importance")
+            ]
+            if names:
+                there[kind], here[kind] = ({n: own[n] for n in names} for own in (same, modes))
         if fingerprint(there) != fingerprint(here):
             raise ValueError(
                 f"`store` must be of the configuration of this grid, got another "

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.optim import Optimizer
 
+from drophot._core.importance import FromBatches
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.fit_checks import LoopError
 from drophot.pipeline.provenance.own_objects import unchanged
@@ -30,10 +31,12 @@ def pruning_while_training(
         return
     times = settings.prunings
     ratios, every = (0.0, *cubic(settings.prune_ratio, times)), max(steps // (times + 1), 1)
-    with unchanged("importance", settings.importance):
+    importance = settings.importance
+    assert not isinstance(importance, FromBatches)  # `check_combinations` refuses it
+    with unchanged("importance", importance):
         with uncovered_warning_silenced():  # the constructor of the run has given it
             pruner = Schedule(
-                model, ratios, every=every, scope=settings.scope, importance=settings.importance
+                model, ratios, every=every, scope=settings.scope, importance=importance
             )
         with pruner.hold(optimizer):
             yield pruner

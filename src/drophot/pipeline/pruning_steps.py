@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from drophot._core import random_state
 from drophot._core.budget import Budget
-from drophot._core.importance import Importance, importance_name
+from drophot._core.importance import FromBatches, Importance, check_importance, importance_name
 from drophot._core.interruptions import must_propagate
 from drophot.data.batching import batches
 from drophot.data.samples import first_sample
@@ -81,7 +82,8 @@ def prune(config: RunConfig, model: nn.Module, removed: Masks | None = None) -> 
         num_prunable = sum(weight.numel() for weight in prunable(model).values())
         dense = deepcopy(model) if config.settings.repair else None
         with unchanged("importance", config.settings.importance):
-            masks, pruner, channels = _pruned(config, model, removed)
+            importance = _importance(config, model, _shuffled(config))
+            masks, pruner, channels = _pruned(config, model, removed, importance)
         if dense is not None:
             repair_alone(model, dense, _shuffled(config), channels)
         if config.settings.recalibrate_bn:
@@ -143,8 +145,8 @@ def check_model(config: RunConfig) -> None:
             f"{settings.prunings}. Raise `finetune_epochs` or lower `prunings`."
         )
     removes_channels = bool(settings.structured) and settings.prune_ratio > 0
-    importance = settings.importance
-    if not (settings.recalibrate_bn or removes_channels or importance):
+    given = settings.importance
+    if not (settings.recalibrate_bn or removes_channels or given):
         return
     with random_state.preserved_rng(config.device, seed=settings.seed):
         probe = config.factory().to(config.device)
@@ -153,10 +155,25 @@ def check_model(config: RunConfig) -> None:
                 f"`recalibrate_bn` needs a model with BatchNorm layers, and "
                 f"{type(probe).__name__} has none. Remove it."
             )
-        if importance:
+        importance = _importance(config, probe, islice(_shuffled(config), 1))
+        if importance and not isinstance(given, FromBatches):
             _check_reads_no_gradient(importance, probe)
         if removes_channels:
-            _remove_channels(config, probe)
+            _remove_channels(config, probe, importance)
+        elif isinstance(given, FromBatches) and settings.prune_ratio > 0:
+            _pruned(config, probe, None, importance)
+
+
+def _importance(
+    config: RunConfig, model: nn.Module, batches: Iterator[tuple[Tensor, ...]]
+) -> Importance | None:
+    """The importance of the run, computed from the model if it is a `FromBatches`."""
+    importance = config.settings.importance
+    if not isinstance(importance, FromBatches):
+        return importance
+    made = importance.make(model, batches)
+    check_importance("importance", made)
+    return made
 
 
 def _check_reads_no_gradient(importance: Importance, model: nn.Module) -> None:
@@ -176,7 +193,8 @@ def _check_reads_no_gradient(importance: Importance, model: nn.Module) -> None:
         raise ValueError(
             f"`importance` must not need `weight.grad`, since a run prunes without gradients: "
             f"`{importance_name(importance)}` raised {type(error).__name__} for `{name}`. To rank "
-            f"by gradients, call `magnitude_prune` or `prune_channels` after a backward pass."
+            f"by gradients, pass FromBatches(Taylor), or call `magnitude_prune` or "
+            f"`prune_channels` after a backward pass."
         ) from error
 
 
@@ -192,7 +210,7 @@ def _error_of(importance: Importance, name: str, weight: nn.Parameter) -> Except
 
 
 def _pruned(
-    config: RunConfig, model: nn.Module, removed: Masks | None
+    config: RunConfig, model: nn.Module, removed: Masks | None, importance: Importance | None
 ) -> tuple[Masks, schedule.Schedule | None, Pruned | None]:
     settings = config.settings
     if settings.schedule == "joint":
@@ -201,12 +219,12 @@ def _pruned(
         return removed, None, None
     ratio, times = settings.prune_ratio, settings.prunings
     if settings.structured:
-        channels = _remove_channels(config, model)
+        channels = _remove_channels(config, model, importance)
         # No weight that is left was removed, zeros included.
         left = prunable(model, ())
         masks = Masks(model, {n: torch.ones_like(w, dtype=torch.bool) for n, w in left.items()})
         return masks, None, channels
-    how: dict[str, Any] = {"scope": settings.scope, "importance": settings.importance}
+    how: dict[str, Any] = {"scope": settings.scope, "importance": importance}
     with uncovered_warning_silenced():  # the constructor of the run has given it
         if settings.schedule == "one-shot":
             return magnitude_prune(model, ratio, **how), None, None
@@ -219,10 +237,10 @@ def _pruned(
         return pruner.masks, pruner, None
 
 
-def _remove_channels(config: RunConfig, model: nn.Module) -> Pruned:
+def _remove_channels(config: RunConfig, model: nn.Module, importance: Importance | None) -> Pruned:
     settings = config.settings
     ratio, budget = settings.prune_ratio, settings.structured
-    how: dict[str, Any] = {"importance": settings.importance, "rules": settings.rules}
+    how: dict[str, Any] = {"importance": importance, "rules": settings.rules}
     if not isinstance(budget, Budget) or not ratio:
         return prune_channels(model, ratio, _sample(config), **how)
     # Rounded, since 1 - 0.7 is slightly more than 0.3, which would keep one channel more.

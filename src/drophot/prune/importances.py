@@ -2,7 +2,8 @@
 
 Each is a function of a parameter's name and the parameter: `l1`, `l2` and `layer_normalized` are
 functions, the others are classes whose instances are. Pass one to `magnitude_prune`, `Schedule`,
-`prune_channels`, `plan_channels`, `DropHot` or `Grid` as `importance=`.
+`prune_channels`, `plan_channels` or `DropHot` as `importance=`, and several to `Grid` as
+`importances=`. `FromBatches` is for those of a run that are computed from its trained network.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from drophot._core import scalars
+from drophot._core.importance import FromBatches
 from drophot.prune import prunable_weights
 from drophot.prune.importance_statistics import (
     BatchLoss,
@@ -31,6 +33,7 @@ from drophot.prune.importance_statistics import (
 __all__ = [
     "BatchNormScale",
     "Fisher",
+    "FromBatches",
     "Random",
     "Taylor",
     "Wanda",

@@ -91,6 +91,8 @@ class Record:
     structured: bool = False
     """Whether channels were removed, in which case `prune_ratio` is the share of channels. With a
     budget, which is in `settings`, it is the largest share that a layer may have lost."""
+    importance: str = "magnitude"
+    """What the weights or channels were ranked by: "magnitude", or the name of the importance."""
     parameters: int = 0
     """The number of parameters of the final network, zeros included; 0 in older records."""
     settings: dict[str, Json] = field(default_factory=dict, compare=False)

@@ -267,7 +267,7 @@ class AdaptiveSubset(Sampler[int]):
         indices = self._saved_selection(saved, may_be_empty=not yielded)
         tracker = self._saved_tracker(saved)
         self.epoch, self._indices, self._tracker = epoch, indices, tracker
-        self._yielded = self._resume_at = yielded
+        self._yielded = self._resume_at = yielded % len(self)
 
     def _saved_selection(self, saved: SavedState, *, may_be_empty: bool) -> Tensor:
         """The selected samples of a state, of which there are none before the first epoch."""

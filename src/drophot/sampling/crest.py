@@ -167,7 +167,7 @@ class CrestLoader:
         self._classes = class_members(targets)
         self._generator = np.random.default_rng(seed % 2**64)
         self._torch_generator = torch.Generator().manual_seed(seed % 2**63)
-        self.threshold, self.interval = threshold, interval
+        self.threshold, self.interval, self._seed = threshold, interval, seed
         # Of the last selection: mini-batches (P, m) and their weights.
         self.selections = 0
         self.checks = 0
@@ -202,9 +202,8 @@ class CrestLoader:
             )
             mine = slice(self.rank, None, self.num_replicas)
             inputs, targets, index = batching.at(self.dataset, self._batches[number, mine], device)
-            self._yielded = step + 1
+            self._yielded = (step + 1) % self._steps
             yield inputs, targets, index, self._weights[number, mine].to(device)
-        self._yielded = 0
 
     def _update_selection(self) -> None:
         """Select if there is no selection or it is outdated, on rank 0 for all ranks."""
@@ -251,13 +250,17 @@ class CrestLoader:
         selection = saved.part("selection")
         selection_state.check(self, selection)
         selection_state.load(self, selection.values)
-        self._yielded = self._resume_at = yielded
+        self._yielded = self._resume_at = yielded % self._steps
 
     def _settings(self) -> dict[str, Any]:
         return {
             "num_samples": self._total,
             "batch_size": self.batch_size,
             "steps_per_epoch": self._steps,
+            "subset_size": self._size,
+            "threshold": self.threshold,
+            "interval": self.interval,
+            "seed": self._seed,
         }
 
     @exact(products=True)

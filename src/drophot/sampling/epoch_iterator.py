@@ -62,7 +62,9 @@ class EpochIterator(Iterator[int]):
             self._sampler._yielded = 0
             raise StopIteration
         self._yielded += 1
-        self._sampler._yielded = self._yielded
+        # An epoch is complete with its last sample, since a loader that gets full batches only
+        # does not ask for another one.
+        self._sampler._yielded = self._yielded % len(self._order)
         return self._order[self._yielded - 1]
 
     def state_dict(self) -> dict[str, int]:

@@ -268,9 +268,10 @@ class LossSampling:
         losses = saved.tensor("losses", (self.num_samples,))
         weights = saved.weights("weights", (self.num_samples,))
         order = saved.indices("order", (None,), self.num_samples)
-        yielded = saved.integer("yielded", most=num_per_rank(len(order), self.num_replicas))
+        size = num_per_rank(len(order), self.num_replicas)
+        yielded = saved.integer("yielded", most=size)
         self.epoch = saved.integer("epoch", least=int(yielded > 0))
-        self._yielded = self._resume_at = yielded
+        self._yielded = self._resume_at = yielded % max(size, 1)
         self.losses.copy_(losses)
         self._weights.copy_(weights)
         self._order = order.cpu().clone()

@@ -125,7 +125,7 @@ class FreshSubset(Sampler[int]):
         saved = checked_state(state_dict, self._settings(), "FreshSubset", "epoch")
         yielded = saved.integer("yielded", most=len(self))
         self.epoch = saved.integer("epoch", least=int(yielded > 0))
-        self._yielded = self._resume_at = yielded
+        self._yielded = self._resume_at = yielded % len(self)
 
     def _settings(self) -> dict[str, Any]:
         names = ("num_samples", "ratio", "seed", "num_replicas")

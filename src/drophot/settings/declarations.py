@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from drophot._core import scalars
 from drophot._core.budget import Budget
-from drophot._core.importance import Importance, check_importance
+from drophot._core.importance import RunImportance, check_run_importance, importance_name
 from drophot._core.mode_names import (
     ADAPTIVE_NAMES,
     BASELINE,
@@ -35,6 +36,13 @@ ProtocolName = Literal[
 
 def _at_least(least: int) -> Callable[[str, Any], object]:
     return lambda name, value: scalars.integer(name, value, least=least)
+
+
+def _importance_part(importance: RunImportance) -> str:
+    """A function may have a name that no file can have, such as "<lambda>"."""
+    if importance is None:
+        return ""
+    return "importance-" + re.sub(r"[^A-Za-z0-9._-]+", "_", importance_name(importance))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +94,8 @@ class Settings:
         importance: A function that gives each weight its importance, for
             :func:`drophot.magnitude_prune` or, with `structured`, for
             :func:`drophot.structured.prune_channels`. The least important are removed. `None` ranks
-            by magnitude.
+            by magnitude. A :class:`drophot.prune.importances.FromBatches` is computed from the
+            trained network.
         rules: With `structured`, functions by operator for operators of your own: see
             :func:`drophot.structured.prune_channels`. They are kept by the operators' names.
         score_epochs: Epochs of step 1, on the full training set.
@@ -243,8 +252,17 @@ class Settings:
             words={True: "channels", False: "weights"},
         ),
     )
-    importance: Importance | None = field(
-        default=None, metadata=_declare(check=check_importance, stage="finetune", optional=True)
+    importance: RunImportance = field(
+        default=None,
+        metadata=_declare(
+            check=check_run_importance,
+            stage="finetune",
+            varies=True,
+            record_field="importance",
+            heading="importance",
+            file_part=_importance_part,
+            optional=True,
+        ),
     )
     rules: Mapping[Any, Callable[..., None]] | None = field(
         default=None, metadata=_declare(check=rules_by_name, stage="finetune", optional=True)

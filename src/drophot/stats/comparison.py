@@ -20,7 +20,7 @@ Measure = Literal["trained_accuracy", "pruned_accuracy", "finetuned_accuracy"]
 class Comparison:
     """A cell of a grid compared with its reference, paired by seed. Accuracies are in [0, 1].
 
-    The fields from `model` to `structured` have the same meaning as in :class:`drophot.Record`.
+    The fields from `model` to `importance` have the same meaning as in :class:`drophot.Record`.
     """
 
     model: str
@@ -35,6 +35,7 @@ class Comparison:
     schedule: str
     scope: str
     structured: bool
+    importance: str
     against: str
     """The mode of the reference."""
     measure: str

@@ -83,7 +83,7 @@ def stability(
     index = 1 - observed / expected
     agreement = np.array([frequency[positions].sum() for positions in held]) / total
     own = sizes / total
-    influence = agreement - own * share - index / 2 * (2 * own * share - own - share + 1)
+    influence = agreement - own * share + index / 2 * (2 * own * share - own - share + 1)
     influence /= expected
     deviation = math.sqrt(4 / n**2 * float(((influence - influence.mean()) ** 2).sum()))
     half = NormalDist().inv_cdf((1 + confidence) / 2) * deviation

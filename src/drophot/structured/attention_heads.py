@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import Tensor
 
+from drophot.structured.dependency_graph import Axis
 from drophot.structured.recorded_call import RecordedCall
+from drophot.structured.similar_calls import SimilarCalls
 
 VIEWS = ("view", "_unsafe_view", "reshape")
 
@@ -21,38 +23,55 @@ class WholeHeads(Exception):  # noqa: N818 (a request to start again, not an err
 
 
 def scaled_heads(
-    calls: Sequence[RecordedCall],
-    failures: Collection[int],
-    removed: Tensor,
-    calls_in: Mapping[str, Sequence[int]],
+    similar: SimilarCalls, failures: Collection[int], removed: Tensor
 ) -> Iterator[tuple[str, int]]:
     """Heads whose width determines a number that must not change, such as the scale of attention.
 
+    Those of similar modules are included, even if they lost no channels or were not reached.
+
     Args:
-        calls: The recorded calls.
+        similar: The recorded calls.
         failures: The numbers of the calls that failed.
         removed: Whether each entry is removed.
-        calls_in: The numbers of the calls in each module.
 
     Yields:
         The module's path and the width of its heads.
     """
     for number in failures:
-        call = calls[number]
+        call = similar.calls[number]
         if not call.numbers or not any(isinstance(n, float) for n in call.numbers):
             continue
-        here = [n for n in calls_in[call.path[-1]] if n < number and calls[n].path == call.path]
-        near = [calls[n] for n in here if "mm" in calls[n].name][-1:]
-        mixed = [axis for axis in call.inputs if removed[axis.ids].any()]
-        views = [calls[n] for n in here if calls[n].name in VIEWS]
-        for axis in mixed or [axis for c in near for axis in c.inputs]:
-            width = axis.ids.size(axis.dim)
-            if (
-                axis.dim >= axis.ids.dim() - 2
-                and removed[axis.ids].any()
-                and any(_makes_heads(view, width) for view in views)
-            ):
-                yield call.path[-1], width
+        shrinking = any(removed[axis.ids].any() for axis in call.inputs)
+        axes = call.inputs if shrinking else _last_product(similar, number)
+        widths = _head_widths(similar, number, [a for a in axes if removed[a.ids].any()])
+        yield from widths
+        for _, other in similar.to(call.path[-1], number) if widths else ():
+            axes = similar.calls[other].inputs if shrinking else _last_product(similar, other)
+            yield from _head_widths(similar, other, axes)
+
+
+def _before(similar: SimilarCalls, number: int) -> list[RecordedCall]:
+    """The calls before another one, in the same module."""
+    path = similar.calls[number].path
+    here = [similar.calls[n] for n in similar.calls_in[path[-1]] if n < number]
+    return [call for call in here if call.path == path]
+
+
+def _last_product(similar: SimilarCalls, number: int) -> list[Axis]:
+    """The axes of the inputs of the last matrix product before a call, in the same module."""
+    products = [call for call in _before(similar, number) if "mm" in call.name]
+    return [axis for call in products[-1:] for axis in call.inputs]
+
+
+def _head_widths(similar: SimilarCalls, number: int, axes: Iterable[Axis]) -> list[tuple[str, int]]:
+    """The module that a call is in, and the width of each of these axes that is of heads."""
+    views = [call for call in _before(similar, number) if call.name in VIEWS]
+    return [
+        (similar.calls[number].path[-1], width)
+        for axis in axes
+        if axis.dim >= axis.ids.dim() - 2
+        and any(_makes_heads(view, width := axis.ids.size(axis.dim)) for view in views)
+    ]
 
 
 def _makes_heads(view: RecordedCall, width: int) -> bool:

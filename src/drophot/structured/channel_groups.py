@@ -73,6 +73,14 @@ class ChannelGroups:
         """The group of the channel that an entry belongs to."""
         return int(self.group[self.channel[entry]])
 
+    def widths(self) -> Tensor:
+        """How many outputs of a layer each channel is: several for a whole head."""
+        widths = torch.full((len(self.frozen),), torch.iinfo(torch.int64).max, device="cpu")
+        for ids in self.outputs:
+            count = torch.bincount(self.channel[ids.unique()], minlength=len(widths))
+            widths = torch.where(count > 0, torch.minimum(widths, count), widths)
+        return widths
+
     def steps(self) -> dict[int, int]:
         """By group: how many channels have to be removed at a time, where it is more than one."""
         sizes = torch.bincount(self.group).tolist()

@@ -46,7 +46,7 @@ def ranked_sets(groups: ChannelGroups, scores: Tensor, budget: Budget) -> list[R
         scores: The score of each channel, `(channels,)`.
         budget: Its `min_kept` and `round_to` limit the steps.
     """
-    widths, sizes, every = _widths(groups), torch.bincount(groups.group), groups.steps()
+    widths, sizes, every = groups.widths(), torch.bincount(groups.group), groups.steps()
     found = []
     for linked in _linked(groups):
         base = int(sizes[linked].min())
@@ -119,15 +119,6 @@ class _Row:
 
     def lost(self, start: int, end: int) -> Tensor:
         return self.order[start * self.factor : end * self.factor]
-
-
-def _widths(groups: ChannelGroups) -> Tensor:
-    """How many outputs of a layer each channel is: several for a whole head."""
-    widths = torch.full((len(groups.frozen),), torch.iinfo(torch.int64).max, device="cpu")
-    for ids in groups.outputs:
-        count = torch.bincount(groups.channel[ids.unique()], minlength=len(widths))
-        widths = torch.where(count > 0, torch.minimum(widths, count), widths)
-    return widths
 
 
 def _linked(groups: ChannelGroups) -> list[list[int]]:

@@ -43,6 +43,9 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 # Which entries are removed, given the channels and the score of each.
 Select = Callable[[ChannelGroups, Tensor], Tensor]
 
+# The recorded calls, whether they are those in training mode, and why which of them failed.
+Failed = tuple[list[RecordedCall], bool, Mapping[int, str]]
+
 
 class Rewriter:
     """Removes channels of a network.
@@ -90,6 +93,7 @@ class Rewriter:
         self._ties = TieTrials(self.groups, equal=ratio is None)
         self._similar: dict[bool, SimilarCalls] = {}  # of the calls in training mode or evaluation
         self._num_failed: Counter[tuple[Any, ...]] = Counter()  # of similar calls
+        self._failed: dict[bytes, Failed] = {}  # by what was removed
         self._runs_dense: set[bool] = set()  # modes in which the dense network raises no error
         self._evaluation = PassResult()
 
@@ -102,8 +106,9 @@ class Rewriter:
         """
         try:
             while True:
-                self._remove(select)
-                if (
+                if failed := self._remove(select):
+                    self._keep_more(*failed)
+                elif (
                     not self._fails(example_inputs, self.calls, False)
                     and not (self.training and self._fails(example_inputs, self.training, True))
                     and not self._values_differ(example_inputs)
@@ -173,15 +178,22 @@ class Rewriter:
         """The dimension of a weight that has its output channels."""
         return self._output_dims[name]
 
-    def _remove(self, select: Select) -> None:
-        """Select channels and write the smaller tensors into the network."""
+    def _remove(self, select: Select) -> Failed | None:
+        """Select channels and write the smaller tensors into the network.
+
+        If the network already failed without these channels, it is not run again, and the result
+        says how it failed.
+        """
         weights = {
             name: (weight, self.output_dim(name), self.graph.axes_of(weight))
             for name, weight in self.weights.items()
         }
         scores = self.groups.scores(weights, self.importance)
         self.removed = select(self.groups, scores)
+        if failed := self._failed.get(self.removed.numpy().tobytes()):
+            return failed
         self.writer.remove(self.removed)
+        return None
 
     def _fails(self, example_inputs: Any, calls: list[RecordedCall], training: bool) -> bool:
         """Whether calls fail; if so, the channels that they need are kept from now on."""
@@ -252,16 +264,13 @@ class Rewriter:
         self, calls: list[RecordedCall], training: bool, failures: Mapping[int, str]
     ) -> None:
         """Tie groups of channels where the network failed, or else keep its channels."""
+        self._failed[self.removed.numpy().tobytes()] = calls, training, failures
         similar = self._similar.get(training) or SimilarCalls(
             dict(self.model.named_modules()), calls
         )
         self._similar[training] = similar
-        if (
-            heads := set(
-                attention_heads.scaled_heads(calls, failures, self.removed, similar.calls_in)
-            )
-            - self.tried_heads
-        ):
+        scaled = set(attention_heads.scaled_heads(similar, failures, self.removed))
+        if heads := scaled - self.tried_heads:
             raise WholeHeads(heads, True)
         if self._ties.attempt(similar, training, set(failures), self.removed):
             return

@@ -31,7 +31,7 @@ class TieTrials:
     def __init__(self, groups: ChannelGroups, *, equal: bool) -> None:
         self.groups = groups
         self.equal = equal
-        self._tried: set[Ties] = set()
+        self._tried: set[frozenset[Tie]] = set()
         self._before: tuple[Ties, bool, set[int]] | None = None
 
     def attempt(
@@ -53,8 +53,8 @@ class TieTrials:
                 self.groups.ties = ties
         for number in sorted(failures):
             for ties in self._candidates(similar, number, removed):
-                if ties not in self._tried:
-                    self._tried.add(ties)
+                if (trial := frozenset(ties)) not in self._tried:
+                    self._tried.add(trial)
                     self._before = self.groups.ties, training, failures
                     self.groups.ties += ties
                     return True
@@ -108,12 +108,19 @@ class TieTrials:
         self, similar: SimilarCalls, path: str, number: int, sizes: list[int]
     ) -> Iterator[tuple[int, int]]:
         """Numbers of heads, and sizes of groups that may lose a multiple of it, as a stream."""
+        widths = self.groups.widths()
         for n in similar.calls_in[path]:
             call = similar.calls[n]
             for axes, shape in zip(call.output_axes, call.shapes, strict=False):
                 for axis in axes if n >= number else ():
-                    size = sizes[self.groups.group_of(int(axis.ids.reshape(-1)[0]))]
-                    for start in range(len(shape)):
+                    channel = self.groups.channel[axis.ids.reshape(-1)[0]]
+                    size = sizes[int(self.groups.group[channel])]
+                    # A whole head has entries in the dimensions after it, a pixel or token has not.
+                    if int(widths[channel]) % prod(shape[axis.dim + 1 :]):
+                        continue
+                    for start in range(axis.dim, -1, -1):
+                        if start < axis.dim and axis.ids.size(start) == 1 < shape[start]:
+                            break  # such as the samples of a batch
                         whole = prod(shape[start:])
                         if whole > size > 1 and whole % size == 0 and whole in sizes:
                             yield whole // size, whole

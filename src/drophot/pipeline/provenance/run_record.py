@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from drophot._core.budget import Budget
+from drophot._core.importance import importance_name
 from drophot._core.json_values import Json
 from drophot._core.mode_names import BASELINE
 from drophot.pipeline.config import RunConfig
@@ -60,7 +61,7 @@ def record_of(
     asked = config.settings
     size = config.num_kept if config.selector is None else len(indices)
     model = finetuned.model
-    fields = {field: _plain(getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
+    fields = {field: _plain(name, getattr(asked, name)) for name, field in RECORD_FIELDS.items()}
     coreset = ""
     if size == config.num_samples:
         fields["mode"] = BASELINE
@@ -87,7 +88,9 @@ def record_of(
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
+    if name == "importance":
+        return importance_name(value)
     if isinstance(value, Budget):
         return True  # the budget is in `settings`
     return value if isinstance(value, bool | int | float | str) else name_of(value)
