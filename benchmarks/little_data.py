@@ -121,9 +121,9 @@ def parts(num_classes: int, window: int, every: int) -> dict[str, tuple[list[Any
     dual = Scored(DUAL(window=window), Beta(), balanced=True)
     controls = ["random", "fresh_subset", Adaptive("random", every=every)]
     adaptive = [*controls, *(Adaptive(m, every=every) for m in ("high", Scored("el2n"), strata))]
-    once = ["random", "high", Scored("el2n"), strata, dual, Scored(spread), Scored(changes)]
+    once = ["random", "fresh_subset", "high", Scored("el2n"), strata, dual, Scored(spread)]
     return {
-        "once": ([*once, "facility_location"], 0.0),
+        "once": ([*once, Scored(changes), "facility_location"], 0.0),
         "dynamic": ([*adaptive, "crest"], 0.0),
         "joint": (adaptive, 0.9),
     }

@@ -172,3 +172,12 @@ def test_one_seed_gives_one_record(script: dict[str, Any], mode: Any) -> None:
     weights = [nn.utils.parameters_to_vector(one.model.parameters()) for one in trained]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_every_part_has_both_controls(script: dict[str, Any]) -> None:
+    """A table of one part compares with them, also with `--quick`, paired by seed."""
+    for quick in (False, True):
+        found = script["parts"](10, 3 if quick else 10, every=2 if quick else 10)
+        assert set(found) == {"once", "dynamic", "joint"}
+        for modes, _ in found.values():
+            assert {"random", "fresh_subset"} <= {one for one in modes if isinstance(one, str)}

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from drophot import DynamicsTracker, ForgettingTracker, IndexedDataset
-from drophot.report import plot_data_map, plot_suspects
+from drophot.report import plot_data_map, plot_score_change, plot_suspects
+from drophot.stats import forgotten_by_pruning
 
 pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
 
@@ -123,3 +124,55 @@ def test_pixels_that_are_not_finite_leave_the_others_visible(value: float) -> No
     assert drawn.get_array()[0, 0] == 0
     assert drawn.get_array()[3, 3] == 1
     plot_suspects(tracker(), torch.full((12, 4, 4), value), number=1)
+
+
+def points_of(ax: Any) -> dict[str, list[list[float]]]:
+    return {part.get_label(): part.get_offsets().tolist() for part in ax.collections}
+
+
+def test_scores_before_and_after_are_drawn_sample_by_sample() -> None:
+    before = torch.tensor([3.0, 1.0, 2.0, -1.0, np.nan, -2.0], dtype=torch.float64)
+    after = [2.5, -1.5, 1.0, 0.5, 1.0, -np.inf]
+    found = forgotten_by_pruning(before > 0, np.array(after) > 0, [0] * 6)
+    ax = plot_score_change(before, after, found, name="margin")
+    assert points_of(ax) == {
+        "others": [[3.0, 2.5], [2.0, 1.0]],
+        "gained": [[-1.0, 0.5]],
+        "forgotten": [[1.0, -1.5]],
+    }
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("margin before", "margin after")
+    (diagonal,) = ax.lines
+    assert diagonal.get_slope() == 1
+    assert plot_score_change(before, after, ax=ax) is ax
+    plain = plot_score_change(before, after)
+    assert plain.get_legend() is None
+    assert list(map(len, points_of(plain).values())) == [4]
+
+
+def test_every_forgotten_sample_of_many_is_drawn() -> None:
+    before, after = torch.ones(30_000), torch.ones(30_000)
+    after[7] = -1
+    found = forgotten_by_pruning(before > 0, after > 0, before)
+    drawn = points_of(plot_score_change(before, after, found))
+    assert {label: len(points) for label, points in drawn.items()} == {
+        "others": 20_000,
+        "forgotten": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error", "words"),
+    [
+        (["a"], [1.0], TypeError, "`before`"),
+        ([[1.0]], [[1.0]], ValueError, r"`before`.*\(1, 1\)"),
+        ([1.0, 2.0], [1.0], ValueError, r"`after`.* 2 .*\(1,\)"),
+        ([np.nan, 1.0], [1.0, np.inf], ValueError, "`before` and `after`.* 2 "),
+        ([1.0], [1.0], ValueError, "`found`.* 1 .* 2"),
+    ],
+)
+def test_scores_that_cannot_be_compared_are_refused(
+    before: Any, after: Any, error: Any, words: str
+) -> None:
+    found = forgotten_by_pruning([True] * 3, [True, True, False], [0] * 3)
+    with pytest.raises(error, match=words):
+        plot_score_change(before, after, found if "found" in words else None)

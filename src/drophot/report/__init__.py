@@ -40,7 +40,7 @@ from drophot.report.functions import (
     plot_steps,
     table,
 )
-from drophot.report.sample_figures import plot_data_map, plot_suspects
+from drophot.report.sample_figures import plot_data_map, plot_score_change, plot_suspects
 
 __all__ = [
     "Format",
@@ -51,6 +51,7 @@ __all__ = [
     "plot_data_map",
     "plot_forgotten",
     "plot_ratios",
+    "plot_score_change",
     "plot_steps",
     "plot_suspects",
     "table",

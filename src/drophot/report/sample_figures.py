@@ -1,4 +1,4 @@
-"""Figures of a tracker: the data map, and the samples that may be mislabeled."""
+"""Figures of samples: the data map, suspicious images, and scores before and after pruning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from drophot._core import scalars
+from drophot._core.arrays import as_real_tensor
 from drophot.report import plots
+from drophot.stats import Forgotten
 from drophot.tracking.dynamics import DynamicsTracker
 from drophot.tracking.score_table import most_suspicious
 
@@ -27,6 +29,7 @@ _EVENTS = {
     4: ("4 times or more", "#D55E00"),
     -1: ("never correct", "#000000"),
 }
+_CHANGES = (("others", "#999999"), ("gained", "#0072B2"), ("forgotten", "#D55E00"))
 _PER_ROW = 5
 
 
@@ -75,8 +78,7 @@ def plot_data_map(tracker: DynamicsTracker, *, ax: Axes | None = None) -> Axes:
     shown = np.flatnonzero(~np.isnan(columns["confidence"]))
     if not len(shown):
         raise ValueError("`tracker` must have presented samples, got one that has seen none.")
-    if len(shown) > _MOST_POINTS:
-        shown = np.random.default_rng(0).choice(shown, _MOST_POINTS, replace=False)
+    shown = _drawn(shown)
     ax = plots.axes(ax)
     x, y = columns["variability"][shown], columns["confidence"][shown]
     events = np.where(columns["learned"], np.minimum(columns["forgetting"], 4), -1)[shown]
@@ -89,6 +91,79 @@ def plot_data_map(tracker: DynamicsTracker, *, ax: Axes | None = None) -> Axes:
     ax.set_xlim(left=0)
     ax.set_ylim(0, 1)
     ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2)
+    return ax
+
+
+def plot_score_change(
+    before: Any,
+    after: Any,
+    found: Forgotten | None = None,
+    *,
+    name: str = "score",
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot a score after pruning against the same score before it, a point for each sample.
+
+    A sample on the dashed diagonal has kept its score. The figure shows whether pruning changes
+    all samples in the same way or moves some of them far, which the accuracy and the share
+    forgotten do not tell. Of more than 20,000 samples of one color, 20,000 are drawn, always the
+    same ones.
+
+    Args:
+        before: A score of each sample before pruning, numbers `(N,)`: `tracker.scores("aum")` of a
+            new tracker after `tracker.observe(model, loader)` is the margin, `"loss"` the loss.
+        after: The same after pruning, or after fine-tuning. Samples whose score is not finite in
+            one of the two are left out.
+        found: The result of :func:`drophot.stats.forgotten_by_pruning` for the same samples, to
+            draw those that were forgotten and gained in colors. `None` draws all in one color.
+        name: The name of the score, for the axes.
+        ax: The axes to draw into. `None` creates a new figure.
+
+    Returns:
+        The axes, neither shown nor saved.
+
+    Raises:
+        TypeError: If `before` or `after` does not hold numbers.
+        ValueError: If they have different shapes or are not one-dimensional, no sample has two
+            finite scores, or `found` has a sample that they do not have.
+        ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import torch
+        >>> from drophot.stats import forgotten_by_pruning
+        >>> before, after = torch.tensor([3.0, 1.0, 2.0, -1.0]), torch.tensor([2.0, -1.0, 1.0, 0.5])
+        >>> found = forgotten_by_pruning(before > 0, after > 0, before, groups=2)
+        >>> ax = plot_score_change(before, after, found, name="margin")
+        >>> ax.get_xlabel(), [text.get_text() for text in ax.get_legend().get_texts()]
+        ('margin before', ['others', 'gained', 'forgotten'])
+    """
+    x, y = _score_pair(before, after)
+    kinds = np.zeros(len(x), dtype=np.int64)
+    if found is not None:
+        for number, positions in enumerate((found.gained, found.indices), start=1):
+            if len(positions) and positions.max() >= len(x):
+                raise ValueError(
+                    f"`found` must be of the {len(x)} samples of `before`, got sample "
+                    f"{positions.max()}. Pass the scores of all samples that were compared."
+                )
+            kinds[positions] = number
+    finite = np.isfinite(x) & np.isfinite(y)
+    if not finite.any():
+        raise ValueError(
+            f"`before` and `after` must be finite for some sample, got {len(x)} samples without "
+            f"two finite scores. Observe the networks with new trackers."
+        )
+    ax = plots.axes(ax)
+    for number, (label, color) in enumerate(_CHANGES):
+        shown = _drawn(np.flatnonzero((kinds == number) & finite))
+        if len(shown):
+            part = {"s": 6, "c": color, "linewidths": 0, "rasterized": True}
+            ax.scatter(x[shown], y[shown], label=label if found else None, **part)
+    ax.axline((0, 0), slope=1, color="#000000", linestyle="--", linewidth=0.8)
+    ax.set_xlabel(f"{name} before".replace("$", r"\$"))
+    ax.set_ylabel(f"{name} after".replace("$", r"\$"))
+    if found is not None:
+        ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), markerscale=2)
     return ax
 
 
@@ -153,6 +228,28 @@ def plot_suspects(
         ax.set_xlabel(f"no. {sample}", fontsize="small")
         ax.set(xticks=[], yticks=[])
     return figure
+
+
+def _drawn(positions: np.ndarray) -> np.ndarray:
+    """The positions of the samples to draw, always the same ones."""
+    if len(positions) <= _MOST_POINTS:
+        return positions
+    return np.random.default_rng(0).choice(positions, _MOST_POINTS, replace=False)
+
+
+def _score_pair(before: Any, after: Any) -> tuple[np.ndarray, np.ndarray]:
+    x, y = (
+        as_real_tensor(name, values).cpu().double().numpy()
+        for name, values in (("before", before), ("after", after))
+    )
+    if x.ndim != 1:
+        raise ValueError(f"`before` must have shape (N,), got {x.shape}.")
+    if x.shape != y.shape:
+        raise ValueError(
+            f"`after` must have one score for each of the {len(x)} samples of `before`, got shape "
+            f"{y.shape}."
+        )
+    return x, y
 
 
 def _check_tracker(tracker: object) -> None:

@@ -53,8 +53,8 @@ def forgotten_by_pruning(before: Any, after: Any, scores: Any, groups: int = 10)
         scores: A score of each sample, numbers `(N,)`, for example `tracker.scores()` of the
             training.
         groups: Into how many groups of about equal size the samples correct before are divided by
-            their scores, at least 1. Samples with equal scores are in the same group, so there may
-            be fewer.
+            their scores, at least 1. Samples with equal scores are in the same group. If many are
+            equal, as forgetting events are, there are fewer groups of different sizes.
 
     Returns:
         The forgotten samples and the groups.
