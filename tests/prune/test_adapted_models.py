@@ -246,7 +246,7 @@ def test_a_model_with_only_quantized_layers_is_refused_by_name() -> None:
             self.register_buffer("weight", torch.ones(4, 4, dtype=torch.int8))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight.float()
+            return x @ self.get_buffer("weight").float()
 
     model = nn.Sequential(Packed(), nn.ReLU(), Packed())
     for function in (prune_channels, magnitude_prune):
