@@ -176,3 +176,91 @@ def test_zeros_and_widths_outlast_quantization() -> None:
         scale = weight.abs().max() / 127
         quantized = torch.fake_quantize_per_tensor_affine(weight, scale.item(), 0, -128, 127)
         assert not quantized[~kept].any()
+
+
+@pytest.mark.parametrize("how", ["new", "called", "in place"])
+def test_a_model_compiled_with_fullgraph_is_pruned(how: str) -> None:
+    inner, x = network(), torch.randn(4, 6)
+    expected = prune_channels(network(), 0.5, x)
+    model = inner if how == "in place" else torch.compile(inner, backend="eager", fullgraph=True)
+    if how == "in place":
+        inner.compile(backend="eager", fullgraph=True)
+    if how != "new":
+        model(x)
+    pruned = prune_channels(model, 0.5, x)
+    assert pruned.parameters == expected.parameters
+    assert torch.equal(model(x), nn.Sequential(*inner)(x))
+    torch.compiler.reset()
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(nn.Linear(6, 8), nn.ReLU()))
+
+
+def programs() -> dict[str, tuple[Any, str]]:
+    """By kind: a function that makes one, and what the error calls it."""
+    x = torch.ones(2, 6)
+    return {
+        "script": (scripted, "`model`.*TorchScript"),
+        "trace": (lambda: torch.jit.trace(network(), x), "`model`.*TorchScript"),
+        "export": (
+            lambda: torch.export.export(network(), (x,)).module(),
+            r"`model`.*torch\.export",
+        ),
+        "unflattened": (
+            lambda: torch.export.unflatten(torch.export.export(network(), (x,))),
+            r"`model`.*torch\.export",
+        ),
+        "inside": (
+            lambda: nn.Sequential(scripted(), nn.Linear(8, 3)),
+            "`0` in `model`.*TorchScript",
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", list(programs()))
+def test_programs_are_refused_by_name(kind: str) -> None:
+    make, match = programs()[kind]
+    model, x = make(), torch.ones(2, 6)
+    for function in (prune_channels, plan_channels):
+        with pytest.raises(ValueError, match=match):
+            function(model, 0.5, x)
+    if kind != "inside":
+        with pytest.raises(ValueError, match=match):
+            magnitude_prune(model, 0.5)
+
+
+def test_an_exported_program_is_refused_by_name() -> None:
+    program = torch.export.export(network(), (torch.ones(2, 6),))
+    for function in (prune_channels, magnitude_prune):
+        with pytest.raises(TypeError, match=r"`model`.*ExportedProgram.*export"):
+            function(program, 0.5)
+
+
+def test_a_model_with_only_quantized_layers_is_refused_by_name() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(4, 4, dtype=torch.int8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.get_buffer("weight").float()
+
+    model = nn.Sequential(Packed(), nn.ReLU(), Packed())
+    for function in (prune_channels, magnitude_prune):
+        with pytest.raises(ValueError, match=r"`model`.*quantized.*0 \(Packed\), 2 \(Packed\)"):
+            function(model, 0.5)
+
+
+def test_one_plan_keeps_a_model_and_its_average_alike() -> None:
+    model, x = network(), torch.randn(4, 6)
+    average = AveragedModel(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    plan = plan_channels(model, 0.5, x)
+    kept = plan.apply(model, x).kept_channels["0.weight"]
+    assert torch.equal(plan.apply(average, x).kept_channels["module.0.weight"], kept)
+    average.update_parameters(model)

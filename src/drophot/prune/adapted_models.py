@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
-from drophot.prune.linear_layers import weights_of
-from drophot.prune.unpruned_weights import packed_weights
+from drophot.prune.linear_layers import packed_weights, weights_of
 
 _NUM_SHOWN = 3
 

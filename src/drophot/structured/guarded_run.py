@@ -40,6 +40,7 @@ def prune(
     """Prune a network for the public function `caller`; if this fails, it is unchanged."""
     check_importance("importance", importance)
     prunable_weights.check_module("model", model)
+    prunable_weights.check_not_program("model", model, inside=True)
     left_out = prunable_weights.left_out(model, skip)
     weights = prunable_weights.with_channels(model, left_out)
     check_no_adapters(name for name, weight in weights.items() if id(weight) not in left_out)
