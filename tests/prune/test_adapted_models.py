@@ -1,5 +1,6 @@
 """Adapters, averaged, compiled and quantized models: pruned right, or refused by name."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from drophot import Masks, magnitude_prune
+from drophot.prune import Schedule
 from drophot.structured import Budget, plan_channels, prune_channels
 
 
@@ -58,6 +60,89 @@ def test_peft_is_refused_until_it_is_merged() -> None:
     merged = model.merge_and_unload()
     masks = magnitude_prune(merged, 0.5)
     assert set(masks) == {"0.weight", "2.weight", "4.weight"}
+
+
+class Scaled(nn.Module):
+    """A layer with an adapter of another kind, as PEFT writes all of them."""
+
+    adapter_layer_names = ("scale",)
+    merged_adapters: tuple[str, ...] = ()
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.scale = nn.ParameterDict({"default": nn.Parameter(torch.ones(8))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) * self.scale["default"]
+
+
+class LoraLinear(nn.Linear):
+    """LoRA as loralib writes it, with parameters in the layer itself."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__(base.in_features, base.out_features)
+        self.lora_A = nn.Parameter(torch.randn(2, base.in_features))
+        self.lora_B = nn.Parameter(torch.randn(base.out_features, 2))
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return nn.functional.linear(x, self.weight, self.bias) + x @ self.lora_A.T @ self.lora_B.T
+
+
+OWN_ADAPTERS: dict[str, tuple[Any, str, list[str]]] = {
+    "of any method": (Scaled, "2.base_layer.weight", ["2.scale"]),
+    "in the layer": (LoraLinear, "2.weight", ["2.lora_A", "2.lora_B"]),
+}
+
+
+def prunings(model: nn.Module, x: Tensor) -> list[Callable[[], object]]:
+    return [
+        lambda: magnitude_prune(model, 0.5),
+        lambda: Schedule(model, [0.5], every=1),
+        lambda: prune_channels(model, 0.5, x),
+        lambda: plan_channels(model, example_inputs=x, to=Budget(parameters=60)),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*stay dense")
+@pytest.mark.parametrize("kind", OWN_ADAPTERS)
+def test_adapters_of_other_methods_are_refused_too(kind: str) -> None:
+    make, base, skip = OWN_ADAPTERS[kind]
+    model, x = network(), torch.ones(1, 6)
+    model[2] = make(model[2])
+    for prune in prunings(model, x):
+        with pytest.raises(ValueError, match=rf"`model`.*{skip[0]}.*`skip`"):
+            prune()
+    for left, names in ((skip, {base}), (["2"], set[str]())):  # the adapter alone, or the layer
+        plan_channels(model, 0.0, x, skip=left)
+        assert set(magnitude_prune(model, 0.5, skip=left)) == names | {"0.weight", "4.weight"}
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "AdaLoraConfig": {"init_r": 4, "target_r": 2, "total_step": 10},
+    "LoHaConfig": {"r": 2},
+    "LoKrConfig": {"r": 2},
+    "OFTConfig": {"r": 0, "oft_block_size": 4},
+    "VeraConfig": {"r": 2},
+    "FourierFTConfig": {"n_frequency": 10},
+    "HRAConfig": {"r": 2},
+    "IA3Config": {"feedforward_modules": []},
+    "VBLoRAConfig": {"r": 2, "num_vectors": 8, "vector_length": 2, "topk": 2},
+    "LNTuningConfig": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_peft_is_refused_until_it_is_merged(method: str) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = getattr(peft, method)(target_modules=["2"], **METHODS[method])
+    model = peft.get_peft_model(network(), config).eval()
+    for prune in prunings(model, torch.ones(1, 6)):
+        with pytest.raises(ValueError, match=r"`model`.*adapters.*base_model\.model\.2\.\w+"):
+            prune()
+    merged = model.merge_and_unload()
+    assert set(magnitude_prune(merged, 0.5)) == {"0.weight", "2.weight", "4.weight"}
 
 
 def test_an_average_that_starts_after_pruning_has_the_same_zeros() -> None:

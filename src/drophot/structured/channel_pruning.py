@@ -90,7 +90,7 @@ def prune_channels(
         to: What the network may cost at most, in parameters, FLOPs, bytes or milliseconds, such as
             `Budget(parameters=1_000_000)`.
         skip: Names of modules or parameters that keep their shape, as in `model.named_modules()`;
-            a module's name includes everything in it.
+            a module's name includes everything in it. `importance` is not called for them.
         importance: A function `(name, weight) -> Tensor` of values that are at least 0, higher for
             what should be kept. It returns one value per output channel, of shape `(C_out,)`: along
             dimension 0 of `weight`, or dimension 1 for transposed convolutions and for parameters
@@ -113,7 +113,8 @@ def prune_channels(
             and a weight, `rules` does not map operators to functions that take their arguments, or
             a rule does not pass pairs to `couple`.
         ValueError: If `ratio` is not in [0, 1), `to` cannot be reached or limits FLOPs that cannot
-            be counted, a name in `skip` is unknown, the model does not take `example_inputs`,
+            be counted, a name in `skip` is unknown, the model does not take `example_inputs` or has
+            adapters that `skip` does not name,
             `importance` returns another shape or values that are negative or not finite, a rule
             couples dimensions that do not exist or differ in size, `ratio` removes no channel, or a
             weight in a layer that `skip` does not name is not finite, has no data yet, is sharded,

@@ -151,7 +151,15 @@ class PruningRun:
         """Remove channels as requested."""
         request, model = self.request, self.model
         self.rewriter = Rewriter(
-            model, graph, calls, self.weights, request.ratio, self.importance, training, tried
+            model,
+            graph,
+            calls,
+            self.weights,
+            request.ratio,
+            self.importance,
+            training,
+            tried,
+            self.left_out,
         )
         if request.planned is not None:
             sizes = {
