@@ -49,7 +49,8 @@ def main() -> None:
             figures.append(row)
             print(json.dumps(row), flush=True)
     name = "coreset" if options.what == "select" else f"coreset_{options.what}"
-    name = "_".join([name, *map(str, options.samples or []), *["busy"] * options.busy])
+    name = "_".join([name, *map(str, options.samples or [])])
+    name += f"_busy_{torch.get_num_threads()}" * options.busy
     save(name, torch.device(options.device), figures)
 
 
