@@ -183,8 +183,9 @@ class AdaptiveSubset(Sampler[int]):
             self._is_independent or _EVALUATED.isdisjoint(self.selector.needs)
         ):
             raise RuntimeError(
-                f"`num_replicas` must be the number of processes, {processes}, got 1. The ranks would select by mode {self.selector.name!r} from models with "
-                f"different BatchNorm statistics. Pass `num_replicas=dist.get_world_size(), "
+                f"`num_replicas` must be the number of processes, {processes}, got 1. The "
+                f"ranks would select by mode {self.selector.name!r} from models with different "
+                f"BatchNorm statistics. Pass `num_replicas=dist.get_world_size(), "
                 f"rank=dist.get_rank()`, and do not let anything else divide the batches among the "
                 f"ranks."
             )
