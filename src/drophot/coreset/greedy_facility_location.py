@@ -88,10 +88,12 @@ def facility_location(
 
 
 def _memory_needed(total: int, width: int, size: int, item: int) -> int:
+    threads = torch.get_num_threads()  # each works on a block of at most 1024 by 1024 distances
     if item * total * total <= _MAX_HELD:  # and at most 1/32 of them, with their positions
-        return item * total * (total + 8) + (item + 4) * total**2 // 16 + (1 << 26)
+        held = item * total * (total + 8) + (item + 4) * total**2 // 16
+        return held + (1 << 26) + threads * item * (1 << 20)
     held = min(_MAX_PAIRS, total * total) * 48 + total * _strip(total) * 12
-    return item * total * 8 + held + 24 * total + 32 * (1 << 20)
+    return item * (total * 8 + threads * (4 << 20)) + held + 24 * total + 32 * (1 << 20)
 
 
 def _strip(total: int) -> int:
