@@ -143,7 +143,7 @@ def by_torch_pruning(model: nn.Module, inputs: Tensor, limit: int) -> nn.Module:
             break
         pruner.step()
         if isinstance(model, models.VisionTransformer):
-            model.hidden_dim = model.conv_proj.out_channels
+            model.hidden_dim = len(model.get_parameter("conv_proj.weight"))
     return model
 
 
