@@ -233,6 +233,33 @@ def test_quantized_layers_are_refused_by_name_unless_they_are_skipped(make: Any)
     assert pruned.layers["2.weight"].after == 8
 
 
+class Recurrent(nn.Module):
+    """A linear layer after a recurrent one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.layer = layer
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.layer(self.first(x))[0]
+        return self.last(found)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own quantization is on its way out
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.LSTMCell])
+def test_quantized_recurrent_layers_are_refused_by_name(kind: type[nn.Module]) -> None:
+    if torch.backends.quantized.engine == "none":
+        pytest.skip("torch without quantization")
+    model = torch.ao.quantization.quantize_dynamic(Recurrent(kind(8, 8)), {kind})
+    x = torch.randn(3, 6)
+    with pytest.raises(ValueError, match=rf"`model`.*quantized.*layer \({kind.__name__}\).*`skip`"):
+        prune_channels(model, 0.5, x)
+    with pytest.warns(UserWarning, match=rf"layer\.weight_ih.*{kind.__name__}, packed.*`skip`"):
+        magnitude_prune(model, 0.5)
+
+
 def test_integers_next_to_a_float_weight_are_not_a_quantized_layer() -> None:
     model = network()
     model[2].register_buffer("weight_mask", torch.ones(8, 8, dtype=torch.uint8))
