@@ -108,7 +108,9 @@ def checked_axes(
     _check_scores(axes.modes)
     _check_sizes(axes.data_ratios, config.num_samples)
     for ratio, mode, change in product(axes.data_ratios, axes.modes, axes.training_changes):
-        with_settings(config, mode=mode, data_ratio=ratio, **change)
+        changed = with_settings(config, mode=mode, data_ratio=ratio, **change)
+        if "scores" in changed.needs:
+            pipeline_modes.check_presentations(mode, changed.settings.score_epochs)
     for ratio, control in product(axes.prune_ratios, axes.controls):
         name, value = CONTROLS[control]
         # The smallest coreset, whose steps may be too few for a schedule.
