@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 State = Mapping[str, Any]
+_MAX_DESCRIPTION = 100_000_000  # bytes, which safetensors allows
 
 
 def load(path: Path) -> object:
@@ -32,10 +33,13 @@ def load(path: Path) -> object:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins like one of safetensors: the length of a description in JSON."""
+    """Whether a file begins like one of safetensors: the length of a description in JSON.
+
+    The description may be longer than the file, which is then truncated.
+    """
     with path.open("rb") as file:
         head = file.read(9)
-    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_DESCRIPTION
 
 
 def _load_safetensors(path: Path) -> object:

@@ -136,7 +136,9 @@ def _checked_coresets(config: RunConfig, axes: Axes) -> list[Cell]:
         ]
         long_enough = [cell for cell in cells if selects_again(config.replace(**cell))]
         for cell in long_enough or cells[-1:]:
-            with_settings(config, **cell)
+            changed = with_settings(config, **cell)
+            if "scores" in changed.needs:
+                pipeline_modes.check_presentations(mode, changed.settings.score_epochs)
         if len(long_enough) < len(cells):
             left_out[name_of(mode)] = None
         found += long_enough

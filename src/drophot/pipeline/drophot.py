@@ -233,6 +233,8 @@ class DropHot(_ShowsSettings):
 
         Raises:
             RuntimeError: If your own `fit` did not call its callbacks.
+            ValueError: If the mode's score needs more presentations of each sample than
+                `score_epochs`.
         """
         found = selection_steps.score(self.config)
         self.scorer, self.tracker, self.scores = found.model, found.tracker, found.scores
