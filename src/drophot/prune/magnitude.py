@@ -110,12 +110,11 @@ def magnitude_prune(
             floats, or `importance` is not callable or does not return a tensor of floats.
         ValueError: If these are out of range or cannot both be met, the layers that are not all
             zero have too few weights, `scope`, `pattern` or a name in `skip` or `include` is
-            unknown, nothing is left to prune, `model` is a TorchScript module or has adapters, such
-            as LoRA's, that `skip` does not name, or a weight is not
-            finite, has no data yet, is sharded over processes, is computed by a parametrization,
-            was made in inference mode or is an expanded or negated view. Also if `importance`
-            returns another shape, NaN, infinity, or, with `"lamp"`, a negative number. The model is
-            unchanged then.
+            unknown, nothing is left to prune, `model` is a result of TorchScript or torch.export or
+            has adapters, such as LoRA's, that `skip` does not name, or a weight is not finite, has
+            no data yet, is sharded over processes, is computed by a parametrization, was made in
+            inference mode or is an expanded or negated view. Also if `importance` returns another
+            shape, NaN, infinity, or, with `"lamp"`, a negative number. The model is unchanged then.
 
     Example:
         >>> import torch

@@ -185,15 +185,14 @@ class ChannelPlan:
                 than a plan can have; the error names both.
         """
         try:
-            values, is_edited = stored_plan.read(
-                json.loads(text), [one.name for one in fields(ChannelPlan)]
-            )
+            found = json.loads(text)
         except (ValueError, TypeError) as error:
             start = repr(text if isinstance(text, str) else type(text).__name__)
             raise ValueError(
                 f"`text` must be the JSON of a ChannelPlan, got {start:.60}: {error}. Pass the "
                 f"result of `to_json`."
             ) from error
+        values, is_edited = stored_plan.read(found, [one.name for one in fields(ChannelPlan)])
         plan = ChannelPlan(**values)
         return plan._without_costs() if is_edited else plan
 

@@ -35,15 +35,18 @@ def read(found: Any, names: Iterable[str]) -> tuple[dict[str, Any], bool]:
     expected = {*names, DIGESTS}
     if not isinstance(found, dict) or set(found) != expected:
         got = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"it must have the fields {', '.join(sorted(expected))}, got {got:.200}")
+        raise _error(f"it must have the fields {', '.join(sorted(expected))}, got {got:.200}")
     for name, (is_valid, kind) in _KINDS.items():
-        if not is_valid(found[name]):
-            raise _wrong(name, kind, found[name])
+        value = found[name]
+        if not is_valid(value):
+            if isinstance(value, dict):  # only the wrong ones
+                value = {key: item for key, item in value.items() if not is_valid({key: item})}
+            raise _wrong(name, kind, value)
     _check_channels(found["channels"], found["removed"])
     stored, current = found[DIGESTS], digests(found)
     for name in ("channels", "whole_heads"):
         if stored.get(name) != current[name]:
-            raise _wrong(name, "as `plan_channels` found it: it cannot be edited", found[name])
+            raise _wrong(name, "unchanged since `plan_channels` made the plan", found[name])
     return {name: _field(name, found[name]) for name in names}, (
         stored.get("removed") != current["removed"]
     )
@@ -52,23 +55,23 @@ def read(found: Any, names: Iterable[str]) -> tuple[dict[str, Any], bool]:
 def _check_channels(channels: dict[str, list[int]], removed: dict[str, list[int]]) -> None:
     for layer in (*channels, *removed):
         if layer not in removed:
-            raise ValueError(
+            raise _error(
                 f"`removed` must have each layer of `channels`, but it lacks `{layer}`; pass [] "
                 f"for a layer that keeps all of its channels"
             )
         if layer not in channels:
-            raise ValueError(
+            raise _error(
                 f"`removed` must have only the layers of `channels`, got `{layer}`: "
                 f"{removed[layer]}"
             )
     for layer, gone in removed.items():
         size = len(channels[layer])
         if gone != sorted(set(gone)) or not all(0 <= index < size for index in gone):
-            raise ValueError(
+            raise _error(
                 f"`removed` must have ascending indices in [0, {size}) for `{layer}`, got {gone}"
             )
         if size and len(gone) == size:
-            raise ValueError(
+            raise _error(
                 f"`removed` must leave each layer at least one channel, but `{layer}` loses all "
                 f"{size}"
             )
@@ -88,7 +91,13 @@ def _field(name: str, value: Any) -> Any:
 
 
 def _wrong(name: str, kind: str, value: Any) -> ValueError:
-    return ValueError(f"`{name}` must be {kind}, got {value!r:.200}")
+    return _error(f"`{name}` must be {kind}, got {value!r:.200}")
+
+
+def _error(problem: str) -> ValueError:
+    return ValueError(
+        f"`text` must be the JSON of a ChannelPlan, but {problem}. Pass the result of `to_json`."
+    )
 
 
 def _is_count(value: Any) -> bool:
