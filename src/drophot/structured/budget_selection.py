@@ -33,6 +33,21 @@ class Unreachable(Exception):  # noqa: N818 (users get a ValueError)
         self.removed = removed
 
 
+class UnreachableBudgetError(ValueError):
+    """The error of a user whose budget cannot be reached.
+
+    A caller whose arguments have other names words it again, from what remains and why.
+    """
+
+    def __init__(self, budget: Budget, least: str, why: str) -> None:
+        super().__init__(
+            f"`to` must be reachable, got {budget!r}, but {least} remain with "
+            f"min_kept={budget.min_kept}{why}. Raise the limit or lower `min_kept`."
+        )
+        self.least = least
+        self.why = why
+
+
 class BudgetSelection:
     """Removes no more channels, in the order of `global_ranking`, than a budget needs.
 

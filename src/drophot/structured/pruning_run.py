@@ -15,7 +15,7 @@ from drophot.prune.latency import latency
 from drophot.prune.model_summary import Summary, summary
 from drophot.structured import attention_heads, reasons, single_call, tracer, width_attributes
 from drophot.structured.attention_heads import WholeHeads
-from drophot.structured.budget_selection import BudgetSelection, Unreachable
+from drophot.structured.budget_selection import BudgetSelection, Unreachable, UnreachableBudgetError
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import DependencyGraph
 from drophot.structured.explanation import explain
@@ -286,12 +286,11 @@ class PruningRun:
                 kept = len(self.rewriter.kept_channels()[name])
                 counts[why] = counts.get(why, 0) + kept
         most = [f"{count:,} channels: {why}" for count, why in reasons.merged(counts)[:3]]
-        what = UNITS[error.limit]
-        return ValueError(
-            f"`to` must be reachable, got {budget!r}, but at least {error.least:,.6g} {what} "
-            f"remain with min_kept={budget.min_kept}{', of which ' * bool(largest)}"
-            f"{', '.join(largest)}{'; kept are ' * bool(most)}{'; '.join(most)}. "
-            f"Raise the limit or lower `min_kept`."
+        return UnreachableBudgetError(
+            budget,
+            f"at least {error.least:,.6g} {UNITS[error.limit]}",
+            f"{', of which ' * bool(largest)}{', '.join(largest)}"
+            f"{'; kept are ' * bool(most)}{'; '.join(most)}",
         )
 
     def _result(self) -> Pruned:
