@@ -1,4 +1,4 @@
-"""The values that a grid combines, checked, and the cells that they make."""
+"""The values that a grid combines, checked, and the runs that they make."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import product
 from typing import Any
 
 from drophot._core.ratios import num_kept
-from drophot.grid.stages import BASELINE_CELL, Cell
+from drophot.grid.stages import BASELINE_RUN, RunSettings
 from drophot.pipeline import modes as pipeline_modes
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.preflight import with_settings
@@ -28,16 +28,16 @@ class Axes:
     controls: list[str]
 
     @property
-    def training_changes(self) -> list[Cell]:
+    def training_changes(self) -> list[RunSettings]:
         """The settings of the controls that change scoring or training, and of no control."""
         return [{}, *self._changes(of_training=True)]
 
     @property
-    def pruning_changes(self) -> list[Cell]:
+    def pruning_changes(self) -> list[RunSettings]:
         """The settings of the controls that change what follows training, and of no control."""
         return [{}, *self._changes(of_training=False)]
 
-    def _changes(self, *, of_training: bool) -> list[Cell]:
+    def _changes(self, *, of_training: bool) -> list[RunSettings]:
         changes = [CONTROLS[control] for control in self.controls]
         return [
             {name: value}
@@ -51,10 +51,10 @@ class Axes:
         scores = [pipeline_modes.own_score_of(mode) for mode in self.modes]
         return list({score.name: score for score in scores if score is not None}.values())
 
-    def cells(self) -> Iterator[Cell]:
-        """The cells by seed, the baseline first, then by data ratio, mode and prune ratio."""
+    def runs(self) -> Iterator[RunSettings]:
+        """The runs by seed, the baseline first, then by data ratio, mode and prune ratio."""
         coresets = [
-            BASELINE_CELL,
+            BASELINE_RUN,
             *(
                 {"mode": mode, "data_ratio": ratio, **change}
                 for ratio, mode, change in product(
@@ -62,9 +62,9 @@ class Axes:
                 )
             ),
         ]
-        dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
+        dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a run
         for seed, coreset in product(self.seeds, coresets):
-            for ratio in (dense if coreset is BASELINE_CELL else []) + self.prune_ratios:
+            for ratio in (dense if coreset is BASELINE_RUN else []) + self.prune_ratios:
                 for change in self.pruning_changes if ratio > 0 else self.pruning_changes[:1]:
                     yield {"seed": seed, **coreset, "prune_ratio": ratio, **change}
 

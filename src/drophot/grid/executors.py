@@ -47,7 +47,7 @@ def check(executor: Executor, config: RunConfig, modes: Iterable[Mode], threads:
     Args:
         executor: Computes the stages.
         config: The run of the stages.
-        modes: The modes of its cells.
+        modes: The modes of the grid.
         threads: The number of threads of each stage.
 
     Raises:
