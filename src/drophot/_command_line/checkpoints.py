@@ -146,7 +146,9 @@ def find(
             f" Objects of {unread} were not read, because that could run code. Save the "
             f"`state_dict` separately with torch.save."
         )
-        raise ValueError(f"{path} holds no {what}.{reason if unread else ' Name a file that does.'}")
+        raise ValueError(
+            f"{path} holds no {what}.{reason if unread else ' Name a file that does.'}"
+        )
     if key is not None:
         if list(found) == [""]:
             raise ValueError(f"The whole file is the {what}. Leave `--key` out, got {key!r}.")
