@@ -67,8 +67,6 @@ IMAGES: dict[str, Callable[[Tensor], Any]] = {
     "arrays": lambda x: [
         (image.permute(1, 2, 0).numpy(), y) for image, y in zip(x, LABELS.numpy(), strict=True)
     ],
-    "arrays, channels first": lambda x: x.numpy(),
-    "tensors, channels last": lambda x: (255 * x).byte().permute(0, 2, 3, 1),
     "two numbers": lambda x: [(image, torch.zeros(2)) for image in x],
     "bytes": lambda x: [(255 * image).byte().permute(1, 2, 0).numpy() for image in x],
 }
@@ -97,6 +95,16 @@ def test_the_sheet_takes_pil_images_and_any_statistic() -> None:
     assert len(figure.axes) == 11  # all that were presented
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_have_their_channels_first_or_last(channels: int) -> None:
+    x = torch.randint(0, 256, (12, channels, 5, 6), dtype=torch.uint8)
+    wanted = x[5].permute(1, 2, 0).squeeze(2).numpy()
+    last = x.permute(0, 2, 3, 1)
+    for images in (x, last, x.numpy(), last.numpy()):
+        (drawn,) = plot_suspects(tracker(), images, number=1).axes[0].get_images()
+        np.testing.assert_array_equal(drawn.get_array(), wanted)
+
+
 def test_labels_of_a_dataset_in_another_order_are_an_error() -> None:
     images = torch.zeros(12, 3, 4, 4)
     for other in (TensorDataset(images, LABELS.roll(1)), [(x, 2.0) for x in images]):
@@ -122,7 +130,7 @@ def test_the_sheet_is_drawn_into_a_given_figure() -> None:
 
     images = torch.zeros(12, 3, 4, 4)
     whole = Figure(layout="constrained")
-    left, right = whole.subfigures(1, 2)
+    left, right = np.ravel(whole.subfigures(1, 2))
     assert plot_suspects(tracker(), images, number=2, figure=left) is whole
     assert [len(part.axes) for part in (left, right)] == [2, 0]
     plain = Figure()

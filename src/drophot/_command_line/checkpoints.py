@@ -166,10 +166,10 @@ def _states(
 ) -> Iterator[tuple[str, State]]:
     # The entries of an optimizer's state have numbers as keys, and are not searched.
     entries = _entries(content)
-    if isinstance(content, Mapping) and entries and len(entries) == len(content):
-        if is_state(entries):
-            yield name, entries
-            return
+    is_whole = isinstance(content, Mapping) and len(entries) == len(content) > 0
+    if is_whole and is_state(entries):
+        yield name, entries
+        return
     for key, value in entries.items():
         yield from _states(value, is_state, f"{name}.{key}" if name else key)
 

@@ -152,9 +152,9 @@ class Grid:
                 notes name every stage that failed. The next call tries these again.
             ValueError: If the store holds other files or the results of another configuration, or
                 the executor forks and `threads` is above 1 or the grid is on CUDA.
-            TypeError: If `executor` has no `submit`, `on_record` does not take one argument, or the factory
-                of the model or the optimizer, `fit`, a dataset or an object among the settings
-                cannot be sent to a worker.
+            TypeError: If `executor` has no `submit`, `on_record` does not take one argument, or the
+                factory of the model or the optimizer, `fit`, a dataset or an object among the
+                settings cannot be sent to a worker.
             RuntimeError: If your own `fit` does not call its callbacks; no other stage is tried.
             ImportError: If `progress` is set and tqdm is not installed.
             OSError: If the disk is full. The results in the store stay intact.

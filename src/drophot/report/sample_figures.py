@@ -232,9 +232,12 @@ def _pixels(found: Any, sample: int) -> np.ndarray:
             pixels = (image.float() if image.is_floating_point() else image).numpy()
         else:
             pixels = np.asarray(image)
-        if pixels.ndim == 3 and pixels.shape[0] in _CHANNELS:
-            if isinstance(image, Tensor) or pixels.shape[2] not in _CHANNELS:
-                pixels = pixels.transpose(1, 2, 0)
+        if (
+            pixels.ndim == 3
+            and pixels.shape[0] in _CHANNELS
+            and (isinstance(image, Tensor) or pixels.shape[2] not in _CHANNELS)
+        ):
+            pixels = pixels.transpose(1, 2, 0)
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
         valid = pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from drophot._core import scalars
 from drophot.tracking.sequence_scores import FirstLearned, Last, MovingAverage
@@ -35,7 +36,7 @@ def score_of(label: str) -> Score | None:
         call = ast.parse(described, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             return None
-        arguments = {str(one.arg): _value_of(one.value) for one in call.keywords}
+        arguments: dict[str, Any] = {str(o.arg): _value_of(o.value) for o in call.keywords}
         return _CLASSES[call.func.id](**arguments, name=name)
     except (KeyError, SyntaxError, TypeError, ValueError):
         return None
