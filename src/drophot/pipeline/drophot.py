@@ -184,7 +184,7 @@ class DropHot(_ShowsSettings):
         """The same run with other settings and without results, on the same data in memory.
 
         Args:
-            **settings: Settings in which the cells of a grid may differ, such as `data_ratio`,
+            **settings: Settings in which the runs of a grid may differ, such as `data_ratio`,
                 `schedule` or `seed`.
 
         Returns:
