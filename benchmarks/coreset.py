@@ -5,6 +5,7 @@
     greedy    k_center and facility_location, compared with apricot (pip install apricot-select)
               and NumPy
     growth    the same two methods with a growing number of samples, up to 10⁶
+    threads   the same two methods with one thread and with all, alternately
     crest     the overhead of CrestLoader on a training step
 
 Parts that measure memory run in a separate process.
@@ -272,6 +273,25 @@ def _growth(
     }
 
 
+def threads(options: Namespace) -> Any:
+    """Seconds with one thread and with all, alternately, while other processes take cores."""
+    (samples,) = options.samples or [6_000]
+    values, most = clusters(samples, options.features), torch.get_num_threads()
+    for selector in (k_center, facility_location):
+        times: dict[int, list[float]] = {1: [], most: []}
+        for _ in range(options.rounds):
+            for number in times:
+                torch.set_num_threads(number)
+                start = perf_counter()
+                selector(values, options.ratio)
+                times[number].append(perf_counter() - start)
+        row: dict[str, Any] = {"selector": selector.__name__, "samples": samples}
+        row["seconds"] = {n: round(statistics.median(found), 2) for n, found in times.items()}
+        ratios = [many / one for one, many in zip(times[1], times[most], strict=True)]
+        yield row | {"over_one_thread": round(statistics.median(ratios), 2)}
+    torch.set_num_threads(most)
+
+
 def crest(options: Namespace) -> Any:
     """Milliseconds of a step with random batches and with CREST, alternately, on one core."""
     torch.set_num_threads(1)
@@ -339,6 +359,7 @@ WHAT = {
     "parts": parts,
     "greedy": greedy,
     "growth": growth,
+    "threads": threads,
     "crest": crest,
 }
 
