@@ -114,6 +114,13 @@ def test_an_importance_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
         assert len(grid(own).run(tmp_path / "here", threads)) == 4
 
 
+def test_a_network_that_is_pruned_in_training_is_trained_for_each_importance() -> None:
+    run = drop_hot(**SHORT | {"score_epochs": 3, "train_epochs": 3})
+    both = {"importances": [None, Random()], "controls": ["joint"]}
+    plan = Grid(run, **LISTS, prune_ratios=[0.8], **both).plan()
+    assert plan.trainings == 1 + 2 * 2, "the coreset alone; it and all samples, by each importance"
+
+
 # --- importances of the network of a run --------------------------------------------------------
 
 
