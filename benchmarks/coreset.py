@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib import import_module
 from multiprocessing import get_context
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,10 @@ def main() -> None:
     )
     parser.add_argument("--features", type=int, default=512, help="D, for greedy and growth")
     parser.add_argument("--ratio", type=float, default=0.1)
+    parser.add_argument(
+        "--peers", nargs="+", default=["drophot", "apricot", "numpy"], help="for greedy"
+    )
+    parser.add_argument("--classes", type=int, default=100, help="for growth")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", action="store_true", help="another process takes core 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -49,7 +53,8 @@ def main() -> None:
             figures.append(row)
             print(json.dumps(row), flush=True)
     name = "coreset" if options.what == "select" else f"coreset_{options.what}"
-    name = "_".join([name, *map(str, options.samples or []), *["busy"] * options.busy])
+    name = "_".join([name, *map(str, options.samples or [])])
+    name += f"_busy_{torch.get_num_threads()}" * options.busy
     save(name, torch.device(options.device), figures)
 
 
@@ -128,6 +133,8 @@ def greedy(options: Namespace) -> Any:
             row: dict[str, Any] = {"selector": name, "samples": samples}
             row |= {"features": options.features, "kept": int(options.ratio * samples)}
             for peer in peers:
+                if peer.split()[0] not in options.peers:
+                    continue
                 row[peer] = alone(_greedy, peer, samples, options.features, options.ratio)
             yield row
 
@@ -139,7 +146,7 @@ def _greedy(peer: str, samples: int, features: int, ratio: float) -> dict[str, A
         PEERS[peer](values[:200], 20)  # compiles code before it is measured
     except ImportError as error:
         return {"error": str(error)}
-    before, start = peak(), perf_counter()
+    before, start, processor = peak(), perf_counter(), process_time()
     try:
         ranking, chosen_in = PEERS[peer](values, size)
     except MemoryError as error:
@@ -147,8 +154,9 @@ def _greedy(peer: str, samples: int, features: int, ratio: float) -> dict[str, A
             "error": f"{type(error).__name__}: {error}",
             "seconds": round(perf_counter() - start),
         }
-    seconds = perf_counter() - start
-    row = {"seconds": round(seconds, 2), "peak_above_GB": round((peak() - before) / 1e9, 2)}
+    seconds, processor = perf_counter() - start, process_time() - processor
+    row = {"seconds": round(seconds, 2), "processor_seconds": round(processor, 2)}
+    row["peak_above_GB"] = round((peak() - before) / 1e9, 2)
     if len(ranking) < size:
         row["choices_taken"] = len(ranking)
         row["seconds_of_all_at_this_rate"] = round(chosen_in * size, 1)
@@ -230,30 +238,35 @@ GREEDY = {
 
 
 def growth(options: Namespace) -> Any:
-    """Keep a tenth, at most 5,000. The time of facility location grows quadratically.
+    """Keep a tenth, at most 50 per class. The time of facility location grows quadratically.
 
     So a million is done class by class: a hundred classes, and as many features, softmax − one-hot.
     """
     for samples in options.samples or [1_000, 10_000, 100_000, 1_000_000]:
-        size = min(samples // 10, 5_000)
+        size = min(samples // 10, 50 * options.classes)
         yield alone(_growth, "k_center", samples, options.features, size)
         if samples <= 10_000:
             yield alone(_growth, "facility_location", samples, options.features, size)
-        yield alone(_growth, "facility_location by class", samples, 100, size)
+        yield alone(_growth, "facility_location by class", samples, 100, size, options.classes)
 
 
-def _growth(name: str, samples: int, features: int, size: int) -> dict[str, Any]:
+def _growth(
+    name: str, samples: int, features: int, size: int, classes: int | None = None
+) -> dict[str, Any]:
     values = clusters(samples, features)
-    targets = torch.arange(samples) % 100 if "class" in name else None
+    targets = None if classes is None else torch.arange(samples) % classes
     selector = k_center if name == "k_center" else facility_location
-    before, start = peak(), perf_counter()
+    before, start, processor = peak(), perf_counter(), process_time()
     selector(values, size / samples, targets=targets)
+    seconds, processor = perf_counter() - start, process_time() - processor
     return {
         "selector": name,
         "samples": samples,
         "features": features,
+        "classes": classes,
         "kept": size,
-        "seconds": round(perf_counter() - start, 2),
+        "seconds": round(seconds, 2),
+        "processor_seconds": round(processor, 2),
         "features_GB": round(values.nbytes / 1e9, 3),
         "peak_above_GB": round((peak() - before) / 1e9, 2),
     }

@@ -11,6 +11,8 @@ Everything is measured alternately in one run, with medians of many rounds and b
   training;
 - `update` for datasets of 5e4 to 1e8 samples, and the memory of the state, calculated up to 1e9;
 - the memory per sample of the Python objects of the other trackers, after ten presentations.
+
+With `--busy`, only the second of these, while another process takes one of the cores.
 """
 
 import json
@@ -24,7 +26,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import save
+from common import busy_core, save
 from torch import Tensor, nn
 
 from drophot import DynamicsTracker, ForgettingTracker
@@ -47,9 +49,18 @@ def main() -> None:
     parser.add_argument(
         "--peers-memory", action="store_true", help="measure only the last of these"
     )
+    parser.add_argument(
+        "--busy", action="store_true", help="measure only `update`; another process takes core 1"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     torch.manual_seed(0)
+    if options.busy:
+        with busy_core():
+            update = {"batch": BATCH, "update": updates(device, options.rounds)}
+        print(json.dumps(update, indent=2))
+        save(f"tracker_busy_{torch.get_num_threads()}", device, update)
+        return
     memory = {"bytes_a_sample": peers_memory()}
     if options.peers_memory:
         figures: dict[str, Any] = memory

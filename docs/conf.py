@@ -75,7 +75,7 @@ nitpick_ignore_regex = [
     (
         "py:class",
         r"(loop\.)?(BatchLoss|Cache|Forgetting|Json|Measure|Mode|Numbers|OptimizerFactory|ProtocolName"
-        r"|Ratio|RemovedChannels|ScheduleName|Scope)",
+        r"|Ratio|RemovedChannels|RunImportance|ScheduleName|Scope)",
     ),
     ("py:class", r"drophot\.(\w+\.)+(DependencyGraph|Executor|SampleCounter)"),
     ("py:class", r"drophot\.(\w+\.)+(SelectionHook|Watched)"),

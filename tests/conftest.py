@@ -1,12 +1,14 @@
 """What all tests share: one thread each, and the real data where it is."""
 
 import gc
+import importlib
 import multiprocessing
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import filterfalse
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,12 @@ def pytest_configure(config: pytest.Config) -> None:
     # instead of by their number of tests.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+    # In a new environment, Python compiles what it imports. The second worker begins with other
+    # packages than the first, so that the two do not compile the same ones at the same time.
+    if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
+        for name in ("transformers", "lightning.pytorch", "datasets", "torch._dynamo"):
+            with suppress(ImportError):
+                importlib.import_module(name)
     if os.environ.get("TRITON_INTERPRET") == "1":  # as test_interpreted.py sets it
         patch_language_once()
 

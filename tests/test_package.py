@@ -83,6 +83,7 @@ def test_importing_drophot_costs_torch_numpy_and_typing_extensions_only(
     assert fresh["one more"], "which would be seen"
 
 
+@pytest.mark.slow  # as all tests with `fresh`
 def test_importing_the_report_imports_neither_matplotlib_nor_scipy(fresh: dict[str, Any]) -> None:
     assert fresh["of the report"] == []
 

@@ -1,5 +1,6 @@
 """The release: the two archives and their metadata, the changelog, the pages of the API."""
 
+import ast
 import json
 import re
 import shutil
@@ -362,3 +363,57 @@ def test_names_of_the_top_are_documented_as_such() -> None:
     names = {name for page in API for name, _ in documented(page)}
     lazy = {*API, "forgetting"}
     assert names >= {f"drophot.{name}" for name in drophot.__all__ if name not in lazy}
+
+
+# The packages of modules with another name, and those that bring a module with them.
+PACKAGE_OF = {"sklearn": "scikit-learn", "PIL": "matplotlib", "onnx": "onnxscript"}
+PACKAGE_OF |= {"safetensors": "transformers", "triton": "torch"}
+
+
+def skipped_without() -> set[str]:
+    """The packages without which a test is skipped."""
+    found: set[str] = set()
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(ast.Attribute(attr="importorskip"), [ast.Constant(str(name)), *_]):
+                    module = name.partition(".")[0]
+                    found.add(PACKAGE_OF.get(module, module).replace("_", "-"))
+    return found
+
+
+def test_the_script_for_versions_installs_what_tests_are_skipped_without() -> None:
+    project = PROJECT["project"]
+    lists = (project["dependencies"], *project["optional-dependencies"].values())
+    known = {re.split(r"[>\[]", line)[0] for lines in lists for line in lines}
+    script = (ROOT / ".ci" / "versions").read_text()
+    (peers,) = re.findall(r"^peers=\((.*)\)$", script, re.M)
+    others = {*peers.split(), "ray"}  # a test names torchao by a variable
+    assert skipped_without() - known == others - {"torchao"}
+    assert not others & known
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.parametrize(
+    ("kind", "reason", "is_excused"),
+    [
+        ("newest", "could not import 'ray': No module named 'ray'", True),
+        ("newest", "traintools is not installed", False),
+        ("lowest", "traintools is not installed", True),
+        ("lowest", "could not import 'pytorch_optimizer': No module", True),
+        ("lowest", "PEFT is not installed", True),
+        ("lowest", "pandas is not installed", False),
+        ("none", "pandas is not installed", True),
+    ],
+)
+def test_the_script_for_versions_excuses_only_what_it_does_not_install(
+    kind: str, reason: str, is_excused: bool, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    log.write_text(f"SKIPPED [1] tests/test_a.py:81: {reason}\n")
+    script = (ROOT / ".ci" / "versions").read_text()
+    (names,) = re.findall(r"^peers=.*\nany_peer=.*$", script, re.M)
+    (check,) = re.findall(r"^ +excused=.*?; then$", script, re.M | re.S)
+    text = f"{names}\nkind={kind} log={log}\n{check} echo skipped; fi"
+    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, check=True)
+    assert (done.stdout == "") == is_excused

@@ -79,7 +79,7 @@ def _parser() -> ArgumentParser:
     text = "look at the folder of a grid, which may still be running"
     grid = commands.add_parser("grid", help=text, description=text)
     grid_commands = grid.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    text = "print how many cells are done"
+    text = "print how many runs are done"
     status = grid_commands.add_parser("status", help=text, description=text)
     text = "write an HTML page of the results"
     report = grid_commands.add_parser("report", help=text, description=text)

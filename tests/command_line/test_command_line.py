@@ -4,11 +4,15 @@ import csv
 import io
 import os
 import pickle
+import re
 import shlex
 import subprocess
 import sys
 import zipfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -21,6 +25,17 @@ from drophot import DynamicsTracker, ForgettingTracker, magnitude_prune, records
 from drophot.__main__ import main
 from drophot.prune import save_compressed
 from drophot.report import table
+from drophot.tracking import (
+    DUAL,
+    TDDS,
+    FirstLearned,
+    Last,
+    MovingAverage,
+    Score,
+    Spread,
+    WindowSpread,
+)
+from drophot.tracking.statistics import named_score
 
 
 def network() -> nn.Sequential:
@@ -223,8 +238,9 @@ def test_a_file_of_safetensors_is_read(tmp_path: Path, capsys: pytest.CaptureFix
         assert rows(output(capsys, "summary", tmp_path / name)) == rows(str(drophot.summary(model)))
     assert "DynamicsTracker" in error(capsys, "suspects", tmp_path / "renamed.pt")
     file = tmp_path / "half.safetensors"
-    file.write_bytes((tmp_path / "renamed.pt").read_bytes()[:-1])
-    assert "damaged" in error(capsys, "summary", file)
+    for end in (-1, 20):  # in the last tensor and in the description of all
+        file.write_bytes((tmp_path / "renamed.pt").read_bytes()[:end])
+        assert "damaged" in error(capsys, "summary", file)
 
 
 def test_without_safetensors_its_files_are_refused_by_name(
@@ -282,6 +298,14 @@ def test_suspects_are_the_samples_of_lowest_margin(
     assert losses == pytest.approx(sorted(columns["loss"][:45], reverse=True)[:3], rel=1e-6)
 
 
+class Top:
+    name = "top"
+    hard_end: Literal["low"] = "low"
+
+    def __call__(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return logits.amax(dim=1)
+
+
 def test_suspects_that_cannot_be_told_are_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,13 +322,133 @@ def test_suspects_that_cannot_be_told_are_errors(
     assert "DynamicsTracker" in error(capsys, "suspects", file)
     torch.save(network().state_dict(), file)
     assert "DynamicsTracker" in error(capsys, "suspects", file)
-    last = drophot.tracking.Last()
-    torch.save(DynamicsTracker(5, statistics=["aum", last]).state_dict(), file)
-    assert "'last_loss'" in error(capsys, "suspects", file)
+    for own in (Top(), Last(score=Top()), Spread(score=Top(), name="top_spread")):
+        torch.save(DynamicsTracker(5, statistics=["aum", own]).state_dict(), file)
+        assert repr(own.name) in error(capsys, "suspects", file)
     torch.save(tracker().state_dict() | {"statistics": [5]}, file)
     assert "DynamicsTracker" in error(capsys, "suspects", file)
     torch.save(tracker().state_dict() | {"history": torch.tensor(0)}, file)
     assert "DynamicsTracker" in error(capsys, "suspects", file)
+
+
+def test_of_two_trackers_the_one_that_keeps_the_score_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.pt"
+    wanted = tracker()
+    losses = DynamicsTracker(9, statistics=["loss"])
+    losses.update(torch.arange(9), torch.randn(9, 4), torch.arange(9) % 4)
+    states = {"b": wanted.state_dict(), "a": ForgettingTracker(50).state_dict()}
+    torch.save(states, file)
+    found = output(capsys, "suspects", file)
+    assert found.splitlines()[1].startswith("7,")
+    torch.save(states | {"losses": losses.state_dict()}, file)
+    assert output(capsys, "suspects", file) == found
+    several = error(capsys, "suspects", file, "--score", "loss")
+    assert "'b'" in several
+    assert "'losses'" in several
+    assert "ForgettingTracker" in error(capsys, "suspects", file, "--key", "a")
+
+
+def test_trackers_in_lists_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.pt"
+    state = tracker().state_dict()
+    torch.save({"callbacks": [1, ({"tracker": state},)], "numbers": [0.5] * 9}, file)
+    found = output(capsys, "suspects", file)
+    assert found.splitlines()[1].startswith("7,")
+    assert output(capsys, "suspects", file, "--key", "callbacks.1.0.tracker") == found
+    torch.save([network().state_dict()], file)
+    assert rows(output(capsys, "summary", file)) == rows(str(drophot.summary(network())))
+
+
+def test_a_tracker_without_scores_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.pt"
+    torch.save(DynamicsTracker(5).state_dict(), file)
+    assert "`tracker`" in error(capsys, "suspects", file)
+    few = DynamicsTracker(4, statistics=[DUAL(window=3)])
+    few.update(torch.arange(4), torch.randn(4, 3), torch.zeros(4).long())
+    torch.save(few.state_dict(), file)
+    found = error(capsys, "suspects", file, "--score", "dual")
+    assert "'dual'" in found
+    assert "1 times" in found
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        DUAL(window=2, until=None),
+        WindowSpread(score="loss", window=2, hard_end="low", name="spread_of_loss"),
+        TDDS(num_classes=4, window=3, decay=0.5),
+        FirstLearned(for_good=True),
+        Last(score="aum"),
+        MovingAverage(decay=1 / 3),
+        Spread(score=named_score("loss"), name="wandering"),
+    ],
+    ids=lambda score: score.name,
+)
+def test_all_statistics_of_drophot_are_read(
+    score: Score, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = DynamicsTracker(6, statistics=["aum", score])
+    for _ in range(4):
+        found.update(torch.arange(6), torch.randn(6, 4), torch.arange(6) % 4)
+    torch.save(found.state_dict(), tmp_path / "c.pt")
+    text = output(capsys, "suspects", tmp_path / "c.pt", "--score", score.name)
+    lines = list(csv.DictReader(io.StringIO(text)))
+    values = found.scores(score.name).tolist()
+    ranked = sorted(range(6), key=values.__getitem__, reverse=score.hard_end == "high")
+    assert [int(line["index"]) for line in lines] == ranked
+    for line in lines:
+        assert float(line[score.name]) == pytest.approx(values[int(line["index"])], rel=1e-6)
+        assert float(line["aum"]) == pytest.approx(float(found.scores("aum")[int(line["index"])]))
+
+
+def test_a_score_that_the_tracker_does_not_keep_is_an_error_with_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = DynamicsTracker(3, statistics=["loss"])
+    losses.update(torch.arange(3), torch.randn(3, 4), torch.arange(3))
+    file = tmp_path / "c.pt"
+    torch.save(losses.state_dict(), file)
+    found = error(capsys, "suspects", file)
+    assert "'aum'" in found
+    (command,) = re.findall(r"`drophot (.*?)`", found)
+    assert len(output(capsys, *command.split()).splitlines()) == 4
+
+
+def touch(path: str) -> None:
+    Path(path).touch()
+
+
+class Unpickled:
+    """An object that would write a file as it is read, by a function of this file or of `os`."""
+
+    def __init__(self, path: Path, function: Callable[[str], None] = touch) -> None:
+        self.path, self.function = str(path), function
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return self.function, (self.path,)
+
+
+def test_a_checkpoint_is_read_without_its_objects(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, touched = tmp_path / "c.pt", tmp_path / "touched"
+    other = {"path": touched, "kind": nn.Linear, "counts": Counter("a"), "own": Unpickled(touched)}
+    states = {"tracker": tracker().state_dict(), "model": network().state_dict()}
+    torch.save({"hyper_parameters": other, **states}, file)
+    assert output(capsys, "suspects", file).splitlines()[1].startswith("7,")
+    assert rows(output(capsys, "summary", file)) == rows(str(drophot.summary(network())))
+    torch.save({"hyper_parameters": other, "model": [network()]}, file)
+    for command in ("suspects", "summary"):
+        found = error(capsys, command, file)
+        assert "torch.nn.modules.container.Sequential" in found
+        assert "torch.save" in found
+    torch.save({"hyper_parameters": Unpickled(touched, os.mkdir), **states}, file)
+    assert "not safe" in error(capsys, "suspects", file)
+    assert not touched.exists()
 
 
 def test_the_status_and_the_report_of_a_grid(
@@ -314,7 +458,9 @@ def test_the_status_and_the_report_of_a_grid(
     store.mkdir()
     file = store / "records.jsonl"
     file.touch()
-    (store / "grid.json").write_text('{"plan": {"cells": 6}}')
+    (store / "grid.json").write_text('{"plan": {"cells": 6}}')  # of an older version
+    assert "0 of 6 " in output(capsys, "grid", "status", store)
+    (store / "grid.json").write_text('{"plan": {"runs": 6}}')
     assert "0 of 6 " in output(capsys, "grid", "status", store)
     runs = [one(seed=0), one(seed=1), one(mode="baseline", keep_ratio=1.0)]
     records.write([*runs, runs[0]], file)  # two processes computed one of them
@@ -322,7 +468,7 @@ def test_the_status_and_the_report_of_a_grid(
         unfinished.write('{"model": ')
     before = sorted(store.iterdir())
     found = output(capsys, "grid", "status", store)
-    assert "3 of 6 " in found
+    assert re.search("^runs +3 of 6 done, 2 cells$", found, re.M)
     assert "high (2), baseline (1)" in found
     assert sorted(store.iterdir()) == before  # it only looks
     pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
@@ -349,7 +495,7 @@ def test_a_folder_that_is_no_grid_is_an_error(
             assert "`STORE`" in found
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"plan": null}', '{"plan": {"cells": "6"}}', "no json"])
+@pytest.mark.parametrize("text", ["[1]", '{"plan": null}', '{"plan": {"runs": "6"}}', "no json"])
 def test_a_damaged_file_of_a_grid_is_named(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

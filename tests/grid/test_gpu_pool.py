@@ -208,7 +208,7 @@ def test_processes_that_take_turns_on_a_gpu_are_warned_about(
         raise StopError
 
     grid = on_cuda()
-    monkeypatch.setattr(grid, "_cells", stop)  # the next thing that a run does
+    monkeypatch.setattr(grid, "_runs", stop)  # the next thing that a run does
 
     def run(executor: ProcessPoolExecutor) -> None:
         with pytest.raises(StopError):

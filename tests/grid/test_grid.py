@@ -190,7 +190,7 @@ def test_the_papers_grid_takes_590_epochs_instead_of_910(score_epochs: int) -> N
         seeds=[0],
     )
     plan = wanted.plan()
-    assert (plan.cells, plan.finetunings) == (55, 55)
+    assert (plan.runs, plan.finetunings) == (55, 55)
     shared = score_epochs == 10  # the scoring network is the baseline
     assert plan.epochs == pytest.approx(590 if shared else 602)
     assert (plan.scorings, plan.trainings) == (1, 10 if shared else 11)
@@ -224,7 +224,7 @@ def test_the_plan_counts_the_stages(
     trained = len(seeds) * len(ratios) * len(modes) * (1 + ("equal_steps" in controls))
     pruned = len(prunes) + ("reinitialize" in controls) * len(prunes - {0.0})
     cells = trained * pruned + len(seeds) * (pruned + (0.0 not in prunes))
-    assert (plan.cells, plan.finetunings) == (cells, cells)
+    assert (plan.runs, plan.finetunings) == (cells, cells)
     assert plan.scorings + plan.trainings == trained + len(seeds)
     assert plan.stages == trained + len(seeds) + cells
     equal = "equal_steps" in controls
@@ -329,7 +329,7 @@ def test_the_plan_is_shown_before_the_start_and_a_bar_while_it_runs(
     wanted.run(tmp_path, progress=True)
     shown = capsys.readouterr()
     text = shown.out + shown.err
-    line = "21 stages to do for 14 of 14 cells (1 scorings, 6 trainings, 14 fine-tunings)"
+    line = "21 stages to do for 14 of 14 runs (1 scorings, 6 trainings, 14 fine-tunings)"
     assert line in text
     assert text.index(line) < text.index("0%") < text.index("100%")
     assert "epochs of 120 samples: about" in text
@@ -338,12 +338,12 @@ def test_the_plan_is_shown_before_the_start_and_a_bar_while_it_runs(
     wanted.run(tmp_path)
     shown = capsys.readouterr()
     assert shown.out + shown.err == "", "silent unless asked"
-    assert "0 stages to do for 0 of 14 cells" in caplog.messages[-1]
+    assert "0 stages to do for 0 of 14 runs" in caplog.messages[-1]
 
 
 def test_a_plan_in_words() -> None:
     plan = Plan(
-        cells=55,
+        runs=55,
         scorings=1,
         trainings=10,
         finetunings=55,
@@ -355,14 +355,14 @@ def test_a_plan_in_words() -> None:
         memory=450_000_000,
     )
     assert str(plan) == (
-        "66 stages to do for 55 of 55 cells (1 scorings, 10 trainings, 55 fine-tunings), 590 "
+        "66 stages to do for 55 of 55 runs (1 scorings, 10 trainings, 55 fine-tunings), 590 "
         "epochs of 50,000 samples: about 60 min on 2 workers of 0.5 GB, 1.5 MB to store."
     )
 
 
 def test_the_plan_of_a_store_that_holds_a_part(held: Path, tmp_path: Path) -> None:
     plan = grid().plan(held)
-    assert (plan.cells, plan.finetunings, plan.scorings, plan.trainings) == (28, 14, 1, 6)
+    assert (plan.runs, plan.finetunings, plan.scorings, plan.trainings) == (28, 14, 1, 6)
     assert grid(seeds=[0]).plan(held).seconds == 0
     assert grid().plan(tmp_path / "not there").finetunings == 28
     assert not (tmp_path / "not there").exists()

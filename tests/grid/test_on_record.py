@@ -75,9 +75,28 @@ def test_an_error_ends_the_run_and_the_next_call_resumes(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_called_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"`on_record`.*list"):
-        grid().run(tmp_path / "results", on_record=[])
+    wrong: list[tuple[Any, str]] = [
+        ([], r"\[\]"),
+        (lambda: 3, "lambda"),
+        (lambda record, store: None, "lambda.*store"),
+    ]
+    for value, found in wrong:
+        with pytest.raises(TypeError, match=f"`on_record`.*{found}"):
+            grid().run(tmp_path / "results", on_record=value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_names_of_the_recipe_differ_with_all_controls(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "other_tools.md").read_text()
+    names: dict[str, Any] = {"__name__": "recipe"}
+    exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], names)
+    controls = ["equal_steps", "reinitialize", "repair", "gradual"]
+    records = grid(controls=controls, seeds=[0]).run(tmp_path)
+    found = {names["name_of"](record) for record in records}
+    assert len(found) == len(records) > 10
+    settings = [names["settings_of"](record) for record in records]
+    assert {value["equal_steps"] for value in settings} == {False, True}
+    assert {value["schedule"] for value in settings} == {"one-shot", "gradual"}
 
 
 def test_the_recipe_for_tensorboard_logs_each_curve(

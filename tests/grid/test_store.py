@@ -327,7 +327,7 @@ def test_what_is_damaged_is_computed_again(
             path.unlink()
     assert grid().run(store) == wanted
     assert records.read(store / "records.jsonl") == wanted
-    assert json.loads((store / "grid.json").read_text())["plan"] == {"cells": 6}
+    assert json.loads((store / "grid.json").read_text())["plan"] == {"runs": 6}
 
 
 @given(st.binary(max_size=200), st.data())

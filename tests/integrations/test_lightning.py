@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset
 
 from drophot import DynamicsTracker, ForgettingTracker, IndexedDataset
+from drophot.__main__ import main as command_line
 
 pl = pytest.importorskip("lightning.pytorch", reason="the extra `lightning` is not installed")
 from drophot.integrations.lightning import TrackerCallback  # noqa: E402 - only where it is there
@@ -114,6 +115,26 @@ def test_a_run_that_is_resumed_has_the_same_scores(tmp_path: Path, every: dict[s
     resumed.fit(Classifier(), loader(), ckpt_path=str(tmp_path / "kept" / "last.ckpt"))
     assert second.tracker.presentations.unique().tolist() == [4]
     assert_same(second.tracker.state_dict(), whole.tracker.state_dict(), 0.0)
+
+
+def test_the_command_line_reads_a_checkpoint_with_a_class_among_its_hyperparameters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Configured(Classifier):
+        def __init__(self, activation: type[nn.Module], folder: Path) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    callback = TrackerCallback(DynamicsTracker(SIZE))
+    runner = trainer(tmp_path, callback, epochs=1)
+    runner.fit(Configured(nn.GELU, tmp_path), loader())
+    runner.save_checkpoint(tmp_path / "last.ckpt")
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert command_line(["suspects", str(tmp_path / "last.ckpt"), "--number", "3"]) == 0
+    lowest = callback.tracker.scores("aum").argsort()[:3]
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [int(line.split(",")[0]) for line in lines] == lowest.tolist()
 
 
 def test_a_checkpoint_of_another_training_set_is_refused(tmp_path: Path) -> None:

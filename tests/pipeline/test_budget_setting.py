@@ -54,10 +54,29 @@ def test_the_ratio_limits_each_layer() -> None:
     assert record.parameters <= 230
     assert one.model[0].out_features >= 14
     assert one.model[2].out_features >= 7
-    with pytest.raises(ValueError, match=r"`to`.*parameters=150") as error:
-        run(structured=Budget(parameters=150), prune_ratio=0.3)
-    assert "`structured`" in error.value.__notes__[0]
-    assert "0.3" in error.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "ratio", "words"),
+    [
+        (Budget(parameters=150), 0.3, ["parameters=150)", "`prune_ratio=0.3`", "`prune_ratio`."]),
+        (Budget(parameters=50, min_kept=0.5), 0.9, ["min_kept=0.5)", "`min_kept`."]),
+        (Budget(parameters=50, min_kept=0.5), 0.5, ["min_kept=0.5)", "`min_kept`."]),
+    ],
+)
+def test_an_unreachable_budget_is_named_by_the_settings(
+    budget: Budget, ratio: float, words: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"^`structured`") as error:
+        run(structured=budget, prune_ratio=ratio)
+    for word in words:
+        assert word in str(error.value)
+    assert "`to`" not in str(error.value)
+
+
+def test_a_ratio_that_removes_no_channel_is_named_by_the_settings() -> None:
+    with pytest.raises(ValueError, match=r"(?s)`ratio`.*0\.01.*`prune_ratio`"):
+        run(structured=True, prune_ratio=0.01)
 
 
 def test_the_budget_identifies_the_record() -> None:

@@ -669,7 +669,7 @@ def test_what_cannot_be_known_is_refused_by_a_store_before_the_start(
         with pytest.raises(TypeError, match=rf"{type(thing).__name__}.*`.*(it|inner)`.*`{where}`"):
             grid(run).run(tmp_path)
         assert list(tmp_path.iterdir()) == []
-        assert grid(run).plan().cells == 3
+        assert grid(run).plan().runs == 3
 
 
 def test_an_object_says_itself_what_counts(tmp_path: Path) -> None:

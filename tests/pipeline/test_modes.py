@@ -266,9 +266,11 @@ def test_what_does_not_go_together_is_named() -> None:
         drop_hot(mode=Named("adaptive5-high"))
     for own in (DUAL(window=7, until=None), TDDS(num_classes=3, window=7)):
         longer = Scored(own)
-        with pytest.raises(ValueError, match=f"`score_epochs` .*7.*'{own.name}'.* 6"):
-            drop_hot(mode=longer, score_epochs=6)
-        assert drop_hot(mode=longer, score_epochs=7).mode == longer
+        run = drop_hot(mode=longer, score_epochs=6)
+        for begin in (run.run, run.score):
+            with pytest.raises(ValueError, match=f"`score_epochs` .*7.*'{own.name}'.* 6"):
+                begin()
+        assert drop_hot(mode=longer, score_epochs=7).score().isfinite().all()
         lists = {"data_ratios": [0.5], "prune_ratios": [0], "seeds": [0]}
         with pytest.raises(ValueError, match=f"`score_epochs` .*7.*'{own.name}'.* 6"):
             Grid(drop_hot(score_epochs=6), modes=["high", longer], **lists)
@@ -307,6 +309,17 @@ def test_an_adaptive_mode_that_would_not_be_used_is_refused(
         assert drop_hot(mode=mode, **(lengths | longer)).mode == mode
     with pytest.raises(ValueError, match="`every`"):
         drop_hot(mode=mode, **lengths)
+
+
+def test_a_window_longer_than_step_1_matters_only_where_its_score_is_used() -> None:
+    longer = Scored(DUAL(window=7, until=None))
+    run = drop_hot(mode=longer, score_epochs=6)
+    run.scores = torch.arange(len(TRAIN)).float()
+    record = run.run()
+    assert record.num_kept == len(TRAIN) // 2
+    assert run.tracker is None, "step 1 was not taken"
+    whole = drop_hot(mode=longer, score_epochs=6, data_ratio=1.0).run()
+    assert whole.num_kept == len(TRAIN)
 
 
 # --- a user's own training loop ----------------------------------------------------------------

@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from drophot.prune import Masks, magnitude_prune, repair
@@ -317,3 +319,20 @@ def test_a_dense_model_that_calls_its_layers_otherwise_is_refused() -> None:
     for mine, other, more in ((1, 2, "more"), (2, 1, "less")):
         with pytest.raises(ValueError, match=f"`dense` .*`layer` {more} often"):
             repair(Repeated(mine), Repeated(other), [torch.randn(4, 3)])
+
+
+@pytest.mark.parametrize("dense_too", [True, False])
+@pytest.mark.parametrize("name", ["compiled", "parallel", "averaged"])
+def test_a_wrapped_model_without_channels(name: str, dense_too: bool) -> None:
+    def wrap(model: nn.Module) -> Any:
+        if name == "compiled":
+            return torch.compile(model, backend="eager")
+        return DataParallel(model) if name == "parallel" else AveragedModel(model)
+
+    inputs, dense, expected = torch.randn(32, 3, 8, 8), normed(), normed()
+    pruned = prune_channels(expected, 0.5, inputs[:2])
+    repair(expected, dense, [inputs], pruned=pruned)
+    model = wrap(normed())
+    pruned = prune_channels(model, 0.5, inputs[:2])
+    repair(model, wrap(dense) if dense_too else dense, [inputs], pruned=pruned)
+    assert torch.equal(model(inputs), expected(inputs))

@@ -496,3 +496,12 @@ def test_a_missing_matplotlib_is_found_before_any_work(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "drophot\[plot\]"'):
         html(tmp_path / "nowhere", tmp_path / "page.html")
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_each_table_is_there_or_the_page_says_why(tmp_path: Path) -> None:
+    sections = page(grid(seeds=1), tmp_path).sections
+    numbers = [int(found[1]) for name in sections if (found := re.match(r"Table (\d)", name))]
+    assert numbers == [1, 2, 3, 4, 5, 6]
+    (differing,) = [text for name, text in sections.items() if name.startswith("Table 5")]
+    assert "Left out" in differing

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from drophot import DynamicsTracker, ForgettingTracker, IndexedDataset
 from drophot.report import plot_data_map, plot_score_change, plot_suspects
 from drophot.stats import forgotten_by_pruning
+from drophot.tracking import DUAL
 
 pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
 
@@ -56,12 +57,18 @@ def test_a_large_map_draws_a_fixed_part_of_the_samples() -> None:
     assert all(np.array_equal(a, b) for a, b in zip(*parts, strict=True))
 
 
+LABELS = torch.arange(12) % 3
+LABELS[5] = 0
 IMAGES: dict[str, Callable[[Tensor], Any]] = {
-    "dataset": lambda x: IndexedDataset(TensorDataset(x, torch.zeros(12).long())),
+    "dataset": lambda x: IndexedDataset(TensorDataset(x, LABELS)),
+    "no labels": lambda x: IndexedDataset(TensorDataset(x)),
     "tensor": lambda x: x,
     "gray": lambda x: x[:, 0],
     "one channel": lambda x: x[:, :1],
-    "arrays": lambda x: [(image.permute(1, 2, 0).numpy(), 0) for image in x],
+    "arrays": lambda x: [
+        (image.permute(1, 2, 0).numpy(), y) for image, y in zip(x, LABELS.numpy(), strict=True)
+    ],
+    "two numbers": lambda x: [(image, torch.zeros(2)) for image in x],
     "bytes": lambda x: [(255 * image).byte().permute(1, 2, 0).numpy() for image in x],
 }
 
@@ -83,10 +90,53 @@ def test_the_sheet_shows_the_hardest_samples_first(kind: str) -> None:
 
 def test_the_sheet_takes_pil_images_and_any_statistic() -> None:
     image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
-    images = [(image.new("RGB", (4, 4)), 0)] * 12
+    images = [(image.new("RGB", (4, 4)), label) for label in LABELS.tolist()]
     figure = plot_suspects(tracker(), images, statistic="confidence", number=100)
     assert figure.axes[0].get_xlabel() == "no. 5"
     assert len(figure.axes) == 11  # all that were presented
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_images_have_their_channels_first_or_last(channels: int) -> None:
+    x = torch.randint(0, 256, (12, channels, 5, 6), dtype=torch.uint8)
+    wanted = x[5].permute(1, 2, 0).squeeze(2).numpy()
+    last = x.permute(0, 2, 3, 1)
+    for images in (x, last, x.numpy(), last.numpy()):
+        (drawn,) = plot_suspects(tracker(), images, number=1).axes[0].get_images()
+        np.testing.assert_array_equal(drawn.get_array(), wanted)
+
+
+def test_labels_of_a_dataset_in_another_order_are_an_error() -> None:
+    images = torch.zeros(12, 3, 4, 4)
+    for other in (TensorDataset(images, LABELS.roll(1)), [(x, 2.0) for x in images]):
+        if isinstance(other, list):
+            plot_suspects(tracker(), other)  # no classes
+            continue
+        for dataset in (other, IndexedDataset(other)):
+            with pytest.raises(ValueError, match=r"`images`.*label 1.*sample 5.* 0"):
+                plot_suspects(tracker(), dataset, number=1)
+
+
+def test_a_tracker_that_has_seen_no_targets_shows_the_labels_of_the_dataset() -> None:
+    losses = DynamicsTracker(12, statistics=["loss"])
+    losses.update_loss(torch.arange(12), torch.arange(12.0))
+    images = torch.zeros(12, 3, 4, 4)
+    for dataset, wanted in ((TensorDataset(images, LABELS), "c"), (images, "")):
+        figure = plot_suspects(losses, dataset, statistic="loss", number=1, classes=list("abc"))
+        assert figure.axes[0].get_title() == wanted
+
+
+def test_the_sheet_is_drawn_into_a_given_figure() -> None:
+    from matplotlib.figure import Figure
+
+    images = torch.zeros(12, 3, 4, 4)
+    whole = Figure(layout="constrained")
+    left, right = np.ravel(whole.subfigures(1, 2))
+    assert plot_suspects(tracker(), images, number=2, figure=left) is whole
+    assert [len(part.axes) for part in (left, right)] == [2, 0]
+    plain = Figure()
+    assert plot_suspects(tracker(), images, number=3, figure=plain) is plain
+    assert len(plain.axes) == 3
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -105,6 +155,12 @@ def test_wrong_arguments_are_named() -> None:
         plot_suspects(tracker(), images, statistic="forgetting")
     with pytest.raises(TypeError, match=r"`images`.*dict.*5"):
         plot_suspects(tracker(), [{"image": image} for image in images])
+    with pytest.raises(TypeError, match=r"`images`.*Tensor.*\(2, 5, 5\).*5"):
+        plot_suspects(tracker(), torch.zeros(12, 2, 5, 5))
+    dual = DynamicsTracker(12, statistics=[DUAL(window=3)])
+    dual.update(torch.arange(12), torch.randn(12, 3), LABELS)
+    with pytest.raises(ValueError, match=r"`tracker`.*'dual'"):
+        plot_suspects(dual, images, statistic="dual")
     for number in (0, -1):
         with pytest.raises(ValueError, match=rf"`number`.*{number}"):
             plot_suspects(tracker(), images, number=number)

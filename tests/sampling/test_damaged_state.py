@@ -99,7 +99,7 @@ OF_CREST = {
     "check_every": (0, 10_000),
     "steps_since_selection": (-1,),
     "first_norm": (NAN, -1.0, "1"),
-    "start_loss": (None, torch.zeros(1)),
+    "start_loss": (None, torch.zeros(1), -1.0),
     "batches": (put((0, 0), N), put((0, 0), -1), Tensor.float, lambda b: b[:, 1:], lambda b: b[:0]),
     "weights": (put((0, 0), NAN), put((0, 0), -1.0), lambda w: w[1:], Tensor.long),
     "check_on": (put(0, N), lambda c: c[:0], lambda c: c[None]),

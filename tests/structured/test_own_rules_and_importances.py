@@ -333,6 +333,22 @@ def test_values_per_output_channel_decide_and_higher_is_kept() -> None:
     assert pruned.kept_channels["2.weight"].tolist() == [1, 3, 5]
 
 
+def test_skipped_layers_have_no_importance() -> None:
+    names: list[str] = []
+
+    def named(name: str, weight: Tensor) -> Tensor:
+        names.append(name)
+        return by_magnitude(name, weight)
+
+    pruned = prune_channels(stack(), 0.5, torch.ones(2, 4), skip=["4"], importance=named)
+    assert names == ["0.weight", "2.weight"]
+    same = prune_channels(stack(), 0.5, torch.ones(2, 4), skip=["4"])
+    assert (
+        same.layers == pruned.layers == {"0.weight": (8, 4), "2.weight": (6, 6), "4.weight": (2, 2)}
+    )
+    assert torch.equal(pruned.kept_channels["0.weight"], same.kept_channels["0.weight"])
+
+
 def test_values_per_weight_count_where_a_channel_is_read_too() -> None:
     def importance(name: str, weight: Tensor) -> Tensor:
         values = torch.ones_like(weight)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.channels import assert_same_numbers, distinct, normal
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from drophot.structured import Budget, ChannelPlan, plan_channels, prune_channels
+from drophot.structured import Budget, ChannelPlan, plan_channels, prune_channels, rebuild
 
 
 class Residual(nn.Module):
@@ -198,7 +199,7 @@ def test_edits_are_checked(layer: str, channels: Any, error: type[Exception], ma
         plan.remove(layer, channels)
 
 
-@pytest.mark.parametrize("gone", [[99], [-1], [1, 1], [True], ["x"], None])
+@pytest.mark.parametrize("gone", [[99], [-1], [1, 1], [1, 0], [True], ["x"], [0, 1.0], "x", None])
 def test_a_stored_plan_with_impossible_channels_is_refused(gone: Any) -> None:
     values = json.loads(plan_of(distinct(Residual()), parameters=400).to_json())
     values["removed"]["stem.weight"] = gone
@@ -218,3 +219,160 @@ def test_a_stored_plan_has_to_leave_each_layer_a_channel() -> None:
     values["removed"]["0.weight"] = [0, 1, 2]
     with pytest.raises(ValueError, match=r"`text` .*`0.weight`.* 3"):
         ChannelPlan.from_json(json.dumps(values))
+
+
+def stored(**changes: Any) -> str:
+    """The JSON of a plan of `dense_chain`, with other values of some fields."""
+    values = json.loads(plan_channels(dense_chain(), 0.5, torch.ones(1, 4)).to_json())
+    return json.dumps(values | changes)
+
+
+def dense_chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("removed", {"0.weight": [0]}),
+        ("removed", {"0.weight": [], "2.weight": [], "other.weight": [1]}),
+        ("channels", {"0.weight": [0, 1, 2, 3, 4, 5]}),
+        ("channels", {"0.weight": "abcdef", "2.weight": [6, 7]}),
+        ("channels", {"0.weight": ["a"] * 6, "2.weight": [6, 7]}),
+        ("channels", {"0.weight": [0] * 6, "2.weight": [6, 7]}),
+        ("channels", []),
+        ("reasons", None),
+        ("reasons", {"0.weight": 3}),
+        ("request", 5),
+        ("parameters", "ab"),
+        ("parameters", [1]),
+        ("flops", [2.5, 1]),
+        ("bytes", [-4, 2]),
+        ("latency", [1]),
+        ("latency", [1, None]),
+        ("skip", "stem"),
+        ("skip", [3]),
+        ("whole_heads", [["x", 3]]),
+        ("whole_heads", [5]),
+        ("digests", None),
+    ],
+)
+def test_each_field_of_a_stored_plan_is_checked(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`text`.*`{field}`") as error:
+        ChannelPlan.from_json(stored(**{field: value}))
+    if isinstance(value, dict):
+        assert "weight" in str(error.value)
+    else:
+        assert repr(value) in str(error.value)
+
+
+def test_costs_do_not_outlast_an_edit_of_the_text() -> None:
+    plan = plan_channels(dense_chain(), 0.5, torch.ones(1, 4))
+    assert plan.parameters == (44, 23)
+    edited = ChannelPlan.from_json(stored(removed={"0.weight": [0], "2.weight": []}))
+    assert edited == plan.keep("0.weight", range(6)).remove("0.weight", [0])
+    assert edited.parameters is edited.flops is edited.bytes is edited.latency is None
+    assert "(edited)" in str(edited)
+    assert "not computed" in str(edited)
+    assert "not computed" not in str(plan)
+    assert ChannelPlan.from_json(edited.to_json()) == edited
+    assert edited.apply(dense_chain(), torch.ones(1, 4)).layers["0.weight"] == (6, 5)
+
+
+def test_a_plan_prints_the_latency() -> None:
+    plan = plan_channels(dense_chain(), example_inputs=torch.ones(1, 4), to=Budget(latency=4567.89))
+    assert plan.latency is not None
+    assert "at most 4,568.0 ms" in str(plan)
+    found = next(line for line in str(plan).splitlines() if line.startswith("latency"))
+    assert found.split()[-1] == "ms"
+    assert f"{plan.latency[0]:.3g}" in found
+    assert ChannelPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("layer", "channels", "match"),
+    [
+        ("0.weight", 3, r"`channels`.*3.*\[3\]"),
+        ("0.weight", "12", r"`channels`.*'12'"),
+        (None, [0], r"`layer`.*None"),
+        (["0.weight"], [0], r"`layer`.*0\.weight"),
+    ],
+)
+def test_edits_name_an_argument_of_the_wrong_type(layer: Any, channels: Any, match: str) -> None:
+    plan = plan_channels(dense_chain(), 0.5, torch.ones(1, 4))
+    for edit in (plan.keep, plan.remove):
+        with pytest.raises(TypeError, match=match):
+            edit(layer, channels)
+
+
+class Mixed(nn.Module):
+    """`nn.MultiheadAttention` in a stream, whose width has to fit its heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.mix = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(x + self.mix(x, x, x, need_weights=False)[0])
+
+
+def test_an_edit_that_does_not_fit_the_heads_is_named() -> None:
+    tokens = normal(2, 5, 6)
+    plan = plan_channels(distinct(Mixed()), 0.0, tokens).remove("embed.weight", [5])
+    with pytest.raises(ValueError, match=r"15 of 16 in `embed\.weight`.*`mix`.*heads") as error:
+        plan.apply(distinct(Mixed()), tokens)
+    assert "channel 0" not in str(error.value)
+
+
+def wrappings() -> dict[str, Any]:
+    return {
+        "compiled": lambda model: torch.compile(model, backend="eager"),
+        "parallel": nn.DataParallel,
+        "averaged": AveragedModel,
+    }
+
+
+@pytest.mark.parametrize("name", list(wrappings()))
+def test_a_plan_fits_a_wrapped_model_and_the_other_way_round(name: str) -> None:
+    wrap, dense = wrappings()[name], distinct(Residual())
+    plain, wrapped = deepcopy(dense), wrap(deepcopy(dense))
+    plan = plan_channels(dense, 0.5, IMAGES, skip=["head.bias"])
+    of_wrapped = plan_channels(wrap(dense), 0.5, IMAGES, skip=[f"{_prefix(wrapped)}head.bias"])
+    expected = plan.apply(plain, IMAGES)
+    assert plain.width == 6
+    pruned = plan.apply(wrapped, IMAGES)
+    assert torch.equal(wrapped(IMAGES), plain(IMAGES))
+    assert list(pruned.layers.values()) == list(expected.layers.values())
+    again = deepcopy(dense)
+    of_wrapped.apply(again, IMAGES)
+    assert torch.equal(again(IMAGES), plain(IMAGES))
+    for description in (pruned.description, expected.description):
+        rebuilt = rebuild(distinct(Residual()), description)
+        rebuilt.load_state_dict(plain.state_dict())
+        assert torch.equal(rebuilt.eval()(IMAGES), plain.eval()(IMAGES))
+        assert rebuild(wrap(distinct(Residual())), description)(IMAGES).shape == (2, 4)
+
+
+def _prefix(wrapped: nn.Module) -> str:
+    return f"{next(path for path, _ in wrapped.named_children())}."
+
+
+def test_whole_heads_of_a_wrapped_model() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 48), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, -1, 4).permute(2, 0, 3, 1, 4)
+            weights = (q @ k.transpose(-1, -2) * k.shape[-1] ** -0.5).softmax(-1)
+            return self.out((weights @ v).transpose(1, 2).flatten(2))
+
+    dense, tokens = distinct(Attention()), normal(2, 5, 6)
+    plan = plan_channels(dense, 0.5, tokens)
+    assert plan.whole_heads == (("", 4),)
+    wrapped = nn.DataParallel(deepcopy(dense))
+    assert plan.apply(wrapped, tokens).layers["module.qkv.weight"] == (48, 24)

@@ -159,7 +159,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], li
     def outputs(name: str, where: str) -> list[Tensor]:
         path = folder / f"{name}.{where}"
         if not path.with_suffix(".json").exists():
-            pytest.skip("its library is not installed")
+            pytest.skip(f"{VISION[name][0] if name in VISION else 'transformers'} is not installed")
         return torch.load(path)
 
     return outputs

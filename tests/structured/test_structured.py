@@ -227,6 +227,7 @@ def test_about_the_share_that_was_asked_for_goes(halved: Halved) -> None:
         assert (change.after < change.before) == (layer not in pruned.unpruned_layers)
 
 
+@pytest.mark.slow
 def test_what_is_left_is_a_plain_module_that_trains_on(halved: Halved) -> None:
     model, inputs = deepcopy(halved.model), halved.inputs
     assert list(halved.model.state_dict()) == list(halved.dense.state_dict())
@@ -241,6 +242,7 @@ def test_what_is_left_is_a_plain_module_that_trains_on(halved: Halved) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_it_is_rebuilt_from_its_description(halved: Halved) -> None:
     model, inputs, pruned = deepcopy(halved.model).eval(), halved.inputs, halved.pruned
     description = json.loads(json.dumps(pruned.description))

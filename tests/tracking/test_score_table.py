@@ -64,3 +64,23 @@ def test_ids_are_taken_by_position(kind: str, tmp_path: Path) -> None:
     presented(ForgettingTracker(4)).to_csv(tmp_path / "scores.csv", ids=ids)
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["id", "30", "10", "20", "0"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind", "found"),
+    [
+        ("abcd", TypeError, "'abcd'"),
+        (b"abcd", TypeError, "b'abcd'"),
+        (set(IDS), TypeError, "set"),
+        (["a", "b", "a", "c"], ValueError, "'a'.*0.*2"),
+        ([1, "b", "1", "c"], ValueError, "'1'.*0.*2"),
+        (["a", None, "b", "c"], ValueError, "None.*1"),
+        (["a", "b", float("nan"), "c"], ValueError, "nan.*2"),
+    ],
+)
+def test_ids_that_do_not_name_each_sample_are_errors(
+    ids: Any, kind: type[Exception], found: str, tmp_path: Path
+) -> None:
+    with pytest.raises(kind, match=rf"`ids`.*{found}"):
+        presented(ForgettingTracker(4)).to_csv(tmp_path / "scores.csv", ids=ids)
+    assert not list(tmp_path.iterdir())

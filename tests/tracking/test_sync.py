@@ -42,6 +42,7 @@ def test_ranks_equal_one_process_that_saw_everything(found: Any, kind: str, name
         assert_same(rank[f"{kind}, {name}"], expected, digits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["even", "padded", "fewer samples than ranks"])
 def test_distributed_sampler_pads_in_the_order_of_the_steps_too(found: Any, name: str) -> None:
     assert_same(
@@ -68,12 +69,14 @@ def test_the_cases_are_hard_enough() -> None:
     assert whole.presentations.unique().numel() > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["forgetting", "dynamics"])
 def test_a_restart_on_several_ranks(found: Any, kind: str) -> None:
     for rank in found:
         assert_same(rank[f"{kind}, restarted"], found[0][f"{kind}, padded"], 0.0)
 
 
+@pytest.mark.slow
 def test_a_loop_that_knows_nothing_of_indices_under_ddp(found: Any) -> None:
     for rank in found:
         assert_same(rank["watched"]["tracker"], rank["trained"]["tracker"], 0.0)
@@ -85,6 +88,7 @@ def test_a_loop_that_knows_nothing_of_indices_under_ddp(found: Any) -> None:
     assert tracker.presentations.min() == 3
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_batch_count_it_once(found: Any) -> None:
     tracker = DynamicsTracker(8)
     for epoch in range(3):
@@ -94,12 +98,14 @@ def test_ranks_that_share_a_batch_count_it_once(found: Any) -> None:
         assert_same(rank["shared"], tracker.state_dict(), 0.0)
 
 
+@pytest.mark.slow
 def test_distributed_checkpoint_takes_the_tracker(found: Any) -> None:
     for rank in found:
         assert_same(rank["checkpointed"]["loaded"], found[0]["checkpointed"]["saved"], 0.0)
         assert rank["checkpointed"]["loaded"]["history"].count_nonzero() == 2 * len(found) + 1
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_one_rank_is_an_error_on_all(found: Any) -> None:
     for number, rank in enumerate(found):
         errors = rank["errors"]

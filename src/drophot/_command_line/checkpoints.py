@@ -12,10 +12,28 @@ from typing import Any
 import torch
 
 State = Mapping[str, Any]
+_MAX_DESCRIPTION = 100_000_000  # bytes, which safetensors allows
+
+
+class _Unread:
+    """Stands for an object in a checkpoint whose class torch does not read, without its content."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+    def __setitem__(self, _: object, __: object) -> None: ...
+
+    def append(self, _: object) -> None: ...
+
+    def extend(self, _: object) -> None: ...
 
 
 def load(path: Path) -> object:
-    """The content of a file of `torch.save` or safetensors, on the CPU."""
+    """The content of a file of `torch.save` or safetensors, on the CPU.
+
+    Objects of other classes, such as those among the hyperparameters of Lightning, are `_Unread`.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Name a file in it.")
     if not path.exists():
@@ -24,18 +42,43 @@ def load(path: Path) -> object:
         return _load_safetensors(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # of files that are refused below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError as refused:
+                try:
+                    return _load_without_objects(path)
+                except Exception:
+                    raise refused from None
     except OSError:
         raise
     except Exception as error:
         raise ValueError(_explain(path, error)) from error
 
 
+def _load_without_objects(path: Path) -> object:
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    # torch compares names, so that none of the modules is imported.
+    with torch.serialization.safe_globals([_stand_in(name) for name in names]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(content, _Unread):
+        raise UnpicklingError(f"{path} holds a single object.")
+    return content
+
+
+def _stand_in(name: str) -> type[_Unread]:
+    """A class that torch takes for the one of that name."""
+    module, _, name = name.rpartition(".")
+    return type(name, (_Unread,), {"__module__": module})
+
+
 def _is_safetensors(path: Path) -> bool:
-    """Whether a file begins like one of safetensors: the length of a description in JSON."""
+    """Whether a file begins like one of safetensors: the length of a description in JSON.
+
+    The description may be longer than the file, which is then truncated.
+    """
     with path.open("rb") as file:
         head = file.read(9)
-    return head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= _MAX_DESCRIPTION
 
 
 def _load_safetensors(path: Path) -> object:
@@ -82,7 +125,13 @@ def _explain(path: Path, error: Exception) -> str:
     )
 
 
-def find(path: Path, is_state: Callable[[State], bool], key: str | None, what: str) -> State:
+def find(
+    path: Path,
+    is_state: Callable[[State], bool],
+    key: str | None,
+    what: str,
+    prefer: Callable[[State], bool] = lambda _: True,
+) -> State:
     """The one state in a file, or the one that `key` names.
 
     Args:
@@ -90,30 +139,59 @@ def find(path: Path, is_state: Callable[[State], bool], key: str | None, what: s
         is_state: Whether a mapping is such a state.
         key: The keys that lead to the state, joined by dots; `None` if there is only one.
         what: What is searched, for errors.
+        prefer: Which states count, if there are several and `key` does not say.
     """
-    found = dict(_states(load(path), is_state))
+    content = load(path)
+    found = dict(_states(content, is_state))
     names = ", ".join(map(repr, found))
     if not found:
-        raise ValueError(f"{path} holds no {what}. Name a file that does.")
+        unread = ", ".join(dict.fromkeys(_unread(content)))
+        reason = (
+            f" Objects of {unread} were not read, because that could run code. Save the "
+            f"`state_dict` separately with torch.save."
+        )
+        raise ValueError(
+            f"{path} holds no {what}.{reason if unread else ' Name a file that does.'}"
+        )
     if key is not None:
         if list(found) == [""]:
             raise ValueError(f"The whole file is the {what}. Leave `--key` out, got {key!r}.")
         if key not in found:
             raise ValueError(f"`--key` must be {names}, got {key!r}.")
         return found[key]
-    if len(found) > 1:
+    preferred = [state for state in found.values() if prefer(state)] or list(found.values())
+    if len(preferred) > 1:
         raise ValueError(f"{path} holds several: {names}. Choose one with --key.")
-    return next(iter(found.values()))
+    return preferred[0]
 
 
 def _states(
     content: object, is_state: Callable[[State], bool], name: str = ""
 ) -> Iterator[tuple[str, State]]:
-    if not isinstance(content, Mapping):
+    # The entries of an optimizer's state have numbers as keys, and are not searched.
+    entries = _entries(content)
+    is_whole = isinstance(content, Mapping) and len(entries) == len(content) > 0
+    if is_whole and is_state(entries):
+        yield name, entries
         return
-    entries = {key: value for key, value in content.items() if isinstance(key, str)}
-    if entries and len(entries) == len(content) and is_state(content):
-        yield name, content
-        return
-    for key, value in entries.items():  # the entries of an optimizer's state have numbers as keys
+    for key, value in entries.items():
         yield from _states(value, is_state, f"{name}.{key}" if name else key)
+
+
+def _entries(content: object) -> dict[str, object]:
+    """The entries of a mapping whose keys are strings, or of a list by their numbers."""
+    if isinstance(content, Mapping):
+        return {key: value for key, value in content.items() if isinstance(key, str)}
+    if isinstance(content, (list, tuple)):  # which may be long lists of numbers
+        kinds = (Mapping, list, tuple, _Unread)
+        return {str(n): value for n, value in enumerate(content) if isinstance(value, kinds)}
+    return {}
+
+
+def _unread(content: object) -> Iterator[str]:
+    """The classes of the objects that were not read."""
+    kind = content if isinstance(content, type) else type(content)
+    if issubclass(kind, _Unread):
+        yield f"{kind.__module__}.{kind.__qualname__}"
+    for value in _entries(content).values():
+        yield from _unread(value)

@@ -7,7 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from drophot.records.cells import cell_of
-from drophot.report.grid_folder import read_store
+from drophot.report.grid_folder import planned_runs, read_store
 
 
 def check_folder(folder: Path) -> None:
@@ -27,8 +27,9 @@ def of(folder: Path) -> str:
     grid, lines = read_store(folder)
     # A stage that was computed twice, for example by two processes, has two lines.
     records = list({(cell_of(line), line.seed): line for line in lines}.values())
-    planned = max(int(grid.get("plan", {}).get("cells", 0)), len(records))
-    rows = {"cells": f"{len(records)} of {planned} done"}
+    planned = max(planned_runs(grid), len(records))
+    cells = len({cell_of(record) for record in records})
+    rows = {"runs": f"{len(records)} of {planned} done, {cells} cell{'s' * (cells != 1)}"}
     if records:
         for name in ("model", "mode", "seed"):
             counts = Counter(getattr(record, name) for record in records)

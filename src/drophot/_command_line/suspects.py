@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drophot._command_line import checkpoints
 from drophot.tracking.dynamics import DynamicsTracker
+from drophot.tracking.score_labels import name_in, score_of
 from drophot.tracking.score_table import most_suspicious, write_csv
 from drophot.tracking.statistics import DEFAULT
 
@@ -18,18 +19,25 @@ def write(path: Path, score: str, number: int, key: str | None, file: TextIO) ->
     """Write a row for each of the most suspicious samples, the most suspicious first."""
     if number < 1:
         raise ValueError(f"`--number` must be at least 1, got {number}.")
-    state = checkpoints.find(path, _is_state, key, "`state_dict` of a DynamicsTracker")
-    tracker = _tracker(state)
+
+    def keeps_score(state: checkpoints.State) -> bool:
+        return _is_of_dynamics(state) and score in map(name_in, _labels(state))
+
+    what = "`state_dict` of a DynamicsTracker"
+    tracker = _tracker(checkpoints.find(path, _is_state, key, what, keeps_score))
     if score not in tracker.statistics:
         names = ", ".join(map(repr, tracker.statistics))
-        raise ValueError(f"`--score` must be one of {names}, got {score!r}.")
+        chosen = "" if key is None else f" --key {key}"
+        raise ValueError(
+            f"`--score` must be one of {names}, got {score!r}. For example: `drophot suspects "
+            f"{path}{chosen} --score {next(iter(tracker.statistics))}`."
+        )
     rows = most_suspicious(tracker, score, number)
     write_csv(file, tracker.columns(), rows=rows)
 
 
 def _is_state(found: Mapping[str, Any]) -> bool:
-    names = found.get("statistics", DEFAULT)
-    history = found.get("history")
+    history, names = found.get("history"), _labels(found)
     return (
         isinstance(history, Tensor)
         and history.ndim == 1
@@ -39,20 +47,29 @@ def _is_state(found: Mapping[str, Any]) -> bool:
     )
 
 
+def _labels(state: Mapping[str, Any]) -> Any:
+    return state.get("statistics", DEFAULT)
+
+
+def _is_of_dynamics(state: Mapping[str, Any]) -> bool:
+    """Whether a tracker keeps more than the history of each sample."""
+    return "means" in state or "statistics" in state
+
+
 def _tracker(state: Mapping[str, Any]) -> DynamicsTracker:
-    if "means" not in state:
+    if not _is_of_dynamics(state):
         raise ValueError(
             "The file holds the state of a ForgettingTracker, and forgetting counts do not find "
             "wrong labels: a sample that is never correct is never forgotten. Track with a "
             "DynamicsTracker."
         )
-    names = state.get("statistics", DEFAULT)
-    if own := [name.partition("=")[0] for name in names if name not in DEFAULT]:
+    scores = {name_in(label): score_of(label) for label in _labels(state)}
+    if own := [name for name, score in scores.items() if score is None]:
         raise ValueError(
-            f"The tracker has statistics that are not built in: {', '.join(map(repr, own))}. "
-            f"Create it in Python as for the training, load the state, and write it with "
-            f"`tracker.to_csv(path)`."
+            f"The tracker has scores of your own: {', '.join(map(repr, own))}. Create it in Python "
+            f"as for the training, load the state, and write it with `tracker.to_csv(path)`."
         )
-    tracker = DynamicsTracker(len(state["history"]), statistics=names)
+    statistics = [score for score in scores.values() if score is not None]
+    tracker = DynamicsTracker(len(state["history"]), statistics=statistics)
     tracker.load_state_dict(state)
     return tracker

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -16,6 +18,10 @@ Result = TypeVar("Result")
 # that NumPy rarely needs the interpreter.
 BLOCK = 1 << 18
 
+_lock = Lock()
+_depth = 0
+_threads = 1
+
 
 def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     """Call a function with each item, in as many threads as torch has.
@@ -24,11 +30,46 @@ def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> li
     slowest thread does, so many small ones wait again and again for a core that another process
     takes. Here a slow thread only takes fewer items.
     """
+    return _map(function, items, min(torch.get_num_threads(), len(items)))
+
+
+def map_torch(
+    function: Callable[[Item], Result], items: Sequence[Item], device: torch.device
+) -> list[Result]:
+    """The same for a function that calls torch; on the CPU, an operation then takes one thread.
+
+    On other devices, one item is processed after the other. The modes of torch are those of a new
+    thread: gradients are on.
+    """
     threads = min(torch.get_num_threads(), len(items))
+    if threads <= 1 or device.type != "cpu":
+        return [function(item) for item in items]
+    with _single_threaded_operations():
+        return _map(function, items, threads)
+
+
+def _map(function: Callable[[Item], Result], items: Sequence[Item], threads: int) -> list[Result]:
     if threads <= 1:
         return [function(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(function, items))
+
+
+@contextmanager
+def _single_threaded_operations() -> Iterator[None]:
+    """Let operations of torch take one thread, in this thread and in new ones."""
+    global _depth, _threads
+    with _lock:
+        if _depth == 0:
+            _threads = torch.get_num_threads()
+        _depth += 1
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            torch.set_num_threads(_threads)  # each thread has a number of its own
 
 
 def map_blocks(

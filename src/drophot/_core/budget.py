@@ -90,7 +90,7 @@ class Budget:
         return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        return " and ".join(f"{limit:,} {UNITS[name]}" for name, limit in self.limits.items())
+        return " and ".join(f"{_shown(limit)} {UNITS[name]}" for name, limit in self.limits.items())
 
     def __repr__(self) -> str:
         changed = [
@@ -99,3 +99,8 @@ class Budget:
             if getattr(self, one.name) != one.default
         ]
         return f"Budget({', '.join(changed)})"
+
+
+def _shown(limit: float) -> str:
+    """A limit for people: integers in full, other numbers with four digits."""
+    return f"{limit:,}" if isinstance(limit, int) else f"{float(f'{limit:.4g}'):,}"

@@ -28,7 +28,7 @@ class Setting:
     stage: StageName
     """The first stage of a grid whose result depends on the setting."""
     varies: bool = False
-    """Whether the cells of a grid may differ in it."""
+    """Whether the runs of a grid may differ in it."""
     scoring_only: bool = False
     """Whether the results of a mode that needs no scoring are independent of it."""
     record_field: str | None = None

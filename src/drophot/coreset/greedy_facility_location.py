@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from drophot._core.block_threads import map_torch
 from drophot._core.seeded_draw import BLOCK
 from drophot.coreset.device_facility_location import choose_on_device, is_possible
 from drophot.coreset.greedy import Coreset, greedy, row_blocks, squared_norms
@@ -86,10 +88,12 @@ def facility_location(
 
 
 def _memory_needed(total: int, width: int, size: int, item: int) -> int:
+    threads = torch.get_num_threads()  # each works on a block of at most 1024 by 1024 distances
     if item * total * total <= _MAX_HELD:  # and at most 1/32 of them, with their positions
-        return item * total * (total + 8) + (item + 4) * total**2 // 16 + (1 << 26)
+        held = item * total * (total + 8) + (item + 4) * total**2 // 16
+        return held + (1 << 26) + threads * item * (1 << 20)
     held = min(_MAX_PAIRS, total * total) * 48 + total * _strip(total) * 12
-    return item * total * 8 + held + 24 * total + 32 * (1 << 20)
+    return item * (total * 8 + threads * (4 << 20)) + held + 24 * total + 32 * (1 << 20)
 
 
 def _strip(total: int) -> int:
@@ -174,10 +178,13 @@ class _Medoids:
     def _lower(self, changed: Tensor, before: Tensor, after: Tensor) -> None:
         """Lower the gains of all candidates: `changed` samples have smaller distances now."""
         parts = (tensor.split(_ROWS) for tensor in (changed, before, after))
-        for part, far, near in zip(*parts, strict=True):
-            for block in row_blocks(len(self.values), len(part)):
-                away = torch.maximum(self.distances(part, block), near[:, None])
-                self.gains[block] -= torch.sub(far[:, None], away, out=away).clamp_(min=0).sum(0)
+        for part in zip(*parts, strict=True):
+            blocks = list(row_blocks(len(self.values), len(part[0])))
+            map_torch(partial(self._lower_block, *part), blocks, self.values.device)
+
+    def _lower_block(self, changed: Tensor, before: Tensor, after: Tensor, block: slice) -> None:
+        away = torch.maximum(self.distances(changed, block), after[:, None])
+        self.gains[block] -= torch.sub(before[:, None], away, out=away).clamp_(min=0).sum(0)
 
     def _keep_pairs(self) -> None:
         """Store the pairs that a gain still depends on, if they are few enough."""
@@ -194,29 +201,42 @@ class _Medoids:
             self.gains = self.pairs.gains(self.nearest).masked_fill_(medoids, -torch.inf)
 
     def _all_gains(self) -> Tensor:
-        found = torch.zeros_like(self.norms, dtype=torch.float64)
-        for one, other, away in self._halves():
-            found[one] += (self.nearest[other] - away).clamp_(min=0).sum(1)
-            if one != other:
-                found[other] += (self.nearest[one][:, None] - away).clamp_(min=0).sum(0)
+        def gain(one: slice, other: slice, away: Tensor) -> tuple[Tensor, Tensor]:
+            lowered = (self.nearest[one][:, None] - away).clamp_(min=0)
+            return (self.nearest[other] - away).clamp_(min=0).sum(1), lowered.sum(0)
+
+        found, _ = self._sums_of(gain)
         return found
 
     def _sums(self) -> tuple[Tensor, float]:
-        found = torch.zeros_like(self.norms, dtype=torch.float64)
-        largest = self.norms.new_zeros(())
-        for one, other, away in self._halves():
-            found[one] += away.sum(1)
-            if one != other:
-                found[other] += away.sum(0)
-            largest = torch.maximum(largest, away.amax())
+        found, largest = self._sums_of(lambda one, other, away: (away.sum(1), away.sum(0)))
         return found, float(largest)
 
-    def _halves(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """The distances of all pairs of samples in blocks, each pair once."""
+    def _sums_of(
+        self, function: Callable[[slice, slice, Tensor], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """The sums of a function of the distances of all pairs, and the largest distance.
+
+        The function gets the distances of a block of pairs, and returns the sums of its rows and of
+        its columns. Each pair is computed once.
+        """
+
+        def compute(pair: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+            away = self.distances(self.all[pair[0]], pair[1])
+            return *function(*pair, away), away.amax()
+
+        found = torch.zeros_like(self.norms, dtype=torch.float64)
+        largest = self.norms.new_zeros(())
         blocks = list(row_blocks(len(self.values), _ROWS))
         for number, one in enumerate(blocks):
-            for other in blocks[number:]:
-                yield one, other, self.distances(self.all[one], other)
+            pairs = [(one, other) for other in blocks[number:]]
+            results = map_torch(compute, pairs, self.values.device)
+            for (_, other), (of_rows, of_columns, most) in zip(pairs, results, strict=True):
+                found[one] += of_rows
+                if one != other:
+                    found[other] += of_columns
+                largest = torch.maximum(largest, most)
+        return found, largest
 
     def distances(self, candidates: Tensor, block: slice) -> Tensor:
         """The distances from candidates to a block of samples."""

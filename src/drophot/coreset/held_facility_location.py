@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from drophot._core.block_threads import map_torch
 from drophot.coreset.greedy import squared_norms
 
 _ROWS = 512  # rows of a block of distances, which fits in the cache
@@ -127,13 +128,17 @@ def _near_pairs(rows: NDArray, nearest: NDArray) -> _NearPairs | None:
 
 def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[float, int]]:
     """A heap of upper bounds of the gains, as negative numbers, and their samples."""
-    found = torch.empty(len(distances), dtype=torch.float64)
-    # One buffer for all blocks: between small results, freed blocks would not be used again.
-    work = distances.new_empty(min(32, len(distances)), len(distances))
-    for rows, sums in zip(distances.split(32), found.split(32), strict=True):
-        sums.copy_(torch.sub(nearest, rows, out=work[: len(rows)]).clamp_(min=0).sum(1))
-    found = found.mul_(-_SLACK).tolist()
-    heap = [(bound, place) for place, bound in enumerate(found) if place not in taken]
+    bounds = torch.empty(len(distances), dtype=torch.float64)
+
+    def sum_rows(block: slice) -> None:
+        # One buffer for all rows: between small results, freed blocks would not be used again.
+        work = distances.new_empty(min(32, len(distances)), len(distances))
+        for rows, sums in zip(distances[block].split(32), bounds[block].split(32), strict=True):
+            sums.copy_(torch.sub(nearest, rows, out=work[: len(rows)]).clamp_(min=0).sum(1))
+
+    map_torch(sum_rows, _blocks(len(distances), _ROWS), distances.device)
+    negative = bounds.mul_(-_SLACK).tolist()
+    heap = [(bound, place) for place, bound in enumerate(negative) if place not in taken]
     heapify(heap)
     return heap
 
@@ -146,18 +151,29 @@ def all_distances(values: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     total, norms = len(values), squared_norms(values)
     found = values.new_empty(total, total)
     sums = torch.zeros(total, dtype=torch.float64, device=values.device)
-    blocks = [slice(begin, min(begin + num_rows, total)) for begin in range(0, total, num_rows)]
+
+    def compute(pair: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        one, other = pair
+        away = torch.addmm(norms[other], -2 * values[one], values[other].T)
+        # On some CPUs torch.sqrt is ten times slower than pow_; the bits are equal.
+        away.add_(norms[one][:, None]).clamp_(min=0).pow_(0.5)
+        if one == other:
+            away = away.triu_(1).add_(away.T.contiguous())
+        else:
+            found[other, one] = away.T.contiguous()  # faster than a copy of the transpose
+        found[one, other] = away
+        return away.sum(1), away.sum(0)
+
+    blocks = _blocks(total, num_rows)
     for number, one in enumerate(blocks):
-        scaled = -2 * values[one]
-        for other in blocks[number:]:
-            away = torch.addmm(norms[other], scaled, values[other].T)
-            # On some CPUs torch.sqrt is ten times slower than pow_; the bits are equal.
-            away.add_(norms[one][:, None]).clamp_(min=0).pow_(0.5)
-            if one == other:
-                away = away.triu_(1).add_(away.T.contiguous())
-            else:
-                found[other, one] = away.T.contiguous()  # faster than a copy of the transpose
-                sums[other] += away.sum(0)
-            found[one, other] = away
-            sums[one] += away.sum(1)
+        pairs = [(one, other) for other in blocks[number:]]
+        results = map_torch(compute, pairs, values.device)
+        for (_, other), (of_rows, of_columns) in zip(pairs, results, strict=True):
+            sums[one] += of_rows
+            if one != other:
+                sums[other] += of_columns
     return found, sums
+
+
+def _blocks(total: int, size: int) -> list[slice]:
+    return [slice(begin, min(begin + size, total)) for begin in range(0, total, size)]

@@ -1,4 +1,4 @@
-"""The values that a grid combines, checked, and the cells that they make."""
+"""The values that a grid combines, checked, and the runs that they make."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from drophot._core.importance import RunImportance
 from drophot._core.ratios import num_kept
 from drophot._core.user_warnings import warn
-from drophot.grid.stages import BASELINE_CELL, Cell
+from drophot.grid.stages import BASELINE_RUN, RunSettings
 from drophot.pipeline import modes as pipeline_modes
 from drophot.pipeline.config import RunConfig
 from drophot.pipeline.preflight import with_settings
@@ -30,20 +30,20 @@ class Axes:
     importances: list[RunImportance]
     seeds: list[int]
     controls: list[str]
-    coresets: list[Cell] = field(default_factory=list[Cell])
+    coresets: list[RunSettings] = field(default_factory=list[RunSettings])
     """The settings of each coreset and its training, by data ratio and mode."""
 
     @property
-    def training_changes(self) -> list[Cell]:
+    def training_changes(self) -> list[RunSettings]:
         """The settings of the controls that change scoring or training, and of no control."""
         return [{}, *self._changes(of_training=True)]
 
     @property
-    def pruning_changes(self) -> list[Cell]:
+    def pruning_changes(self) -> list[RunSettings]:
         """The settings of the controls that change what follows training, and of no control."""
         return [{}, *self._changes(of_training=False)]
 
-    def _changes(self, *, of_training: bool) -> list[Cell]:
+    def _changes(self, *, of_training: bool) -> list[RunSettings]:
         changes = [CONTROLS[control] for control in self.controls]
         return [
             {name: value}
@@ -57,12 +57,12 @@ class Axes:
         scores = [pipeline_modes.own_score_of(mode) for mode in self.modes]
         return list({score.name: score for score in scores if score is not None}.values())
 
-    def cells(self) -> Iterator[Cell]:
-        """The cells by seed, baseline first, data ratio, mode, prune ratio and importance."""
-        coresets = [BASELINE_CELL, *self.coresets]
-        dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a cell
+    def runs(self) -> Iterator[RunSettings]:
+        """The runs by seed, baseline first, data ratio, mode, prune ratio and importance."""
+        coresets = [BASELINE_RUN, *self.coresets]
+        dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a run
         for seed, coreset in product(self.seeds, coresets):
-            for ratio in (dense if coreset is BASELINE_CELL else []) + self.prune_ratios:
+            for ratio in (dense if coreset is BASELINE_RUN else []) + self.prune_ratios:
                 hows = list(product(self.importances, self.pruning_changes))
                 for importance, change in hows if ratio > 0 else hows[:1]:
                     how = {"prune_ratio": ratio, "importance": importance, **change}
@@ -123,28 +123,30 @@ def checked_axes(
     return replace(axes, coresets=coresets)
 
 
-def _checked_coresets(config: RunConfig, axes: Axes) -> list[Cell]:
+def _checked_coresets(config: RunConfig, axes: Axes) -> list[RunSettings]:
     """The coresets and their trainings, without those too short for an `Adaptive` mode.
 
     A ratio and a mode that no control trains for long enough are refused.
     """
-    found: list[Cell] = []
+    found: list[RunSettings] = []
     left_out: dict[str, None] = {}
     for ratio, mode in product(axes.data_ratios, axes.modes):
-        cells: list[Cell] = [
+        runs: list[RunSettings] = [
             {"mode": mode, "data_ratio": ratio, **change} for change in axes.training_changes
         ]
-        long_enough = [cell for cell in cells if selects_again(config.replace(**cell))]
-        for cell in long_enough or cells[-1:]:
-            with_settings(config, **cell)
-        if len(long_enough) < len(cells):
+        long_enough = [run for run in runs if selects_again(config.replace(**run))]
+        for run in long_enough or runs[-1:]:
+            changed = with_settings(config, **run)
+            if "scores" in changed.needs:
+                pipeline_modes.check_presentations(mode, changed.settings.score_epochs)
+        if len(long_enough) < len(runs):
             left_out[name_of(mode)] = None
         found += long_enough
     if left_out:
         warn(
             f"The grid has {', '.join(map(repr, left_out))} with equal steps alone: in the "
             f"{config.settings.train_epochs} epochs of `train_epochs`, the only selection would be "
-            f"random. To have the other cells, lower `every` or raise `train_epochs`."
+            f"random. To have the other runs, lower `every` or raise `train_epochs`."
         )
     return found
 

@@ -90,7 +90,7 @@ class _Dispatch:
         self.calls_back = True  # whether all futures do
         self.processes: dict[int, object] = {}
         self.marks = marks
-        # Enough that no worker waits, and few enough that started cells are finished first.
+        # Enough that no worker waits, and few enough that started runs are finished first.
         most = 2 * (executors.num_workers(executor) or len(todo))
         if executors.starts_all_at_once(executor):
             most = max(1, (os.cpu_count() or 1) // job.threads)

@@ -54,8 +54,8 @@ def check(
     Args:
         executor: Computes the stages.
         config: The run of the stages.
-        modes: The modes of its cells.
-        importances: The importances of its cells.
+        modes: The modes of the grid.
+        importances: The importances of the grid.
         threads: The number of threads of each stage.
 
     Raises:

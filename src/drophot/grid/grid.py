@@ -13,6 +13,7 @@ from pathlib import Path
 from drophot._core import memory, scalars
 from drophot._core.importance import RunImportance
 from drophot._core.progress import import_tqdm
+from drophot._core.signatures import signature_error
 from drophot.grid import dispatch, executors, worker_data
 from drophot.grid.axes import checked_axes
 from drophot.grid.compute import Job
@@ -37,13 +38,13 @@ class Grid:
 
     For each seed, one network is trained on all samples. It gives the scores and is the baseline.
     Then one network is trained on each coreset, and each network is pruned to each ratio and
-    fine-tuned on all samples. Stages that cells share are computed once. The baseline is always
+    fine-tuned on all samples. Stages that runs share are computed once. The baseline is always
     part of the grid, also with prune ratio 0: the dense network with the same additional epochs.
-    Each record equals that of `pipeline.replace(...)` with the settings of its cell and `run()`,
+    Each record equals that of `pipeline.replace(...)` with the settings of that run and `run()`,
     on any executor.
 
     Args:
-        pipeline: The run. The cells replace its ratios, mode and seed, so these can be any.
+        pipeline: A run. Those of the grid replace its ratios, mode and seed, so these can be any.
         data_ratios: The shares of training samples **kept**, each in (0, 1).
         modes: Any modes that the pipeline takes. The control for modes that choose once is
             `"random"`, a subset of the same size. For modes that choose while they train, it is
@@ -56,7 +57,7 @@ class Grid:
             network. Each needs another name. Every network is pruned once by each. The control is
             :class:`drophot.prune.importances.Random`.
         seeds: The seeds. The whole grid is run once for each.
-        controls: Further cells to compare with. `"equal_steps"` also trains on every coreset for as
+        controls: Further runs to compare with. `"equal_steps"` also trains on every coreset for as
             many optimizer steps as the full training set takes. `"reinitialize"` and `"rewind"`
             also fine-tune every mask from new random weights, and from those that training started
             with. `"recalibrate_bn"` also recomputes the statistics of BatchNorm after pruning, and
@@ -132,7 +133,7 @@ class Grid:
         *,
         on_record: Callable[[Record], object] | None = None,
     ) -> list[Record]:
-        """Compute the cells that the store does not hold yet.
+        """Compute the runs that the store does not hold yet.
 
         If the process is killed at any instant, the same call resumes. A store can be extended by
         ratios, modes, importances, seeds and controls. A store of another pipeline is refused. You
@@ -153,7 +154,7 @@ class Grid:
                 store then, so that the next call does not pass it again.
 
         Returns:
-            A record for each cell, ordered by seed, with the baseline first, and then by data
+            A record for each run, ordered by seed, with the baseline first, and then by data
             ratio, mode, prune ratio and importance.
 
         Raises:
@@ -161,31 +162,31 @@ class Grid:
                 notes name every stage that failed. The next call tries these again.
             ValueError: If the store holds other files or the results of another configuration, or
                 the executor forks and `threads` is above 1 or the grid is on CUDA.
-            TypeError: If `executor` has no `submit`, `on_record` is not a function, or the factory
-                of the model or the optimizer, `fit`, a dataset or an object among the settings
-                cannot be sent to a worker.
+            TypeError: If `executor` has no `submit`, `on_record` does not take one argument, or the
+                factory of the model or the optimizer, `fit`, a dataset or an object among the
+                settings cannot be sent to a worker.
             RuntimeError: If your own `fit` does not call its callbacks; no other stage is tried.
             ImportError: If `progress` is set and tqdm is not installed.
             OSError: If the disk is full. The results in the store stay intact.
         """
-        if on_record is not None and not callable(on_record):
+        if on_record is not None and (wrong := signature_error(on_record, None)):
             raise TypeError(
-                f"`on_record` must be a function that takes a record, got "
-                f"{type(on_record).__name__}. Pass `records.append` to collect them, for example."
+                f"`on_record` must be a function that takes one argument, a record, got {wrong}. "
+                f"Pass `records.append` to collect them, for example."
             )
         bar = import_tqdm() if progress else None
         config = self._config
         if executor is not None:
             executors.check(executor, config, self.modes, self.importances, self.threads)
-        cells = self._cells()
+        runs = self._runs()
         identity = identify(config, self.modes, self.importances, self.threads)
         opened = open_store(
-            Path(store).absolute(), identity.configuration, {"cells": len(cells)}, identity.modes
+            Path(store).absolute(), identity.configuration, {"runs": len(runs)}, identity.modes
         )
-        order = {cell.name: number for number, cell in enumerate(cells)}
+        order = {run.name: number for number, run in enumerate(runs)}
         opened.tidy(order)
-        todo = opened.missing(cells)
-        plan = self._plan(cells, todo, executor)
+        todo = opened.missing(runs)
+        plan = self._plan(runs, todo, executor)
         logger.info("%s: %s", store, plan)
         if bar is not None:
             bar.write(f"{store}: {plan}", file=sys.stderr)
@@ -212,7 +213,7 @@ class Grid:
             error.add_note(f"Finished stages are in {store}. The same call resumes from there.")
             raise
         opened.tidy(order)
-        return [from_line((opened.load(cell.name) or b"").decode()) for cell in cells]
+        return [from_line((opened.load(run.name) or b"").decode()) for run in runs]
 
     def plan(self, store: Path | str | None = None, executor: Executor | None = None) -> Plan:
         """Estimate the time, disk space and memory of `run` from a few measured steps.
@@ -229,21 +230,21 @@ class Grid:
         Raises:
             ValueError: If the store holds other files or the results of another configuration.
         """
-        cells = self._cells()
-        todo = to_compute(cells, lambda _: False)
+        runs = self._runs()
+        todo = to_compute(runs, lambda _: False)
         if store is not None and Path(store).exists():
             identity = identify(self._config, self.modes, self.importances, self.threads)
             opened = open_store(Path(store), identity.configuration, None, identity.modes)
-            todo = opened.missing(cells)
-        return self._plan(cells, todo, executor)
+            todo = opened.missing(runs)
+        return self._plan(runs, todo, executor)
 
-    def _cells(self) -> list[Stage]:
-        """The last stage of each cell."""
+    def _runs(self) -> list[Stage]:
+        """The last stage of each run."""
         settings, scores = self._config.settings, self._axes.own_scores
-        return [stage_of(cell, settings, scores) for cell in self._axes.cells()]
+        return [stage_of(run, settings, scores) for run in self._axes.runs()]
 
     def _plan(
-        self, cells: Sequence[Stage], todo: Iterable[Stage], executor: Executor | None
+        self, runs: Sequence[Stage], todo: Iterable[Stage], executor: Executor | None
     ) -> Plan:
         stages, config = list(todo), self._config
         counts = Counter(stage.kind for stage in stages)
@@ -260,7 +261,7 @@ class Grid:
         if executor is not None and sharing in ("mps", "turns"):
             parallel = min(workers, executors.num_gpus(executor))
         return Plan(
-            cells=len(cells),
+            runs=len(runs),
             scorings=counts["score"],
             trainings=counts["train"],
             finetunings=counts["finetune"],

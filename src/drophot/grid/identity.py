@@ -1,4 +1,4 @@
-"""The configuration of a store: everything that its results depend on, except their cell."""
+"""The configuration of a store: all that its results depend on, except what the grid varies."""
 
 from __future__ import annotations
 

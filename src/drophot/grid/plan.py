@@ -37,14 +37,14 @@ _SHARING = {
 class Plan:
     """The part of a grid that is left to compute, with an estimate of its cost."""
 
-    cells: int
-    """All cells of the grid, computed or not."""
+    runs: int
+    """All runs of the grid, computed or not."""
     scorings: int
     """The trainings on all samples that give scores and are left to do."""
     trainings: int
     """The trainings on a coreset that are left to do, and on all samples if no scoring is one."""
     finetunings: int
-    """The cells that are left to do."""
+    """The runs that are left to do, each of which ends with a fine-tuning."""
     epochs: float
     """The passes over the full training set that are left to do: epochs of training, and the
     passes in which an :class:`drophot.Adaptive` selects again."""
@@ -78,7 +78,7 @@ class Plan:
         else:
             duration = f"about {self.seconds:.0f} s"
         return (
-            f"{self.stages} stages to do for {self.finetunings} of {self.cells} cells "
+            f"{self.stages} stages to do for {self.finetunings} of {self.runs} runs "
             f"({self.scorings} scorings, {self.trainings} trainings, {self.finetunings} "
             f"fine-tunings), {self.epochs:,.0f} epochs of {self.samples:,} samples: {duration} "
             f"on {self.workers} worker{'s' * (self.workers > 1)} of "

@@ -13,11 +13,11 @@ from drophot.settings.names import needs_scoring
 from drophot.settings.tables import file_part, varying
 from drophot.tracking.statistics import Score
 
-Cell = Mapping[str, object]
-"""The settings of a cell in which it may differ from the others, by name."""
+RunSettings = Mapping[str, object]
+"""The settings of a run in which it may differ from the others, by name."""
 
-BASELINE_CELL: Cell = {"mode": BASELINE, "data_ratio": 1.0}
-"""The mode and the ratio of a cell that keeps all samples."""
+BASELINE_RUN: RunSettings = {"mode": BASELINE, "data_ratio": 1.0}
+"""The mode and the ratio of a run that keeps all samples."""
 
 
 _LONGEST_NAME = 200  # of at most 255 bytes, with room for suffixes
@@ -25,7 +25,7 @@ _LONGEST_NAME = 200  # of at most 255 bytes, with room for suffixes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """A scoring, training or fine-tuning that all cells with the same settings up to it share.
+    """A scoring, training or fine-tuning that all runs with the same settings up to it share.
 
     Stages are equal if their names are.
     """
@@ -52,23 +52,26 @@ class Stage:
 
 
 def stage_of(
-    cell: Cell, settings: Settings, scores: Sequence[Score] = (), kind: StageName = "finetune"
+    run: RunSettings,
+    settings: Settings,
+    scores: Sequence[Score] = (),
+    kind: StageName = "finetune",
 ) -> Stage:
-    """A stage of a cell, with its predecessors.
+    """A stage of a run, with its predecessors.
 
     Args:
-        cell: The settings of the cell.
-        settings: Those of the pipeline, which hold for what the cell does not name.
+        run: The settings of the run.
+        settings: Those of the pipeline, which hold for what the run does not name.
         scores: The user's own scores that the modes of the grid select by.
         kind: Which stage.
     """
     names = varying(kind)
-    joint = cell.get("schedule", settings.schedule) == "joint"
+    joint = run.get("schedule", settings.schedule) == "joint"
     if joint and kind == "train":  # it prunes, too
         names += ["schedule", "prune_ratio", "importance"]
-    values = {name: cell.get(name, getattr(settings, name)) for name in names}
+    values = {name: run.get(name, getattr(settings, name)) for name in names}
     parts = [kind, *(file_part(name, value) for name, value in values.items())]
-    is_baseline = cell.get("mode") == BASELINE
+    is_baseline = run.get("mode") == BASELINE
     if kind == "score":
         parts += [score.name for score in scores]
     if kind == "score" or is_baseline:
@@ -84,7 +87,7 @@ def stage_of(
         name=_file_name("-".join(filter(None, parts)), ".json" if kind == "finetune" else ".pt"),
         kind=kind,
         settings=own,
-        predecessor=None if before is None else stage_of(cell, settings, scores, before),
+        predecessor=None if before is None else stage_of(run, settings, scores, before),
         scores=tuple(scores) if kind == "score" else (),
     )
 
@@ -103,12 +106,12 @@ def scoring_is_baseline(settings: Settings) -> bool:
 
 
 def to_compute(
-    cells: Iterable[Stage], is_stored: Callable[[Stage], bool]
+    last: Iterable[Stage], is_stored: Callable[[Stage], bool]
 ) -> dict[Stage, Stage | None]:
-    """The stages to compute for the stages of some cells.
+    """The stages to compute for the last stages of some runs.
 
     Args:
-        cells: The last stage of each cell.
+        last: The last stage of each run.
         is_stored: Whether the result of a stage is there; asked once for each stage.
 
     Returns:
@@ -128,6 +131,6 @@ def to_compute(
         todo[stage] = before if before is not None and is_missing(before) else None
         return True
 
-    for cell in cells:
-        is_missing(cell)
+    for stage in last:
+        is_missing(stage)
     return todo

@@ -62,9 +62,9 @@ class Store:
         head, line_end, content = content.partition(b"\n")
         return content if line_end and head == self._head(name, content) else None
 
-    def missing(self, cells: Iterable[Stage]) -> dict[Stage, Stage | None]:
-        """The stages to compute for some cells: see `to_compute`."""
-        return to_compute(cells, lambda stage: self.load(stage.name) is not None)
+    def missing(self, last: Iterable[Stage]) -> dict[Stage, Stage | None]:
+        """The stages to compute for some runs: see `to_compute`."""
+        return to_compute(last, lambda stage: self.load(stage.name) is not None)
 
     def check_writable(self) -> None:
         """Raise an `OSError` if the folder cannot be written to, before a stage is computed."""

@@ -131,5 +131,4 @@ class RunConfig:
 def check_settings(settings: Settings) -> None:
     """Check combinations of settings, and objects that a user defined."""
     modes.check_mode(settings.mode, settings.data_ratio)
-    modes.check_presentations(settings.mode, settings.score_epochs)
     check_protocol(protocol_of(settings.protocol), settings)

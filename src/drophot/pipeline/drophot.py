@@ -184,7 +184,7 @@ class DropHot(_ShowsSettings):
         """The same run with other settings and without results, on the same data in memory.
 
         Args:
-            **settings: Settings in which the cells of a grid may differ, such as `data_ratio`,
+            **settings: Settings in which the runs of a grid may differ, such as `data_ratio`,
                 `schedule` or `seed`.
 
         Returns:
@@ -233,6 +233,8 @@ class DropHot(_ShowsSettings):
 
         Raises:
             RuntimeError: If your own `fit` did not call its callbacks.
+            ValueError: If the mode's score needs more presentations of each sample than
+                `score_epochs`.
         """
         found = selection_steps.score(self.config)
         self.scorer, self.tracker, self.scores = found.model, found.tracker, found.scores

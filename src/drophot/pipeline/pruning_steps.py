@@ -31,6 +31,7 @@ from drophot.prune.masks import Masks
 from drophot.prune.prunable_weights import prunable
 from drophot.prune.running_statistics import with_statistics
 from drophot.prune.unpruned_weights import uncovered_warning_silenced
+from drophot.structured.budget_selection import UnreachableBudgetError
 from drophot.structured.channel_pruning import prune_channels
 from drophot.structured.pruning_result import Pruned
 from drophot.training.evaluation import evaluate
@@ -241,18 +242,29 @@ def _remove_channels(config: RunConfig, model: nn.Module, importance: Importance
     settings = config.settings
     ratio, budget = settings.prune_ratio, settings.structured
     how: dict[str, Any] = {"importance": importance, "rules": settings.rules}
-    if not isinstance(budget, Budget) or not ratio:
-        return prune_channels(model, ratio, _sample(config), **how)
-    # Rounded, since 1 - 0.7 is slightly more than 0.3, which would keep one channel more.
-    limited = replace(budget, min_kept=max(budget.min_kept, round(1 - ratio, 12)))
     try:
+        if not isinstance(budget, Budget) or not ratio:
+            return prune_channels(model, ratio, _sample(config), **how)
+        # Rounded, since 1 - 0.7 is slightly more than 0.3, which would keep one channel more.
+        limited = replace(budget, min_kept=max(budget.min_kept, round(1 - ratio, 12)))
         return prune_channels(model, example_inputs=_sample(config), to=limited, **how)
+    except UnreachableBudgetError as error:
+        raise _unreachable(error, budget, ratio) from None
     except ValueError as error:
-        error.add_note(
-            f"The budget is `structured`. Each layer keeps at least the larger of `min_kept`, "
-            f"{budget.min_kept}, and 1 - `prune_ratio`, where `prune_ratio` is {ratio}."
-        )
+        if str(error).startswith(("`to`", "`ratio`")):
+            error.add_note("In a run, `to` is `structured`, and `ratio` is `prune_ratio`.")
         raise
+
+
+def _unreachable(error: UnreachableBudgetError, budget: Any, ratio: float) -> ValueError:
+    """The error in the words of the settings of a run."""
+    limit, fix = f"`prune_ratio={ratio:g}`", "raise `prune_ratio`"
+    if budget.min_kept >= round(1 - ratio, 12):
+        limit, fix = f"min_kept={budget.min_kept:g}", "lower `min_kept`"
+    return ValueError(
+        f"`structured` must be a budget that can be reached, got {budget!r}, but {error.least} "
+        f"remain with {limit}{error.why}. Raise the limit or {fix}."
+    )
 
 
 def _shuffled(config: RunConfig) -> Iterator[tuple[Tensor, ...]]:

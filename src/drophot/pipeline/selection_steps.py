@@ -80,6 +80,8 @@ def score(config: RunConfig, own_scores: Sequence[Score] = ()) -> Scoring:
     """
     settings, protocol = config.settings, config.protocol
     toneva = settings.forgetting == "toneva"
+    if protocol.counter is None:
+        modes.check_presentations(settings.mode, settings.score_epochs)
     with running(config, "score") as step:
         model = config.factory().to(config.device)
         followed = _distinct(own_scores, modes.own_score_of(settings.mode))

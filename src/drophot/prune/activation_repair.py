@@ -77,7 +77,8 @@ def repair(
         dense: The model before pruning, such as a `copy.deepcopy`. It is unchanged.
         loader: Yields batches, as for `recalibrate_bn`.
         pruned: The result of `drophot.structured.prune_channels`, if channels were removed. The
-            channels that are left are compared with the same channels of the dense model.
+            channels that are left are compared with the same channels of the dense model. It fits
+            the model whether that was wrapped when it was pruned or not.
         group: The ranks that take part; `None` means all.
 
     Raises:

@@ -2,25 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from drophot.prune.linear_layers import weights_of
-from drophot.prune.unpruned_weights import packed_weights
+from drophot.prune.linear_layers import packed_weights, weights_of
 
 _NUM_SHOWN = 3
 
 
-def check_no_adapters(names: Iterable[str]) -> None:
-    """Refuse to prune the low-rank factors of LoRA, which are added to another layer's weights."""
-    found = [name for name in names if any(part.startswith("lora_") for part in name.split("."))]
-    if found:
+def check_no_adapters(model: nn.Module, without: Collection[int | str]) -> None:
+    """Refuse adapters of LoRA and of PEFT's other methods, which change the weights under them.
+
+    `without` has the parameters and modules to leave out, from `left_out`.
+    """
+    lora = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and id(parameter) not in without and _is_lora(name)
+    ]
+    if lora:
         raise ValueError(
-            f"`model` has LoRA adapters, got {_listed(found)} among the weights to prune. Merging "
-            f"them later would bring removed weights back. Merge them first (in PEFT, "
-            f"`model.merge_and_unload()`), prune before adding them, or name them in `skip`."
+            f"`model` has LoRA adapters, got {_listed(lora)}. Merging them later would bring "
+            f"removed weights back. {_MERGE_FIRST}"
         )
+    if others := [*_adapters(model, without)]:
+        raise ValueError(
+            f"`model` has adapters, got {_listed(others)}. Merging them later, or turning "
+            f"them off, may bring removed weights back. {_MERGE_FIRST}"
+        )
+
+
+_MERGE_FIRST = (
+    "Merge them first (in PEFT, `model.merge_and_unload()`), prune before adding them, or name "
+    "them in `skip`."
+)
+
+
+def _is_lora(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def _adapters(model: nn.Module, without: Collection[int | str]) -> Iterator[str]:
+    """The parameters of adapters that wrap a layer as PEFT's do, which is not imported.
+
+    An adapter without parameters of its own is named by its module.
+    """
+    for path, module in model.named_modules():
+        base = module._modules.get("base_layer")
+        if base is None or path in without or not hasattr(type(module), "adapter_layer_names"):
+            continue
+        under = {id(parameter) for parameter in base.parameters()}
+        named = dict(module.named_parameters(prefix=path))
+        own = {name: id(p) for name, p in named.items() if id(p) not in under}
+        if not own:
+            yield path
+        yield from (name for name, key in own.items() if key not in without)
 
 
 def check_not_prepared(model: nn.Module) -> None:

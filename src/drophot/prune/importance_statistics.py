@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,20 @@ from torch.nn.modules.conv import _ConvNd
 from drophot._core.model_contexts import evaluating
 from drophot.prune import prunable_weights
 from drophot.prune.eager_mode import eagerly, uncached
+from drophot.prune.importance_batches import BatchLoss, call_on, loss_of
 from drophot.prune.latency import call
+from drophot.prune.linear_layers import input_dimension, is_conv1d
+from drophot.prune.parameter_values import ParameterValues
 
-BatchLoss = Callable[[Any, Any], Tensor]
+T = TypeVar("T")
 
 # What one batch contributes, from a weight's name, the weight and its gradient.
 Estimate = Callable[[str, Tensor, Tensor], Tensor]
 
 
 def mean_over_batches(
-    model: nn.Module, batches: Iterable[object], loss: BatchLoss, estimate: Estimate
-) -> dict[str, Tensor]:
+    model: nn.Module, batches: Iterable[object], loss: BatchLoss | None, estimate: Estimate
+) -> ParameterValues[Tensor]:
     """The mean of an estimate over the batches, for each parameter of two or more dimensions.
 
     A parameter that the loss does not depend on has zeros. The gradients of the model, and which
@@ -47,9 +50,8 @@ def mean_over_batches(
             parameter.requires_grad_(True)
         with evaluating(model) as device, eagerly(), uncached(device):
             for batch in batches:
-                inputs, targets = _pair(batch)
                 with torch.enable_grad():
-                    found = loss(model(inputs.to(device)), targets.to(device))
+                    found = loss_of(model, batch, loss, device)
                 _check_loss(found)
                 gradients = torch.autograd.grad(found, [*weights.values()], allow_unused=True)
                 for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
@@ -62,20 +64,25 @@ def mean_over_batches(
         for parameter in frozen:
             parameter.requires_grad_(False)
     _require_batches(count)
-    return {name: value / count for name, value in total.items()}
+    return ParameterValues(model, {name: value / count for name, value in total.items()})
 
 
-def input_norms(model: nn.Module, batches: Iterable[object]) -> dict[str, Tensor]:
-    """The L2 norm of each input of each Linear layer over all batches, by the weight's name."""
+def input_norms(model: nn.Module, batches: Iterable[object]) -> ParameterValues[Tensor]:
+    """The L2 norm of each input of each Linear and Conv1D layer over all batches.
+
+    Their shape is that of the weight, with 1 instead of the number of outputs.
+    """
     prunable_weights.check_module("model", model)
     squares: dict[str, Tensor] = {}
     count = 0
 
-    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def observe(
+        name: str, dim: int
+    ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             (inputs,) = (*args, *kwargs.values())
             rows = inputs.detach().reshape(-1, inputs.shape[-1])
-            own = rows.float().square().sum(0)
+            own = rows.float().square().sum(0).unsqueeze(1 - dim)
             squares[name] = squares[name] + own if name in squares else own
 
         return add
@@ -84,17 +91,12 @@ def input_norms(model: nn.Module, batches: Iterable[object]) -> dict[str, Tensor
         device = stack.enter_context(evaluating(model))
         stack.enter_context(eagerly())
         for name, module in weight_layers(model):
-            if isinstance(module, nn.Linear):
-                hook = module.register_forward_pre_hook(observe(name), with_kwargs=True)
+            dim = input_dimension(module, "weight")
+            if dim is not None and not isinstance(module, _ConvNd):
+                hook = module.register_forward_pre_hook(observe(name, dim), with_kwargs=True)
                 stack.callback(hook.remove)
         for batch in batches:
-            first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-            if not isinstance(first, Tensor):
-                raise TypeError(
-                    f"`batches` must yield tensors of inputs, or tuples with the inputs first, got "
-                    f"{type(first).__name__}. Wrap it in a generator that yields the inputs."
-                )
-            model(first.to(device))
+            call_on(model, batch, device)
             count += 1
     _require_batches(count)
     if not squares:
@@ -102,7 +104,7 @@ def input_norms(model: nn.Module, batches: Iterable[object]) -> dict[str, Tensor
             f"`model` must call Linear layers, but {type(model).__name__} calls none with these "
             f"batches. Use another importance."
         )
-    return {name: value.sqrt() for name, value in squares.items()}
+    return ParameterValues(model, {name: value.sqrt() for name, value in squares.items()})
 
 
 def batch_norms(model: nn.Module, example_inputs: object) -> dict[str, _BatchNorm]:
@@ -137,10 +139,10 @@ def batch_norms(model: nn.Module, example_inputs: object) -> dict[str, _BatchNor
 
 
 def weight_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The Conv and Linear layers, with the name of the weight; tied weights have one name."""
+    """The Conv, Linear and Conv1D layers and their weights' names; tied weights have one name."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | _ConvNd):
+        if isinstance(module, nn.Linear | _ConvNd) or is_conv1d(module):
             own = f"{path}.weight".removeprefix(".")
             yield names.get(id(module._parameters.get("weight")), own), module
 
@@ -150,35 +152,23 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
-def stored(values: Mapping[str, Tensor], name: str, weight: Tensor | None = None) -> Tensor:
-    """The values of a parameter; `weight` has to have their shape."""
+def stored(values: ParameterValues[T], name: str, weight: Tensor | None = None) -> T:
+    """The values of a parameter; `weight` has to have their shape, if it is given."""
     value = values.get(name)
-    if value is None or (weight is not None and value.shape != weight.shape):
-        has = "is unknown" if value is None else f"had shape {tuple(value.shape)}"
-        now = "" if weight is None else f" and has shape {tuple(weight.shape)} now"
-        raise ValueError(
-            f"`importance` must be computed from the model that is pruned, but `{name}` {has} when "
-            f"it was computed{now}. Compute it again."
-        )
+    if value is None:
+        raise computed_otherwise(name, "is unknown", weight)
+    if weight is not None and isinstance(value, Tensor) and value.shape != weight.shape:
+        raise computed_otherwise(name, f"had shape {tuple(value.shape)}", weight)
     return value
 
 
-def _pair(batch: object) -> tuple[Tensor, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
-        got = type(batch).__name__
-        if isinstance(batch, tuple | list):
-            got += f" of length {len(batch)}"
-        raise TypeError(
-            f"`batches` must yield tuples of inputs and targets, got {got}. Wrap it in a generator "
-            f"that yields them."
-        )
-    for value in batch[:2]:
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"`batches` must yield tensors, got {type(value).__name__}. Wrap it in a generator "
-                f"that yields tensors of inputs and targets."
-            )
-    return batch[0], batch[1]
+def computed_otherwise(name: str, had: str, weight: Tensor | None) -> ValueError:
+    """The error for an importance that belongs to another model, or to one that has changed."""
+    now = "" if weight is None else f" and has shape {tuple(weight.shape)} now"
+    return ValueError(
+        f"`importance` must be computed from the model that is pruned, but `{name}` {had} when it "
+        f"was computed{now}. Compute it again."
+    )
 
 
 def _check_loss(found: object) -> None:

@@ -13,22 +13,24 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from drophot._core import scalars
 from drophot._core.importance import FromBatches
 from drophot.prune import prunable_weights
+from drophot.prune.current_parameters import without_wrappers
+from drophot.prune.importance_batches import BatchLoss
 from drophot.prune.importance_statistics import (
-    BatchLoss,
     batch_norms,
+    computed_otherwise,
     input_norms,
     mean_over_batches,
     stored,
     weight_layers,
     widened,
 )
+from drophot.prune.linear_layers import input_dimension
+from drophot.prune.parameter_values import ParameterValues
 
 __all__ = [
     "BatchNormScale",
@@ -124,19 +126,23 @@ class Taylor:
 
     Args:
         model: The model, in any mode, on any device.
-        batches: Yields batches of inputs and targets, first and second in a tuple or list. They are
-            moved to the model's device.
+        batches: Yields batches of inputs and targets, first and second in a tuple or list. The
+            inputs are a tensor, a tuple or list of positional arguments or a dict of keyword
+            arguments. A batch may also be a dict of keyword arguments whose outputs have their
+            `loss`, as models of Transformers compute it from `labels`. The `"index"` that
+            `IndexedDataset` adds to a dict is not passed. Tensors are moved to the model's device.
         loss: A function of the outputs and the targets that returns a scalar, the mean over a
-            batch.
+            batch. `None` is the cross-entropy or, if a batch is a dict, the `loss` of the outputs.
+            A function gets such a batch as the targets.
         channels: Whether to estimate output channels instead of single weights. Parameters that do
-            not belong to a Conv, Linear or MultiheadAttention layer have single weights, since
-            their output dimension is not known.
+            not belong to a Conv, Linear, MultiheadAttention or Transformers' Conv1D layer have
+            single weights, since their output dimension is not known.
 
     Raises:
-        TypeError: If a batch is not a tuple or list with inputs and targets, or `loss` does not
-            return a tensor.
-        ValueError: If there is no batch, or `loss` does not return a scalar that depends on the
-            weights.
+        TypeError: If a batch has neither inputs and targets nor keyword arguments, or `loss` does
+            not return a tensor.
+        ValueError: If there is no batch, `loss` does not return a scalar that depends on the
+            weights, or the outputs of a batch that is a dict have no `loss`.
 
     Example:
         >>> from drophot import magnitude_prune
@@ -152,7 +158,7 @@ class Taylor:
         self,
         model: nn.Module,
         batches: Iterable[object],
-        loss: BatchLoss = F.cross_entropy,
+        loss: BatchLoss | None = None,
         *,
         channels: bool = False,
     ) -> None:
@@ -204,7 +210,7 @@ class Fisher:
     """
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[object], loss: BatchLoss = F.cross_entropy
+        self, model: nn.Module, batches: Iterable[object], loss: BatchLoss | None = None
     ) -> None:
         self._values = mean_over_batches(
             model, batches, loss, lambda name, weight, gradient: gradient.square()
@@ -218,6 +224,9 @@ class Fisher:
 class Wanda:
     r"""The magnitude of each weight times the norm of its input, for Linear layers.
 
+    Transformers' `Conv1D` is such a layer too. Other layers have no importance: name them in
+    `skip`, also the MultiheadAttention layers, which do not call their output projection.
+
     The importance of the weight from input :math:`j` to output :math:`i` is
     :math:`|w_{ij}| \, \lVert x_j \rVert_2`, with the norm over all samples and tokens of the
     batches. The paper removes the same share of each output's weights; `pattern="2:4"` does so in
@@ -229,11 +238,13 @@ class Wanda:
 
     Args:
         model: The model, in any mode, on any device.
-        batches: Yields batches: the inputs, or a tuple or list with the inputs first. They are
-            moved to the model's device. `model(inputs)` is called in evaluation mode.
+        batches: Yields batches: a tensor of inputs, a dict of keyword arguments, or a tuple or list
+            with the inputs first, which are then a tensor, a tuple or list of positional arguments
+            or a dict of keyword arguments. The `"index"` that `IndexedDataset` adds to a dict is
+            not passed. The model is called in evaluation mode, on its device.
 
     Raises:
-        TypeError: If a batch does not have a tensor of inputs first.
+        TypeError: If a batch does not have inputs with a tensor first.
         ValueError: If there is no batch, or the model calls no Linear layer.
 
     Example:
@@ -249,12 +260,16 @@ class Wanda:
 
     def __call__(self, name: str, weight: nn.Parameter) -> Tensor:
         """The importance of each weight, in its shape, `(C_out, C_in)`."""
-        if name not in self._norms:
+        norms = self._norms.get(name)
+        if norms is None:
             raise ValueError(
                 f"`Wanda` ranks the weights of Linear layers that its batches reach, got `{name}`. "
                 f"Name it in `skip`."
             )
-        return weight.detach().abs() * stored(self._norms, name)
+        sizes = zip(norms.shape, weight.shape, strict=False)
+        if weight.dim() != 2 or any(norm not in (1, size) for norm, size in sizes):
+            raise computed_otherwise(name, f"had {norms.numel():,} inputs", weight)
+        return weight.detach().abs() * norms
 
 
 class BatchNormScale:
@@ -277,6 +292,7 @@ class BatchNormScale:
 
     Raises:
         ValueError: If no BatchNorm layer with a scale reads the output of a Conv or Linear layer.
+            When it is called, if the parameter is not one of the model or has other channels.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
@@ -286,26 +302,29 @@ class BatchNormScale:
     """
 
     def __init__(self, model: nn.Module, example_inputs: object) -> None:
-        self._norms: dict[str, _BatchNorm] = batch_norms(model, example_inputs)
-        self._dims = _output_dims(model)
+        norms, dims = batch_norms(model, example_inputs), _output_dims(model)
+        self._layers: ParameterValues[tuple[_BatchNorm | None, int | None]] = ParameterValues(
+            model, {name: (norms.get(name), dims.get(name)) for name, _ in model.named_parameters()}
+        )
 
     def __call__(self, name: str, weight: nn.Parameter) -> Tensor:
         """The importance of each output channel, `(C_out,)`."""
-        norm = self._norms.get(name)
-        if norm is not None:
-            return norm.weight.detach().abs()
-        dim = self._dims.get(name)
-        squares = widened(weight.detach()).square()
-        if dim is None:  # not of a Conv or Linear layer: its output dimension is not known
-            return squares
-        return squares.sum([d for d in range(weight.dim()) if d != dim])
+        norm, dim = stored(self._layers, name, weight)
+        if dim is None:  # the output dimension is not known
+            return widened(weight.detach()).square()
+        if norm is None:
+            squares = widened(weight.detach()).square()
+            return squares.sum([d for d in range(weight.dim()) if d != dim])
+        if len(norm.weight) != weight.shape[dim]:
+            raise computed_otherwise(name, f"had a BatchNorm of {len(norm.weight)}", weight)
+        return norm.weight.detach().abs()
 
 
 class Random:
     """Random numbers: the control that every other importance should be compared with.
 
     The numbers depend only on the seed and on the name and shape of the parameter, so that they are
-    the same on every machine, and for every call.
+    the same on every machine, for every call and for a compiled model.
 
     Args:
         seed: Another seed gives other numbers.
@@ -324,7 +343,7 @@ class Random:
 
     def __call__(self, name: str, weight: nn.Parameter) -> Tensor:
         """The importance of each weight, in its shape, uniform in [0, 1)."""
-        number = zlib.crc32(f"{self._seed} {name}".encode())
+        number = zlib.crc32(f"{self._seed} {without_wrappers(name)}".encode())
         generator = torch.Generator().manual_seed(number)
         numbers = torch.rand(weight.shape, generator=generator, device="cpu", dtype=torch.float32)
         return numbers.to(weight.device)
@@ -333,11 +352,14 @@ class Random:
 def _output_dims(model: nn.Module) -> dict[str, int]:
     """The dimension of each parameter that has its layer's outputs, by the parameter's name."""
     prunable_weights.check_module("model", model)
-    dims = {
-        name: int(isinstance(module, _ConvTransposeNd)) for name, module in weight_layers(model)
-    }
-    for path, module in model.named_modules():
+    dims: dict[str, int] = {}
+    for name, module in weight_layers(model):
+        if (inputs := input_dimension(module, "weight")) is not None:
+            dims[name] = 1 - inputs
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
-            for name in ("in_proj", "q_proj", "k_proj", "v_proj"):
-                dims[f"{path}.{name}_weight".removeprefix(".")] = 0
+            for part in ("in_proj", "q_proj", "k_proj", "v_proj"):
+                if (weight := module._parameters.get(f"{part}_weight")) is not None:
+                    dims[names[id(weight)]] = 0
     return dims

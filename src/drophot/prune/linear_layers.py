@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNCellBase
@@ -25,6 +27,8 @@ PRUNABLE: dict[type[nn.Module], tuple[str, ...]] = {
 _TABLES = re.compile(r"bias(es)?|pos|embed(s|dings?)?|tokens?|latents|prompts?")
 _POSITIONS = re.compile(r"pos|positions?|positional")
 _MATRICES = re.compile(r"proj|projection|weights?|kernel|matrix|linear")
+
+_PACKED_DTYPES = (torch.int8, torch.uint8, torch.int32)
 
 
 def weights_of(module: nn.Module) -> tuple[str, ...]:
@@ -95,3 +99,24 @@ def is_matrix(model: nn.Module, name: str, parameter: Tensor) -> bool:
         return False
     positions, matrices = (any(map(p.fullmatch, words)) for p in (_POSITIONS, _MATRICES))
     return matrices or not positions
+
+
+def packed_weights(module: nn.Module) -> dict[str, int]:
+    """The number of weights of a quantized layer in tensors that are not parameters, by name."""
+    library = type(module).__module__
+    if library.startswith("torch.") and ".quantized." in library:
+        recurrent: Any = getattr(module, "get_weight", None)
+        if recurrent is not None:
+            return {name: weight.numel() for name, weight in recurrent().items()}
+        weight: Any = getattr(module, "weight", None)
+        weight = weight() if callable(weight) else weight
+        matrix = isinstance(weight, Tensor) and "Embedding" not in type(module).__name__
+        return {"weight": weight.numel()} if matrix else {}
+    return {
+        name: buffer.numel()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+        and buffer.dtype in _PACKED_DTYPES
+        and "weight" in name
+        and sum(size > 1 for size in buffer.shape) > 1
+    }

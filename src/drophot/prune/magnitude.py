@@ -12,12 +12,17 @@ from drophot._core.exact_arithmetic import exact
 from drophot._core.importance import Importance, check_importance
 from drophot._core.ratios import check_prune_ratio, num_removed
 from drophot._core.user_warnings import warn
-from drophot.prune import earlier_masks, semi_structured
+from drophot.prune import earlier_masks, prunable_weights, semi_structured
 from drophot.prune.adapted_models import check_no_adapters
 from drophot.prune.importance import Ranking, rank_by
 from drophot.prune.layer_sparsity import Scope, removal_groups
 from drophot.prune.masks import Masks
-from drophot.prune.prunable_weights import check_changeable, check_finite, names_of, prunable
+from drophot.prune.prunable_weights import (
+    check_changeable,
+    check_finite,
+    names_of,
+    prunable,
+)
 from drophot.prune.removal import Removal, remove_by_pattern, remove_by_rank
 from drophot.prune.unheld_masks import shortened
 from drophot.prune.unpruned_weights import warn_of_uncovered
@@ -105,11 +110,11 @@ def magnitude_prune(
             floats, or `importance` is not callable or does not return a tensor of floats.
         ValueError: If these are out of range or cannot both be met, the layers that are not all
             zero have too few weights, `scope`, `pattern` or a name in `skip` or `include` is
-            unknown, nothing is left to prune, `model` is a TorchScript module, or a weight is not
-            finite, has no data yet, is sharded over processes, is computed by a parametrization,
-            was made in inference mode or is an expanded or negated view. Also if `importance`
-            returns another shape, NaN, infinity, or, with `"lamp"`, a negative number. The model is
-            unchanged then.
+            unknown, nothing is left to prune, `model` is a result of TorchScript or torch.export or
+            has adapters, such as LoRA's, that `skip` does not name, or a weight is not finite, has
+            no data yet, is sharded over processes, is computed by a parametrization, was made in
+            inference mode or is an expanded or negated view. Also if `importance` returns another
+            shape, NaN, infinity, or, with `"lamp"`, a negative number. The model is unchanged then.
 
     Example:
         >>> import torch
@@ -190,8 +195,9 @@ def prune_to_ratio(
     """
     scope, pattern = options.scope, options.pattern
     n, m = (0, 0) if pattern is None else semi_structured.parse_pattern(pattern, ratio)
+    prunable_weights.check_module("model", model)
+    check_no_adapters(model, prunable_weights.left_out(model, options.skip))
     weights = prunable(model, options.skip, options.include)
-    check_no_adapters(weights)
     for name, weight in weights.items():
         check_changeable(name, weight)
     warn_of_uncovered(model, weights, options.skip)

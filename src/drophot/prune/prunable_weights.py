@@ -18,7 +18,7 @@ from drophot._core.order_statistics import largest_keys
 from drophot._core.radix_select import has_kernels
 from drophot.prune.custom_forward import Verdicts, keeps_zeros
 from drophot.prune.device_pruning import count_values
-from drophot.prune.linear_layers import is_matrix, weights_of
+from drophot.prune.linear_layers import is_matrix, packed_weights, weights_of
 from drophot.prune.masked_products import is_expanded
 
 
@@ -27,11 +27,7 @@ def prunable(
 ) -> dict[str, nn.Parameter]:
     """The prunable weights of a model by name, shared ones once, empty ones not at all."""
     check_module("model", model)
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ValueError(
-            "`model` must not be a TorchScript module. Prune the module that it was made from, and "
-            "script that afterwards."
-        )
+    check_not_program("model", model)
     skip, include = names_of("skip", skip), names_of("include", include)
     without = left_out(model, skip)
     added = _included(model, include, without)
@@ -80,6 +76,16 @@ def _require(
 ) -> None:
     if found:
         return
+    if packed := [
+        f"{path} ({type(module).__name__})".removeprefix(" ")
+        for path, module in model.named_modules()
+        if packed_weights(module)
+    ]:
+        raise ValueError(
+            f"`model` must have weights to prune, but its layers are already quantized: "
+            f"{', '.join(packed[:3])}{', …' * (len(packed) > 3)}. Prune first, and quantize the "
+            f"pruned model."
+        )
     own = f", or name its parameters in `include`: {', '.join(unknown[:3])}" if unknown else ""
     raise ValueError(
         f"`model` must have weights to prune, in Linear, Conv, MultiheadAttention or recurrent "
@@ -141,7 +147,25 @@ def joined(path: str, attribute: str) -> str:
 def check_module(name: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         fix = ". Load it into a model and pass the model" if isinstance(model, Mapping) else ""
+        if type(model).__module__.startswith("torch.export."):
+            fix = ". Prune the module that it was made from, and export that afterwards"
         raise TypeError(f"`{name}` must be a torch.nn.Module, got {_shown(model)}{fix}.")
+
+
+def check_not_program(name: str, model: nn.Module, *, inside: bool = False) -> None:
+    """Refuse the result of torch.jit or torch.export, and also such modules `inside` if asked."""
+    for path, module in model.named_modules() if inside else [("", model)]:
+        found = f"`{name}`" if not path else f"`{path}` in `{name}`"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{found} must not be a TorchScript module, got a {type(module).__name__}. Prune "
+                f"the module that it was made from, and script that afterwards."
+            )
+        if any(kind.__module__.startswith("torch.export.") for kind in type(module).__mro__):
+            raise ValueError(
+                f"{found} must not be the result of torch.export, got a {type(module).__name__}. "
+                f"Prune the module that it was made from, and export that afterwards."
+            )
 
 
 def check_mapping(name: str, value: Any) -> None:

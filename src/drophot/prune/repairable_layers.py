@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
+from drophot.prune.current_parameters import own_names
 from drophot.prune.linear_layers import weights_of
 from drophot.prune.prunable_weights import check_changeable, joined
 
@@ -99,12 +100,15 @@ def find_layers(
     kept: dict[str, Tensor] = {}
     if pruned is not None:
         kept = {**pruned.kept_channels, **pruned.kept_norm_channels}
+        named = own_names(kept, [name for name, _ in model.named_parameters()])
+        kept = {named[name]: indices for name, indices in kept.items()}
     uses = Counter(
         id(one)
         for module in model.modules()
         for one in module._parameters.values()
         if one is not None
     )
+    paths = own_names([path for path, _ in model.named_modules()], counterparts)
     found, reasons = {}, {}
     for path, module in model.named_modules():
         if not isinstance(module, _KINDS):
@@ -122,7 +126,7 @@ def find_layers(
             )
         check_changeable(name, weight)
         number = _num_channels(module)
-        other = counterparts.get(path)
+        other = counterparts.get(paths[path])
         before = _num_channels(other) if isinstance(other, _KINDS) else None
         indices = kept.get(name)
         if indices is not None and _loses_in_groups(module, other, number):

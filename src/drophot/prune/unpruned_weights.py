@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drophot._core.user_warnings import warn
-from drophot.prune.linear_layers import is_matrix, weights_of
+from drophot.prune.linear_layers import is_matrix, packed_weights, weights_of
 from drophot.prune.prunable_weights import joined, left_out
 
 # If at most this share stays dense, the share of all matrix weights that is removed is less than
 # one percentage point below the ratio.
 _NEGLIGIBLE = 0.01
 _NUM_SHOWN = 3
-_PACKED_DTYPES = (torch.int8, torch.uint8, torch.int32)
 
 _silenced: ContextVar[bool] = ContextVar("_silenced", default=False)
 
@@ -76,21 +73,3 @@ def warn_of_uncovered(
         f"other weights. To prune these too, pass their names or those of their modules in "
         f"`include`. To leave them dense without this warning, pass them in `skip`."
     )
-
-
-def packed_weights(module: nn.Module) -> dict[str, int]:
-    """The number of weights of a quantized layer in tensors that are not parameters, by name."""
-    library = type(module).__module__
-    if library.startswith("torch.") and ".quantized." in library:
-        weight: Any = getattr(module, "weight", None)
-        weight = weight() if callable(weight) else weight
-        matrix = isinstance(weight, Tensor) and "Embedding" not in type(module).__name__
-        return {"weight": weight.numel()} if matrix else {}
-    return {
-        name: buffer.numel()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-        and buffer.dtype in _PACKED_DTYPES
-        and "weight" in name
-        and sum(size > 1 for size in buffer.shape) > 1
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def read_store(folder: Path) -> tuple[dict[str, Any], list[Record]]:
     return _read_grid(folder / "grid.json"), records
 
 
+def planned_runs(grid: Mapping[str, Any]) -> int:
+    """The number of runs of a grid by its `grid.json`, or 0 if it does not say."""
+    plan = grid.get("plan", {})
+    return plan.get("runs", plan.get("cells", 0))  # as older versions called them
+
+
 def _read_grid(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
@@ -38,6 +45,6 @@ def _read_grid(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} must hold JSON, but does not: {error}") from error
     plan = found.get("plan", {}) if isinstance(found, dict) else None
-    if not isinstance(plan, dict) or not isinstance(plan.get("cells", 0), int):
+    if not isinstance(plan, dict) or not isinstance(planned_runs(found), int):
         raise ValueError(f"{path} must be the description of a grid, as Grid.run writes it.")
     return found

@@ -16,7 +16,7 @@ from drophot.records.cells import cell_of, check_records, group_by_cell, shared_
 from drophot.records.pairs import free_settings
 from drophot.records.record import Record
 from drophot.report import setting_columns
-from drophot.report.grid_folder import read_store
+from drophot.report.grid_folder import planned_runs, read_store
 from drophot.report.page_style import STYLE
 from drophot.report.setting_columns import FIELDS, columns, order
 from drophot.report.svg_panels import NAMES, ONE_SEED, Panels, note, several, values
@@ -72,14 +72,14 @@ def load(source: Iterable[Record] | Path | str) -> Source:
     source = check_records(source, "source")
     if not source:
         raise ValueError(
-            "`source` must hold at least one record, got none so far. Wait until a cell is done."
+            "`source` must hold at least one record, got none so far. Wait until a run is done."
         )
     found = group_by_cell(source, "source")
     more = order([runs[0] for runs in found])
     keys = [((*more(runs[0]), *_order(run)), run) for runs in found for run in runs]
     records = [run for _, run in sorted(keys, key=lambda pair: pair[0])]
-    plan = int(grid.get("plan", {}).get("cells", 0))
-    return Source(records, max(plan, len(records)), grid.get("configuration", {}))
+    runs = max(planned_runs(grid), len(records))
+    return Source(records, runs, grid.get("configuration", {}))
 
 
 def page(
@@ -236,7 +236,7 @@ def _count(number: int, noun: str) -> str:
 def _differing(records: Sequence[Record]) -> str:
     found = setting_columns.values_in_full(records)
     if not found:
-        return ""
+        return note("Left out: the runs differ in ratio, mode and seed only.")
     rows = [
         [
             escape(value.name),
@@ -297,7 +297,7 @@ def _amount(seconds: float) -> str:
 
 def _configuration(configuration: Mapping[str, Any]) -> str:
     if not configuration:
-        return ""
+        return note("Left out: the runs share no settings, or their records do not hold them.")
     rows = "".join(
         f'<tr><td class="w">{escape(name)}</td><td class="v">{escape(value)}</td></tr>'
         for name, value in _flat(configuration)

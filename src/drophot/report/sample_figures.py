@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from drophot._core import scalars
 from drophot._core.arrays import as_real_tensor
+from drophot.data.indexing import IndexedDataset
 from drophot.report import plots
 from drophot.stats import Forgotten
 from drophot.tracking.dynamics import DynamicsTracker
@@ -18,7 +20,7 @@ from drophot.tracking.score_table import most_suspicious
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 _MOST_POINTS = 20_000  # more cover each other, and take seconds to draw
 _EVENTS = {
@@ -31,6 +33,7 @@ _EVENTS = {
 }
 _CHANGES = (("others", "#999999"), ("gained", "#0072B2"), ("forgotten", "#D55E00"))
 _PER_ROW = 5
+_CHANNELS = (1, 3, 4)
 
 
 def plot_data_map(tracker: DynamicsTracker, *, ax: Axes | None = None) -> Axes:
@@ -174,26 +177,33 @@ def plot_suspects(
     statistic: str = "aum",
     number: int = 20,
     classes: Sequence[str] | Mapping[int, str] | None = None,
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """Draw the images that are most likely mislabeled, each with the label that it was given.
+
+    If the dataset has labels, those of the images that are drawn are compared with the labels that
+    the tracker has seen, so that a dataset in another order is an error.
 
     Args:
         tracker: A tracker of the dataset.
         images: The dataset that the tracker's indices refer to, or only its images: `images[i]` is
-            an image, or a tuple that begins with one. An image is a tensor `(C, H, W)` or `(H, W)`,
-            a NumPy array `(H, W, C)` or `(H, W)`, or a PIL image. Floats are scaled so that the
-            smallest is black and the largest white.
+            an image, or a tuple that begins with one, followed by its label. An image is a PIL
+            image, or a tensor or NumPy array `(C, H, W)`, `(H, W, C)` or `(H, W)`. If `C` can be
+            the first or the last size, it is the first of a tensor and the last of an array. Floats
+            are scaled so that the smallest is black and the largest white.
         statistic: The statistic to sort by: those at its hard end come first.
         number: How many images to draw, at most those that were presented.
         classes: The name of each class. `None` shows its number.
+        figure: The figure or subfigure to draw into. `None` creates a new figure.
 
     Returns:
-        A figure, neither shown nor saved.
+        The figure, neither shown nor saved; that of a subfigure is the whole one.
 
     Raises:
         TypeError: If `tracker` is not a DynamicsTracker, or a sample does not begin with an image.
-        ValueError: If the tracker does not keep `statistic`, no sample was presented, `number` is
-            below 1, `images` has another length than the tracker, or `classes` lacks a class.
+        ValueError: If the tracker does not keep `statistic`, or has it for no sample, `number` is
+            below 1, `images` has another length than the tracker or another label for an image, or
+            `classes` lacks a class.
         ImportError: If matplotlib is not installed.
 
     Example:
@@ -208,26 +218,29 @@ def plot_suspects(
     number = scalars.integer("number", number, least=1)
     _check_length(images, tracker.num_samples)
     worst = most_suspicious(tracker, statistic, number).tolist()
-    if not worst:
-        raise ValueError("`tracker` must have presented samples, got one that has seen none.")
     plots.axes(None)  # raises if matplotlib is missing
     from matplotlib.figure import Figure
 
     rows = -(-len(worst) // _PER_ROW)
-    figure = Figure(figsize=(1.6 * _PER_ROW, 1.9 * rows), layout="constrained")
+    if figure is None:
+        figure = Figure(figsize=(1.6 * _PER_ROW, 1.9 * rows), layout="constrained")
     axes = figure.subplots(rows, _PER_ROW, squeeze=False).flat
     targets = tracker.columns()["target"]
     for ax, sample in zip_longest(axes, worst):
         if sample is None:
             ax.remove()
             continue
-        pixels = _pixels(images[sample], sample)
+        found = images[sample]
+        pixels = _pixels(found, sample)
         ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None)
-        name = _class_name(int(targets[sample]), classes)
-        ax.set_title(name.replace("$", r"\$"), fontsize="medium")
+        label = _label(found, isinstance(images, IndexedDataset))
+        target = _checked_target(int(targets[sample]), label, sample)
+        if target is not None:
+            name = _class_name(target, classes)
+            ax.set_title(name.replace("$", r"\$"), fontsize="medium")
         ax.set_xlabel(f"no. {sample}", fontsize="small")
         ax.set(xticks=[], yticks=[])
-    return figure
+    return figure.figure
 
 
 def _drawn(positions: np.ndarray) -> np.ndarray:
@@ -270,6 +283,30 @@ def _check_length(images: Any, num_samples: int) -> None:
         )
 
 
+def _label(found: Any, is_indexed: bool) -> int | None:
+    """The label of a sample, if it is an integer that follows the image."""
+    parts = found[:-1] if is_indexed else found  # the last one is the index
+    if not isinstance(parts, (tuple, list)) or len(parts) < 2:
+        return None
+    try:
+        return operator.index(parts[1])
+    except TypeError:
+        return None
+
+
+def _checked_target(target: int, label: int | None, sample: int) -> int | None:
+    """The target that a tracker has seen, or the label if it has seen none."""
+    if target < 0:
+        return label
+    if label is not None and label != target:
+        raise ValueError(
+            f"`images` must be the dataset that `tracker` was updated with, in its order, got "
+            f"label {label} for sample {sample}, whose target was {target}. If the labels differ "
+            f"on purpose, pass the images alone."
+        )
+    return target
+
+
 def _class_name(target: int, classes: Sequence[str] | Mapping[int, str] | None) -> str:
     if classes is None:
         return str(target)
@@ -292,7 +329,11 @@ def _pixels(found: Any, sample: int) -> np.ndarray:
             pixels = (image.float() if image.is_floating_point() else image).numpy()
         else:
             pixels = np.asarray(image)
-        if isinstance(image, Tensor) and pixels.ndim == 3:
+        if (
+            pixels.ndim == 3
+            and pixels.shape[0] in _CHANNELS
+            and (isinstance(image, Tensor) or pixels.shape[2] not in _CHANNELS)
+        ):
             pixels = pixels.transpose(1, 2, 0)
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
@@ -300,10 +341,11 @@ def _pixels(found: Any, sample: int) -> np.ndarray:
     except (TypeError, ValueError):
         pixels, valid = np.empty(0), False
     if not valid or pixels.dtype.kind not in "buif":
+        shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
         raise TypeError(
             f"`images` must hold images or tuples that begin with one, got "
-            f"{type(image).__name__} for sample {sample}. An image is a tensor (C, H, W), an array "
-            f"(H, W, C) or a PIL image."
+            f"{type(image).__name__}{shape} for sample {sample}. An image is a PIL image, or a "
+            f"tensor or array of shape (C, H, W), (H, W, C) or (H, W) with 1, 3 or 4 channels."
         )
     if pixels.dtype.kind != "f":
         return pixels

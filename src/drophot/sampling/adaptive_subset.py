@@ -30,6 +30,7 @@ from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import first_sample, targets_of
 from drophot.sampling.epoch_iterator import (
     EpochIterator,
+    check_num_processes,
     check_replicas,
     num_per_rank,
     share,
@@ -178,15 +179,15 @@ class AdaptiveSubset(Sampler[int]):
         self._indices = indices
 
     def _check_ranks(self) -> None:
-        if (ranks := distributed.count()) == self.num_replicas:
-            return
-        wrong = f"`num_replicas` must be the number of processes, {ranks}, got {self.num_replicas}."
         if self.num_replicas > 1:
-            raise RuntimeError(f"{wrong} Call `torch.distributed.init_process_group` first.")
-        if not (self._is_independent or _EVALUATED.isdisjoint(self.selector.needs)):
+            check_num_processes(self.num_replicas)
+        elif (processes := distributed.count()) > 1 and not (
+            self._is_independent or _EVALUATED.isdisjoint(self.selector.needs)
+        ):
             raise RuntimeError(
-                f"{wrong} The ranks would select by mode {self.selector.name!r} from models with "
-                f"different BatchNorm statistics. Pass `num_replicas=dist.get_world_size(), "
+                f"`num_replicas` must be the number of processes, {processes}, got 1. The "
+                f"ranks would select by mode {self.selector.name!r} from models with different "
+                f"BatchNorm statistics. Pass `num_replicas=dist.get_world_size(), "
                 f"rank=dist.get_rank()`, and do not let anything else divide the batches among the "
                 f"ranks."
             )

@@ -29,7 +29,7 @@ from drophot.data.indexing import IndexedDataset
 from drophot.data.samples import targets_of
 from drophot.sampling import selection_state
 from drophot.sampling.batched_medoids import medoids
-from drophot.sampling.epoch_iterator import check_replicas
+from drophot.sampling.epoch_iterator import check_num_processes, check_replicas
 from drophot.sampling.saved_state import checked_state
 from drophot.training import loop
 from drophot.training.step import fast_forward
@@ -207,11 +207,8 @@ class CrestLoader:
 
     def _update_selection(self) -> None:
         """Select if there is no selection or it is outdated, on rank 0 for all ranks."""
-        if self.num_replicas > 1 and (ranks := distributed.count()) != self.num_replicas:
-            raise RuntimeError(
-                f"`num_replicas` must be the number of processes, {ranks}, got "
-                f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
-            )
+        if self.num_replicas > 1:
+            check_num_processes(self.num_replicas)
 
         def update() -> dict[str, Any]:
             if self.selections and not self._is_outdated():

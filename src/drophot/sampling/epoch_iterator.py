@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
-from drophot._core import scalars
+from drophot._core import distributed, scalars
 from drophot.sampling.saved_state import SavedState
 
 
@@ -89,6 +89,15 @@ def check_replicas(num_replicas: int, rank: int) -> tuple[int, int]:
             f"num_replicas={num_replicas}. Pass `dist.get_rank()` and `dist.get_world_size()`."
         )
     return num_replicas, rank
+
+
+def check_num_processes(num_replicas: int) -> None:
+    """Raise an error if the ranks are not the processes of a group of that size."""
+    if (processes := distributed.count()) != num_replicas:
+        raise RuntimeError(
+            f"`num_replicas` must be the number of processes, {processes}, got {num_replicas}. "
+            f"Call `torch.distributed.init_process_group` first."
+        )
 
 
 def share(order: list[int], num_replicas: int, rank: int) -> list[int]:

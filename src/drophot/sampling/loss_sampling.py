@@ -15,7 +15,7 @@ from drophot._core.exact_arithmetic import exact
 from drophot._core.ratios import check_keep_ratio, num_kept
 from drophot._core.seeded_draw import derive_seed, draw, splitmix64
 from drophot.coreset.score_selection import select
-from drophot.sampling.epoch_iterator import check_replicas, num_per_rank
+from drophot.sampling.epoch_iterator import check_num_processes, check_replicas, num_per_rank
 from drophot.sampling.saved_state import checked_state
 from drophot.sampling.subset_of_epoch import SubsetOfEpoch
 
@@ -206,11 +206,7 @@ class LossSampling:
         """
         if self.num_replicas == 1:
             return
-        if (ranks := distributed.count()) != self.num_replicas:
-            raise RuntimeError(
-                f"`num_replicas` must be the number of processes, {ranks}, got "
-                f"{self.num_replicas}. Call `torch.distributed.init_process_group` first."
-            )
+        check_num_processes(self.num_replicas)
         device = self.losses.device
         rows = self._unmerged.nonzero()[:, 0]
         valid = int(self._invalid_index) == _NO_INVALID_INDEX

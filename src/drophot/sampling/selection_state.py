@@ -50,7 +50,11 @@ def check(loader: CrestLoader, saved: SavedState) -> None:
                 f"state is damaged; load another one."
             )
     saved.weights("weights", tuple(batches.shape))
-    saved.real("start_loss")
+    if (loss := saved.real("start_loss")) < 0:  # it may be NaN, as that of a model may
+        raise ValueError(
+            f'`{saved.label}["start_loss"]` must be a loss of at least 0, got {loss:g}. The state '
+            f"is damaged; load another one."
+        )
     wanted = sum(weight.numel() for weight in loader.model.parameters() if weight.requires_grad)
     origin = saved.tensor("origin", (None,))
     if origin.numel() != wanted:

@@ -2,7 +2,7 @@
 
 A field of :class:`Settings` is the only declaration of a setting. Its metadata, a :class:`Setting`,
 says how a value is checked, which stages of a grid depend on it, how a grid varies it, and where
-records, file names and tables show it. The constructor of :class:`drophot.DropHot`, the cells and
+records, file names and tables show it. The constructor of :class:`drophot.DropHot`, the runs and
 controls of :class:`drophot.Grid`, the pairing of records in :mod:`drophot.stats` and the columns of
 :mod:`drophot.report` are derived from these fields.
 

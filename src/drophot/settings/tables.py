@@ -43,7 +43,7 @@ SCORING_ONLY: frozenset[str] = frozenset(
 
 
 def varying(stage: StageName = "finetune") -> list[str]:
-    """The settings that cells may differ in and that results up to a stage depend on, by stage."""
+    """The settings that runs may differ in and that results up to a stage depend on, by stage."""
     reached = STAGES[: STAGES.index(stage) + 1]
     return [
         name

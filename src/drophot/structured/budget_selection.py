@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import zip_longest
 from statistics import median
 from typing import Any
 
@@ -30,6 +31,21 @@ class Unreachable(Exception):  # noqa: N818 (users get a ValueError)
         self.limit = limit
         self.least = least
         self.removed = removed
+
+
+class UnreachableBudgetError(ValueError):
+    """The error of a user whose budget cannot be reached.
+
+    A caller whose arguments have other names words it again, from what remains and why.
+    """
+
+    def __init__(self, budget: Budget, least: str, why: str) -> None:
+        super().__init__(
+            f"`to` must be reachable, got {budget!r}, but {least} remain with "
+            f"min_kept={budget.min_kept}{why}. Raise the limit or lower `min_kept`."
+        )
+        self.least = least
+        self.why = why
 
 
 class BudgetSelection:
@@ -88,6 +104,16 @@ class BudgetSelection:
                 return entries
             scores = groups.couple_rows(uneven, scores)
 
+    def largest(self, what: str, removed: Tensor, least: float = 0.1) -> list[tuple[str, int]]:
+        """The parameters that are at least this share of what remains, and their elements or bytes.
+
+        At most three, the largest first.
+        """
+        sizes = self._cost.by_parameter(what, removed)
+        total = sum(sizes.values())
+        found = [(name, size) for name, size in sizes.items() if size >= least * total]
+        return sorted(found, key=lambda item: -item[1])[:3]
+
     def _fewest(self, groups: ChannelGroups, removed_at: Tensor, number: int) -> int:
         """The least number of steps with which all limits hold."""
         least = round(self.share * number)
@@ -139,7 +165,10 @@ class BudgetSelection:
         return removed
 
     def _change(self, groups: ChannelGroups, one: RankedSet) -> float:
-        """How much the outputs change without half of a set: the squared relative difference."""
+        """How much the outputs change without half of a set: the squared relative difference.
+
+        An output of another shape, such as other boxes, has changed by all of its dense values.
+        """
         channels = torch.zeros(len(groups.frozen), dtype=torch.bool, device="cpu")
         channels[one.half()] = True
         entries = channels[groups.channel]
@@ -151,9 +180,8 @@ class BudgetSelection:
             with self._writer.zeroed():
                 found = self._outputs()
             off = sum(
-                _squared_norm(a - b)
-                for a, b in zip(found, self._dense, strict=False)
-                if a.shape == b.shape
+                _squared_norm(b if a is None or a.shape != b.shape else a - b)
+                for a, b in zip_longest(found[: len(self._dense)], self._dense)
             )
             size = sum(map(_squared_norm, self._dense))
             self._changes[key] = off / size if size else 0.0

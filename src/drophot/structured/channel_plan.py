@@ -14,8 +14,16 @@ from torch import nn
 from drophot._core import scalars
 from drophot._core.budget import Budget
 from drophot._core.importance import Importance
+from drophot.structured import stored_plan
 from drophot.structured.guarded_run import prune
-from drophot.structured.pruning_result import Change, Pruned, change_line, layer_table
+from drophot.structured.model_names import names_in
+from drophot.structured.pruning_result import (
+    Change,
+    Pruned,
+    change_line,
+    latency_line,
+    layer_table,
+)
 from drophot.structured.pruning_run import Request
 
 
@@ -70,7 +78,8 @@ class ChannelPlan:
             The edited plan; this one is unchanged.
 
         Raises:
-            TypeError: If an index is not an integer.
+            TypeError: If `layer` is not a string, `channels` is not a collection, or an index is
+                not an integer.
             ValueError: If the layer or an index does not exist, or a layer would lose all channels.
 
         Example:
@@ -101,7 +110,8 @@ class ChannelPlan:
             The edited plan; this one is unchanged.
 
         Raises:
-            TypeError: If an index is not an integer.
+            TypeError: If `layer` is not a string, `channels` is not a collection, or an index is
+                not an integer.
             ValueError: If the layer or an index does not exist.
         """
         numbers = self._numbers(layer, channels)
@@ -120,7 +130,9 @@ class ChannelPlan:
         plan that does not fit the model, or that the model cannot work with, is an error.
 
         Args:
-            model: A model with the layers of the planned one; its weights may be others.
+            model: A model with the layers of the planned one; its weights may be others. It may be
+                wrapped by `torch.compile`, `DataParallel` or `AveragedModel` or not, regardless of
+                the planned one.
             example_inputs: As in `prune_channels`.
             rules: As in `prune_channels`.
 
@@ -133,27 +145,34 @@ class ChannelPlan:
                 `prune_channels` raises one. The model is unchanged then.
             RuntimeError: If drophot itself fails.
         """
+        named = names_in(
+            model, [*self.channels, *self.skip], [path for path, _ in self.whole_heads]
+        )
         pruned, _ = prune(
             "ChannelPlan.apply",
             model,
             Request(
-                planned=self.removed,
-                planned_sizes={name: len(channels) for name, channels in self.channels.items()},
-                whole_heads=self.whole_heads,
+                planned={named[name]: gone for name, gone in self.removed.items()},
+                planned_sizes={named[name]: len(own) for name, own in self.channels.items()},
+                whole_heads=[(named[path], width) for path, width in self.whole_heads],
             ),
             example_inputs,
-            skip=self.skip,
+            skip=[named[name] for name in self.skip],
             rules=rules,
         )
         return pruned
 
     def to_json(self) -> str:
         """The plan as JSON."""
-        return json.dumps(asdict(self))
+        values = asdict(self)
+        return json.dumps({**values, stored_plan.DIGESTS: stored_plan.digests(values)})
 
     @staticmethod
     def from_json(text: str) -> ChannelPlan:
         """The plan that `to_json` stored.
+
+        You may edit `removed` in the text. As for `remove` and `keep`, the plan is marked as
+        edited then and has no costs.
 
         Args:
             text: The result of `to_json`.
@@ -162,16 +181,20 @@ class ChannelPlan:
             The plan.
 
         Raises:
-            ValueError: If the text is not the JSON of a plan.
+            ValueError: If the text is not the JSON of a plan, or a field in it has another value
+                than a plan can have; the error names both.
         """
         try:
-            return _from_values(json.loads(text))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            found = json.loads(text)
+        except (ValueError, TypeError) as error:
             start = repr(text if isinstance(text, str) else type(text).__name__)
             raise ValueError(
                 f"`text` must be the JSON of a ChannelPlan, got {start:.60}: {error}. Pass the "
                 f"result of `to_json`."
             ) from error
+        values, is_edited = stored_plan.read(found, [one.name for one in fields(ChannelPlan)])
+        plan = ChannelPlan(**values)
+        return plan._without_costs() if is_edited else plan
 
     def __str__(self) -> str:
         lines = [self.request]
@@ -179,11 +202,23 @@ class ChannelPlan:
             change: Change | None = getattr(self, name)
             if change is not None:
                 lines.append(change_line(name, change))
+        if self.parameters is None:
+            lines.append("costs: not computed; `apply` counts them")
+        if self.latency is not None:
+            lines.append(latency_line(self.latency))
         removed = {name: f"channels {_ranges(gone)}" for name, gone in self.removed.items() if gone}
         return "\n".join([*lines, *layer_table(self.layers, {**self.reasons, **removed})])
 
     def _numbers(self, layer: str, channels: Iterable[int]) -> set[int]:
         """The numbers of the channels of these outputs."""
+        if not isinstance(layer, str):
+            raise TypeError(
+                f"`layer` must be the name of a weight, as in `removed`, got {layer!r}. It has "
+                f"{', '.join(self.channels)}."
+            )
+        if not isinstance(channels, Iterable) or isinstance(channels, str):
+            fix = f" Pass [{channels}]." if isinstance(channels, int) else ""
+            raise TypeError(f"`channels` must be a collection of indices, got {channels!r}.{fix}")
         own = self.channels.get(layer)
         if own is None:
             near = get_close_matches(layer, self.channels, n=1)
@@ -207,16 +242,12 @@ class ChannelPlan:
             )
         if removed == self.removed:
             return self
+        return replace(self, removed=removed)._without_costs()
+
+    def _without_costs(self) -> ChannelPlan:
+        """The plan marked as edited, without the costs that it had before."""
         request = self.request if self.request.endswith(_EDITED) else self.request + _EDITED
-        return replace(
-            self,
-            request=request,
-            removed=removed,
-            parameters=None,
-            flops=None,
-            bytes=None,
-            latency=None,
-        )
+        return replace(self, request=request, parameters=None, flops=None, bytes=None, latency=None)
 
 
 _EDITED = " (edited)"
@@ -276,7 +307,7 @@ def plan_channels(
     )
     rewriter = run.rewriter
     rewriter.writer.restore()
-    unpruned, partly = rewriter.reasons()
+    unpruned, partly = run.reasons()
     return ChannelPlan(
         request=pruned.request,
         removed={
@@ -308,27 +339,3 @@ def _ranges(indices: Iterable[int]) -> str:
 
 
 _SHOWN = 8  # ranges in a line
-
-
-def _from_values(found: dict[str, Any]) -> ChannelPlan:
-    """A plan from the values of its JSON, with the channels that it removes checked."""
-    names = {one.name for one in fields(ChannelPlan)}
-    if set(found) != names:
-        raise ValueError(f"it has other fields than {', '.join(sorted(names))}")
-    for name in ("removed", "channels"):
-        found[name] = {layer: tuple(indices) for layer, indices in found[name].items()}
-    for layer, gone in found["removed"].items():
-        size = len(found["channels"].get(layer, ()))
-        inside = all(type(index) is int and 0 <= index < size for index in gone)
-        if not inside or len(set(gone)) < len(gone):
-            raise ValueError(
-                f"`{layer}` must lose distinct channels in [0, {size}), and it loses {gone}"
-            )
-        if size and len(gone) == size:
-            raise ValueError(f"`{layer}` must keep at least one channel, and it loses all {size}")
-    for name in ("parameters", "flops", "bytes"):
-        found[name] = None if found[name] is None else Change(*found[name])
-    found["latency"] = None if found["latency"] is None else tuple(found["latency"])
-    found["skip"] = tuple(found["skip"])
-    found["whole_heads"] = tuple((path, width) for path, width in found["whole_heads"])
-    return ChannelPlan(**found)

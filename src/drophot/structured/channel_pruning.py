@@ -9,7 +9,8 @@ How a network is pruned, and which module to read for it:
    by calling it with fewer entries (`entry_trials`).
 3. `channel_groups` ranks the channels, which are sets of coupled entries, by `importance`. For a
    budget, `global_ranking` orders the channels of all layers, and `budget_selection` removes no
-   more than `network_cost` requires; a plan names the channels (`planned_selection`).
+   more than `network_cost` requires; a plan names the channels (`planned_selection`). Its JSON is
+   checked in `stored_plan`, and `model_names` finds its names in a wrapped model.
 4. `network_writer` writes the smaller tensors into the network, and `passes` runs it. Each call
    must return the expected shape (`verification`); attributes that the code reads as widths are
    found and changed (`width_search`).
@@ -83,14 +84,14 @@ def prune_channels(
         ICLR 2021, https://arxiv.org/abs/2010.07611: scores relative to what a layer still has.
 
     Args:
-        model: Any module that runs eagerly, on any device.
+        model: Any module that runs eagerly, on any device. It may be compiled.
         ratio: The share removed, in [0, 1). Pass either this or `to`.
         example_inputs: A tensor, a tuple of the model's positional arguments or a dict of its
             keyword arguments, on the model's device; two samples are enough.
         to: What the network may cost at most, in parameters, FLOPs, bytes or milliseconds, such as
             `Budget(parameters=1_000_000)`.
         skip: Names of modules or parameters that keep their shape, as in `model.named_modules()`;
-            a module's name includes everything in it.
+            a module's name includes everything in it. `importance` is not called for them.
         importance: A function `(name, weight) -> Tensor` of values that are at least 0, higher for
             what should be kept. It returns one value per output channel, of shape `(C_out,)`: along
             dimension 0 of `weight`, or dimension 1 for transposed convolutions and for parameters
@@ -113,12 +114,14 @@ def prune_channels(
             and a weight, `rules` does not map operators to functions that take their arguments, or
             a rule does not pass pairs to `couple`.
         ValueError: If `ratio` is not in [0, 1), `to` cannot be reached or limits FLOPs that cannot
-            be counted, a name in `skip` is unknown, the model does not take `example_inputs`,
+            be counted, a name in `skip` is unknown, the model does not take `example_inputs` or has
+            adapters that `skip` does not name,
             `importance` returns another shape or values that are negative or not finite, a rule
-            couples dimensions that do not exist or differ in size, `ratio` removes no channel, or a
-            weight in a layer that `skip` does not name is not finite, has no data yet, is sharded,
-            is packed by a quantized layer or is computed by a parametrization. The model is
-            unchanged then.
+            couples dimensions that do not exist or differ in size, `ratio` removes no channel, the
+            model or a module in it is a result of TorchScript or torch.export, all of its layers
+            are quantized, or a weight in a layer that `skip` does not name is not finite, has no
+            data yet, is sharded, is packed by a quantized layer or is computed by a
+            parametrization. The model is unchanged then.
         RuntimeError: If drophot itself fails, with a message that says so. Errors of your own code
             (of the model, `importance` or a rule), of a signal handler and of running out of memory
             are raised unchanged.

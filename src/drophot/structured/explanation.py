@@ -34,6 +34,9 @@ def explain(
         channels = groups.channel[ids]
         rank = 0 if why == reasons.OUTPUT else number + 1  # the most informative reason comes first
         first[channels] = first[channels].clamp(max=rank)
+    produced = torch.zeros(len(groups.frozen), dtype=torch.bool, device="cpu")
+    for ids in groups.outputs:
+        produced[groups.channel[ids]] = True
     found = [reasons.OUTPUT, *(why for why, _ in graph.frozen)]
     unpruned, partly, steps = {}, {}, groups.steps()
     for name, axes in outputs.items():
@@ -48,6 +51,8 @@ def explain(
             step = steps.get(group, 1)
             if len(frozen_by) and int(frozen_by.min()) < none:
                 why = found[int(frozen_by.min())]
+            elif not produced[channels].any():
+                why = reasons.NOT_PRODUCED
             elif len(channels.unique()) == 1 < len(ids):
                 why = "its channels can only be removed all together"
             elif step > 1:

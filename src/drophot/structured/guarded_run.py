@@ -40,9 +40,10 @@ def prune(
     """Prune a network for the public function `caller`; if this fails, it is unchanged."""
     check_importance("importance", importance)
     prunable_weights.check_module("model", model)
+    prunable_weights.check_not_program("model", model, inside=True)
     left_out = prunable_weights.left_out(model, skip)
+    check_no_adapters(model, left_out)
     weights = prunable_weights.with_channels(model, left_out)
-    check_no_adapters(name for name, weight in weights.items() if id(weight) not in left_out)
     check_not_prepared(model)
     check_not_quantized(model, left_out)
     prunable_weights.check_finite(weights)

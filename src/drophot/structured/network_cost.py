@@ -30,10 +30,14 @@ class NetworkCost:
     def __init__(
         self, model: nn.Module, graph: DependencyGraph, calls: Sequence[RecordedCall]
     ) -> None:
-        self._parameters = [
-            (tuple(parameter.shape), _rows(graph.axes.get(parameter) or ()), parameter.itemsize)
-            for parameter in model.parameters()
-        ]
+        self._parameters = {
+            name: (
+                tuple(parameter.shape),
+                _rows(graph.axes.get(parameter) or ()),
+                parameter.itemsize,
+            )
+            for name, parameter in model.named_parameters()
+        }
         self._products = []
         for call in calls:
             if call.product is None:
@@ -58,10 +62,14 @@ class NetworkCost:
         """The number of parameters, bytes or FLOPs without the removed entries."""
         if what == "flops":
             return self.flops(removed)
-        return sum(
-            prod(_shape(shape, rows, removed)) * (size if what == "bytes" else 1)
-            for shape, rows, size in self._parameters
-        )
+        return sum(self.by_parameter(what, removed).values())
+
+    def by_parameter(self, what: str, removed: Tensor) -> dict[str, int]:
+        """The elements or bytes of each parameter without the removed entries, by name."""
+        return {
+            name: prod(_shape(shape, rows, removed)) * (size if what == "bytes" else 1)
+            for name, (shape, rows, size) in self._parameters.items()
+        }
 
     def flops(self, removed: Tensor) -> int:
         """The operations of the recorded calls without the removed entries."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from drophot.structured.channel_groups import ChannelGroups
+from drophot.structured.reasons import module_in
 
 
 def check_fits(planned: Mapping[str, int], found: Mapping[str, int]) -> None:
@@ -36,6 +37,7 @@ class PlannedSelection:
     ) -> None:
         self.planned = planned
         self.outputs = outputs
+        self._num_frozen: int | None = None  # by the graph, before the network was tried
 
     def __call__(self, groups: ChannelGroups, scores: Tensor) -> Tensor:
         """Whether each entry is removed."""
@@ -51,6 +53,7 @@ class PlannedSelection:
                     )
                 removed[groups.channel[ids[sorted(indices)]]] = True
         self._check(groups, removed)
+        self._num_frozen = len(groups.graph.frozen)
         return removed[groups.channel]
 
     def _check(self, groups: ChannelGroups, removed: Tensor) -> None:
@@ -66,6 +69,8 @@ class PlannedSelection:
                 )
             if (stuck := (gone & groups.frozen[groups.channel[ids]]).nonzero()[:, 0]).numel():
                 why = _reason(groups, int(groups.channel[ids[stuck[0]]]))
+                if self._num_frozen is not None:
+                    raise self._does_not_run(groups, why)
                 raise ValueError(
                     f"The plan must remove channels that can be removed, but channel "
                     f"{int(stuck[0])} of `{name}` cannot: {why}. Keep it with `keep`."
@@ -76,6 +81,25 @@ class PlannedSelection:
                 f"The plan must remove the same number of channels from each head or group, but it "
                 f"removes different numbers in `{', '.join(names[:3])}`. Edit the plan."
             )
+
+    def _does_not_run(self, groups: ChannelGroups, why: str) -> ValueError:
+        """The error if the network, tried with the planned channels, cannot work with them."""
+        path = module_in(why)
+        kept = [ids for _, ids in groups.graph.frozen[self._num_frozen :]]
+        tried = groups.channel[torch.cat(kept)] if kept else groups.channel[:0]
+        found = [
+            f"{len(ids) - len(gone)} of {len(ids)} in `{name}`"
+            for name, ids in self.outputs.items()
+            for gone in [self.planned.get(name, ())]
+            if (path and name.startswith(f"{path}."))
+            or (gone and bool(torch.isin(groups.channel[ids], tried).any()))
+        ]
+        return ValueError(
+            f"The plan must leave numbers of channels that the model can work with, but it leaves "
+            f"{', '.join(found)}: {why}. Attention, for example, needs as many channels as its "
+            f"heads have together, and equally many in each head. Remove or keep channels until "
+            f"the numbers fit."
+        )
 
 
 def _reason(groups: ChannelGroups, channel: int) -> str:

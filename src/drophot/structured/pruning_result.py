@@ -45,7 +45,7 @@ class Pruned:
     kept_norm_channels: Mapping[str, Tensor]
     """The indices of the channels that each normalization layer kept, by its weight's name."""
     unpruned_layers: Mapping[str, str]
-    """The layers that kept all of their channels, and why."""
+    """The layers and embeddings that kept all of their channels, and why."""
     num_requested: int
     """The number of channels to remove from all layers, each rounded separately."""
     not_removed: Mapping[str, int]
@@ -66,7 +66,7 @@ class Pruned:
         for name in ("channels", "parameters", "flops", "bytes"):
             lines.append(change_line(name, getattr(self, name)))
         if self.latency is not None:
-            lines.append("{:<10}  {:>15,.3g} to {:>15,.3g}  ms".format("latency", *self.latency))
+            lines.append(latency_line(self.latency))
         own: dict[tuple[str, Change], list[str]] = {}
         for name, change in self.attributes.items():
             _, _, last = name.rpartition(".")
@@ -89,7 +89,11 @@ class Pruned:
                 lines.append(f"{rest:>10,}  for other reasons: see `not_removed`")
         if self.unpruned_parameters:
             most = sorted(self.unpruned_parameters.items(), key=lambda item: -item[1])
-            shares = [f"{name} ({share:.1%} of the parameters)" for name, share in most]
+            whys = {name: f": {why}" for name, why in self.unpruned_layers.items()}
+            shares = [
+                f"{name} ({share:.1%} of the parameters{whys.get(name, '')})"
+                for name, share in most
+            ]
             shares = [one for one, (_, share) in zip(shares, most, strict=True) if share >= 5e-4]
             lines += [f"not pruned: {_some(shares)}"] if shares else []
         if self.ratio is None:
@@ -111,6 +115,11 @@ def change_line(name: str, change: Change) -> str:
     return (
         f"{name:<10}  {change.before:>15,} to {change.after:>15,}  {change.removed:>6.1%} removed"
     )
+
+
+def latency_line(latency: tuple[float, float]) -> str:
+    """A line of a table: the milliseconds of a call before and after."""
+    return "{:<10}  {:>15,.3g} to {:>15,.3g}  ms".format("latency", *latency)
 
 
 def layer_table(layers: Mapping[str, Change], notes: Mapping[str, str]) -> list[str]:

@@ -15,9 +15,10 @@ from drophot.prune.latency import latency
 from drophot.prune.model_summary import Summary, summary
 from drophot.structured import attention_heads, reasons, single_call, tracer, width_attributes
 from drophot.structured.attention_heads import WholeHeads
-from drophot.structured.budget_selection import BudgetSelection, Unreachable
+from drophot.structured.budget_selection import BudgetSelection, Unreachable, UnreachableBudgetError
 from drophot.structured.channel_groups import ChannelGroups
 from drophot.structured.dependency_graph import DependencyGraph
+from drophot.structured.explanation import explain
 from drophot.structured.operator_call import Rule
 from drophot.structured.planned_selection import PlannedSelection, check_fits
 from drophot.structured.pruning_result import Change, Pruned
@@ -43,6 +44,10 @@ class Request:
     @staticmethod
     def of(ratio: float | None, budget: Budget | None) -> Request:
         """The request of a user, who gives either a ratio or a budget."""
+        if isinstance(ratio, Budget):
+            raise TypeError(
+                f"`ratio` must be a number, got {ratio!r}. Pass a budget by name: to={ratio!r}."
+            )
         if budget is None:
             if ratio is None:
                 raise TypeError(
@@ -146,7 +151,15 @@ class PruningRun:
         """Remove channels as requested."""
         request, model = self.request, self.model
         self.rewriter = Rewriter(
-            model, graph, calls, self.weights, request.ratio, self.importance, training, tried
+            model,
+            graph,
+            calls,
+            self.weights,
+            request.ratio,
+            self.importance,
+            training,
+            tried,
+            self.left_out,
         )
         if request.planned is not None:
             sizes = {
@@ -180,21 +193,21 @@ class PruningRun:
                 f"torch.utils.flop_counter.register_flop_formula, or limit something else."
             )
         try:
-            self._fit_latency(selection, budget)
-            while limit is not None:  # the recorded products may cost less than those called
+            while True:
+                self._fit_latency(selection, budget)
+                if limit is None:
+                    return
+                # The recorded products may cost less than those that are called.
                 found = _summary(self.model, self.example_inputs).counted_flops or 0
                 if found <= limit:
-                    break
+                    return
                 self.rewriter.writer.restore()
                 # At least one operation less, so that each round removes more.
                 fewer = selection.limits["flops"] * limit / found
                 selection.limits["flops"] = min(fewer, selection.limits["flops"] - 1)
-                self.rewriter.run(self.example_inputs, selection)
-                if self._latency is not None:  # of the network with fewer channels
-                    self._latency = self._latency[0], self._measured()
         except Unreachable as error:
             self.rewriter.removed = error.removed
-            raise self._unreachable(error, budget) from None
+            raise self._unreachable(error, budget, selection) from None
         except BaseException:
             self.rewriter.writer.restore()
             raise
@@ -204,7 +217,7 @@ class PruningRun:
         if limit is None:
             self.rewriter.run(self.example_inputs, selection)
             return
-        dense = self._measured()
+        dense = self._latency[0] if self._latency is not None else self._measured()
 
         def at(share: float) -> float:
             self.rewriter.writer.restore()
@@ -212,48 +225,78 @@ class PruningRun:
             self.rewriter.run(self.example_inputs, selection)
             return self._measured()
 
-        low, high, last = 0.0, 1.0, 0.0
-        found = at(low)
+        found = at(0.0)
         if found > limit:
-            last, found = high, at(high)
+            found = at(1.0)
+            low, high, last = 0.0, 1.0, 1.0
+            for _ in range(_LATENCY_STEPS if found <= limit else 0):
+                last = (low + high) / 2
+                if at(last) <= limit:
+                    high = last
+                else:
+                    low = last
+            if found <= limit:
+                # The least of several noisy times is too low, so that of the result is measured.
+                found = self._measured() if last == high else at(high)
+            step = 2**-_LATENCY_STEPS
+            while found > limit and high < 1:
+                high, step = min(high + step, 1.0), 2 * step
+                found = at(high)
             if found > limit:
                 removed = self.rewriter.removed
                 self.rewriter.writer.restore()
                 raise Unreachable("latency", found, removed)
-            for _ in range(_LATENCY_STEPS):
-                last = (low + high) / 2
-                took = at(last)
-                if took <= limit:
-                    high, found = last, took
-                else:
-                    low = last
-            if last != high:
-                at(high)
         self._latency = dense, found
 
     def _measured(self) -> float:
         with single_call.preserved_state(self.model):
             return latency(self.model, self.example_inputs)
 
-    def _unreachable(self, error: Unreachable, budget: Budget) -> ValueError:
-        unpruned, partly = self.rewriter.reasons()
+    def reasons(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Why layers and embeddings kept all channels, and why layers kept some, by the weight."""
+        rewriter = self.rewriter
+        embeddings = {
+            f"{path}.weight".removeprefix(".")
+            for path, module in self.model.named_modules()
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        }
+        axes = {
+            name: [axis for axis in rewriter.graph.axes_of(tensor) if axis.dim == 1]
+            for tensor, name in rewriter.graph.names.items()
+            if name in embeddings - rewriter.weights.keys()
+        }
+        kept, _ = explain(
+            rewriter.graph, rewriter.groups, rewriter.removed, axes, self.request.ratio
+        )
+        unpruned, partly = rewriter.reasons()
+        return unpruned | kept, partly
+
+    def _unreachable(
+        self, error: Unreachable, budget: Budget, selection: BudgetSelection
+    ) -> ValueError:
+        unpruned, partly = self.reasons()
+        largest = []
+        if error.limit in ("parameters", "bytes"):
+            for name, count in selection.largest(error.limit, error.removed):
+                why = f": {unpruned[name]}" if name in unpruned else ""
+                largest.append(f"{count:,} in `{name}` ({count / error.least:.1%}{why})")
         counts: dict[str, int] = {}
         for name, why in (unpruned | partly).items():
-            if why != reasons.RANKED:
+            if why != reasons.RANKED and name in self.rewriter.weights:
                 kept = len(self.rewriter.kept_channels()[name])
                 counts[why] = counts.get(why, 0) + kept
         most = [f"{count:,} channels: {why}" for count, why in reasons.merged(counts)[:3]]
-        what = UNITS[error.limit]
-        return ValueError(
-            f"`to` must be reachable, got {budget!r}, but at least {error.least:,.6g} {what} "
-            f"remain with min_kept={budget.min_kept}{'; kept are ' * bool(most)}{'; '.join(most)}. "
-            f"Raise the limit or lower `min_kept`."
+        return UnreachableBudgetError(
+            budget,
+            f"at least {error.least:,.6g} {UNITS[error.limit]}",
+            f"{', of which ' * bool(largest)}{', '.join(largest)}"
+            f"{'; kept are ' * bool(most)}{'; '.join(most)}",
         )
 
     def _result(self) -> Pruned:
         """The counts before and after, and why channels were kept."""
         rewriter, before, ratio = self.rewriter, self.before, self.request.ratio
-        kept, (unpruned, partly) = rewriter.kept_channels(), rewriter.reasons()
+        kept, (unpruned, partly) = rewriter.kept_channels(), self.reasons()
         layers = {
             name: Change(weight.shape[rewriter.output_dim(name)], len(kept[name]))
             for name, weight in rewriter.weights.items()

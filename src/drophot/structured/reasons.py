@@ -9,6 +9,7 @@ OUTPUT = "an output of the network"
 UNUSED = "the model does not use it with these inputs"
 RANKED = "the channels that were removed rank lower, or `min_kept` and `round_to` allow no more"
 ONE = "at least one channel is kept"
+NOT_PRODUCED = "no Conv or Linear layer or attention projection produces these channels"
 VALUES = "the values differ from those of the network in which these channels are zero"
 
 # The operators that torch calls, and what users call them.
@@ -68,6 +69,12 @@ def why_kept(name: str, path: str, why: str) -> str:
 
 
 _MODULE = re.compile(r"\b(in|of) (`[^`]+`)")
+
+
+def module_in(why: str) -> str:
+    """The path of the module that a reason of `why_kept` names; empty if it names none."""
+    found = _MODULE.search(why)
+    return found[2].strip("`") if found else ""
 
 
 def merged(counts: Mapping[str, int]) -> list[tuple[int, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from drophot.structured import width_attributes
+from drophot.structured.model_names import names_in
 from drophot.structured.substitution import replace, wrapped_like
 
 
@@ -15,7 +16,8 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """Give a new model the shapes of a pruned one, in place, so that it can load its weights.
 
     Args:
-        model: A model as it was before pruning, with any weights.
+        model: A model as it was before pruning, with any weights. It may be wrapped by
+            `torch.compile`, `DataParallel` or `AveragedModel` or not, regardless of the pruned one.
         description: `Pruned.description`, which may have been stored as JSON.
 
     Returns:
@@ -35,8 +37,12 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     modules = dict(model.named_modules())
+    inside = description.get("inside", ())
+    paths = [*description["attributes"], *(path for path, _, _ in inside)]
+    named = names_in(model, description["shapes"], paths)
     new: dict[str, Tensor] = {}
-    for name, shape in description["shapes"].items():
+    for stored, shape in description["shapes"].items():
+        name = named[stored]
         old = tensors.get(name)
         sizes = () if old is None else tuple(old.shape)
         if (
@@ -49,18 +55,18 @@ def rebuild(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
                 f"`model` must have a tensor `{name}` that is at least as large as "
                 f"{tuple(shape)}, but it {got}. Pass a new model, as it was before pruning."
             )
-        if name in description.get("kept_positions", ()):
-            part = old.detach().flatten()[description["kept_positions"][name]].reshape(shape)
+        if stored in description.get("kept_positions", ()):
+            part = old.detach().flatten()[description["kept_positions"][stored]].reshape(shape)
         else:
             part = old.detach()[tuple(slice(n) for n in shape)].clone()
         new[name] = wrapped_like(old, part)
     attributes: dict[tuple[str, width_attributes.Key], Any] = {}
     changes: list[tuple[str, width_attributes.Key, Any]] = [
-        (path, (name,), value)
+        (named[path], (name,), value)
         for path, values in description["attributes"].items()
         for name, value in values.items()
     ]
-    changes += [(path, tuple(key), value) for path, key, value in description.get("inside", ())]
+    changes += [(named[path], tuple(key), value) for path, key, value in inside]
     for path, key, value in changes:
         try:
             old = width_attributes.read(modules[path], key)

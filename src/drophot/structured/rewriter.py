@@ -59,6 +59,7 @@ class Rewriter:
         importance: The importance of weights or of output channels.
         training: The recorded calls in training mode, if they include other operators.
         tried_heads: Heads that have already been tried as a whole.
+        left_out: The parameters that keep their shape, which have no importance.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Rewriter:
         importance: Importance,
         training: Sequence[RecordedCall] = (),
         tried_heads: Collection[tuple[str, int]] = (),
+        left_out: Collection[int | str] = (),
     ) -> None:
         self.model = model
         self.graph = graph
@@ -79,6 +81,7 @@ class Rewriter:
         self.ratio = ratio
         self.importance = importance
         self.tried_heads = set(tried_heads)
+        self.left_out = left_out
         self.weights, self._output_dims = producing_weights(model, graph, weights)
         produced = [
             (self.output_dim(name), graph.axes_of(weight)) for name, weight in self.weights.items()
@@ -187,6 +190,7 @@ class Rewriter:
         weights = {
             name: (weight, self.output_dim(name), self.graph.axes_of(weight))
             for name, weight in self.weights.items()
+            if id(weight) not in self.left_out  # the channels that it has or reads stay
         }
         scores = self.groups.scores(weights, self.importance)
         self.removed = select(self.groups, scores)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from drophot._core.model_contexts import call_hooks, evaluating, preserved_state
+from drophot.prune.eager_mode import eagerly
 from drophot.prune.latency import call
 
 
@@ -22,6 +23,8 @@ def run(
     training: bool = False,
 ) -> Any:
     """Call a model in a dispatch mode, operator by operator, and leave it unchanged.
+
+    A compiled model runs eagerly.
 
     Args:
         model: The model.
@@ -36,6 +39,7 @@ def run(
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
+            stack.enter_context(eagerly())
             stack.enter_context(preserved_state(model))
             stack.enter_context(evaluating(model))
             if training:

@@ -313,12 +313,13 @@ class ForgettingTracker:
 
         Args:
             path: The file; an existing file is replaced.
-            ids: Your own names of the samples, such as file names, in the order of the dataset.
-                They become the first column, `id`.
+            ids: Your own names of the samples, such as file names, in the order of the dataset,
+                each different. They become the first column, `id`.
 
         Raises:
-            ValueError: If `ids` does not have one value for each sample, or a batch had wrong
-                indices.
+            TypeError: If `ids` is a string or a set.
+            ValueError: If `ids` does not have one value for each sample, has a value twice or a
+                missing one, or a batch had wrong indices.
             OSError: If the file cannot be written.
 
         Example:

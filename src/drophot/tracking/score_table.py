@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,6 +22,9 @@ def most_suspicious(tracker: DynamicsTracker, statistic: str, number: int) -> np
     """The samples that a statistic finds hardest, the hardest first.
 
     Samples that were never presented are left out. The label of a hard sample may be wrong.
+
+    Raises:
+        ValueError: If the tracker does not keep the statistic, or no sample has a score.
     """
     if statistic not in tracker.statistics:
         names = ", ".join(map(repr, tracker.statistics))
@@ -28,6 +32,14 @@ def most_suspicious(tracker: DynamicsTracker, statistic: str, number: int) -> np
     scores = tracker.scores(statistic, missing="nan").cpu().numpy()
     if tracker.statistics[statistic].hard_end == "high":
         scores = -scores
+    if np.isnan(scores).all():
+        most = int(tracker.presentations.max())
+        if most == 0:
+            raise ValueError("`tracker` must have presented samples, got one that has seen none.")
+        raise ValueError(
+            f"`tracker` must have a {statistic!r} for at least one sample, got NaN for all. No "
+            f"sample was presented more than {most} times."
+        )
     order = np.argsort(scores, kind="stable")  # NaNs come last
     return order[: min(number, int((~np.isnan(scores)).sum()))]
 
@@ -52,15 +64,31 @@ def write_csv(
 
 def save_csv(path: Path, columns: Mapping[str, np.ndarray], ids: Iterable[object] | None) -> None:
     """Write all rows to a file, whole or not at all."""
-    num_samples = len(columns["index"])
-    if ids is not None:  # by position: a pandas Series is indexed by its labels
-        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-    if ids is not None and len(ids) != num_samples:
-        raise ValueError(
-            f"`ids` must have one value for each of the {num_samples} samples, got {len(ids)}. "
-            f"Pass those of the whole dataset, in its order."
-        )
+    # A list, because a pandas Series is indexed by its labels.
+    ids = None if ids is None else _checked_ids(ids, len(columns["index"]))
     with atomic_write(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         write_csv(text, columns, ids=ids)
         text.detach()  # flushes, and leaves the file open
+
+
+def _checked_ids(ids: Iterable[object], num_samples: int) -> list[object]:
+    if isinstance(ids, str | bytes | Set):
+        what = "a set, which has no order" if isinstance(ids, Set) else repr(ids)
+        raise TypeError(f"`ids` must be a list of names, one for each sample, got {what}.")
+    found = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    if len(found) != num_samples:
+        raise ValueError(
+            f"`ids` must have one value for each of the {num_samples} samples, got {len(found)}. "
+            f"Pass those of the whole dataset, in its order."
+        )
+    samples: dict[str, int] = {}
+    for sample, value in enumerate(found):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            raise ValueError(f"`ids` must name each sample, got {value} for sample {sample}.")
+        first = samples.setdefault(str(value), sample)
+        if first != sample:
+            raise ValueError(
+                f"`ids` must be different, got {value!r} for the samples {first} and {sample}."
+            )
+    return found

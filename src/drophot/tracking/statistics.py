@@ -147,21 +147,22 @@ def built_in_values(logits: Tensor, targets: Tensor) -> Tensor:
     One function computes all four, because they share the exponentials. Logits are float32.
     """
     own = logits.gather(1, targets)
-    others = logits.scatter(1, targets, -torch.inf)
-    nearest = others.amax(1, keepdim=True)
+    nearest = logits.scatter(1, targets, -torch.inf).amax(1, keepdim=True)
     margin = own - nearest
     # The largest logit becomes 0, so that nothing overflows; p = exp(logits) / total. An infinite
     # logit is first replaced by the largest finite number, so that all others get probability 0.
     most = torch.finfo(torch.float32).max
     largest = torch.maximum(own, nearest).clamp(max=most)
     own = own.clamp(max=most) - largest
-    others = (others.clamp(max=most) - largest).exp()
+    # Once for all classes: on a CPU, each `exp` waits for all threads of torch.
+    powers = (logits.clamp(max=most) - largest).exp()
+    others = powers.scatter(1, targets, 0)
     rest = others.sum(1, keepdim=True)
     # total - 1 and 1 - p_y without the 1, which would round away the digits of a confident sample.
     beyond = rest + own.expm1()
     total = beyond + 1
     error = torch.linalg.vector_norm(others, dim=1, keepdim=True).hypot(rest) / total
-    return torch.cat([margin, error, own.exp() / total, beyond.log1p() - own], 1)
+    return torch.cat([margin, error, powers.gather(1, targets) / total, beyond.log1p() - own], 1)
 
 
 @dataclass(frozen=True, slots=True)
