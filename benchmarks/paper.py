@@ -5,7 +5,8 @@
                                           the figures of docs/results.md
 
 The records are in benchmarks/results. They come from examples/paper_grid.py and from selection.py,
-importances.py, recipe.py and table1.py in benchmarks; docs/results.md has the commands.
+importances.py, forgotten.py, recipe.py and table1.py in benchmarks; docs/results.md has the
+commands.
 """
 
 import json
@@ -17,6 +18,7 @@ from statistics import mean, stdev
 import faults
 from common import read_grid as read
 from faults import Differences, Faults, signed
+from forgotten_tables import forgotten
 from importance_tables import importances
 from selection_tables import draw, selected
 
@@ -115,6 +117,7 @@ def tables() -> dict[str, str]:
         "channels": report.table(read("lenet_channels")),
         **selected(),
         **importances(),
+        **forgotten(),
         "latency": latency(),
         "recalibrated": recalibrated(),
     }
