@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from drophot.prune.linear_layers import packed_weights, weights_of
 
@@ -19,7 +20,9 @@ def check_no_adapters(model: nn.Module, without: Collection[int | str]) -> None:
     lora = [
         name
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and id(parameter) not in without and _is_lora(name)
+        if _is_lora(name)
+        and id(parameter) not in without
+        and (is_lazy(parameter) or parameter.dim() > 1)
     ]
     if lora:
         raise ValueError(
