@@ -15,6 +15,7 @@ from sphinx.util.nodes import make_refnode
 PUBLIC = {
     "Axes": "matplotlib.axes.Axes",
     "Figure": "matplotlib.figure.Figure",
+    "SubFigure": "matplotlib.figure.SubFigure",
     "Dataset": "torch.utils.data.Dataset",
     "ProcessGroup": "torch.distributed.ProcessGroup",
     "Named": "drophot.settings.Named",
@@ -37,11 +38,13 @@ NUMPY = "https://numpy.org/doc/stable/reference"
 TRAINER = "https://huggingface.co/docs/transformers/main_classes/trainer"
 CALLBACK = "https://lightning.ai/docs/pytorch/stable/api/lightning.pytorch.callbacks.Callback.html"
 AXES = "https://matplotlib.org/stable/api/_as_gen/matplotlib.axes.Axes.html"
+FIGURE = "https://matplotlib.org/stable/api/figure_api.html"
 
 PAGES = {
     "lightning.pytorch.callbacks.Callback": CALLBACK,
     "matplotlib.axes.Axes": AXES,
-    "matplotlib.figure.Figure": "https://matplotlib.org/stable/api/figure_api.html",
+    "matplotlib.figure.Figure": FIGURE,
+    "matplotlib.figure.SubFigure": FIGURE,
     "transformers.Trainer": f"{TRAINER}#transformers.Trainer",
     "torch.distributed.ProcessGroup": f"{TORCH}/distributed.html",  # has no separate entry
 }
