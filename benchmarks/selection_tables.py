@@ -18,7 +18,7 @@ from drophot import Record, stats
 
 SHARES = (0.5, 0.3, 0.2, 0.1, 0.05, 0.01)
 ONCE = ("once", "scores", "dynamic")
-NOISY = ("once_noisy", "dynamic_noisy")
+NOISY = ("once_noisy", "scores_noisy", "dynamic_noisy")
 
 # The control of each part of little_data.py, and the schedule of its pruning.
 LITTLE_DATA = {
