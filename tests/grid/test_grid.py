@@ -295,7 +295,7 @@ def test_a_training_without_a_second_selection_is_left_out(tmp_path: Path) -> No
     found = [(r.mode, r.equal_steps) for r in grid.run(tmp_path)]
     fresh = [("fresh_subset", False), ("fresh_subset", True)]
     assert found == [("baseline", False), *fresh, *((one.name, True) for one in adaptive)]
-    assert grid.plan().cells == len(found)
+    assert grid.plan().runs == len(found)
     wide = {**equal, "data_ratios": [0.3, 0.9]}  # 3 epochs of 90 % are no 4th one
     with pytest.raises(ValueError, match=r"`every`.*'adaptive3-high'.* 3, got 3") as caught:
         Grid(run, modes=[Adaptive("high", every=3)], **wide)
