@@ -101,6 +101,7 @@ def test_an_alarm_at_any_moment_comes_out_as_it_is(
         assert all(same) == (found is not None), number
         return found
 
+    stopped(0)  # fills the caches of functions, so that later runs have equally many calls
     assert stopped(0) is None
     total = counted["calls"]
     assert total > 1000
