@@ -155,10 +155,11 @@ def find(
         if key not in found:
             raise ValueError(f"`--key` must be {names}, got {key!r}.")
         return found[key]
-    preferred = [state for state in found.values() if prefer(state)] or list(found.values())
+    preferred = {name: state for name, state in found.items() if prefer(state)} or found
     if len(preferred) > 1:
+        names = ", ".join(map(repr, preferred))
         raise ValueError(f"{path} holds several: {names}. Choose one with --key.")
-    return preferred[0]
+    return next(iter(preferred.values()))
 
 
 def _states(
