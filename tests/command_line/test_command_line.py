@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -446,8 +446,15 @@ def test_a_checkpoint_is_read_without_its_objects(
         found = error(capsys, command, file)
         assert "torch.nn.modules.container.Sequential" in found
         assert "torch.save" in found
-    torch.save({"hyper_parameters": Unpickled(touched, os.mkdir), **states}, file)
-    assert "not safe" in error(capsys, "suspects", file)
+    for unsafe, name in (
+        (Unpickled(touched, os.mkdir), "mkdir"),
+        (defaultdict(int, a=1), "collections.defaultdict"),
+    ):
+        torch.save({"hyper_parameters": unsafe, **states}, file)
+        found = error(capsys, "suspects", file)
+        assert "not safe" in found
+        assert name in found
+        assert "weights_only=False" in found
     assert not touched.exists()
 
 

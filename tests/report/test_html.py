@@ -131,6 +131,8 @@ def test_its_parts_come_in_order(full: tuple[Page, str]) -> None:
         "Table 2: all accuracies",
         "Table 3: agreement of the coresets",
         "Table 4: seconds",
+        "Table 5: settings that differ",
+        "Table 6: configuration",
         "How to read this",
     ]
     summary = full[0].words.partition("Figure 1")[0]

@@ -134,6 +134,9 @@ def test_the_sheet_is_drawn_into_a_given_figure() -> None:
     left, right = np.ravel(whole.subfigures(1, 2))
     assert plot_suspects(tracker(), images, number=2, figure=left) is whole
     assert [len(part.axes) for part in (left, right)] == [2, 0]
+    with pytest.raises(ValueError, match="label 1"):
+        plot_suspects(tracker(), TensorDataset(images, LABELS.roll(1)), figure=right)
+    assert not right.axes
     plain = Figure()
     assert plot_suspects(tracker(), images, number=3, figure=plain) is plain
     assert len(plain.axes) == 3

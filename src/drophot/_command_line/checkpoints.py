@@ -22,12 +22,6 @@ class _Unread:
 
     def __setstate__(self, _: object) -> None: ...
 
-    def __setitem__(self, _: object, __: object) -> None: ...
-
-    def append(self, _: object) -> None: ...
-
-    def extend(self, _: object) -> None: ...
-
 
 def load(path: Path) -> object:
     """The content of a file of `torch.save` or safetensors, on the CPU.
@@ -113,9 +107,14 @@ def _explain(path: Path, error: Exception) -> str:
         )
     is_pickle = any(name.endswith("/data.pkl") for name in names or ()) or head[0] == 0x80
     if is_pickle and isinstance(error, UnpicklingError):
+        found = "was written by pickle"
+        if names is not None:
+            objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            found = f"holds objects of {', '.join(sorted(objects))}"
         return (
-            f"{path} holds a Python object or was written by pickle, which is not safe to read. "
-            f"Save the `state_dict` of the network or the tracker with torch.save."
+            f"{path} {found}, which is not safe to read, as it could run code. If you trust the "
+            f"file, read it in Python with torch.load(..., weights_only=False), and save the "
+            f"`state_dict` of the network or the tracker with torch.save."
         )
     if is_pickle or (head == b"PK" and names is None):
         return f"{path} is damaged: torch.load cannot read it. Save or copy it again."
@@ -159,10 +158,11 @@ def find(
         if key not in found:
             raise ValueError(f"`--key` must be {names}, got {key!r}.")
         return found[key]
-    preferred = [state for state in found.values() if prefer(state)] or list(found.values())
+    preferred = {name: state for name, state in found.items() if prefer(state)} or found
     if len(preferred) > 1:
+        names = ", ".join(map(repr, preferred))
         raise ValueError(f"{path} holds several: {names}. Choose one with --key.")
-    return preferred[0]
+    return next(iter(preferred.values()))
 
 
 def _states(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,7 +31,7 @@ def write(path: Path, score: str, number: int, key: str | None, file: TextIO) ->
         chosen = "" if key is None else f" --key {key}"
         raise ValueError(
             f"`--score` must be one of {names}, got {score!r}. For example: `drophot suspects "
-            f"{path}{chosen} --score {next(iter(tracker.statistics))}`."
+            f"{shlex.quote(str(path))}{chosen} --score {next(iter(tracker.statistics))}`."
         )
     rows = most_suspicious(tracker, score, number)
     write_csv(file, tracker.columns(), rows=rows)

@@ -221,23 +221,25 @@ def plot_suspects(
     plots.axes(None)  # raises if matplotlib is missing
     from matplotlib.figure import Figure
 
-    rows = -(-len(worst) // _PER_ROW)
+    targets = tracker.columns()["target"]
+    sheet: list[tuple[int, np.ndarray, str]] = []
+    for sample in worst:
+        found = images[sample]
+        pixels = _pixels(found, sample)
+        label = _label(found, isinstance(images, IndexedDataset))
+        target = _checked_target(int(targets[sample]), label, sample)
+        sheet.append((sample, pixels, "" if target is None else _class_name(target, classes)))
+    rows = -(-len(sheet) // _PER_ROW)
     if figure is None:
         figure = Figure(figsize=(1.6 * _PER_ROW, 1.9 * rows), layout="constrained")
     axes = figure.subplots(rows, _PER_ROW, squeeze=False).flat
-    targets = tracker.columns()["target"]
-    for ax, sample in zip_longest(axes, worst):
-        if sample is None:
+    for ax, image in zip_longest(axes, sheet):
+        if image is None:
             ax.remove()
             continue
-        found = images[sample]
-        pixels = _pixels(found, sample)
+        sample, pixels, name = image
         ax.imshow(pixels, cmap="gray" if pixels.ndim == 2 else None)
-        label = _label(found, isinstance(images, IndexedDataset))
-        target = _checked_target(int(targets[sample]), label, sample)
-        if target is not None:
-            name = _class_name(target, classes)
-            ax.set_title(name.replace("$", r"\$"), fontsize="medium")
+        ax.set_title(name.replace("$", r"\$"), fontsize="medium")
         ax.set_xlabel(f"no. {sample}", fontsize="small")
         ax.set(xticks=[], yticks=[])
     return figure.figure
@@ -302,7 +304,7 @@ def _checked_target(target: int, label: int | None, sample: int) -> int | None:
         raise ValueError(
             f"`images` must be the dataset that `tracker` was updated with, in its order, got "
             f"label {label} for sample {sample}, whose target was {target}. If the labels differ "
-            f"on purpose, pass the images alone."
+            f"on purpose, pass the images alone, such as [x for x, _ in dataset]."
         )
     return target
 
