@@ -174,7 +174,7 @@ def test_paper_grid_on_real_images(tmp_path: Path, mnist_root: Path) -> None:
         *("--data-ratios", "0.2", "--modes", "low", "random", "--prune-ratios", "0.8"),
     )
     plan = run("paper_grid.py", *arguments, "--plan", folder=tmp_path)
-    assert plan.startswith("7 stages to do for 4 of 4 cells (1 scorings, 2 trainings")
+    assert plan.startswith("7 stages to do for 4 of 4 runs (1 scorings, 2 trainings")
     assert not (tmp_path / "paper_grid").exists()
     output = run("paper_grid.py", *arguments, folder=tmp_path)
     found = rows(output)

@@ -48,7 +48,7 @@ STRATEGIES = [
 ]
 ADAPTIVE = [
     Adaptive("high", every=1),
-    Adaptive("k_center", every=2),
+    Adaptive("k_center", every=1),
     Adaptive(Scored("el2n", balanced=True), every=1),
 ]
 WHILE_TRAINING = [*SAMPLING_MODES, *ADAPTIVE]

@@ -223,7 +223,8 @@ def test_what_mixes_channels_or_counts_them_keeps_them_and_is_named(name: str) -
     left = [key for key in pruned.unpruned_layers if key != "head.weight"]
     assert left
     assert any(word in pruned.unpruned_layers[key] for key in left)
-    assert all(pruned.layers[key].removed == 0 for key in left)
+    layers = [key for key in left if not key.endswith("table.weight")]  # an embedding is none
+    assert all(pruned.layers[key].removed == 0 for key in layers)
 
 
 OVER: dict[str, Any] = {

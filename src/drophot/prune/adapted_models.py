@@ -52,7 +52,7 @@ def _adapters(model: nn.Module, without: Collection[int | str]) -> Iterator[str]
     An adapter without parameters of its own is named by its module.
     """
     for path, module in model.named_modules():
-        base = module._modules.get("base_layer")
+        base = dict(module.named_children()).get("base_layer")
         if base is None or path in without or not hasattr(type(module), "adapter_layer_names"):
             continue
         under = {id(parameter) for parameter in base.parameters()}
