@@ -183,6 +183,15 @@ def test_a_model_that_the_masks_do_not_belong_to_is_refused_and_untouched(name: 
         masks.apply(before)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated")
+def test_masks_are_applied_to_a_scripted_model() -> None:
+    masks, other = magnitude_prune(network(), 0.5), network(1)
+    dense = copied(other)
+    scripted = torch.jit.script(other)
+    masks.apply(scripted)
+    assert_masked(scripted, masks, dense)
+
+
 def test_channels_that_are_gone_are_no_sparsity_of_zero() -> None:
     model = network().eval()
     masks = magnitude_prune(model, 0.3)

@@ -13,11 +13,13 @@ def find(model: nn.Module, path: str) -> nn.Parameter | None:
     """The parameter at a path, or `None`."""
     *parents, last = path.split(".")
     module: nn.Module | None = model
-    for name in parents:
-        module = module._modules.get(name)
-        if module is None:
+    for name in parents:  # the dictionaries of a scripted module have no `get`
+        if module is None or name not in module._modules:
             return None
-    return module._parameters.get(last)
+        module = module._modules[name]
+    if module is None or last not in module._parameters:
+        return None
+    return module._parameters[last]
 
 
 def paths(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, str]:
