@@ -376,3 +376,15 @@ def test_one_plan_keeps_a_model_and_its_average_alike() -> None:
     kept = plan.apply(model, x).kept_channels["0.weight"]
     assert torch.equal(plan.apply(average, x).kept_channels["module.0.weight"], kept)
     average.update_parameters(model)
+
+
+def test_a_reference_quantized_layer_does_not_stop_pruning() -> None:
+    from torch.ao.nn.quantized import reference
+
+    model = nn.Sequential(reference.Linear(5, 8), nn.Linear(8, 3))
+    assert magnitude_prune(model, 0.5, skip=["0"]).sparsity == 0.5
+
+
+def test_all_plain_layers_in_skip_is_said_even_if_others_are_quantized() -> None:
+    with pytest.raises(ValueError, match="`skip`"):
+        magnitude_prune(packed(), 0.5, skip=[name for name, _ in packed().named_children()])

@@ -103,3 +103,17 @@ def test_batches_that_the_model_does_not_take() -> None:
             Wanda(model, [wrong])
         with pytest.raises(TypeError, match=r"`batches`"):
             Taylor(model, [(wrong, TARGETS)])
+
+
+class EmptyLoss(nn.Sequential):
+    """A loss with a length of 0."""
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.mse_loss(outputs, F.one_hot(targets, 3).float())
+
+
+def test_a_loss_that_is_an_empty_container_is_used() -> None:
+    model = nn.Linear(4, 3)
+    batches = [(torch.randn(8, 4), torch.arange(8) % 3)]
+    own, plain = Taylor(model, batches, loss=EmptyLoss()), Taylor(model, batches)
+    assert not torch.equal(own("weight", model.weight), plain("weight", model.weight))

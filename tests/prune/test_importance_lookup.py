@@ -164,3 +164,10 @@ def test_wanda_prunes_the_linear_layers_of_other_networks_if_the_rest_is_skipped
     }  # fmt: skip
     pruned = prune_channels(model, 0.5, x, skip=skip, importance=wanda)
     assert pruned.layers["hidden.weight"].after == 3
+
+
+def test_a_layer_whose_weight_is_computed_may_be_skipped() -> None:
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+    nn.utils.parametrizations.weight_norm(model[2])
+    masks = magnitude_prune(model, 0.5, skip=["2"], importance=Wanda(model, [torch.ones(4, 5)]))
+    assert masks.sparsity == 0.5

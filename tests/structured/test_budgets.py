@@ -1,5 +1,6 @@
 """Channels removed to a budget, in one ranking of all layers."""
 
+import pickle
 import re
 from collections.abc import Sequence
 from copy import deepcopy
@@ -547,3 +548,53 @@ def test_a_budget_in_the_place_of_the_ratio() -> None:
     for function in (prune_channels, plan_channels):
         with pytest.raises(TypeError, match=r"`ratio`.*Budget\(parameters=100\).*to="):
             function(chain(1), budget, normal(1, 6))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_limit_is_printed_in_full() -> None:
+    assert str(Budget(parameters=0.5 * 1_234_567)) == "617,283.5 parameters"
+    assert str(Budget(flops=10**7, latency=4.837880500417668)) == "10,000,000 FLOPs and 4.838 ms"
+    assert str(Budget(latency=5)) == "5 ms"
+
+
+def test_the_error_of_an_unreachable_budget_survives_another_process() -> None:
+    with pytest.raises(ValueError, match="`to` must be reachable") as caught:
+        prune_channels(
+            Residual().double(), example_inputs=normal(1, 3, 8, 8), to=Budget(parameters=1)
+        )
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is type(caught.value)
+    assert str(again) == str(caught.value)
+
+
+class WithAnEmptyCache(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.b(self.a(x).relu()).view(*x.shape[:2], 4, 4)
+        cached = heads.transpose(1, 2)[:, :, :0]
+        return self.c(heads.flatten(2)) + cached.sum()
+
+
+@pytest.mark.parametrize("how", [{"ratio": 0.5}, {"to": Budget(parameters=300)}])
+def test_a_tensor_without_elements(how: dict[str, Any]) -> None:
+    model, tokens = distinct(WithAnEmptyCache()), normal(2, 5, 6)
+    pruned = prune_channels(model, example_inputs=tokens, **how)
+    assert pruned.layers["a.weight"].removed > 0
+    assert model(normal(3, 4, 6)).shape == (3, 4, 3)
+
+
+class Recommender(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.embed = nn.Embedding(20, 1), nn.Embedding(20, 8)
+        self.body = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 1))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.body(self.embed(index)) + self.bias(index)
+
+
+def test_an_embedding_of_one_channel_has_no_reason() -> None:
+    pruned = prune_channels(Recommender(), 0.5, torch.arange(5))
+    assert "bias.weight" not in pruned.unpruned_layers

@@ -1,6 +1,7 @@
 """Plans of what would be removed: made, printed, stored, edited and applied."""
 
 import json
+from collections import OrderedDict
 from copy import deepcopy
 from typing import Any
 
@@ -324,7 +325,7 @@ def test_an_edit_that_does_not_fit_the_heads_is_named() -> None:
     plan = plan_channels(distinct(Mixed()), 0.0, tokens).remove("embed.weight", [5])
     with pytest.raises(ValueError, match=r"15 of 16 in `embed\.weight`.*`mix`.*heads") as error:
         plan.apply(distinct(Mixed()), tokens)
-    assert "channel 0" not in str(error.value)
+    assert "channel 5" not in str(error.value)
 
 
 def wrappings() -> dict[str, Any]:
@@ -376,3 +377,25 @@ def test_whole_heads_of_a_wrapped_model() -> None:
     assert plan.whole_heads == (("", 4),)
     wrapped = nn.DataParallel(deepcopy(dense))
     assert plan.apply(wrapped, tokens).layers["module.qkv.weight"] == (48, 24)
+
+
+class Named(nn.Module):
+    """A model with a child that is named like the attribute of a wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.Linear(5, 8)
+        self.width = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.module(x).reshape(-1, self.width)
+
+
+def test_a_child_named_module_in_a_wrapped_model() -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(OrderedDict(enc=Named(), head=nn.Linear(8, 3)))
+
+    pruned = prune_channels(distinct(make()), 0.5, normal(2, 5))
+    wrapped = rebuild(nn.DataParallel(make()), pruned.description)
+    assert wrapped.module.enc.width == 4
+    assert wrapped.module.enc.module.weight.shape == (4, 5)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -17,10 +16,6 @@ Result = TypeVar("Result")
 # Elements per block. Small enough for the cache of one core with the temporaries, and large enough
 # that NumPy rarely needs the interpreter.
 BLOCK = 1 << 18
-
-_lock = Lock()
-_depth = 0
-_threads = 1
 
 
 def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
@@ -36,10 +31,10 @@ def map_threads(function: Callable[[Item], Result], items: Sequence[Item]) -> li
 def map_torch(
     function: Callable[[Item], Result], items: Sequence[Item], device: torch.device
 ) -> list[Result]:
-    """The same for a function that calls torch; on the CPU, an operation then takes one thread.
+    """Like `map_threads`, for functions that call torch. On a CPU, each operation uses one thread.
 
-    On other devices, one item is processed after the other. The modes of torch are those of a new
-    thread: gradients are on.
+    So does torch in threads that begin meanwhile. On other devices, one item is processed after the
+    other. The modes of torch are those of a new thread: gradients are on.
     """
     threads = min(torch.get_num_threads(), len(items))
     if threads <= 1 or device.type != "cpu":
@@ -57,19 +52,13 @@ def _map(function: Callable[[Item], Result], items: Sequence[Item], threads: int
 
 @contextmanager
 def _single_threaded_operations() -> Iterator[None]:
-    """Let operations of torch take one thread, in this thread and in new ones."""
-    global _depth, _threads
-    with _lock:
-        if _depth == 0:
-            _threads = torch.get_num_threads()
-        _depth += 1
-        torch.set_num_threads(1)
+    """Let operations of torch use one thread, in this thread and in new ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        with _lock:
-            _depth -= 1
-            torch.set_num_threads(_threads)  # each thread has a number of its own
+        torch.set_num_threads(before)
 
 
 def map_blocks(

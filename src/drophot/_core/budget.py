@@ -90,7 +90,9 @@ class Budget:
         return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        return " and ".join(f"{_shown(limit)} {UNITS[name]}" for name, limit in self.limits.items())
+        return " and ".join(
+            f"{_shown(name, limit)} {UNITS[name]}" for name, limit in self.limits.items()
+        )
 
     def __repr__(self) -> str:
         changed = [
@@ -101,6 +103,6 @@ class Budget:
         return f"Budget({', '.join(changed)})"
 
 
-def _shown(limit: float) -> str:
-    """A limit for people: integers in full, other numbers with four digits."""
-    return f"{limit:,}" if isinstance(limit, int) else f"{float(f'{limit:.4g}'):,}"
+def _shown(name: str, limit: float) -> str:
+    """A limit for people: a latency with four digits, a number in full."""
+    return f"{limit:,.4g}" if name == "latency" and limit < 1000 else f"{limit:,}"

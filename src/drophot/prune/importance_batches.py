@@ -24,7 +24,7 @@ def loss_of(model: nn.Module, batch: object, loss: BatchLoss | None, device: tor
         return _own_loss(outputs) if loss is None else loss(outputs, moved)
     inputs, targets = _pair(batch)
     outputs = _called(model, _moved(inputs, device))
-    return (loss or F.cross_entropy)(outputs, _moved(targets, device))
+    return (F.cross_entropy if loss is None else loss)(outputs, _moved(targets, device))
 
 
 def call_on(model: nn.Module, batch: object, device: torch.device) -> None:

@@ -292,7 +292,8 @@ class BatchNormScale:
 
     Raises:
         ValueError: If no BatchNorm layer with a scale reads the output of a Conv or Linear layer.
-            When it is called, if the parameter is not one of the model or has other channels.
+            When it is called, if the parameter is not one of the model, or a BatchNorm follows it
+            and it has other channels.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))

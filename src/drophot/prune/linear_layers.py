@@ -105,9 +105,9 @@ def packed_weights(module: nn.Module) -> dict[str, int]:
     """The number of weights of a quantized layer in tensors that are not parameters, by name."""
     library = type(module).__module__
     if library.startswith("torch.") and ".quantized." in library:
-        recurrent: Any = getattr(module, "get_weight", None)
-        if recurrent is not None:
-            return {name: weight.numel() for name, weight in recurrent().items()}
+        found: Any = getattr(module, "get_weight", dict)()
+        if isinstance(found, dict) and found:  # of recurrent layers
+            return {name: weight.numel() for name, weight in found.items()}
         weight: Any = getattr(module, "weight", None)
         weight = weight() if callable(weight) else weight
         matrix = isinstance(weight, Tensor) and "Embedding" not in type(module).__name__

@@ -25,7 +25,7 @@ class ParameterValues(Generic[T]):
 
     def __init__(self, model: nn.Module, values: Mapping[str, T]) -> None:
         named = dict(model.named_parameters(remove_duplicate=False))
-        found = {id(named[name]): value for name, value in values.items()}
+        found = {id(named[name]): value for name, value in values.items() if name in named}
         self._values = {name: found[id(p)] for name, p in named.items() if id(p) in found}
         plain: dict[str, dict[int, str]] = {}  # without the parts of wrappers
         for name, parameter in named.items():

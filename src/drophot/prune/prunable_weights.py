@@ -76,7 +76,7 @@ def _require(
 ) -> None:
     if found:
         return
-    if packed := [
+    if packed := not skipped and [
         f"{path} ({type(module).__name__})".removeprefix(" ")
         for path, module in model.named_modules()
         if packed_weights(module)

@@ -36,7 +36,7 @@ class Unreachable(Exception):  # noqa: N818 (users get a ValueError)
 class UnreachableBudgetError(ValueError):
     """The error of a user whose budget cannot be reached.
 
-    A caller whose arguments have other names words it again, from what remains and why.
+    A caller whose arguments have other names rebuilds the message from `least` and `why`.
     """
 
     def __init__(self, budget: Budget, least: str, why: str) -> None:
@@ -44,8 +44,12 @@ class UnreachableBudgetError(ValueError):
             f"`to` must be reachable, got {budget!r}, but {least} remain with "
             f"min_kept={budget.min_kept}{why}. Raise the limit or lower `min_kept`."
         )
+        self.budget = budget
         self.least = least
         self.why = why
+
+    def __reduce__(self) -> tuple[type[UnreachableBudgetError], tuple[Budget, str, str]]:
+        return type(self), (self.budget, self.least, self.why)  # so that processes can send it
 
 
 class BudgetSelection:

@@ -217,7 +217,7 @@ class ChannelPlan:
                 f"{', '.join(self.channels)}."
             )
         if not isinstance(channels, Iterable) or isinstance(channels, str):
-            fix = f" Pass [{channels}]." if isinstance(channels, int) else ""
+            fix = f" Pass [{channels}]." if type(channels) is int else ""
             raise TypeError(f"`channels` must be a collection of indices, got {channels!r}.{fix}")
         own = self.channels.get(layer)
         if own is None:

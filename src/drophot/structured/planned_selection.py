@@ -91,8 +91,11 @@ class PlannedSelection:
             f"{len(ids) - len(gone)} of {len(ids)} in `{name}`"
             for name, ids in self.outputs.items()
             for gone in [self.planned.get(name, ())]
-            if (path and name.startswith(f"{path}."))
-            or (gone and bool(torch.isin(groups.channel[ids], tried).any()))
+            if gone
+            and (
+                (path and name.startswith(f"{path}."))
+                or bool(torch.isin(groups.channel[ids], tried).any())
+            )
         ]
         return ValueError(
             f"The plan must leave numbers of channels that the model can work with, but it leaves "

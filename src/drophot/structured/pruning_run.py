@@ -253,7 +253,7 @@ class PruningRun:
             return latency(self.model, self.example_inputs)
 
     def reasons(self) -> tuple[dict[str, str], dict[str, str]]:
-        """Why layers and embeddings kept all channels, and why layers kept some, by the weight."""
+        """Why layers and embeddings kept all channels, and other layers some, by weight."""
         rewriter = self.rewriter
         embeddings = {
             f"{path}.weight".removeprefix(".")
@@ -263,7 +263,7 @@ class PruningRun:
         axes = {
             name: [axis for axis in rewriter.graph.axes_of(tensor) if axis.dim == 1]
             for tensor, name in rewriter.graph.names.items()
-            if name in embeddings - rewriter.weights.keys()
+            if name in embeddings - rewriter.weights.keys() and tensor.shape[1] > 1
         }
         kept, _ = explain(
             rewriter.graph, rewriter.groups, rewriter.removed, axes, self.request.ratio

@@ -33,9 +33,14 @@ def read(found: Any, names: Iterable[str]) -> tuple[dict[str, Any], bool]:
         ValueError: With a sentence that names the field and its value.
     """
     expected = {*names, DIGESTS}
-    if not isinstance(found, dict) or set(found) != expected:
-        got = ", ".join(sorted(found)) if isinstance(found, dict) else type(found).__name__
-        raise _error(f"it must have the fields {', '.join(sorted(expected))}, got {got:.200}")
+    if not isinstance(found, dict):
+        raise _error(f"it must be a dictionary of fields, got a {type(found).__name__}")
+    for word, names_off in (("without", expected - set(found)), ("with", set(found) - expected)):
+        if names_off:
+            raise _error(
+                f"it must have the fields that `to_json` writes, got one {word} "
+                f"{', '.join(sorted(map(str, names_off)))}"
+            )
     for name, (is_valid, kind) in _KINDS.items():
         value = found[name]
         if not is_valid(value):

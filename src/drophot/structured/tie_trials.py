@@ -115,8 +115,9 @@ class TieTrials:
                 for axis in axes if n >= number else ():
                     channel = self.groups.channel[axis.ids.reshape(-1)[0]]
                     size = sizes[int(self.groups.group[channel])]
-                    # A whole head has entries in the dimensions after it, a pixel or token has not.
-                    if int(widths[channel]) % prod(shape[axis.dim + 1 :]):
+                    # A whole head has entries in all later dimensions; pixels and tokens do not.
+                    inner = prod(shape[axis.dim + 1 :])
+                    if not inner or int(widths[channel]) % inner:
                         continue
                     for start in range(axis.dim, -1, -1):
                         if start < axis.dim and axis.ids.size(start) == 1 < shape[start]:
