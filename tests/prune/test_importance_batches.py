@@ -105,7 +105,7 @@ def test_batches_that_the_model_does_not_take() -> None:
             Taylor(model, [(wrong, TARGETS)])
 
 
-class EmptyLoss(nn.Sequential):
+class EmptyLoss(nn.ModuleList):
     """A loss with a length of 0."""
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
