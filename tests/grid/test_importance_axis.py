@@ -86,6 +86,16 @@ def test_a_store_takes_more_importances_but_none_that_changed(tmp_path: Path) ->
     assert grid([None, Random(1)]).run(tmp_path) == more
 
 
+def test_the_dense_runs_of_a_store_serve_every_importance(tmp_path: Path) -> None:
+    grid([None]).run(tmp_path)
+    other = grid([Random()])
+    assert other.plan(tmp_path).finetunings == 2, "the baseline and the coreset, each pruned"
+    more = other.run(tmp_path)
+    assert [r.importance for r in more] == ["magnitude", "Random"] * 2
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert len({from_line(line).cell for line in lines}) == len(lines) == 2 * (1 + 2)
+
+
 @pytest.mark.parametrize(
     ("importances", "error", "words"),
     [

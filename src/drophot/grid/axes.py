@@ -63,10 +63,11 @@ class Axes:
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a run
         for seed, coreset in product(self.seeds, coresets):
             for ratio in (dense if coreset is BASELINE_RUN else []) + self.prune_ratios:
-                hows = list(product(self.importances, self.pruning_changes))
-                for importance, change in hows if ratio > 0 else hows[:1]:
-                    how = {"prune_ratio": ratio, "importance": importance, **change}
-                    yield {"seed": seed, **coreset, **how}
+                prunings = list(product(self.importances, self.pruning_changes))
+                # Nothing is ranked for a ratio of 0, so that every grid has the same dense runs.
+                for importance, change in prunings if ratio > 0 else [(None, {})]:
+                    pruning = {"prune_ratio": ratio, "importance": importance, **change}
+                    yield {"seed": seed, **coreset, **pruning}
 
 
 def checked_axes(
@@ -144,7 +145,7 @@ def _checked_coresets(config: RunConfig, axes: Axes) -> list[RunSettings]:
         found += long_enough
     if left_out:
         warn(
-            f"The grid has {', '.join(map(repr, left_out))} with equal steps alone: in the "
+            f"The grid runs {', '.join(map(repr, left_out))} only with `equal_steps`: in the "
             f"{config.settings.train_epochs} epochs of `train_epochs`, the only selection would be "
             f"random. To have the other runs, lower `every` or raise `train_epochs`."
         )
