@@ -124,8 +124,12 @@ class Grid:
         self.importances, self.controls = self._axes.importances, self._axes.controls
         self.threads = scalars.integer("threads", threads, least=1)
         self.pipeline = pipeline.replace()
+        # The mode and the importance of the pipeline may be objects that no worker can load.
+        settings = replace(
+            self.pipeline.config.settings, mode=self.modes[0], importance=self.importances[0]
+        )
         # A grid has one progress bar, and none for each training.
-        self._config = replace(self.pipeline.config, progress=False)
+        self._config = replace(self.pipeline.config, settings=settings, progress=False)
 
     def run(
         self,
