@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.own_objects import Confident
 from helpers.runs import TRAIN, Normed, drop_hot
 from torch import Tensor, nn
 
@@ -30,6 +31,22 @@ SHORT: dict[str, Any] = {"score_epochs": 1, "train_epochs": 1, "finetune_epochs"
 LISTS: dict[str, Any] = {"data_ratios": [0.5], "modes": ["random"], "seeds": [0]}
 TAYLOR, FISHER = FromBatches(Taylor), FromBatches(Fisher)
 OTHERS = [None, TAYLOR, Random()]
+
+
+def magnitude(name: str, weight: nn.Parameter) -> Tensor:
+    return weight.abs()
+
+
+def größe(name: str, weight: nn.Parameter) -> Tensor:
+    return weight.abs()
+
+
+def gräe(name: str, weight: nn.Parameter) -> Tensor:
+    return weight.square()
+
+
+def powered(name: str, weight: nn.Parameter, power: int) -> Tensor:
+    return weight.abs() ** power
 
 
 def grid(importances: list[Any], **changes: Any) -> Grid:
@@ -86,13 +103,25 @@ def test_a_store_takes_more_importances_but_none_that_changed(tmp_path: Path) ->
     assert grid([None, Random(1)]).run(tmp_path) == more
 
 
+def test_the_dense_runs_of_a_store_serve_every_importance(tmp_path: Path) -> None:
+    grid([None]).run(tmp_path)
+    other = grid([Random()])
+    assert other.plan(tmp_path).finetunings == 2, "the baseline and the coreset, each pruned"
+    more = other.run(tmp_path)
+    assert [r.importance for r in more] == ["magnitude", "Random"] * 2
+    lines = (tmp_path / "records.jsonl").read_text().splitlines()
+    assert len({from_line(line).cell for line in lines}) == len(lines) == 2 * (1 + 2)
+
+
 @pytest.mark.parametrize(
     ("importances", "error", "words"),
     [
         ([], ValueError, "`importances`.*none"),
         (l1, TypeError, "`importances`.*l1"),
         ([None, l1, l1], ValueError, "`importances`.*l1.*twice"),
-        ([Random(0), Random(1)], ValueError, "`importances`.*Random.*twice"),
+        ([Random(0), Random(1)], ValueError, "`importances`.*names.*two of 'Random'"),
+        ([None, magnitude], ValueError, "`importances`.*names.*two of 'magnitude'"),
+        ([größe, gräe], ValueError, "`importances`.*names.*'größe' and 'gräe'"),
         ([None, 3], TypeError, "`importance`.*3"),
         ([Taylor], TypeError, "`importance`.*Taylor"),
     ],
@@ -112,6 +141,18 @@ def test_an_importance_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
     own = [FromBatches(lambda model, batches: Taylor(model, batches))]
     with ThreadPoolExecutor(1) as threads:
         assert len(grid(own).run(tmp_path / "here", threads)) == 4
+
+
+def test_what_the_grid_replaces_need_not_be_sent(tmp_path: Path) -> None:
+    from helpers.executors import quick_pool
+
+    class Local(Confident):
+        """Cannot be pickled."""
+
+    run = drop_hot(**SHORT, importance=lambda name, weight: weight.abs(), mode=Local())
+    only_dense: dict[str, Any] = {"prune_ratios": [0], "importances": [None]}
+    with quick_pool(1) as pool:
+        assert len(Grid(run, **LISTS, **only_dense).run(tmp_path, pool)) == 2
 
 
 def test_a_network_that_is_pruned_in_training_is_trained_for_each_importance() -> None:
@@ -206,6 +247,18 @@ def test_the_result_must_be_an_importance() -> None:
 def test_names_in_records_are_those_of_the_functions() -> None:
     assert FromBatches(partial(Taylor, channels=True)).name == "Taylor"
     assert FISHER.name == "Fisher"
+    bound = partial(powered, power=2)
+    assert len(grid([bound, partial(l1)]).importances) == 2
+    assert drop_hot(**SHORT, importance=bound, mode="random").run().importance == "powered"
     for importance in (None, layer_normalized):
         run = drop_hot(**SHORT, importance=importance, mode="random")
         assert run.run().importance == getattr(importance, "__name__", "magnitude")
+
+
+def test_nothing_is_ranked_for_a_ratio_of_0() -> None:
+    def ranked(*arguments: object) -> Taylor:
+        raise AssertionError("computed")
+
+    for importance in (FromBatches(ranked), ranked):
+        run = drop_hot(**SHORT, importance=importance, mode="random", prune_ratio=0)
+        assert run.run().sparsity == 0

@@ -59,8 +59,10 @@ class FromBatches:
         make: A function of the model and its batches that returns an importance: a class such as
             `Taylor`, a `functools.partial` of one, or your own function. The batches are tuples of
             inputs, targets and indices, and hold each sample of the training set once, in random
-            order. The function may stop early. A worker process needs a function that can be
-            pickled.
+            order. A last batch of a single sample is left out, unless `batch_size` is 1, because
+            BatchNorm may not take it. The function may stop early. It is also tried on one batch
+            and an untrained model when the run is created. A worker process needs a function that
+            can be pickled.
 
     Raises:
         TypeError: If `make` cannot be called with a model and batches.
@@ -131,4 +133,5 @@ def importance_name(importance: RunImportance) -> str:
         return "magnitude"
     if isinstance(importance, FromBatches):
         return importance.name
+    importance = without_partials(importance)
     return getattr(importance, "__qualname__", type(importance).__qualname__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from drophot._core.importance import RunImportance
+from drophot._core.importance import RunImportance, importance_name
 from drophot._core.ratios import num_kept
 from drophot._core.user_warnings import warn
 from drophot.grid.stages import BASELINE_RUN, RunSettings
@@ -63,10 +63,11 @@ class Axes:
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a run
         for seed, coreset in product(self.seeds, coresets):
             for ratio in (dense if coreset is BASELINE_RUN else []) + self.prune_ratios:
-                hows = list(product(self.importances, self.pruning_changes))
-                for importance, change in hows if ratio > 0 else hows[:1]:
-                    how = {"prune_ratio": ratio, "importance": importance, **change}
-                    yield {"seed": seed, **coreset, **how}
+                prunings = list(product(self.importances, self.pruning_changes))
+                # Nothing is ranked for a ratio of 0, so that every grid has the same dense runs.
+                for importance, change in prunings if ratio > 0 else [(None, {})]:
+                    pruning = {"prune_ratio": ratio, "importance": importance, **change}
+                    yield {"seed": seed, **coreset, **pruning}
 
 
 def checked_axes(
@@ -144,7 +145,7 @@ def _checked_coresets(config: RunConfig, axes: Axes) -> list[RunSettings]:
         found += long_enough
     if left_out:
         warn(
-            f"The grid has {', '.join(map(repr, left_out))} with equal steps alone: in the "
+            f"The grid runs {', '.join(map(repr, left_out))} only with `equal_steps`: in the "
             f"{config.settings.train_epochs} epochs of `train_epochs`, the only selection would be "
             f"random. To have the other runs, lower `every` or raise `train_epochs`."
         )
@@ -168,13 +169,32 @@ def _checked(name: str, values: Iterable[Any], config: RunConfig) -> list[Any]:
             raise
         if any(_same(name, value, earlier) for earlier in found[:position]):
             raise ValueError(f"`{name}` must hold each value once, got {value!r} twice.")
+        if name == "importances":
+            for earlier in found[:position]:
+                _check_names(earlier, value)
     return found
 
 
+def _check_names(importance: RunImportance, other: RunImportance) -> None:
+    """Refuse two importances that records or the files of a store could not tell apart."""
+    names = importance_name(importance), importance_name(other)
+    if names[0] == names[1]:
+        got = f"two of {names[0]!r}"
+    elif file_part("importance", importance) == file_part("importance", other):
+        got = f"{names[0]!r} and {names[1]!r}, which give the same file name"
+    else:
+        return
+    raise ValueError(
+        f"`importances` must have different names, got {got}. The name is that of the function or "
+        f"class, and `None` is named 'magnitude'. Rename one of them, or call it in a function of "
+        f"another name."
+    )
+
+
 def _same(name: str, value: Any, other: Any) -> bool:
-    """Whether two values of an axis are the same: modes and importances by name or meaning."""
+    """Whether two values of an axis are the same: modes by name or meaning."""
     if name == "importances":
-        return file_part("importance", value) == file_part("importance", other)
+        return value is other
     if name != "modes":
         return value == other
     long = pipeline_modes.as_scored(value)

@@ -44,17 +44,19 @@ class Grid:
     on any executor.
 
     Args:
-        pipeline: A run. Those of the grid replace its ratios, mode and seed, so these can be any.
+        pipeline: The run to vary. The grid replaces its ratios, mode and seed, and its importance
+            if `importances` is given.
         data_ratios: The shares of training samples **kept**, each in (0, 1).
         modes: Any modes that the pipeline takes. The control for modes that choose once is
             `"random"`, a subset of the same size. For modes that choose while they train, it is
-            `"fresh_subset"`. If only equal steps take more epochs than the `every` of a
-            :class:`drophot.Adaptive`, it has no cells without them, and a warning is given.
+            `"fresh_subset"`. An :class:`drophot.Adaptive` mode is left out, with a warning, where
+            training takes at most `every` epochs.
         prune_ratios: The shares of weights **removed**, each in [0, 1).
         importances: What weights or channels are ranked by, in place of the pipeline's importance:
             `None` for magnitude, functions such as those of :mod:`drophot.prune.importances`, and
             :class:`drophot.prune.importances.FromBatches` for those that are computed from the
-            network. Each needs another name. Every network is pruned once by each. The control is
+            network. Each needs another name. Every network is pruned once by each. Runs with prune
+            ratio 0 rank nothing, so their importance is `None`. The control is
             :class:`drophot.prune.importances.Random`.
         seeds: The seeds. The whole grid is run once for each.
         controls: Further runs to compare with. `"equal_steps"` also trains on every coreset for as
@@ -122,8 +124,12 @@ class Grid:
         self.importances, self.controls = self._axes.importances, self._axes.controls
         self.threads = scalars.integer("threads", threads, least=1)
         self.pipeline = pipeline.replace()
+        # The mode and the importance of the pipeline may be objects that no worker can load.
+        settings = replace(
+            self.pipeline.config.settings, mode=self.modes[0], importance=self.importances[0]
+        )
         # A grid has one progress bar, and none for each training.
-        self._config = replace(self.pipeline.config, progress=False)
+        self._config = replace(self.pipeline.config, settings=settings, progress=False)
 
     def run(
         self,

@@ -146,7 +146,7 @@ def check_model(config: RunConfig) -> None:
             f"{settings.prunings}. Raise `finetune_epochs` or lower `prunings`."
         )
     removes_channels = bool(settings.structured) and settings.prune_ratio > 0
-    given = settings.importance
+    given = settings.importance if settings.prune_ratio > 0 else None
     if not (settings.recalibrate_bn or removes_channels or given):
         return
     with random_state.preserved_rng(config.device, seed=settings.seed):
@@ -161,14 +161,19 @@ def check_model(config: RunConfig) -> None:
             _check_reads_no_gradient(importance, probe)
         if removes_channels:
             _remove_channels(config, probe, importance)
-        elif isinstance(given, FromBatches) and settings.prune_ratio > 0:
+        elif isinstance(given, FromBatches):
             _pruned(config, probe, None, importance)
 
 
 def _importance(
     config: RunConfig, model: nn.Module, batches: Iterator[tuple[Tensor, ...]]
 ) -> Importance | None:
-    """The importance of the run, computed from the model if it is a `FromBatches`."""
+    """The importance of the run, computed from the model if it is a `FromBatches`.
+
+    There is none if nothing is removed.
+    """
+    if config.settings.prune_ratio == 0:
+        return None
     importance = config.settings.importance
     if not isinstance(importance, FromBatches):
         return importance
