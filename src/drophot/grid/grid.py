@@ -55,7 +55,8 @@ class Grid:
             `None` for magnitude, functions such as those of :mod:`drophot.prune.importances`, and
             :class:`drophot.prune.importances.FromBatches` for those that are computed from the
             network. Each needs another name. Every network is pruned once by each. The control is
-            :class:`drophot.prune.importances.Random`.
+            :class:`drophot.prune.importances.Random`. One seed of it gives the same numbers in each
+            run; its documentation shows how to draw others in each run.
         seeds: The seeds. The whole grid is run once for each.
         controls: Further runs to compare with. `"equal_steps"` also trains on every coreset for as
             many optimizer steps as the full training set takes. `"reinitialize"` and `"rewind"`
