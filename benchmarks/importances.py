@@ -22,6 +22,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from common import RESULTS
 from selection import read
 from torch import Tensor, nn
@@ -60,6 +61,11 @@ def bn_scale(model: nn.Module, batches: Iterator[tuple[Tensor, ...]]) -> BatchNo
     return BatchNormScale(model, next(batches)[0])
 
 
+def random(model: nn.Module, batches: Iterator[tuple[Tensor, ...]]) -> Random:
+    """Other random numbers in each run, drawn from its generator, so that masks vary over seeds."""
+    return Random(int(torch.randint(2**31, ())))
+
+
 def lenet_bn() -> nn.Module:
     """LeNet, as in drophot.models, with BatchNorm after each layer but the last."""
     return nn.Sequential(
@@ -79,10 +85,15 @@ PARTS: dict[str, tuple[Any, dict[str, Any], list[float], list[Any]]] = {
         fcnet,
         {"scope": "global"},
         WEIGHTS,
-        [None, layer_normalized, *SENSITIVE, FromBatches(Wanda), Random()],
+        [None, layer_normalized, *SENSITIVE, FromBatches(Wanda), FromBatches(random)],
     ),
     "lamp": (fcnet, {"scope": "lamp"}, WEIGHTS, [None]),
-    "channels": (lenet_bn, {"structured": True}, CHANNELS, [None, l1, *OF_CHANNELS, Random()]),
+    "channels": (
+        lenet_bn,
+        {"structured": True},
+        CHANNELS,
+        [None, l1, *OF_CHANNELS, FromBatches(random)],
+    ),
 }
 
 

@@ -8,7 +8,7 @@ Each coreset is trained for the same epochs, and for as many steps as the full s
 are `random` and `fresh_subset` (RS2). The recipe is that of `examples/resnet_cifar.py --recipe`:
 random crops, flips and holes, computed for whole batches on the device; SGD with Nesterov momentum
 and weight decay; a learning rate that rises and falls in each step; label smoothing; bfloat16 on a
-GPU. `--plain` leaves out all but SGD.
+GPU. `--plain` leaves out all but SGD, needs another `--store`, and leaves the records in it.
 After being stopped or killed, the same command resumes. `--data` names a folder of images,
 train/CLASS/*.jpg and test/CLASS/*.jpg, all of 32x32. It has not been run on a GPU: the accuracies
 and the times are not known.
@@ -180,7 +180,7 @@ def main() -> None:
         )
         store = options.store / f"{options.data.name}_{part}{'_quick' * options.quick}"
         print(report.table(grid.run(store, progress=True)))
-        if not options.quick:
+        if not (options.quick or options.plain):
             name = f"grid_{options.data.name}_{part}.jsonl"
             shutil.copy(store / "records.jsonl", RESULTS / name)
 

@@ -2,8 +2,9 @@
 
 For each seed, a narrow ResNet of three residual blocks trains on a part of the training set twice,
 from the same weights and for the same steps: with SGD at a constant learning rate, and with the
-whole recipe. Each row is kept in a file, so the same command resumes after being stopped. `--data`
-names a folder of images, as for little_data.py.
+whole recipe. Each row is kept in a file with its settings, so the same command resumes after being
+stopped, and a command with other settings trains again. Only rows of the command's settings are
+written to the results. `--data` names a folder of images, as for little_data.py.
 """
 
 import json
@@ -36,9 +37,12 @@ def main() -> None:
     test_set, _ = read(options.data / "test", options.test_each)
     path = options.store / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    names = ("epochs", "width", "lr", "batch_size")
+    settings = {name: getattr(options, name) for name in names}
+    settings |= {"train_images": len(train_set), "test_images": len(test_set)}
     for seed in options.seeds:
         for training in ("plain", "recipe"):
-            row = {"seed": seed, "training": training}
+            row = {"seed": seed, "training": training, **settings}
             if any(row.items() <= one.items() for one in rows):
                 continue
             torch.manual_seed(seed)
@@ -58,7 +62,11 @@ def main() -> None:
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
-    save("recipe", torch.device(options.device), rows)
+    save(
+        "recipe",
+        torch.device(options.device),
+        [one for one in rows if settings.items() <= one.items()],
+    )
 
 
 if __name__ == "__main__":

@@ -48,10 +48,10 @@ def test_images_are_cropped_flipped_and_cut_one_by_one(script: dict[str, Any]) -
         seen |= set(matches)
         rows, columns = ((~kept).any(0).any(dim).nonzero()[:, 0].tolist() for dim in (1, 0))
         assert (~kept[:, rows][:, :, columns]).all(), "a rectangle, in all channels"
-        for place, size in ((rows, 16), (columns, 12)):
-            assert place == list(range(place[0], place[-1] + 1))
-            assert len(place) == 4 or (
-                2 <= len(place) < 4 and (place[0] == 0 or place[-1] == size - 1)
+        for positions, size in ((rows, 16), (columns, 12)):
+            assert positions == list(range(positions[0], positions[-1] + 1))
+            assert len(positions) == 4 or (
+                2 <= len(positions) < 4 and (positions[0] == 0 or positions[-1] == size - 1)
             )
         holes.add((rows[0], columns[0]))
     assert len(seen) > 20, "each with separate numbers"

@@ -49,12 +49,6 @@ def test_the_icon_and_the_styles_are_there() -> None:
     assert {Path(file).name for file in files} >= set(setting("html_css_files"))
 
 
-def test_the_site_has_an_inventory_for_the_links_of_others() -> None:
-    """Sphinx writes `objects.inv` from the entries of the API for builders of HTML."""
-    assert "sphinx.ext.autodoc" in setting("extensions")
-    assert "builder:" not in (ROOT / ".readthedocs.yaml").read_text()  # the default is html
-
-
 @pytest.mark.parametrize("name", ["plot_pruning", "plot_coresets"])
 def test_an_example_of_the_gallery_links_to_its_notebook_on_github(name: str) -> None:
     found = link_colab("https://github.com/owner/drophot", f"auto_gallery/{name}")

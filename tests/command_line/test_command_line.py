@@ -159,6 +159,11 @@ def test_wrong_sources_are_errors_of_one_line(
     torch.save(network().state_dict(), tmp_path / "whole.pt")
     whole = (tmp_path / "whole.pt").read_bytes()
     (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    pickles = {"garbage.pt": b"\x80\x02garbage!!", "protocol_5.pt": pickle.dumps({"a": Path()}, 5)}
+    for name, content in pickles.items():
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("archive/data.pkl", content)
+            archive.writestr("archive/version", "3\n")
     damaged = tmp_path / "damaged"
     save_compressed(network(), damaged)
     damaged.write_bytes(damaged.read_bytes().replace(b'"nonzeros"', b'"nonzeroz"'))
@@ -169,6 +174,8 @@ def test_wrong_sources_are_errors_of_one_line(
         "pickle.pt": "not safe",
         "empty.pt": "`state_dict`",
         "half.pt": "damaged",
+        "garbage.pt": "damaged",
+        "protocol_5.pt": "damaged",
         "damaged": "damaged",
         "missing": "no file",
         "missing.safetensors": "no file",
@@ -177,6 +184,8 @@ def test_wrong_sources_are_errors_of_one_line(
         found = error(capsys, "summary", tmp_path / name)
         assert problem in found
         assert str(tmp_path / name) in found
+    for name in pickles:
+        assert "damaged" in error(capsys, "suspects", tmp_path / name)
 
 
 @pytest.mark.skipif(os.access("/root", os.R_OK), reason="root may read every file")

@@ -166,7 +166,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_loky(reference: list[Record], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Started as other processes here: its own way imports torch again, as `spawn` does above."""
+    """Started as other processes: loky's default start method imports torch again, as `spawn`."""
     loky = pytest.importorskip("joblib.externals.loky")
     pytest.importorskip("cloudpickle")  # for the lambda
     monkeypatch.setattr(loky.backend.context, "_DEFAULT_START_METHOD", START_METHOD)

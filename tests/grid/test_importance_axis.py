@@ -191,6 +191,21 @@ def test_it_gets_the_trained_network_and_every_sample_once() -> None:
     assert any(not torch.equal(mask, masks[name]) for name, mask in plain.prune().items())
 
 
+def random(model: nn.Module, batches: Iterator[tuple[Tensor, ...]]) -> Random:
+    return Random(int(torch.randint(2**31, ())))
+
+
+def test_random_numbers_are_others_with_another_seed_of_the_run() -> None:
+    masks = []
+    for seed in (0, 0, 1):
+        run = drop_hot(**SHORT, mode="random", importance=FromBatches(random), seed=seed)
+        run.select()
+        run.train()
+        masks.append(torch.cat([mask.flatten() for mask in run.prune().values()]))
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
 def first_batch(model: nn.Module, batches: Iterator[tuple[Tensor, ...]]) -> BatchNormScale:
     return BatchNormScale(model, next(batches)[0])
 

@@ -12,6 +12,7 @@ from conftest import ROOT
 from helpers.runs import drop_hot
 
 from drophot import Grid, Record
+from drophot.prune.importances import l1
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave no sample of classes")
 
@@ -91,12 +92,15 @@ def test_the_names_of_the_recipe_differ_with_all_controls(tmp_path: Path) -> Non
     names: dict[str, Any] = {"__name__": "recipe"}
     exec(re.findall(r"```python\n(.*?)```", text, re.S)[0], names)
     controls = ["equal_steps", "reinitialize", "repair", "gradual"]
-    records = grid(controls=controls, seeds=[0]).run(tmp_path)
+    records = grid(controls=controls, importances=[None, l1], seeds=[0]).run(tmp_path)
     found = {names["name_of"](record) for record in records}
     assert len(found) == len(records) > 10
     settings = [names["settings_of"](record) for record in records]
     assert {value["equal_steps"] for value in settings} == {False, True}
     assert {value["schedule"] for value in settings} == {"one-shot", "gradual"}
+    assert {value["importance"] for value in settings} == {"magnitude", "l1"}
+    assert {value["repaired"] for value in settings} == {False, True}
+    assert len({str(value) for value in settings}) == len(records)
 
 
 def test_the_recipe_for_tensorboard_logs_each_curve(

@@ -507,3 +507,13 @@ def test_each_table_is_there_or_the_page_says_why(tmp_path: Path) -> None:
     assert numbers == [1, 2, 3, 4, 5, 6]
     (differing,) = [text for name, text in sections.items() if name.startswith("Table 5")]
     assert "Left out" in differing
+
+
+@pytest.mark.usefixtures("blank_figures")
+def test_runs_that_also_differ_in_a_control_have_a_true_reason_for_no_table_5(
+    tmp_path: Path,
+) -> None:
+    runs = [*grid(seeds=1), *grid(seeds=1, modes=("high",), equal_steps=True)]
+    sections = page(runs, tmp_path).sections
+    (differing,) = [text for name, text in sections.items() if name.startswith("Table 5")]
+    assert re.search("Left out.* settings that the tables show", differing)

@@ -53,7 +53,7 @@ def test_ids_of_another_length_are_an_error_and_nothing_is_written(tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["series", "tensor", "generator"])
+@pytest.mark.parametrize("kind", ["series", "tensor", "generator", "keys"])
 def test_ids_are_taken_by_position(kind: str, tmp_path: Path) -> None:
     ids: Any = torch.tensor([30, 10, 20, 0])
     if kind == "series":  # whose labels are those of the table that it was taken from
@@ -61,6 +61,8 @@ def test_ids_are_taken_by_position(kind: str, tmp_path: Path) -> None:
         ids = pandas.Series(ids.tolist(), index=[3, 2, 1, 0])
     elif kind == "generator":
         ids = (str(number) for number in ids.tolist())
+    elif kind == "keys":
+        ids = dict.fromkeys(ids.tolist()).keys()
     presented(ForgettingTracker(4)).to_csv(tmp_path / "scores.csv", ids=ids)
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["id", "30", "10", "20", "0"]
@@ -72,6 +74,7 @@ def test_ids_are_taken_by_position(kind: str, tmp_path: Path) -> None:
         ("abcd", TypeError, "'abcd'"),
         (b"abcd", TypeError, "b'abcd'"),
         (set(IDS), TypeError, "set"),
+        (frozenset(IDS), TypeError, "set"),
         (["a", "b", "a", "c"], ValueError, "'a'.*0.*2"),
         ([1, "b", "1", "c"], ValueError, "'1'.*0.*2"),
         (["a", None, "b", "c"], ValueError, "None.*1"),

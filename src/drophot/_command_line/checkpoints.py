@@ -16,7 +16,7 @@ _MAX_DESCRIPTION = 100_000_000  # bytes, which safetensors allows
 
 
 class _Unread:
-    """Stands for an object in a checkpoint whose class torch does not read, without its content."""
+    """Placeholder for an object that torch refuses to load; its content is dropped."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -96,6 +96,7 @@ def _explain(path: Path, error: Exception) -> str:
         head = file.read(2)
     if not head:
         return f"{path} is empty. Save or copy it again."
+    damaged = f"{path} is damaged: torch.load cannot read it. Save or copy it again."
     names = None
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -109,7 +110,10 @@ def _explain(path: Path, error: Exception) -> str:
     if is_pickle and isinstance(error, UnpicklingError):
         found = "was written by pickle"
         if names is not None:
-            objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            try:
+                objects = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            except Exception:  # what it raises depends on the bytes of the pickle
+                return damaged
             found = f"holds objects of {', '.join(sorted(objects))}"
         return (
             f"{path} {found}, which is not safe to read, as it could run code. If you trust the "
@@ -117,7 +121,7 @@ def _explain(path: Path, error: Exception) -> str:
             f"`state_dict` of the network or the tracker with torch.save."
         )
     if is_pickle or (head == b"PK" and names is None):
-        return f"{path} is damaged: torch.load cannot read it. Save or copy it again."
+        return damaged
     return (
         f"{path} is not a checkpoint. Name a file that torch.save, save_compressed or safetensors "
         f"wrote."
@@ -129,7 +133,7 @@ def find(
     is_state: Callable[[State], bool],
     key: str | None,
     what: str,
-    prefer: Callable[[State], bool] = lambda _: True,
+    is_preferred: Callable[[State], bool] = lambda _: True,
 ) -> State:
     """The one state in a file, or the one that `key` names.
 
@@ -138,7 +142,7 @@ def find(
         is_state: Whether a mapping is such a state.
         key: The keys that lead to the state, joined by dots; `None` if there is only one.
         what: What is searched, for errors.
-        prefer: Which states count, if there are several and `key` does not say.
+        is_preferred: Whether a state counts, if there are several and `key` does not say.
     """
     content = load(path)
     found = dict(_states(content, is_state))
@@ -158,7 +162,7 @@ def find(
         if key not in found:
             raise ValueError(f"`--key` must be {names}, got {key!r}.")
         return found[key]
-    preferred = {name: state for name, state in found.items() if prefer(state)} or found
+    preferred = {name: state for name, state in found.items() if is_preferred(state)} or found
     if len(preferred) > 1:
         names = ", ".join(map(repr, preferred))
         raise ValueError(f"{path} holds several: {names}. Choose one with --key.")

@@ -57,7 +57,8 @@ class Grid:
             :class:`drophot.prune.importances.FromBatches` for those that are computed from the
             network. Each needs another name. Every network is pruned once by each. Runs with prune
             ratio 0 rank nothing, so their importance is `None`. The control is
-            :class:`drophot.prune.importances.Random`.
+            :class:`drophot.prune.importances.Random`. One seed of it gives the same numbers in each
+            run; its documentation shows how to draw others in each run.
         seeds: The seeds. The whole grid is run once for each.
         controls: Further runs to compare with. `"equal_steps"` also trains on every coreset for as
             many optimizer steps as the full training set takes. `"reinitialize"` and `"rewind"`

@@ -325,7 +325,12 @@ class Random:
     """Random numbers: the control that every other importance should be compared with.
 
     The numbers depend only on the seed and on the name and shape of the parameter, so that they are
-    the same on every machine, for every call and for a compiled model.
+    the same on every machine, for every call and for a compiled model. One seed also gives the same
+    numbers in each run of a grid, whatever the seed of the run. To draw other numbers in each run,
+    pass `FromBatches(random)` with this function, which reads the generator of the run::
+
+        def random(model, batches):
+            return Random(int(torch.randint(2**31, ())))
 
     Args:
         seed: Another seed gives other numbers.

@@ -236,7 +236,7 @@ def _count(number: int, noun: str) -> str:
 def _differing(records: Sequence[Record]) -> str:
     found = setting_columns.values_in_full(records)
     if not found:
-        return note("Left out: the runs differ in ratio, mode and seed only.")
+        return note("Left out: the runs differ only in settings that the tables show in full.")
     rows = [
         [
             escape(value.name),
@@ -252,8 +252,10 @@ def _differing(records: Sequence[Record]) -> str:
     for row in rows:
         lines.append("".join(f"<td{k}>{cell}</td>" for k, cell in zip(kinds, row, strict=True)))
     body = "".join(f"<tr>{line}</tr>" for line in lines[1:])
-    text = "Every setting, other than ratio, mode and seed, in which runs differ, in full. Tables "
-    text += "show long values by a short word or by eight digits."
+    text = (
+        "Settings in which runs differ, other than those that the tables show in full. Tables show "
+    )
+    text += "long values by a short word or by eight digits."
     head = f"<thead><tr>{lines[0]}</tr></thead>"
     return f'{note(text)}<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -73,8 +73,8 @@ def save_csv(path: Path, columns: Mapping[str, np.ndarray], ids: Iterable[object
 
 
 def _checked_ids(ids: Iterable[object], num_samples: int) -> list[object]:
-    if isinstance(ids, str | bytes | Set):
-        what = "a set, which has no order" if isinstance(ids, Set) else repr(ids)
+    if isinstance(ids, str | bytes | set | frozenset):
+        what = "a set, which has no order" if isinstance(ids, set | frozenset) else repr(ids)
         raise TypeError(f"`ids` must be a list of names, one for each sample, got {what}.")
     found = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     if len(found) != num_samples:
