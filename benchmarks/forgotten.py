@@ -69,7 +69,11 @@ def compared(
         fit(tuned, data, FINETUNE_EPOCHS, optimizer=optimizer, seed=seed + 1)
     fit(longer, data, FINETUNE_EPOCHS, optimizer=adam(longer), seed=seed + 1)
     before, margins = evaluated(dense, data)
-    networks = {"pruned": pruned, "pruned, fine-tuned": tuned, "dense, trained on": longer}
+    networks = {
+        "pruned": pruned,
+        "pruned, fine-tuned": tuned,
+        f"dense, trained for {FINETUNE_EPOCHS} more epochs": longer,
+    }
     rows = []
     for name, network in networks.items():
         after, later = evaluated(network, data)

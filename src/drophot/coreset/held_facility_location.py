@@ -15,8 +15,8 @@ from drophot.coreset.greedy import squared_norms
 
 _ROWS = 512  # rows of a block of distances, which fits in the cache
 _SLACK = 1 + 1e-5  # on bounds, which are summed in less precision than gains
-_FEW = 1 / 32  # the fraction of pairs of near samples from which on they are listed
-_BATCH = 16  # candidates that are evaluated at a time from the listed pairs
+_FEW = 1 / 32  # near pairs are stored once they are at most this fraction of all pairs
+_BATCH = 16  # candidates that are evaluated at a time from the stored pairs
 
 
 def choose_held(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,18 +34,18 @@ def choose_held(values: Tensor, size: int, start: Tensor) -> tuple[Tensor, Tenso
 def choose_from(
     distances: Tensor, sums: Tensor, size: int, start: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from distances `(N, N)`, one row per candidate, and the sums of their rows."""
+    """Like `choose_held`, from distances `(N, N)`, a row per candidate, and the rows' sums."""
     total = len(distances)
     owner = np.zeros(total, dtype=np.int64)
     ranking: list[int] = []
     gains: list[float] = []
 
-    def take(place: int, gain: float) -> None:
+    def take(position: int, gain: float) -> None:
         gains.append(min(gain, gains[-1]) if gains else gain)  # despite rounding errors
-        closer = rows[place] < nearest
-        nearest[closer] = rows[place][closer]
-        owner[closer] = owner[place] = len(start) + len(ranking)
-        ranking.append(place)
+        closer = rows[position] < nearest
+        nearest[closer] = rows[position][closer]
+        owner[closer] = owner[position] = len(start) + len(ranking)
+        ranking.append(position)
 
     rows = distances.numpy()
     if len(start):
@@ -56,30 +56,30 @@ def choose_from(
         farthest = float(distances.amax())
         nearest = np.full(total, farthest, dtype=rows.dtype)
         bounds = total * farthest - sums
-        place = int(bounds.argmax())
-        take(place, float(bounds[place]))
+        position = int(bounds.argmax())
+        take(position, float(bounds[position]))
     heap = _bounds(distances, torch.from_numpy(nearest), {*start.tolist(), *ranking})
     step_of_gain = [-1] * total
     pairs: _NearPairs | None = None
     count = size - len(start)
     while len(ranking) < count:
         step = len(ranking)
-        bound, place = heappop(heap)
-        if step_of_gain[place] == step:
-            take(place, -bound)
+        bound, position = heappop(heap)
+        if step_of_gain[position] == step:
+            take(position, -bound)
             if len(ranking) & (len(ranking) - 1) == 0:  # 2, 4, 8, …
                 pairs = pairs.still_near(nearest) if pairs else _near_pairs(rows, nearest)
             continue
-        batch = [place]
+        batch = [position]
         if pairs is None:
-            found = [float(np.maximum(nearest - rows[place], 0).sum(dtype=np.float64))]
+            found = [float(np.maximum(nearest - rows[position], 0).sum(dtype=np.float64))]
         else:
             while heap and len(batch) < _BATCH and step_of_gain[heap[0][1]] != step:
                 batch.append(heappop(heap)[1])
             found = pairs.gains(batch, nearest)
-        for place, gain in zip(batch, found, strict=True):
-            step_of_gain[place] = step
-            heappush(heap, (-gain, place))
+        for position, gain in zip(batch, found, strict=True):
+            step_of_gain[position] = step
+            heappush(heap, (-gain, position))
     return (
         torch.tensor(ranking, dtype=torch.int64),
         torch.tensor(gains, dtype=torch.float64),
@@ -93,22 +93,22 @@ class _NearPairs:
 
     edges: list[int]  # where the samples of each candidate begin
     samples: NDArray
-    away: NDArray
+    distances: NDArray
 
     def gains(self, candidates: list[int], nearest: NDArray) -> list[float]:
         """The gains of candidates."""
         spans = [slice(self.edges[each], self.edges[each + 1]) for each in candidates]
         samples = np.concatenate([self.samples[span] for span in spans])
-        away = np.concatenate([self.away[span] for span in spans])
+        distances = np.concatenate([self.distances[span] for span in spans])
         number = np.repeat(np.arange(len(spans)), [span.stop - span.start for span in spans])
-        lowered = np.maximum(nearest[samples] - away, 0)
+        lowered = np.maximum(nearest[samples] - distances, 0)
         return np.bincount(number, lowered, minlength=len(spans)).tolist()
 
     def still_near(self, nearest: NDArray) -> _NearPairs:
         """The pairs that are left with more medoids."""
-        near = self.away < nearest[self.samples]
+        near = self.distances < nearest[self.samples]
         before = np.concatenate([[0], near.cumsum()])
-        return _NearPairs(before[self.edges].tolist(), self.samples[near], self.away[near])
+        return _NearPairs(before[self.edges].tolist(), self.samples[near], self.distances[near])
 
 
 def _near_pairs(rows: NDArray, nearest: NDArray) -> _NearPairs | None:
@@ -116,14 +116,14 @@ def _near_pairs(rows: NDArray, nearest: NDArray) -> _NearPairs | None:
     total = len(rows)
     if (rows[:: max(1, total // 64)] < nearest).mean() > _FEW:
         return None
-    edges, samples, away = [0], [], []
+    edges, samples, distances = [0], [], []
     for begin in range(0, total, 32):
         block = rows[begin : begin + 32]
         near = np.flatnonzero(block < nearest)
         edges += (edges[-1] + np.searchsorted(near, np.arange(1, len(block) + 1) * total)).tolist()
         samples.append((near % total).astype(np.int32))
-        away.append(block.reshape(-1)[near])
-    return _NearPairs(edges, np.concatenate(samples), np.concatenate(away))
+        distances.append(block.reshape(-1)[near])
+    return _NearPairs(edges, np.concatenate(samples), np.concatenate(distances))
 
 
 def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[float, int]]:
@@ -138,7 +138,7 @@ def _bounds(distances: Tensor, nearest: Tensor, taken: set[int]) -> list[tuple[f
 
     map_torch(sum_rows, _blocks(len(distances), _ROWS), distances.device)
     negative = bounds.mul_(-_SLACK).tolist()
-    heap = [(bound, place) for place, bound in enumerate(negative) if place not in taken]
+    heap = [(bound, position) for position, bound in enumerate(negative) if position not in taken]
     heapify(heap)
     return heap
 
@@ -154,15 +154,15 @@ def all_distances(values: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
     def compute(pair: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
         one, other = pair
-        away = torch.addmm(norms[other], -2 * values[one], values[other].T)
+        distances = torch.addmm(norms[other], -2 * values[one], values[other].T)
         # On some CPUs torch.sqrt is ten times slower than pow_; the bits are equal.
-        away.add_(norms[one][:, None]).clamp_(min=0).pow_(0.5)
+        distances.add_(norms[one][:, None]).clamp_(min=0).pow_(0.5)
         if one == other:
-            away = away.triu_(1).add_(away.T.contiguous())
+            distances = distances.triu_(1).add_(distances.T.contiguous())
         else:
-            found[other, one] = away.T.contiguous()  # faster than a copy of the transpose
-        found[one, other] = away
-        return away.sum(1), away.sum(0)
+            found[other, one] = distances.T.contiguous()  # faster than a copy of the transpose
+        found[one, other] = distances
+        return distances.sum(1), distances.sum(0)
 
     blocks = _blocks(total, num_rows)
     for number, one in enumerate(blocks):

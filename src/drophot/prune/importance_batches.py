@@ -19,29 +19,29 @@ BatchLoss = Callable[[Any, Any], Tensor]
 def loss_of(model: nn.Module, batch: object, loss: BatchLoss | None, device: torch.device) -> Any:
     """The loss of a batch, which is a pair of inputs and targets or a dict of keyword arguments."""
     if isinstance(batch, Mapping):
-        moved = _moved(_keywords(batch), device)
-        outputs = _called(model, moved)
-        return _own_loss(outputs) if loss is None else loss(outputs, moved)
-    inputs, targets = _pair(batch)
-    outputs = _called(model, _moved(inputs, device))
-    return (F.cross_entropy if loss is None else loss)(outputs, _moved(targets, device))
+        moved = _to_device(_keywords(batch), device)
+        outputs = _call_with_note(model, moved)
+        return _loss_of_outputs(outputs) if loss is None else loss(outputs, moved)
+    inputs, targets = _inputs_and_targets(batch)
+    outputs = _call_with_note(model, _to_device(inputs, device))
+    return (F.cross_entropy if loss is None else loss)(outputs, _to_device(targets, device))
 
 
 def call_on(model: nn.Module, batch: object, device: torch.device) -> None:
     """Call the model with the inputs of a batch: the first element of a tuple or list."""
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
-    _called(
-        model, _moved(_arguments(first, "tensors of inputs, or tuples with them first"), device)
+    _call_with_note(
+        model, _to_device(_arguments(first, "tensors of inputs, or tuples with them first"), device)
     )
 
 
-def _called(model: nn.Module, inputs: Any) -> Any:
-    with _noted(inputs):
+def _call_with_note(model: nn.Module, inputs: Any) -> Any:
+    with _explain_type_errors(inputs):
         return call(model, inputs)
 
 
 @contextmanager
-def _noted(inputs: object) -> Iterator[None]:
+def _explain_type_errors(inputs: object) -> Iterator[None]:
     """Add a note to a TypeError of the model, which may not take these arguments."""
     try:
         yield
@@ -58,7 +58,7 @@ def _noted(inputs: object) -> Iterator[None]:
         raise
 
 
-def _moved(values: Any, device: torch.device) -> Any:
+def _to_device(values: Any, device: torch.device) -> Any:
     return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, values)
 
 
@@ -67,7 +67,7 @@ def _keywords(batch: Mapping[Any, Any]) -> dict[Any, Any]:
     return {name: value for name, value in batch.items() if name != "index"}
 
 
-def _arguments(inputs: Any, wanted: str) -> Any:
+def _arguments(inputs: Any, expected: str) -> Any:
     """Inputs as `call` takes them; a DataLoader makes lists of tuples."""
     if isinstance(inputs, Mapping):
         inputs = _keywords(inputs)
@@ -75,34 +75,34 @@ def _arguments(inputs: Any, wanted: str) -> Any:
         inputs = tuple(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
         raise TypeError(
-            f"`batches` must yield {wanted}, got {type(inputs).__name__} without a tensor. Wrap it "
-            f"in a generator that yields the inputs: a tensor, a tuple of positional or a dict of "
-            f"keyword arguments."
+            f"`batches` must yield {expected}, got {type(inputs).__name__} without a tensor. "
+            f"Wrap the loader in a generator that yields the inputs first: a tensor, a tuple of "
+            f"positional arguments or a dict of keyword arguments."
         )
     return inputs
 
 
-def _pair(batch: object) -> tuple[Any, Any]:
-    wanted = "tuples of inputs and targets"
+def _inputs_and_targets(batch: object) -> tuple[Any, Any]:
+    expected = "tuples of inputs and targets"
     if not isinstance(batch, tuple | list) or len(batch) < 2:
         got = type(batch).__name__
         if isinstance(batch, tuple | list):
             got += f" of length {len(batch)}"
         raise TypeError(
-            f"`batches` must yield {wanted}, or dicts of keyword arguments, got {got}. Wrap it in "
-            f"a generator that yields them."
+            f"`batches` must yield {expected}, or dicts of keyword arguments, got {got}. "
+            f"Wrap the loader in a generator that yields tuples `(inputs, targets)`."
         )
-    inputs, targets = _arguments(batch[0], wanted), batch[1]
+    inputs, targets = _arguments(batch[0], expected), batch[1]
     others = [type(leaf).__name__ for leaf in tree_leaves(targets) if not isinstance(leaf, Tensor)]
     if others:
         raise TypeError(
-            f"`batches` must yield tensors of targets, got {others[0]}. Wrap it in a generator "
-            f"that yields tensors."
+            f"`batches` must yield tensors of targets, got {others[0]}. Wrap the loader in a "
+            f"generator that yields tuples `(inputs, targets)` with tensors as targets."
         )
     return inputs, targets
 
 
-def _own_loss(outputs: Any) -> Any:
+def _loss_of_outputs(outputs: Any) -> Any:
     """The loss that a model computed, as those of Transformers do if the batch has labels."""
     found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if found is None:

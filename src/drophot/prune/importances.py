@@ -128,12 +128,12 @@ class Taylor:
         model: The model, in any mode, on any device.
         batches: Yields batches of inputs and targets, first and second in a tuple or list. The
             inputs are a tensor, a tuple or list of positional arguments or a dict of keyword
-            arguments. A batch may also be a dict of keyword arguments whose outputs have their
-            `loss`, as models of Transformers compute it from `labels`. The `"index"` that
+            arguments. A batch may also be a dict of keyword arguments, if the model's outputs
+            have a `loss`, as models of Transformers compute it from `labels`. The `"index"` that
             `IndexedDataset` adds to a dict is not passed. Tensors are moved to the model's device.
         loss: A function of the outputs and the targets that returns a scalar, the mean over a
             batch. `None` is the cross-entropy or, if a batch is a dict, the `loss` of the outputs.
-            A function gets such a batch as the targets.
+            If the batch is a dict, your function receives the whole dict as its second argument.
         channels: Whether to estimate output channels instead of single weights. Parameters that do
             not belong to a Conv, Linear, MultiheadAttention or Transformers' Conv1D layer have
             single weights, since their output dimension is not known.

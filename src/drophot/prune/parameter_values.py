@@ -15,8 +15,8 @@ T = TypeVar("T")
 class ParameterValues(Generic[T]):
     """Values of the parameters of a model.
 
-    They are found by every name of a shared parameter, and by the names that the parameters have if
-    the model, or only the model that is asked for, is wrapped (`torch.compile`, DDP, EMA).
+    A value is found by any name of a shared parameter, with or without the prefixes of wrappers
+    (`torch.compile`, DDP, EMA), regardless of which of the two models is wrapped.
 
     Args:
         model: The model.
@@ -30,7 +30,7 @@ class ParameterValues(Generic[T]):
         plain: dict[str, dict[int, str]] = {}  # without the parts of wrappers
         for name, parameter in named.items():
             plain.setdefault(without_wrappers(name), {}).setdefault(id(parameter), name)
-        # A plain name that several parameters have is not one of them.
+        # Names that are ambiguous without the prefixes are left out.
         self._names = {
             name: next(iter(own.values())) for name, own in plain.items() if len(own) == 1
         }

@@ -44,8 +44,10 @@ def scaled_heads(
         shrinking = any(removed[axis.ids].any() for axis in call.inputs)
         axes = call.inputs if shrinking else _last_product(similar, number)
         widths = _head_widths(similar, number, [a for a in axes if removed[a.ids].any()])
+        if not widths:
+            continue
         yield from widths
-        for _, other in similar.to(call.path[-1], number) if widths else ():
+        for _, other in similar.to(call.path[-1], number):
             axes = similar.calls[other].inputs if shrinking else _last_product(similar, other)
             yield from _head_widths(similar, other, axes)
 
@@ -66,12 +68,12 @@ def _last_product(similar: SimilarCalls, number: int) -> list[Axis]:
 def _head_widths(similar: SimilarCalls, number: int, axes: Iterable[Axis]) -> list[tuple[str, int]]:
     """The module that a call is in, and the width of each of these axes that is of heads."""
     views = [call for call in _before(similar, number) if call.name in VIEWS]
-    return [
-        (similar.calls[number].path[-1], width)
-        for axis in axes
-        if axis.dim >= axis.ids.dim() - 2
-        and any(_makes_heads(view, width := axis.ids.size(axis.dim)) for view in views)
-    ]
+    widths = []
+    for axis in axes:
+        width = axis.ids.size(axis.dim)
+        if axis.dim >= axis.ids.dim() - 2 and any(_makes_heads(view, width) for view in views):
+            widths.append((similar.calls[number].path[-1], width))
+    return widths
 
 
 def _makes_heads(view: RecordedCall, width: int) -> bool:

@@ -190,7 +190,8 @@ class Rewriter:
         weights = {
             name: (weight, self.output_dim(name), self.graph.axes_of(weight))
             for name, weight in self.weights.items()
-            if id(weight) not in self.left_out  # the channels that it has or reads stay
+            # If it is left out, its inputs and outputs are frozen, so it needs no scores.
+            if id(weight) not in self.left_out
         }
         scores = self.groups.scores(weights, self.importance)
         self.removed = select(self.groups, scores)
