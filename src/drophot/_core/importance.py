@@ -133,5 +133,5 @@ def importance_name(importance: RunImportance) -> str:
         return "magnitude"
     if isinstance(importance, FromBatches):
         return importance.name
-    importance = without_partials(importance)
-    return getattr(importance, "__qualname__", type(importance).__qualname__)
+    function = without_partials(importance)
+    return getattr(function, "__qualname__", type(function).__qualname__)

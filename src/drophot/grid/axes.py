@@ -63,9 +63,10 @@ class Axes:
         dense = [] if 0.0 in self.prune_ratios else [0.0]  # the dense baseline is always a run
         for seed, coreset in product(self.seeds, coresets):
             for ratio in (dense if coreset is BASELINE_RUN else []) + self.prune_ratios:
-                prunings = list(product(self.importances, self.pruning_changes))
                 # Nothing is ranked for a ratio of 0, so that every grid has the same dense runs.
-                for importance, change in prunings if ratio > 0 else [(None, {})]:
+                dense_pruning = [(None, self.pruning_changes[0])]
+                prunings = product(self.importances, self.pruning_changes)
+                for importance, change in prunings if ratio > 0 else dense_pruning:
                     pruning = {"prune_ratio": ratio, "importance": importance, **change}
                     yield {"seed": seed, **coreset, **pruning}
 
