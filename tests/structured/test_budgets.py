@@ -577,9 +577,21 @@ class WithAnEmptyCache(nn.Module):
         return self.c(heads.flatten(2)) + cached.sum()
 
 
+class WithAnEmptySlice(WithAnEmptyCache):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x).relu())
+        heads = x.view(*x.shape[:2], 4, 4)
+        rotated, rest = heads[..., :4], heads[..., 4:]
+        none, all_of_it = x.split([0, 16], -1)
+        return self.c(
+            torch.cat([rotated * 2, rest], -1).flatten(2) + torch.cat([all_of_it, none], -1)
+        )
+
+
 @pytest.mark.parametrize("how", [{"ratio": 0.5}, {"to": Budget(parameters=300)}])
-def test_a_tensor_without_elements(how: dict[str, Any]) -> None:
-    model, tokens = distinct(WithAnEmptyCache()), normal(2, 5, 6)
+@pytest.mark.parametrize("kind", [WithAnEmptyCache, WithAnEmptySlice])
+def test_a_tensor_without_elements(kind: type[nn.Module], how: dict[str, Any]) -> None:
+    model, tokens = distinct(kind()), normal(2, 5, 6)
     pruned = prune_channels(model, example_inputs=tokens, **how)
     assert pruned.layers["a.weight"].removed > 0
     assert model(normal(3, 4, 6)).shape == (3, 4, 3)

@@ -32,6 +32,15 @@ class Axis(NamedTuple):
     dim: int
     ids: Tensor
 
+    def rows(self) -> Tensor:
+        """The entries of each row along the dimension, `(rows, length)`."""
+        length = self.ids.size(self.dim)
+        return self.ids.movedim(self.dim, -1).reshape(self.ids.numel() // max(length, 1), length)
+
+    def row(self) -> Tensor:
+        """The entries of the first row, or none; the other rows lose equally many."""
+        return self.rows()[0] if self.ids.numel() else self.ids.flatten()
+
 
 class DependencyGraph:
     """The entries of all parameters and buffers, which are coupled, and which are frozen.
@@ -224,7 +233,7 @@ class DependencyGraph:
             if (dim := self.view_dims.get(key)) in varying:
                 return self.uniform(Axis(dim, ids), varying)
             self.views.setdefault(key, ids)
-            self.balanced.append(ids.movedim(varying[-1], -1).reshape(-1, ids.size(varying[-1])))
+            self.balanced.append(Axis(varying[-1], ids).rows())
         return Axis(varying[-1], ids)
 
 

@@ -137,6 +137,8 @@ def _linked(groups: ChannelGroups) -> list[list[int]]:
             linked[first(group)] = first(known.setdefault(sizes[group], group))
 
     for rows in groups.graph.balanced:
+        if not rows.numel():  # such as the rest of a slice that takes everything
+            continue
         found = groups.group[groups.channel[rows]]
         if bool((found == found[:, :1]).all()):
             link(found[:, 0].unique().tolist())

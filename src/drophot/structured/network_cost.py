@@ -86,10 +86,7 @@ class NetworkCost:
 
 def _rows(axes: Iterable[Axis]) -> Rows:
     """One row of entries along each axis; the other rows lose equally many."""
-    return [
-        (axis.dim, axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))[0])
-        for axis in axes
-    ]
+    return [(axis.dim, axis.row()) for axis in axes]
 
 
 def _shape(shape: Shape, rows: Rows, removed: Tensor) -> torch.Size:

@@ -37,5 +37,4 @@ def kept_shape(shape: Sequence[int], axes: list[Axis], removed: Tensor) -> tuple
 
 def remaining_size(axis: Axis, removed: Tensor) -> int:
     """How many entries a row along an axis keeps."""
-    row = axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))[0]
-    return len(row) - int(removed[row].sum())
+    return axis.ids.size(axis.dim) - int(removed[axis.row()].sum())

@@ -84,8 +84,8 @@ def _split(call: OperatorCall, x: Tensor, size: Any, dim: int = 0) -> list[list[
     found: list[list[Axis]] = [[] for _ in sizes]
     for axis in call.graph.axes_of(x):
         if axis.dim == dim:
-            rows = _rows(axis)
-            if len(set(sizes)) == 1:
+            rows = axis.rows()
+            if len(set(sizes)) == 1 and sizes[0]:
                 call.graph.balanced.append(rows.reshape(-1, sizes[0]))
             else:
                 call.graph.balanced += rows.split(sizes, 1)
@@ -117,7 +117,7 @@ def _slice(
     for axis in graph.axes_of(x):
         ids = axis.ids
         if axis.dim == dim:
-            rows = _rows(axis)
+            rows = axis.rows()
             if not length:
                 continue
             if step > 1 and size % step == 0:  # `step` neighbors are removed together
@@ -134,11 +134,6 @@ def _slice(
             ids = ids.movedim(dim, 0)[part].movedim(0, dim)
         found.append(Axis(axis.dim, ids))
     return [found]
-
-
-def _rows(axis: Axis) -> Tensor:
-    """The entries of each row along an axis, `(rows, length)`."""
-    return axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))
 
 
 def _select(call: OperatorCall, x: Tensor, dim: int, index: int) -> list[list[Axis]]:

@@ -158,7 +158,7 @@ class Rewriter:
     def output_entries(self) -> dict[str, Tensor]:
         """The entries of the outputs of each layer, by the weight's name, `(C_out,)`."""
         return {
-            name: axis.ids.movedim(axis.dim, -1).reshape(-1, axis.ids.size(axis.dim))[0]
+            name: axis.row()
             for name, weight in self.weights.items()
             for axis in self.graph.axes_of(weight)
             if axis.dim == self.output_dim(name)

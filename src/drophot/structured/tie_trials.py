@@ -113,6 +113,8 @@ class TieTrials:
             call = similar.calls[n]
             for axes, shape in zip(call.output_axes, call.shapes, strict=False):
                 for axis in axes if n >= number else ():
+                    if not axis.ids.numel():
+                        continue
                     channel = self.groups.channel[axis.ids.reshape(-1)[0]]
                     size = sizes[int(self.groups.group[channel])]
                     # A whole head has entries in all later dimensions; pixels and tokens do not.
