@@ -104,5 +104,7 @@ class Budget:
 
 
 def _shown(name: str, limit: float) -> str:
-    """A limit for people: a latency with four digits, a number in full."""
-    return f"{limit:,.4g}" if name == "latency" and limit < 1000 else f"{limit:,}"
+    """A limit for people: a latency with at least four digits, a number in full."""
+    if name != "latency":
+        return f"{limit:,}"
+    return f"{limit:.4g}" if limit < 1000 else f"{limit:,.0f}"
