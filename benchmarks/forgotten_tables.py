@@ -50,7 +50,7 @@ def by_fifth(figures: Rows) -> str:
 
 
 def networks(figures: Rows) -> dict[str, Rows]:
-    names = dict.fromkeys(r["network"] for r in figures)
+    names: dict[str, None] = dict.fromkeys(r["network"] for r in figures)
     return {RENAMED.get(name, name): [r for r in figures if r["network"] == name] for name in names}
 
 
