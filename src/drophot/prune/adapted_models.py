@@ -49,7 +49,7 @@ def _is_lora(name: str) -> bool:
 def _adapters(model: nn.Module, without: Collection[int | str]) -> Iterator[str]:
     """The parameters of adapters that wrap a layer as PEFT's do, which is not imported.
 
-    An adapter without parameters of its own is named by its module.
+    An adapter that adds no parameters is named by its module.
     """
     for path, module in model.named_modules():
         base = dict(module.named_children()).get("base_layer")
